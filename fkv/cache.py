@@ -1,0 +1,146 @@
+"""The fixed-shape masked KV cache of one layer.
+
+An array of `B + L` slots per KV head, in two regions: slots [0, B) hold the kept entries, slots
+[B, B + L) are the staging ring into which the newest tokens are written. When the ring is full,
+`admit` drops exactly `L` of the `B + L` entries and moves the staged entries that survive into the
+freed slots: at most `L` rows move, the shape never changes, and filling up is the same code as
+running full, since empty slots are the first to be dropped. Attention does not care about the
+order of slots, because keys are cached after the rotation; `position` says what sits where.
+
+Letters: b batch, k KV heads, s slots (B + L), l interval (L), d head dim.
+"""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from fkv.errors import UserError
+
+
+@flax.struct.dataclass
+class Cache:
+    """One layer's cache.
+
+    Attributes:
+      key_bksd, value_bksd: entries, in the model's dtype; zeros where empty.
+      position_bks: absolute position of each entry, int32, -1 where empty.
+      entry: a pytree of [b, k, s, ...] arrays that travel with the entries (statistics).
+    """
+
+    key_bksd: Array
+    value_bksd: Array
+    position_bks: Array
+    entry: Any = ()
+
+
+def check_sizes(budget: int, interval: int) -> None:
+    """Refuses budgets and intervals that the cadence of eviction can't have."""
+    if interval < 1:
+        raise UserError(f"interval = {interval} must be at least 1")
+    if budget <= interval:
+        raise UserError(f"budget = {budget} must be larger than interval = {interval}")
+    if budget % interval:
+        raise UserError(f"budget = {budget} must be a multiple of interval = {interval}")
+
+
+def init(
+    batch: int, kv_heads: int, slots: int, head_dim: int, dtype: jnp.dtype, entry: Any = ()
+) -> Cache:
+    """An empty cache.
+
+    Args:
+      slots: B + L.
+      entry: pytree of `jax.ShapeDtypeStruct` with the trailing shape of each statistic; the
+        cache holds zeros of shape [batch, kv_heads, slots, *trailing].
+    """
+    lead = (batch, kv_heads, slots)
+    return Cache(
+        # Zeros, not uninitialised memory: a NaN value times a zero weight is NaN.
+        key_bksd=jnp.zeros((*lead, head_dim), dtype),
+        value_bksd=jnp.zeros((*lead, head_dim), dtype),
+        position_bks=jnp.full(lead, -1, jnp.int32),
+        entry=jax.tree.map(lambda x: jnp.zeros((*lead, *x.shape), x.dtype), entry),
+    )
+
+
+def append(
+    cache: Cache, slot: int | Array, key_btkd: Array, value_btkd: Array, position_bt: Array
+) -> Cache:
+    """Writes `t` new tokens at slots [slot, slot + t), the same for every row and head.
+
+    Args:
+      slot: first slot to write, in the staging ring.
+      position_bt: absolute positions, -1 for padding (the slot is then empty).
+    """
+    b, t, k, _ = key_btkd.shape
+    position = jnp.broadcast_to(position_bt[:, None], (b, k, t))
+
+    def write(array, new):
+        start = (0, 0, slot, *(0,) * (array.ndim - 3))
+        return jax.lax.dynamic_update_slice(array, new.astype(array.dtype), start)
+
+    return cache.replace(
+        key_bksd=write(cache.key_bksd, jnp.moveaxis(key_btkd, 1, 2)),
+        value_bksd=write(cache.value_bksd, jnp.moveaxis(value_btkd, 1, 2)),
+        position_bks=write(cache.position_bks, position),
+    )
+
+
+def choose(importance_bks: Array, position_bks: Array, interval: int) -> Array:
+    """Slots of the `interval` least important entries [b, k, interval], lowest first.
+
+    Empty slots come before every entry; among equals the lower slot comes first.
+    """
+    importance = jnp.where(position_bks < 0, -jnp.inf, importance_bks)
+    return jax.lax.top_k(-importance, interval)[1]
+
+
+def moves(evict_bkl: Array, slots: int) -> tuple[Array, Array]:
+    """What `admit` does: which staged entry goes into which freed slot.
+
+    Args:
+      evict_bkl: distinct slots to drop, any order, exactly `L` of the `slots`.
+      slots: B + L.
+
+    Returns:
+      target [b, k, l]: the kept slot that receives the j-th row moved, or an index out of bounds
+        (distinct ones) where nothing moves; source [b, k, l]: its slot in the staging ring.
+    """
+    interval = evict_bkl.shape[-1]
+    budget = slots - interval
+    offset = jnp.arange(interval, dtype=evict_bkl.dtype)
+    # Sorted, so that the placement depends on the set of evicted slots alone.
+    freed = jnp.sort(evict_bkl, axis=-1)
+    dropped = (evict_bkl[..., :, None] == budget + offset[None, None, None]).any(-2)
+    survivors_first = jnp.argsort(dropped, axis=-1, stable=True)
+    # As many kept slots are freed as staged entries survive, so the pairs match up.
+    target = jnp.where(freed < budget, freed, slots + offset[None, None])
+    return target, budget + survivors_first
+
+
+def admit(cache: Cache, evict_bkl: Array) -> Cache:
+    """Drops the entries in the given slots and takes the staged survivors in; empties the ring.
+
+    Args:
+      evict_bkl: exactly `L` distinct slots per row and head, in either region.
+    """
+    slots, interval = cache.position_bks.shape[-1], evict_bkl.shape[-1]
+    target, source = moves(evict_bkl, slots)
+    moved = jax.tree.map(lambda x: move(x, target, source), cache)
+    empty = jnp.full((*evict_bkl.shape[:2], interval), -1, jnp.int32)
+    position = jax.lax.dynamic_update_slice(moved.position_bks, empty, (0, 0, slots - interval))
+    return moved.replace(position_bks=position)
+
+
+def move(array_bks: Array, target_bkl: Array, source_bkl: Array) -> Array:
+    """Copies rows `source` to rows `target` along the slot axis of [b, k, s, ...]."""
+
+    def one(array, target, source):
+        return array.at[target].set(
+            array[source], mode="drop", unique_indices=True, indices_are_sorted=True
+        )
+
+    return jax.vmap(jax.vmap(one))(array_bks, target_bkl, source_bkl)

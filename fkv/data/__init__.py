@@ -1,0 +1,1 @@
+"""Traces to train and measure on."""

@@ -1,0 +1,78 @@
+"""What several jobs do alike: read their parts of the config, with errors before work starts."""
+
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from fkv import cache, models, tasks
+from fkv.data import traces
+from fkv.errors import UserError
+from fkv.models import ModelConfig
+from fkv.tasks import ledger
+
+
+def spec(config: ConfigDict) -> ledger.Spec:
+    """The sizes of the embedded task's problems."""
+    return ledger.Spec(**{name: tuple(bounds) for name, bounds in config.task.items()})
+
+
+def load_model(config: ConfigDict) -> tuple[ModelConfig, models.Params]:
+    """The frozen language model in float32, the embedded one by its name."""
+    path = tasks.REASONER if config.model == "embedded" else config.model
+    return models.load(path, dtype=jnp.float32)
+
+
+def load_traces(
+    config: ConfigDict, split: str, count: int, budget: int, vocabulary: int
+) -> traces.Traces:
+    """Traces of a split (`train` or `eval`), from the config's file or the embedded task.
+
+    Args:
+      count: how many to take at most.
+      budget: traces not longer than this plus the interval are skipped, and counted.
+      vocabulary: ids must be below this.
+    """
+    path = config.data.path if split == "train" else config.data.eval_path
+    if path:
+        where = path
+        sequences = traces.read(path, config.data.column)[:count]
+    else:
+        where = f"embedded task, {split}"
+        sequences = traces.embedded(config.seed, split, count, spec(config))
+    worst = max((int(s.max()) for s in sequences if len(s)), default=0)
+    if worst >= vocabulary:
+        raise UserError(f"{where}: token id {worst} is beyond the model's {vocabulary} words")
+    found = traces.collect(sequences, budget + config.interval, config.interval, where)
+    if found.skipped:
+        say(
+            f"{where}: skipped {found.skipped} of {len(sequences)} traces, not longer than "
+            f"budget + interval = {budget + config.interval} tokens"
+        )
+    return found
+
+
+def check_budgets(config: ConfigDict) -> None:
+    """Refuses a training or evaluation budget that does not fit the interval."""
+    cache.check_sizes(config.budget, config.interval)
+    for budget in config.eval.budgets:
+        try:
+            cache.check_sizes(budget, config.interval)
+        except UserError as error:
+            raise UserError(f"eval.budgets: {error}") from None
+
+
+def check_finite(metrics: dict, step: int, workdir: str | Path) -> None:
+    """Stops a run whose loss or gradient is not a number."""
+    bad = [name for name, value in metrics.items() if not np.all(np.isfinite(value))]
+    if bad:
+        raise FloatingPointError(
+            f"{', '.join(bad)} of step {step} not finite; the checkpoints in {workdir} are intact"
+        )
+
+
+def say(message: str) -> None:
+    """Prints for the person who watches."""
+    print(message, flush=True, file=sys.stdout)

@@ -1,0 +1,131 @@
+"""Training of the embedded reasoner, from a config to a Hugging Face directory."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from fkv import generate, models, pretrain
+from fkv.errors import UserError
+from fkv.jobs import common
+from fkv.models import ModelConfig
+from fkv.rundir import open_run
+from fkv.tasks import ledger
+
+
+def model_config(config: ConfigDict) -> ModelConfig:
+    """The reasoner's shape: Qwen3-style, tied embeddings."""
+    return ModelConfig(
+        family="qwen3",
+        vocab_size=len(ledger.VOCABULARY),
+        qk_norm=True,
+        tied_embeddings=True,
+        **config.pretrain.model,
+    )
+
+
+def stages(config: ConfigDict) -> list[tuple[int, int, ledger.Spec]]:
+    """The curriculum: (steps, batch, problem sizes) of each stage; sizes not named are the task's."""
+    task = config.task.to_dict()
+    found = []
+    for name in sorted(config.pretrain.stages):
+        stage = config.pretrain.stages[name].to_dict()
+        steps, batch = stage.pop("steps"), stage.pop("batch")
+        found.append((steps, batch, ledger.Spec(**{**task, **stage})))
+    return found
+
+
+def run(config: ConfigDict, workdir: str) -> float:
+    """Trains the reasoner in `workdir`, writes it to `workdir/model`, and has it answer.
+
+    Returns:
+      The share of held-out problems that it answers right with the full cache.
+    """
+    plan = stages(config)
+    ends = np.cumsum([steps for steps, _, _ in plan])
+    total = int(ends[-1])
+    model = model_config(config)
+    longest = max(spec.max_tokens() for _, _, spec in plan)
+    if longest > model.max_positions:
+        raise UserError(
+            f"pretrain.model.max_positions = {model.max_positions}, but problems can have "
+            f"{longest} tokens"
+        )
+
+    run = open_run(workdir, config)
+    settings = config.pretrain
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, settings.learning_rate, settings.warmup, total, 0.02 * settings.learning_rate
+    )
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(settings.clip),
+        optax.adamw(schedule, b2=0.98, weight_decay=settings.weight_decay),
+    )
+    params = models.init(jax.random.key(config.seed), model, settings.qk_gain)
+    state = {"params": params, "opt_state": optimizer.init(params)}
+    start = 0
+    if (saved := run.resume(state)) is not None:
+        start, state = saved.step, jax.tree.map(jnp.asarray, saved.state)
+        common.say(f"going on from step {start} in {workdir}")
+
+    bar = tqdm(range(start, total), initial=start, total=total, desc="pretrain", mininterval=1)
+    for step in bar:
+        stage = int(np.searchsorted(ends, step, side="right"))
+        _, batch, spec = plan[stage]
+        problems = ledger.problems(config.seed, f"pretrain {step}", 0, batch, spec)
+        token, length = ledger.pad([p.tokens for p in problems], spec.max_tokens())
+        prompt = np.array([len(p.prompt) for p in problems])
+        state["params"], state["opt_state"], loss, accuracy = pretrain.train_step(
+            state["params"], state["opt_state"], model, optimizer, token, prompt, length
+        )
+        done = step + 1
+        if done % settings.log_every == 0 or done == total:
+            metrics = {"loss": float(loss), "accuracy": float(accuracy), "stage": stage}
+            common.check_finite(metrics, done, workdir)
+            run.log(done, metrics)
+            bar.set_postfix(loss=f"{loss:.4f}", accuracy=f"{accuracy:.3f}", refresh=False)
+        if done % settings.checkpoint_every == 0 or done == total:
+            run.save(done, state)
+    bar.close()
+
+    params = jax.device_get(state["params"])
+    models.save(Path(workdir) / "model", model, params)
+    right, error = answers(config, model, params)
+    run.log(total, {"answers": right, "answers_se": error})
+    run.close()
+    common.say(
+        f"full cache, {settings.eval_problems} held-out problems, temperature "
+        f"{settings.temperature}: {right:.4f} ± {error:.4f} answered right\n"
+        f"written to {workdir}/model"
+    )
+    return right
+
+
+def answers(config: ConfigDict, model: ModelConfig, params: models.Params) -> tuple[float, float]:
+    """Share of held-out problems answered right with the full cache, and its standard error."""
+    settings, spec = config.pretrain, common.spec(config)
+    right = []
+    for start in range(0, settings.eval_problems, settings.eval_batch):
+        count = min(settings.eval_batch, settings.eval_problems - start)
+        problems = ledger.problems(config.seed, "eval", start, count, spec)
+        prompts = [ledger.encode(p.prompt) for p in problems]
+        token, position = generate.left_pad(prompts)
+        longest = max(len(p.tokens) - len(p.prompt) for p in problems)
+        out = generate.full_cache(
+            model,
+            params,
+            token,
+            position,
+            jax.random.fold_in(jax.random.key(config.seed), start),
+            # Fillers are drawn anew, so a solution may be longer than the reference.
+            longest + spec.fillers[1] * spec.hops[1] // 2,
+            settings.temperature,
+        )
+        out = np.asarray(out)
+        right += [ledger.correct(row, p) for row, p in zip(out, problems, strict=True)]
+    share = float(np.mean(right))
+    return share, (share * (1 - share) / len(right)) ** 0.5

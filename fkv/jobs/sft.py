@@ -1,0 +1,134 @@
+"""The supervised stage, from a config to a table: train scorers, save them, measure them."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from fkv import checkpoint, parallel, policies, scorer, sft
+from fkv.data import traces
+from fkv.evaluation import loss_ratio, plots
+from fkv.jobs import common
+from fkv.rundir import open_run
+
+
+def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
+    """Trains (or goes on training) scorers in `workdir` and measures them on held-out traces.
+
+    Writes checkpoints, metrics, `table.txt`, `results.csv` and `loss_ratio.png` there.
+    """
+    # ---- what can be wrong is found out first
+    common.check_budgets(config)
+    parallel.check_batch(config.sft.batch)
+    scorer_config = scorer.ScorerConfig(**config.scorer)
+    loss_config = sft.LossConfig(config.sft.margin, config.sft.weighting)
+    rules = {name: policies.get(name) for name in config.eval.policies}
+    model, model_params = common.load_model(config)
+    train = common.load_traces(config, "train", config.data.traces, config.budget, model.vocab_size)
+    held_out = common.load_traces(
+        config, "eval", config.eval.traces, max(config.eval.budgets), model.vocab_size
+    )
+    batches = traces.batches(train, config.sft.batch, config.seed)
+
+    # ---- state, new or from the newest checkpoint
+    run = open_run(workdir, config, may_differ=("sft.log_every",))
+    key = jax.random.key(config.seed)
+    params = scorer.init(jax.random.fold_in(key, 0), model, scorer_config)
+    optimiser = sft.optimizer(
+        config.sft.learning_rate, config.sft.warmup, config.sft.steps, config.sft.clip
+    )
+    state = sft.init_state(params, optimiser)
+    if (saved := run.resume(state)) is not None:
+        state = saved.state
+        common.say(f"going on from step {saved.step} in {workdir}")
+
+    # ---- training
+    def device_step(state, model_params, token, length):
+        return sft.train_step(
+            model,
+            scorer_config,
+            loss_config,
+            optimiser,
+            config.budget,
+            config.interval,
+            parallel.AXIS,
+            state,
+            model_params,
+            token,
+            length,
+        )
+
+    step_fn = parallel.pmap(device_step, constants=2, batched=2)
+    start, steps = int(state.step), config.sft.steps
+    bar = tqdm(range(start, steps), initial=start, total=steps, desc="sft", mininterval=0.5)
+    pending = None
+    for step in bar:
+        state, metrics = step_fn(state, model_params, *batches[step])
+        if pending is not None:  # of the step before, while this one runs
+            _report(run, bar, *pending, config)
+        pending = (step + 1, metrics)
+        if (step + 1) % config.sft.checkpoint_every == 0 or step + 1 == steps:
+            _report(run, bar, *pending, config)
+            pending = None
+            run.save(step + 1, state)
+    bar.close()
+
+    # ---- measuring
+    common.say(f"measuring on {len(held_out)} held-out traces")
+    learned = policies.get("foresight", params=state.params, config=scorer_config)
+    results = []
+    for budget in tqdm(config.eval.budgets, desc="budgets"):
+        results += loss_ratio.measure(
+            model,
+            model_params,
+            {"foresight": learned, **rules},
+            held_out.token_nt,
+            held_out.length_n,
+            budget,
+            config.interval,
+            jax.random.fold_in(key, 1),
+            config.eval.batch,
+        )
+    _write_results(run, results, workdir, len(held_out))
+    run.close()
+    return results
+
+
+def _report(run, bar, step, metrics, config) -> None:
+    metrics = jax.device_get(metrics)
+    common.check_finite(metrics, step, run.path)
+    loss, overlap = float(np.sum(metrics["loss"])), float(np.mean(metrics["overlap"]))
+    if step % config.sft.log_every == 0 or step == config.sft.steps:
+        layers = {
+            f"{name}/layer_{i}": float(x)
+            for name in ("loss", "overlap")
+            for i, x in enumerate(metrics[name])
+        }
+        run.log(
+            step,
+            {"loss": loss, "overlap": overlap, "grad_norm": float(metrics["grad_norm"]), **layers},
+        )
+        bar.set_postfix(loss=f"{loss:.4f}", overlap=f"{overlap:.3f}", refresh=False)
+
+
+def _write_results(run, results, workdir, traces_measured) -> None:
+    path = Path(workdir)
+    table = loss_ratio.table(results)
+    (path / "table.txt").write_text(table + "\n")
+    (path / "results.csv").write_text(loss_ratio.csv(results))
+    title = f"loss under eviction, {traces_measured} held-out traces, ± 2 standard errors"
+    plots.loss_ratios(results, path / "loss_ratio.png", title)
+    common.say(f"\n{table}\n\nwritten to {workdir}: table.txt, results.csv, loss_ratio.png")
+
+
+def load_scorer(workdir: str | Path) -> policies.Foresight:
+    """The `foresight` policy of a finished or running sft run.
+
+    Raises:
+      UserError: there is no checkpoint, or it is damaged.
+    """
+    saved = checkpoint.load(workdir)
+    config = scorer.ScorerConfig(**saved.info["config"]["scorer"])
+    return policies.Foresight(saved.state["params"], config)

@@ -1,0 +1,145 @@
+"""One decoder for Qwen3, Qwen2 and Llama, as pure functions over a parameter pytree.
+
+The parameters are a dictionary; those of the layers are stacked along a leading layer axis, so
+that `lax.scan` runs over them and one layer is `jax.tree.map(lambda x: x[i], params["layers"])`:
+
+  embed_vm, final_norm_m, head_vm (untied only), and in layers:
+  attn_norm_m, q_mhd, k_mkd, v_mkd, o_hdm, mlp_norm_m, gate_mf, up_mf, down_fm,
+  q_norm_d, k_norm_d (QK-norm), q_bias_hd, k_bias_kd, v_bias_kd, o_bias_m, gate_bias_f, up_bias_f,
+  down_bias_m (where the config has biases).
+
+Letters: b batch, t tokens, v vocabulary, m width, h query heads, k KV heads, d head dim, f MLP.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from fkv.models.config import ModelConfig
+
+Params = dict
+
+
+def param_shapes(config: ModelConfig) -> dict:
+    """Shapes of every parameter, as a pytree of `jax.ShapeDtypeStruct` (float32)."""
+    c = config
+    m, h, k, d, f = c.width, c.heads, c.kv_heads, c.head_dim, c.mlp_width
+    layer = {
+        "attn_norm_m": (m,),
+        "q_mhd": (m, h, d),
+        "k_mkd": (m, k, d),
+        "v_mkd": (m, k, d),
+        "o_hdm": (h, d, m),
+        "mlp_norm_m": (m,),
+        "gate_mf": (m, f),
+        "up_mf": (m, f),
+        "down_fm": (f, m),
+    }
+    if c.qk_norm:
+        layer |= {"q_norm_d": (d,), "k_norm_d": (d,)}
+    if c.qkv_bias:
+        layer |= {"q_bias_hd": (h, d), "k_bias_kd": (k, d), "v_bias_kd": (k, d)}
+    if c.out_bias:
+        layer |= {"o_bias_m": (m,)}
+    if c.mlp_bias:
+        layer |= {"gate_bias_f": (f,), "up_bias_f": (f,), "down_bias_m": (m,)}
+    shapes = {"embed_vm": (c.vocab_size, m), "final_norm_m": (m,)}
+    if not c.tied_embeddings:
+        shapes["head_vm"] = (c.vocab_size, m)
+    shapes["layers"] = {name: (c.layers, *shape) for name, shape in layer.items()}
+    return jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
+        shapes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+
+
+def init(key: Array, config: ModelConfig, qk_gain: float = 1.0) -> Params:
+    """Random parameters: normal with std `fan_in ** -0.5`, norms at one, biases at zero.
+
+    Args:
+      key: PRNG key.
+      qk_gain: where the gains of the QK-norm start. With RMS-normalised queries and keys the
+        logits can't pass `gain_q * gain_k * sqrt(head_dim)`: small head dims need more than 1
+        to become sharp.
+    """
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(param_shapes(config))
+    params = []
+    for i, (path, leaf) in enumerate(leaves):
+        name, shape = path[-1].key, leaf.shape
+        if name in ("q_norm_d", "k_norm_d"):
+            params.append(jnp.full(shape, qk_gain))
+        elif "norm" in name:
+            params.append(jnp.ones(shape))
+        elif "bias" in name:
+            params.append(jnp.zeros(shape))
+        else:
+            inputs = {"o_hdm": config.heads * config.head_dim, "down_fm": config.mlp_width}
+            std = inputs.get(name, config.width) ** -0.5
+            if name in inputs:  # the residual stream is the sum of 2 * layers of these
+                std /= (2 * config.layers) ** 0.5
+            params.append(std * jax.random.normal(jax.random.fold_in(key, i), shape))
+    return jax.tree_util.tree_unflatten(treedef, params)
+
+
+def rms_norm(x: Array, gain: Array, eps: float) -> Array:
+    """RMSNorm over the last axis, computed in float32, returned in the dtype of `x`."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return y.astype(x.dtype) * gain.reshape((1,) * (x.ndim - 1) + gain.shape)
+
+
+def rotate(x_bthd: Array, position_bt: Array, config: ModelConfig) -> Array:
+    """Rotary embedding at the absolute positions (`rotate_half` layout of Hugging Face)."""
+    inv, scale = config.inv_frequencies()
+    angle = position_bt[..., None].astype(jnp.float32) * jnp.asarray(inv, jnp.float32)[None, None]
+    cos = (jnp.cos(angle) * scale)[:, :, None].astype(x_bthd.dtype)
+    sin = (jnp.sin(angle) * scale)[:, :, None].astype(x_bthd.dtype)
+    low, high = jnp.split(x_bthd, 2, axis=-1)
+    return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
+
+
+def embed(params: Params, token_bt: Array) -> Array:
+    """Token embeddings [b, t, m]."""
+    return params["embed_vm"][token_bt]
+
+
+def project(
+    config: ModelConfig, layer: Params, hidden_btm: Array, position_bt: Array
+) -> tuple[Array, Array, Array]:
+    """Queries [b, t, h, d], keys and values [b, t, k, d] of one layer, rotated, cache-ready."""
+    x = rms_norm(hidden_btm, layer["attn_norm_m"], config.rms_eps)
+    q = jnp.einsum("btm,mhd->bthd", x, layer["q_mhd"])
+    k = jnp.einsum("btm,mkd->btkd", x, layer["k_mkd"])
+    v = jnp.einsum("btm,mkd->btkd", x, layer["v_mkd"])
+    if config.qkv_bias:
+        q = q + layer["q_bias_hd"][None, None]
+        k = k + layer["k_bias_kd"][None, None]
+        v = v + layer["v_bias_kd"][None, None]
+    if config.qk_norm:
+        q = rms_norm(q, layer["q_norm_d"], config.rms_eps)
+        k = rms_norm(k, layer["k_norm_d"], config.rms_eps)
+    return rotate(q, position_bt, config), rotate(k, position_bt, config), v
+
+
+def finish(config: ModelConfig, layer: Params, hidden_btm: Array, attended_bthd: Array) -> Array:
+    """The rest of a layer after attention: output projection, residuals and the gated MLP."""
+    out = jnp.einsum("bthd,hdm->btm", attended_bthd, layer["o_hdm"])
+    if config.out_bias:
+        out = out + layer["o_bias_m"][None, None]
+    hidden = hidden_btm + out
+    x = rms_norm(hidden, layer["mlp_norm_m"], config.rms_eps)
+    gate, up = x @ layer["gate_mf"], x @ layer["up_mf"]
+    if config.mlp_bias:
+        gate, up = gate + layer["gate_bias_f"][None, None], up + layer["up_bias_f"][None, None]
+    out = (jax.nn.silu(gate) * up) @ layer["down_fm"]
+    if config.mlp_bias:
+        out = out + layer["down_bias_m"][None, None]
+    return hidden + out
+
+
+def unembed(config: ModelConfig, params: Params, hidden_btm: Array) -> Array:
+    """Logits [b, t, v], float32."""
+    x = rms_norm(hidden_btm, params["final_norm_m"], config.rms_eps)
+    head = params["embed_vm" if config.tied_embeddings else "head_vm"]
+    return jnp.einsum("btm,vm->btv", x, head, preferred_element_type=jnp.float32)

@@ -1,0 +1,360 @@
+"""Hugging Face checkpoints: from a directory or a hub id to our parameters, and back."""
+
+import contextlib
+import functools
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import chex
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import numpy as np
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from jax import Array
+from jax.typing import DTypeLike
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from fkv.errors import UserError
+from fkv.models.config import ARCHITECTURES, ModelConfig, from_hf, read
+from fkv.models.decoder import Params, param_shapes
+
+# Our names to Hugging Face's. These arrays are the same on both sides.
+_TOP = {
+    "embed_vm": "model.embed_tokens.weight",
+    "final_norm_m": "model.norm.weight",
+    "head_vm": "lm_head.weight",
+}
+# Our names to those below `model.layers.N.`, and how many leading axes of ours are inputs: a
+# Linear's weight is [out, in] there and [*in, *out] here; norms and biases have outputs only.
+_LAYER = {
+    "attn_norm_m": ("input_layernorm.weight", 0),
+    "q_mhd": ("self_attn.q_proj.weight", 1),
+    "k_mkd": ("self_attn.k_proj.weight", 1),
+    "v_mkd": ("self_attn.v_proj.weight", 1),
+    "o_hdm": ("self_attn.o_proj.weight", 2),
+    "mlp_norm_m": ("post_attention_layernorm.weight", 0),
+    "gate_mf": ("mlp.gate_proj.weight", 1),
+    "up_mf": ("mlp.up_proj.weight", 1),
+    "down_fm": ("mlp.down_proj.weight", 1),
+    "q_norm_d": ("self_attn.q_norm.weight", 0),
+    "k_norm_d": ("self_attn.k_norm.weight", 0),
+    "q_bias_hd": ("self_attn.q_proj.bias", 0),
+    "k_bias_kd": ("self_attn.k_proj.bias", 0),
+    "v_bias_kd": ("self_attn.v_proj.bias", 0),
+    "o_bias_m": ("self_attn.o_proj.bias", 0),
+    "gate_bias_f": ("mlp.gate_proj.bias", 0),
+    "up_bias_f": ("mlp.up_proj.bias", 0),
+    "down_bias_m": ("mlp.down_proj.bias", 0),
+}
+# What a checkpoint may hold beside the decoder: ForesightKV's released scorers, and the rotary
+# buffers that old versions of transformers saved.
+_JUDGE = "model.layers.{}.self_attn.judge_model."
+_BESIDE = re.compile(
+    r"model\.layers\.\d+\.self_attn\.judge_model\..+|model\..*rotary_emb\.inv_freq"
+)
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+class _Tensor(NamedTuple):
+    """One tensor of the decoder: its name and shape in a checkpoint, and its place in ours."""
+
+    name: str
+    shape: tuple[int, ...]
+    ours: str
+    layer: int | None
+
+
+class _Stored(NamedTuple):
+    """What the header of a safetensors file says of one tensor."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def load(
+    path_or_hub_id: str | Path, dtype: DTypeLike | None = None, revision: str | None = None
+) -> tuple[ModelConfig, Params]:
+    """Loads a Qwen3, Qwen2 or Llama checkpoint tensor by tensor onto the default device.
+
+    Args:
+      path_or_hub_id: a directory with `config.json` and `model.safetensors` or its shards, or the
+        id of a model on the Hugging Face hub, which is downloaded to its cache.
+      dtype: float32, bfloat16 or float16; None keeps the stored one (the widest where a
+        checkpoint mixes them, so that the parameters always have one dtype).
+      revision: branch, tag or commit on the hub.
+
+    Returns:
+      The config and the parameters as laid out in `fkv.models.decoder`.
+
+    Raises:
+      UserError: the checkpoint is absent, damaged, or is not the decoder its config describes.
+    """
+    if dtype is not None:
+        try:
+            dtype = jnp.dtype(dtype)
+        except TypeError:
+            pass
+        if str(dtype) not in _DTYPES.values():
+            raise UserError(f"dtype {dtype!r} is not supported; use {_some(_DTYPES.values())}")
+    directory = _directory(path_or_hub_id, revision)
+    config = read(directory)
+    stored = _stored(directory)
+    tensors = list(_tensors(config))
+    names = {t.name for t in tensors}
+    beside = {_TOP["head_vm"]} if config.tied_embeddings else set()
+    _refuse(
+        directory,
+        "tensors that do not belong to this decoder",
+        [n for n in stored if n not in names | beside and not _BESIDE.fullmatch(n)],
+    )
+    _check(directory, {t.name: t.shape for t in tensors}, stored)
+    if dtype is None:
+        dtype = jnp.result_type(*{jnp.dtype(_DTYPES[stored[name].dtype]) for name in names})
+
+    shapes = param_shapes(config)["layers"]
+    params = {"layers": {name: jnp.zeros(leaf.shape, dtype) for name, leaf in shapes.items()}}
+    for path in sorted({stored[name].path for name in names}):
+        with _open(path) as file:
+            for t in tensors:
+                if stored[t.name].path != path:
+                    continue
+                tensor = file.get_tensor(t.name)
+                if t.layer is None:
+                    params[t.ours] = jnp.asarray(tensor, dtype)
+                else:
+                    stack = _insert(params["layers"][t.ours], tensor, t.layer)
+                    # Reading runs ahead of the device: without waiting the host fills up.
+                    params["layers"][t.ours] = stack.block_until_ready()
+    return config, params
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _insert(stack: Array, tensor: Array, layer: Array) -> Array:
+    """Writes one tensor of a checkpoint into its row of the stacked parameter, in place."""
+    row = tensor.T.reshape(stack.shape[1:]).astype(stack.dtype)
+    return jax.lax.dynamic_update_index_in_dim(stack, row, layer, 0)
+
+
+def save(directory: str | Path, config: ModelConfig, params: Params) -> None:
+    """Writes a Hugging Face directory that `transformers` (4 and 5) and `load` read.
+
+    Raises:
+      UserError: no Hugging Face config of the family describes this decoder.
+    """
+    chex.assert_trees_all_equal_shapes(params, param_shapes(config))
+    dtype = jnp.result_type(*jax.tree.leaves(params)).name
+    description = _describe(config, dtype)
+    if from_hf(description) != config:
+        raise UserError(f"no {config.family} config.json can describe {config}")
+
+    host, tensors = jax.device_get(params), {}
+    for t in _tensors(config):
+        if t.layer is None:
+            tensor = host[t.ours]
+        else:
+            tensor = host["layers"][t.ours][t.layer].reshape(t.shape[::-1]).T
+        # safetensors writes the memory as it lies, whatever the strides say.
+        tensors[t.name] = np.ascontiguousarray(tensor)
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(description, indent=2) + "\n")
+
+
+def load_judges(path_or_hub_id: str | Path, revision: str | None = None) -> dict[str, np.ndarray]:
+    """Reads the scorers of a released ForesightKV checkpoint, as released.
+
+    Their output is an *eviction* score (higher is dropped first): negate `w2` and `b2` for ours.
+
+    Returns:
+      float32 arrays `w1 [layers, K, F, 16]`, `b1 [layers, K, 16]`, `w2 [layers, K, 16]` and
+      `b2 [layers, K]`, for K KV heads and `F = 2 * head_dim + 8 * group_size` features.
+
+    Raises:
+      UserError: the checkpoint has no scorers, or not those of its decoder.
+    """
+    directory = _directory(path_or_hub_id, revision)
+    config = read(directory)
+    stored = _stored(directory)
+    heads, features = config.kv_heads, 2 * config.head_dim + 8 * config.group_size
+    shapes = {
+        "fc1.weight": (heads, features, 16),
+        "fc1.bias": (heads, 16),
+        "fc2.weight": (heads, 16, 1),
+        "fc2.bias": (heads, 1),
+    }
+    layers = [_JUDGE.format(i) for i in range(config.layers)]
+    _check(directory, {p + name: shape for p in layers for name, shape in shapes.items()}, stored)
+
+    def stack(name):
+        rows = []
+        for prefix in layers:
+            with _open(stored[prefix + name].path) as file:
+                rows.append(file.get_tensor(prefix + name).astype(np.float32))
+        return np.stack(rows)
+
+    return {
+        "w1": stack("fc1.weight"),
+        "b1": stack("fc1.bias"),
+        "w2": stack("fc2.weight")[..., 0],
+        "b2": stack("fc2.bias")[..., 0],
+    }
+
+
+def _tensors(config: ModelConfig) -> Iterator[_Tensor]:
+    """Every tensor of a checkpoint of this decoder."""
+    shapes = param_shapes(config)
+    for ours, name in _TOP.items():
+        if ours in shapes:
+            yield _Tensor(name, shapes[ours].shape, ours, None)
+    for ours, leaf in shapes["layers"].items():
+        name, inputs = _LAYER[ours]
+        shape = (math.prod(leaf.shape[1 + inputs :]),)
+        if inputs:
+            shape += (math.prod(leaf.shape[1 : 1 + inputs]),)
+        for layer in range(config.layers):
+            yield _Tensor(f"model.layers.{layer}.{name}", shape, ours, layer)
+
+
+def _directory(path_or_hub_id: str | Path, revision: str | None) -> Path:
+    """The directory itself, or that of the downloaded snapshot of a hub id."""
+    name = str(path_or_hub_id)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if revision is not None:
+            raise UserError(f"{path}: revision {revision!r} is for a hub id; this is a directory")
+        return path
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        raise UserError(f"{path}: no such directory, and not a hub id of the form owner/name")
+    try:
+        snapshot = huggingface_hub.snapshot_download(
+            name, revision=revision, allow_patterns=["*.json", "*.safetensors"]
+        )
+    except GatedRepoError:
+        raise UserError(
+            f"{name}: access is gated; accept the terms at https://huggingface.co/{name} "
+            "and log in with `hf auth login`"
+        ) from None
+    except RepositoryNotFoundError:
+        raise UserError(
+            f"{name}: no such directory, and no such model on the Hugging Face hub; "
+            "check the spelling, or log in with `hf auth login` if it is private"
+        ) from None
+    except RevisionNotFoundError:
+        raise UserError(f"{name}: the hub has no revision {revision!r} of this model") from None
+    # Without a network, the hub's client raises whatever its HTTP library of the day raises.
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"{name}: no such directory, and the download from the Hugging Face hub failed "
+            f"({type(error).__name__}: {reason}); check the network, or give a local directory"
+        ) from error
+    return Path(snapshot)
+
+
+def _stored(directory: Path) -> dict[str, _Stored]:
+    """The tensors of a checkpoint by name, from the headers of its files alone."""
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if single.is_file():
+        paths = [single]
+    elif index.is_file():
+        try:
+            shards = set(json.loads(index.read_text())["weight_map"].values())
+            paths = [directory / shard for shard in sorted(shards)]
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise UserError(f"{index}: not an index of shards; download it again") from None
+    else:
+        raise UserError(
+            f"{directory}: neither {single.name} nor {index.name} is here; "
+            "checkpoints are read from safetensors only"
+        )
+    stored = {}
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"{path}: no such file, though {index.name} names it; download it")
+        with _open(path) as file:
+            for name in file.keys():
+                view = file.get_slice(name)
+                stored[name] = _Stored(path, tuple(view.get_shape()), view.get_dtype())
+    return stored
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: unreadable ({error}); download the file again") from None
+
+
+def _check(directory: Path, wanted: dict[str, tuple[int, ...]], stored: dict[str, _Stored]):
+    """Refuses a checkpoint in which wanted tensors are missing, misshapen or quantised."""
+    _refuse(directory, "tensors that are missing", [n for n in wanted if n not in stored])
+    _refuse(
+        directory,
+        "tensors of the wrong shape",
+        [
+            f"{name} {list(stored[name].shape)} instead of {list(shape)}"
+            for name, shape in wanted.items()
+            if stored[name].shape != shape
+        ],
+    )
+    _refuse(
+        directory,
+        f"tensors that are not {_some(_DTYPES.values())}",
+        [f"{n} {stored[n].dtype}" for n in wanted if stored[n].dtype not in _DTYPES],
+    )
+
+
+def _refuse(directory: Path, what: str, names: list[str]):
+    if names:
+        raise UserError(
+            f"{directory}: {len(names)} {what}: {_some(names)}; "
+            "is config.json that of this checkpoint, and is the checkpoint complete?"
+        )
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + rest
+
+
+def _describe(config: ModelConfig, dtype: str) -> dict:
+    """The `config.json` of a decoder."""
+    c = config
+    scaling = dict(c.rope_scaling)
+    return {
+        "architectures": [{v: k for k, v in ARCHITECTURES.items()}[c.family]],
+        "model_type": c.family,
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.width,
+        "intermediate_size": c.mlp_width,
+        "num_hidden_layers": c.layers,
+        "num_attention_heads": c.heads,
+        "num_key_value_heads": c.kv_heads,
+        "head_dim": c.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": c.rms_eps,
+        # transformers 4 reads the first two, 5 and later the third.
+        "rope_theta": c.rope_theta,
+        "rope_scaling": scaling or None,
+        "rope_parameters": {"rope_type": "default", **scaling, "rope_theta": c.rope_theta},
+        "attention_bias": c.out_bias,
+        "mlp_bias": c.mlp_bias,
+        "tie_word_embeddings": c.tied_embeddings,
+        "max_position_embeddings": c.max_positions,
+        "torch_dtype": dtype,
+        "dtype": dtype,
+        # Llama's defaults (1 and 2) would be tokens of another vocabulary.
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }

@@ -1,0 +1,50 @@
+"""Mapping over devices; the only file that names them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from fkv.errors import UserError
+
+AXIS = "data"
+
+
+def device_count() -> int:
+    """Devices that a batch is split over."""
+    return jax.local_device_count()
+
+
+def pmap(step: Callable[..., tuple[Any, Any]], constants: int, batched: int) -> Callable:
+    """Maps a per-device step over the axis `data`.
+
+    Args:
+      step: of `constants` arguments that every device gets whole, then `batched` arguments that
+        are split along their first axis, one part a device. Its results must be the same on every
+        device: it speaks to the others by collectives over `AXIS`.
+
+    Returns:
+      The step over whole batches [devices * b, ...].
+    """
+    mapped = jax.pmap(
+        step, axis_name=AXIS, in_axes=(*[None] * constants, *[0] * batched), out_axes=None
+    )
+
+    def call(*args):
+        return mapped(*args[:constants], *(_split(x) for x in args[constants:]))
+
+    return call
+
+
+def check_batch(batch: int) -> None:
+    """Refuses a batch that can't be split evenly."""
+    if batch % device_count():
+        raise UserError(
+            f"batch = {batch} can't be split over {device_count()} devices; use a multiple of that"
+        )
+
+
+def _split(x):
+    devices = device_count()
+    return np.reshape(x, (devices, x.shape[0] // devices, *x.shape[1:]))

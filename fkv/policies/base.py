@@ -1,0 +1,134 @@
+"""What an eviction policy is, and the registry of all policies.
+
+A policy scores the cached entries of one layer when the staging ring is full; the engine drops the
+`L` least important. Importance: higher is kept. A policy is a registered dataclass: its array
+fields are parameters with a leading layer axis (the engine hands each layer its slice), its other
+fields are static. A new policy is one file: a subclass of `Policy` under `@register("name")`.
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from fkv import attention
+from fkv import cache as kv
+from fkv.errors import UserError
+
+
+@flax.struct.dataclass
+class View:
+    """All that a policy sees of one layer at an eviction.
+
+    Attributes:
+      cache: the `B + L` entries, the newest `L` in slots [B, B + L) in the order they came.
+      query_blhd, query_position_bl: the last `L` queries, rotated; position -1 is padding.
+      chunk: index of the chunk of `L` tokens just processed, int32.
+      random_b: one PRNG key per row, different in every layer and chunk.
+      statistics: attention statistics, when the policy asks for them, else None.
+      cumulative_bksg, decayed_bksg: sums of attention since each entry came (same condition).
+      budget: B.
+    """
+
+    cache: kv.Cache
+    query_blhd: Array
+    query_position_bl: Array
+    chunk: Array
+    random_b: Array
+    statistics: attention.Statistics | None
+    budget: int = flax.struct.field(pytree_node=False)
+
+    @property
+    def interval(self) -> int:
+        return self.cache.position_bks.shape[-1] - self.budget
+
+    @property
+    def cumulative_bksg(self) -> Array:
+        return self.cache.entry["cumulative"]
+
+    @property
+    def decayed_bksg(self) -> Array:
+        return self.cache.entry["decayed"]
+
+
+@flax.struct.dataclass
+class Policy:
+    """Base of all policies.
+
+    Class attributes:
+      needs_statistics: whether `score` reads the statistics of the view.
+      statistics_form: see `attention.statistics`.
+      evicts: False for the full cache.
+    """
+
+    needs_statistics: ClassVar[bool] = False
+    statistics_form: ClassVar[str] = "windowed"
+    evicts: ClassVar[bool] = True
+
+    def score(self, view: View) -> Array:
+        """Importance [b, k, s] of every slot, float32; empty slots may hold anything."""
+        raise NotImplementedError
+
+    def protected(self, view: View) -> int:
+        """How many of the newest entries can't be dropped; the interval, unless said."""
+        return view.interval
+
+    def evict(self, view: View) -> Array:
+        """Slots to drop [b, k, L]."""
+        importance = self.score(view)
+        newest = jnp.arange(importance.shape[-1]) >= importance.shape[-1] - self.protected(view)
+        importance = jnp.where(newest[None, None], jnp.inf, importance)
+        return kv.choose(importance, view.cache.position_bks, view.interval)
+
+
+_REGISTRY: dict[str, Callable[..., Policy]] = {}
+
+
+def register(name: str) -> Callable[[type[Policy]], type[Policy]]:
+    """Class decorator: makes a policy known under `name`."""
+
+    def add(policy: type[Policy]) -> type[Policy]:
+        if name in _REGISTRY:
+            raise ValueError(f"policy {name!r} is registered twice")
+        _REGISTRY[name] = policy
+        return policy
+
+    return add
+
+
+def names() -> list[str]:
+    """All registered names, sorted."""
+    return sorted(_REGISTRY)
+
+
+def get(name: str, **fields: Any) -> Policy:
+    """The policy of that name with the given fields.
+
+    Raises:
+      UserError: no policy has this name (the known ones are listed), or it has no such field.
+    """
+    if name not in _REGISTRY:
+        raise UserError(f"policy {name!r} is not known; known are {', '.join(names())}")
+    known = _REGISTRY[name].__dataclass_fields__
+    wrong = sorted(set(fields) - set(known))
+    if wrong:
+        has = ", ".join(known) or "none"
+        raise UserError(f"policy {name!r} has no field {', '.join(wrong)}; it has {has}")
+    return _REGISTRY[name](**fields)
+
+
+def by_position(position_bks: Array) -> tuple[Array, Array]:
+    """Permutation of the slots into the order of positions, and its inverse, [b, k, s] each."""
+    order = jnp.argsort(position_bks, axis=-1)
+    return order, jnp.argsort(order, axis=-1)
+
+
+def max_pool(x_bks: Array, kernel: int) -> Array:
+    """Max over a centred window of `kernel` (odd) along the last axis, same length."""
+    side = kernel // 2
+    return jax.lax.reduce_window(
+        x_bks, -jnp.inf, jax.lax.max, (1, 1, kernel), (1, 1, 1), ((0, 0), (0, 0), (side, side))
+    )

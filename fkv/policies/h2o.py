@@ -1,0 +1,17 @@
+"""H2O: heavy hitters, by all the attention an entry has received."""
+
+import flax.struct
+from jax import Array
+
+from fkv.policies.base import Policy, View, register
+
+
+@register("h2o")
+@flax.struct.dataclass
+class H2O(Policy):
+    """Keeps what has the largest cumulative attention, mean over the group (arXiv 2306.14048)."""
+
+    needs_statistics = True
+
+    def score(self, view: View) -> Array:
+        return view.cumulative_bksg.mean(-1)

@@ -1,0 +1,17 @@
+"""Uniformly random eviction."""
+
+import flax.struct
+import jax
+from jax import Array
+
+from fkv.policies.base import Policy, View, register
+
+
+@register("random")
+@flax.struct.dataclass
+class Random(Policy):
+    """Every candidate is as likely to go as any other; draws depend on the row's key alone."""
+
+    def score(self, view: View) -> Array:
+        shape = view.cache.position_bks.shape[1:]
+        return jax.vmap(lambda key: jax.random.uniform(key, shape))(view.random_b)

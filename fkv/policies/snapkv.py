@@ -1,0 +1,49 @@
+"""SnapKV: what the newest queries attend to, pooled along the sequence."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from fkv import attention
+from fkv.policies.base import Policy, View, by_position, max_pool, register
+
+
+def window_attention(view: View, window: int) -> Array:
+    """Attention of the last `window` queries on the entries before them, [b, k, s].
+
+    The max over the group's heads is taken before the softmax, the softmax over the keys before
+    the window alone; the mean over the window's queries. Zero inside the window.
+    """
+    slots = view.cache.position_bks.shape[-1]
+    before = (jnp.arange(slots) < slots - window)[None, None, None]
+    query, position = view.query_blhd[:, -window:], view.query_position_bl[:, -window:]
+    seen = attention.visible(position, view.cache.position_bks) & before
+    x = attention.logits(query, view.cache.key_bksd, seen).max(2)  # [b, k, q, s]
+    return jnp.where(seen, jax.nn.softmax(x, axis=-1), 0.0).mean(2)
+
+
+def pooled_attention(view: View, window: int, kernel: int) -> Array:
+    """`window_attention`, max-pooled over neighbours in the order of positions, [b, k, s]."""
+    score = window_attention(view, window)
+    order, inverse = by_position(view.cache.position_bks)
+    score = max_pool(jnp.take_along_axis(score, order, axis=-1), kernel)
+    return jnp.take_along_axis(score, inverse, axis=-1)
+
+
+@register("snapkv")
+@flax.struct.dataclass
+class SnapKV(Policy):
+    """Keeps the entries that the last `window` queries attend to, and the window itself.
+
+    arXiv 2404.14469, compressing at every eviction.
+    """
+
+    window: int = flax.struct.field(pytree_node=False, default=8)
+    kernel: int = flax.struct.field(pytree_node=False, default=7)
+
+    def protected(self, view: View) -> int:
+        return min(self.window, view.interval)
+
+    def score(self, view: View) -> Array:
+        return pooled_attention(view, self.protected(view), self.kernel)

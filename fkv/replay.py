@@ -1,0 +1,254 @@
+"""A whole trace through the model under an eviction policy, chunk by chunk.
+
+The tokens are known, so replay is layer-outer: a layer projects all `T` tokens at once, then scans
+over chunks of `L` for attention and eviction alone, and only one layer's cache is alive. Every
+chunk attends to the survivors plus itself, so hidden states are those of an evicted cache.
+
+Rows are right-padded: `length_b` says how many tokens of each are real, and what happens to a row
+depends on its own tokens alone. Eviction `e` of a row happens after `B + L + e * L` tokens.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from fkv import attention, golden, models
+from fkv import cache as kv
+from fkv.errors import UserError
+from fkv.models import ModelConfig
+from fkv.policies.base import Policy, View
+from fkv.policies.forced import Forced
+
+DECAY = 0.9
+
+Observer = Callable[[Any, Policy, View, Array], tuple[Any, Any]]
+
+
+def row_positions(token_bt: Array, length_b: Array) -> Array:
+    """Absolute positions [b, t], -1 after a row's end."""
+    index = jnp.arange(token_bt.shape[1], dtype=jnp.int32)[None]
+    return jnp.where(index < length_b[:, None], index, -1)
+
+
+def _accumulate(cache: kv.Cache, stats: attention.Statistics, position_bl: Array) -> kv.Cache:
+    """Adds an interval's attention to the sums that travel with the entries."""
+    budget = cache.position_bks.shape[-1] - position_bl.shape[-1]
+    # Nothing decays while the first B tokens fill the cache.
+    full = position_bl.max(-1) >= budget
+    decay = jnp.where(full, DECAY, 1.0)[:, None, None, None]
+    staged = (jnp.arange(cache.position_bks.shape[-1]) >= budget)[None, None, :, None]
+    before = jax.tree.map(lambda x: jnp.where(staged, 0.0, x), cache.entry)
+    entry = {
+        "cumulative": before["cumulative"] + stats.total,
+        "decayed": decay * before["decayed"] + stats.total,
+    }
+    return cache.replace(entry=entry)
+
+
+def _ignore(acc, policy, view, evict):
+    return acc, ()
+
+
+def layer_pass(
+    policy: Policy,
+    q_bthd: Array,
+    k_btkd: Array,
+    v_btkd: Array,
+    position_bt: Array,
+    random_b: Array,
+    budget: int,
+    interval: int,
+    observe: Observer = _ignore,
+    acc: Any = (),
+) -> tuple[Array, Any, Any]:
+    """Attention of one layer over an evicted cache.
+
+    Args:
+      policy: with its arrays sliced to this layer.
+      random_b: one PRNG key per row, of this layer.
+      observe: called at every eviction with (acc, policy, view, evicted slots [b, k, l]);
+        returns the new accumulator and something to stack over chunks. The first `B / L`
+        evictions only take the first `B` tokens in.
+      acc: the accumulator's start.
+
+    Returns:
+      Attended values [b, t, h, d], the accumulator, and what was stacked over `ceil(T / L)`
+      chunks.
+    """
+    kv.check_sizes(budget, interval)
+    b, t, h, d = q_bthd.shape
+    k, chunks = k_btkd.shape[2], -(-t // interval)
+
+    def split(x, value=0):
+        pad = [(0, 0)] * x.ndim
+        pad[1] = (0, chunks * interval - t)
+        x = jnp.pad(x, pad, constant_values=value)
+        return jnp.moveaxis(x.reshape(b, chunks, interval, *x.shape[2:]), 1, 0)
+
+    entry = ()
+    if policy.needs_statistics:
+        sums = jax.ShapeDtypeStruct((h // k,), jnp.float32)
+        entry = {"cumulative": sums, "decayed": sums}
+    cache = kv.init(b, k, budget + interval, d, k_btkd.dtype, entry)
+
+    def step(state, inputs):
+        cache, acc = state
+        chunk, q, key, value, position = inputs
+        cache = kv.append(cache, budget, key, value, position)
+        seen = attention.visible(position, cache.position_bks)
+        out, _ = attention.attend(q, cache.key_bksd, cache.value_bksd, seen)
+        stats = None
+        if policy.needs_statistics:
+            stats = attention.statistics(
+                q, position, cache.key_bksd, cache.position_bks, policy.statistics_form
+            )
+            cache = _accumulate(cache, stats, position)
+        random = jax.vmap(lambda key: jax.random.fold_in(key, chunk))(random_b)
+        view = View(cache, q, position, chunk, random, stats, budget)
+        evict = policy.evict(view)
+        acc, seen = observe(acc, policy, view, evict)
+        return (kv.admit(cache, evict), acc), (out, seen)
+
+    inputs = (jnp.arange(chunks), split(q_bthd), split(k_btkd), split(v_btkd))
+    inputs += (split(position_bt, -1),)
+    (_, acc), (out, observed) = jax.lax.scan(step, (cache, acc), inputs)
+    out = jnp.moveaxis(out, 0, 1).reshape(b, chunks * interval, h, d)
+    return out[:, :t], acc, observed
+
+
+def row_keys(key: Array, batch: int) -> Array:
+    """One PRNG key per row of a batch."""
+    return jax.random.split(key, batch)
+
+
+def replay(
+    config: ModelConfig,
+    params: models.Params,
+    token_bt: Array,
+    length_b: Array,
+    policy: Policy,
+    budget: int,
+    interval: int,
+    random_b: Array | None = None,
+    observe: Observer = _ignore,
+    acc: Any = (),
+) -> tuple[Array, Any, Any]:
+    """Runs traces under a policy.
+
+    Args:
+      token_bt: right-padded token ids.
+      length_b: tokens of each row.
+      policy: any policy; `full` runs one pass over the whole sequence.
+      random_b: one PRNG key per row, for policies that draw.
+      observe, acc: see `layer_pass`; not called by `full`.
+
+    Returns:
+      Hidden states after the last layer [b, t, m], accumulators [layers, ...], and what was
+      observed [layers, chunks, ...].
+    """
+    position = row_positions(token_bt, length_b)
+    if random_b is None:
+        random_b = row_keys(jax.random.key(0), token_bt.shape[0])
+
+    def layer(hidden, inputs):
+        index, weights, layer_policy = inputs
+        q, k, v = models.project(config, weights, hidden, position)
+        if policy.evicts:
+            random = jax.vmap(lambda key: jax.random.fold_in(key, index))(random_b)
+            out, layer_acc, observed = layer_pass(
+                layer_policy, q, k, v, position, random, budget, interval, observe, acc
+            )
+        else:
+            out, _ = attention.full_attention(q, k, v, position)
+            layer_acc, observed = acc, ()
+        return models.finish(config, weights, hidden, out), (layer_acc, observed)
+
+    inputs = (jnp.arange(config.layers), params["layers"], policy)
+    hidden, (accs, observed) = jax.lax.scan(layer, models.embed(params, token_bt), inputs)
+    return hidden, accs, observed
+
+
+def golden_layer(
+    config: ModelConfig,
+    weights: models.Params,
+    hidden_btm: Array,
+    position_bt: Array,
+    budget: int,
+    interval: int,
+) -> tuple[Array, golden.Labels]:
+    """One layer of the full pass: its output and its golden evictions."""
+    q, k, v = models.project(config, weights, hidden_btm, position_bt)
+    out, lse = attention.full_attention(q, k, v, position_bt)
+    labels = golden.from_attention(q, k, lse, position_bt, budget, interval)
+    return models.finish(config, weights, hidden_btm, out), labels
+
+
+def golden_policy(
+    config: ModelConfig,
+    params: models.Params,
+    token_bt: Array,
+    length_b: Array,
+    budget: int,
+    interval: int,
+) -> tuple[Forced, golden.Labels, Array]:
+    """The golden evictions of all layers, from one full pass.
+
+    Returns:
+      The policy that forces them, the labels [layers, e, ...], and the full-cache hidden states.
+    """
+    position = row_positions(token_bt, length_b)
+
+    def layer(hidden, weights):
+        return golden_layer(config, weights, hidden, position, budget, interval)
+
+    hidden, labels = jax.lax.scan(layer, models.embed(params, token_bt), params["layers"])
+    return Forced(labels.evict_position_ebkl), labels, hidden
+
+
+@flax.struct.dataclass
+class TokenLosses:
+    """Per-token results of a pass: entry i is about predicting token i + 1 from its prefix.
+
+    Attributes:
+      nll_bt: negative log-likelihood of the next token, nats, [b, t - 1].
+      entropy_bt: entropy of the prediction, nats, [b, t - 1].
+    """
+
+    nll_bt: Array
+    entropy_bt: Array
+
+
+def token_losses(
+    config: ModelConfig, params: models.Params, hidden_btm: Array, token_bt: Array, block: int = 512
+) -> TokenLosses:
+    """Losses of a pass from its last hidden states; logits exist for one block at a time."""
+    b, t, m = hidden_btm.shape
+    block = min(block, t - 1)
+    blocks = -(-(t - 1) // block)
+    pad = ((0, 0), (0, blocks * block - (t - 1)))
+    hidden = jnp.pad(hidden_btm[:, :-1], (*pad, (0, 0))).reshape(b, blocks, block, m)
+    target = jnp.pad(token_bt[:, 1:], pad).reshape(b, blocks, block)
+
+    def one(inputs):
+        hidden, target = inputs
+        log_p = jax.nn.log_softmax(models.unembed(config, params, hidden))
+        nll = -jnp.take_along_axis(log_p, target[..., None], axis=-1)[..., 0]
+        return TokenLosses(nll, -(jnp.exp(log_p) * log_p).sum(-1))
+
+    losses = jax.lax.map(one, (jnp.moveaxis(hidden, 1, 0), jnp.moveaxis(target, 1, 0)))
+    return jax.tree.map(
+        lambda x: jnp.moveaxis(x, 0, 1).reshape(b, blocks * block)[:, : t - 1], losses
+    )
+
+
+def check_lengths(lengths, budget: int, interval: int) -> None:
+    """Refuses a batch in which no row is long enough to see an eviction."""
+    if max(lengths) <= budget + interval:
+        raise UserError(
+            f"the longest trace has {max(lengths)} tokens, but nothing is evicted before "
+            f"budget + interval = {budget + interval}; use longer traces or a smaller budget"
+        )

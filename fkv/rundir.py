@@ -1,0 +1,201 @@
+"""The directory of a run: its config, its commit, its metrics and its checkpoints."""
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+
+import fkv
+from fkv import checkpoint
+from fkv.errors import UserError
+
+
+@dataclasses.dataclass
+class Run:
+    """An open run directory; `open_run` makes one. Only process 0 writes to it.
+
+    Attributes:
+      path: `config.json`, `commit.txt`, `metrics.jsonl`, `tb/` and `checkpoints/` lie here.
+      config: the resolved config as plain JSON data.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    _board: Any = None
+
+    def resume(self, target: Any) -> checkpoint.Checkpoint | None:
+        """Restore the newest checkpoint into the structure of `target`; None if there is none.
+
+        Metrics of later steps (of all steps, if there is no checkpoint) are forgotten, since those
+        steps will run again.
+
+        Raises:
+          UserError: see `checkpoint.restore`.
+        """
+        last_step = checkpoint.latest_step(self.path)
+        restored = None if last_step is None else checkpoint.restore(self.path, target, last_step)
+        if jax.process_index() == 0:
+            last_step = -1 if last_step is None else last_step
+            _trim_metrics(self.path / "metrics.jsonl", last_step)
+            # TensorBoard reads the old event files too, and hides what the purge step tells it to.
+            self._board = _open_board(self.path, purge_step=last_step + 1)
+        return restored
+
+    def save(self, step: int, state: Any, *, keep: int = 2, **info: Any) -> None:
+        """Save a checkpoint whose info is the run's config and `info`; see `checkpoint.save`."""
+        checkpoint.save(self.path, step, state, {"config": self.config, **info}, keep=keep)
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Write one line to `metrics.jsonl`, and the scalars among `metrics` to TensorBoard.
+
+        Values may be numbers, arrays, strings, or lists and dicts of them. NaN and infinity, which
+        JSON cannot express, become null.
+        """
+        if jax.process_index() != 0:
+            return
+        record = {"step": int(step), **_plain(metrics)}
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._board = self._board or _open_board(self.path)
+        for name in metrics:
+            if isinstance(record[name], int | float):
+                self._board.add_scalar(name, record[name], int(step))
+        self._board.flush()
+
+    def close(self) -> None:
+        """Close the TensorBoard file."""
+        if self._board is not None:
+            self._board.close()
+
+
+def open_run(
+    workdir: str | os.PathLike, config: ml_collections.ConfigDict, may_differ: Sequence[str] = ()
+) -> Run:
+    """Create the run directory `workdir`, or open it again to go on with the same config.
+
+    Args:
+      may_differ: dotted names of fields, or of groups of fields, that may change between openings
+        because no result depends on them; `config.json` takes their newest values.
+
+    Raises:
+      UserError: `workdir` cannot be written, or holds a run with another config.
+    """
+    path = Path(workdir)
+    data = json.loads(json.dumps(config.to_dict()))  # tuples become lists, as in config.json
+    if jax.process_index() != 0:
+        return Run(path, data)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        _check_config(path / "config.json", data, may_differ)
+        _write(path / "config.json", json.dumps(data, indent=1) + "\n")
+        _note_commit(path / "commit.txt")
+    except OSError as error:
+        raise UserError(
+            f"cannot write run directory {path}: {error.strerror}; choose another --workdir"
+        ) from error
+    _trim_metrics(path / "metrics.jsonl")
+    return Run(path, data)
+
+
+def _open_board(path: Path, purge_step: int | None = None):
+    import tensorboardX  # slow where torch is installed, which it imports
+
+    # The suffix keeps two openings within one second from sharing a file.
+    suffix = f".{time.time_ns()}"
+    return tensorboardX.SummaryWriter(
+        str(path / "tb"), purge_step=purge_step, filename_suffix=suffix
+    )
+
+
+def _check_config(path: Path, new: dict[str, Any], may_differ: Sequence[str]) -> None:
+    if not path.exists():
+        return
+    try:
+        old_fields = dict(_fields(json.loads(path.read_text())))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}): use another --workdir") from error
+    new_fields = dict(_fields(new))
+    differing = [
+        f"{name}: {old_fields.get(name, 'absent')} -> {new_fields.get(name, 'absent')}"
+        for name in sorted({*old_fields, *new_fields})
+        if old_fields.get(name, ...) != new_fields.get(name, ...)
+        and not any(f"{name}.".startswith(f"{prefix}.") for prefix in may_differ)
+    ]
+    if differing:
+        raise UserError(
+            f"{path.parent} holds a run with another config ({'; '.join(differing)}): "
+            "use another --workdir"
+        )
+
+
+def _fields(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _fields(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _note_commit(path: Path) -> None:
+    # A run that goes on under newer code has a line for each.
+    commits = path.read_text().splitlines() if path.exists() else []
+    if (commit := source_version()) not in commits[-1:]:
+        _write(path, "".join(f"{line}\n" for line in [*commits, commit]))
+
+
+def source_version() -> str:
+    """The git commit of fkv's source, with "-dirty" if it was changed since, or fkv's version."""
+    here = Path(__file__)
+    try:
+        for command in (
+            # An fkv installed inside another project's checkout is not tracked by it.
+            ["git", "ls-files", "--error-unmatch", here.name],
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+        ):
+            done = subprocess.run(
+                command, cwd=here.parent, check=True, capture_output=True, text=True
+            )
+    except (OSError, subprocess.CalledProcessError):
+        return f"fkv {fkv.__version__}"
+    return done.stdout.strip()
+
+
+def _trim_metrics(path: Path, last_step: float = math.inf) -> None:
+    """Drop the records of later steps, and a last line that was cut off when the run was killed."""
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    kept = []
+    for number, line in enumerate(lines, 1):
+        try:
+            step = json.loads(line)["step"]
+        except (ValueError, TypeError, KeyError) as error:
+            if number == len(lines):
+                break
+            raise UserError(f"{path}, line {number} is not a record: delete that line") from error
+        if step <= last_step:
+            kept.append(line + "\n")
+    if lines:
+        _write(path, "".join(kept))
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _plain(entry) for name, entry in value.items()}
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

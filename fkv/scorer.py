@@ -1,0 +1,115 @@
+"""The scorer: one tiny MLP per (layer, KV head) that predicts the importance of an entry.
+
+Its input is the entry's rotated key, its value, and eight attention features per query head of the
+group; its output an importance, higher is kept (paper section 3.2). The released scorers give the
+opposite, an eviction score: their output weights are negated on import.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from fkv.errors import UserError
+from fkv.models import ModelConfig
+
+if TYPE_CHECKING:  # policies use scorers, not the other way round
+    from fkv.policies.base import View
+
+INPUTS = ("both", "attention", "kv")
+NORMS = ("none", "rms")
+FORMS = ("windowed", "reference")
+
+
+@dataclasses.dataclass(frozen=True)
+class ScorerConfig:
+    """What a scorer is made of; part of every scorer checkpoint.
+
+    Attributes:
+      hidden: width of the hidden layer.
+      inputs: `both`, or `attention` or `kv` alone.
+      norm: `none` as released, or `rms`: key, value and each of the eight attention features are
+        divided by their root mean square over the candidates of the state at hand.
+      form: `windowed` or `reference` attention statistics.
+    """
+
+    hidden: int = 16
+    inputs: str = "both"
+    norm: str = "none"
+    form: str = "windowed"
+
+    def __post_init__(self):
+        for field, known in (("inputs", INPUTS), ("norm", NORMS), ("form", FORMS)):
+            value = getattr(self, field)
+            if value not in known:
+                raise UserError(f"scorer.{field} = {value!r} must be one of {', '.join(known)}")
+
+    @property
+    def statistics_form(self) -> str | None:
+        """The attention statistics that the features are made of; None when they need none."""
+        return None if self.inputs == "kv" else self.form
+
+
+class Scorer(nn.Module):
+    """The scorers of one layer: [b, k, n, f] features to [b, k, n] importances, float32."""
+
+    config: ScorerConfig
+
+    @nn.compact
+    def __call__(self, feature_bknf: Array) -> Array:
+        _, k, _, f = feature_bknf.shape
+        hidden = self.config.hidden
+        dense = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", batch_axis=0)
+        w1 = self.param("w1", dense, (k, f, hidden))
+        b1 = self.param("b1", nn.initializers.zeros, (k, hidden))
+        w2 = self.param("w2", nn.initializers.normal(hidden**-0.5), (k, hidden))
+        b2 = self.param("b2", nn.initializers.zeros, (k,))
+        x = jnp.einsum("bknf,kfo->bkno", feature_bknf, w1) + b1[None, :, None]
+        x = jax.nn.gelu(x, approximate=False)
+        return jnp.einsum("bkno,ko->bkn", x, w2) + b2[None, :, None]
+
+
+def feature_size(model: ModelConfig, scorer: ScorerConfig) -> int:
+    """Length of a feature vector."""
+    kv, attention = 2 * model.head_dim, 8 * model.group_size
+    return {"both": kv + attention, "kv": kv, "attention": attention}[scorer.inputs]
+
+
+def init(key: Array, model: ModelConfig, scorer: ScorerConfig) -> dict:
+    """Random scorer parameters of all layers, stacked: w1 [y, k, f, o], b1, w2 [y, k, o], b2."""
+    example = jnp.zeros((1, model.kv_heads, 1, feature_size(model, scorer)))
+    one = lambda key: Scorer(scorer).init(key, example)["params"]  # noqa: E731
+    return jax.vmap(one)(jax.random.split(key, model.layers))
+
+
+def features(config: ScorerConfig, view: View) -> Array:
+    """Features of the `B` candidates, [b, k, n, f] float32.
+
+    In this order: key [d], value [d], then blocks of `g`: max, min and sum over the last `L`
+    queries, sum over the last 16, 8 and 32 queries, cumulative and decayed cumulative sum.
+    """
+    if config.form == "reference" and view.query_blhd.shape[2] > 8 * view.cache.key_bksd.shape[1]:
+        raise UserError("scorer.form = 'reference' is defined for at most 8 query heads a group")
+    parts = []
+    if config.inputs != "attention":
+        parts += [view.cache.key_bksd, view.cache.value_bksd]
+    if config.inputs != "kv":
+        s = view.statistics
+        parts += [s.largest, s.smallest, s.total, s.last_16, s.last_8, s.last_32]
+        parts += [view.cumulative_bksg, view.decayed_bksg]
+    parts = [x[:, :, : view.budget].astype(jnp.float32) for x in parts]
+    if config.norm == "rms":
+        parts = [
+            x * jax.lax.rsqrt(jnp.mean(x * x, axis=(-2, -1), keepdims=True) + 1e-12) for x in parts
+        ]
+    return jnp.concatenate(parts, axis=-1)
+
+
+def apply(config: ScorerConfig, params: dict, feature_bknf: Array) -> Array:
+    """Importance [b, k, n] of the candidates of one layer, from that layer's parameters."""
+    return Scorer(config).apply({"params": params}, feature_bknf)

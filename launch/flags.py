@@ -1,0 +1,144 @@
+"""The command line that every job shares: `flags.run(main)` calls `main(config, workdir)`."""
+
+import argparse
+import difflib
+import importlib.util
+import inspect
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+from absl import flags as absl_flags
+from ml_collections import config_flags
+
+from fkv.errors import UserError
+
+
+def run(
+    main: Callable[[ml_collections.ConfigDict, str], None], argv: Sequence[str] | None = None
+) -> None:
+    """Parse the command line and run `main(config, workdir)`.
+
+    A `UserError`, here or in `main`, becomes one line on stderr and exit code 2; any other
+    exception keeps its traceback.
+
+    Args:
+      argv: the command line, program first; by default `sys.argv`.
+    """
+    argv = sys.argv if argv is None else argv
+    use_compilation_cache()
+    try:
+        main(*parse(argv, sys.modules[main.__module__].__doc__))
+    except UserError as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+
+
+def parse(
+    argv: Sequence[str], description: str | None = None
+) -> tuple[ml_collections.ConfigDict, str]:
+    """The config, with its overrides, and the run directory that a command line asks for.
+
+    Raises:
+      UserError: an option, the config file, or a field of the config is unknown or ill-typed.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m launch.{Path(argv[0]).stem}",
+        description=description,
+        epilog="--config.key=value overrides a field of the config",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", metavar="configs/x.py[:arg]", help="the recipe of the run")
+    parser.add_argument("--workdir", help="run directory (default: runs/<job>_<config>)")
+    try:
+        options, rest = parser.parse_known_args(argv[1:])
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error} (see --help)") from error
+    if options.config is None:
+        raise UserError("no config given: add --config=configs/<name>.py")
+    path, _, argument = options.config.partition(":")
+    config = _load(Path(path), argument)
+    _override(config, rest)
+    name = "_".join([Path(path).stem, *argument.replace("/", "_").split()])
+    return config, options.workdir or str(Path("runs", f"{Path(argv[0]).stem}_{name}"))
+
+
+def use_compilation_cache() -> None:
+    """Keep compiled programs in ~/.cache/fkv/jax, unless $JAX_COMPILATION_CACHE_DIR says where."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/fkv/jax"))
+
+
+def _load(path: Path, argument: str) -> ml_collections.ConfigDict:
+    if not path.is_file():
+        others = sorted(p.stem for p in path.parent.glob("*.py") if p.stem != "__init__")
+        raise UserError(f"config file {path} not found{_suggest(path.stem, others)}")
+    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    if spec is None:
+        raise UserError(f"config file {path} is not a Python file: give configs/<name>.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"config file {path} has no get_config(): is it a config?")
+    arguments = [argument] if argument else []
+    try:
+        inspect.signature(module.get_config).bind(*arguments)
+    except TypeError as error:
+        wants = "takes no argument" if argument else "needs an argument"
+        raise UserError(
+            f"config file {path} {wants}: give --config={path}{'' if argument else ':<argument>'}"
+        ) from error
+    return module.get_config(*arguments).lock()
+
+
+def _override(config: ml_collections.ConfigDict, rest: Sequence[str]) -> None:
+    named = [re.match(r"--?(?:no)?config\.([^=]*)", word) for word in rest]
+    before = {match[1]: _field(config, match[1]) for match in named if match}
+    values = absl_flags.FlagValues()
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=[*rest])
+        _, *unknown = values(["", *rest])
+    except absl_flags.UnrecognizedFlagError as error:
+        raise UserError(f"unknown option --{error.flagname} (see --help)") from error
+    except (absl_flags.Error, TypeError) as error:
+        raise UserError(str(error)) from error
+    if unknown:
+        raise UserError(f"cannot make sense of {unknown[0]!r} (see --help)")
+    for name, old in before.items():
+        if isinstance(old, tuple) and old:
+            _check_entries(name, {type(entry) for entry in old}, _field(config, name))
+
+
+def _check_entries(name: str, kinds: set[type], entries: tuple) -> None:
+    # config_flags sees to the types of fields, but not of what is in a tuple.
+    for entry in entries:
+        if type(entry) not in kinds and not (type(entry) is int and float in kinds):
+            wanted = " or ".join(sorted(kind.__name__ for kind in kinds))
+            raise UserError(f"config.{name} holds {entry!r}: its entries must be {wanted}")
+
+
+def _field(config: ml_collections.ConfigDict, name: str) -> Any:
+    parent, value = "config", config
+    for key in name.split("."):
+        known = sorted(value) if isinstance(value, ml_collections.ConfigDict) else []
+        if key not in known:
+            raise UserError(f"{parent} has no field {key!r}{_suggest(key, known)}")
+        if value.get_type(key) in (list, type(None)):
+            raise UserError(f"{parent}.{key} cannot be set from here: edit the config file")
+        parent, value = f"{parent}.{key}", value[key]
+    if isinstance(value, ml_collections.ConfigDict):
+        raise UserError(f"{parent} is a group of fields: set one of {', '.join(sorted(value))}")
+    return value
+
+
+def _suggest(name: str, known: Sequence[str]) -> str:
+    if near := difflib.get_close_matches(name, known):
+        return f": did you mean {' or '.join(near)}?"
+    return f": there are {', '.join(known)}" if known else ""

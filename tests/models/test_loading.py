@@ -1,0 +1,430 @@
+import dataclasses
+import json
+from unittest import mock
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from huggingface_hub import errors
+from safetensors.numpy import load_file, save_file
+
+from fkv import models
+from fkv.errors import UserError
+from fkv.models import ModelConfig
+from fkv.models.config import from_hf, read
+from tests.models import SMALL, full_logits, random_params, tokens, torch_logits, torch_model
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+QWEN3 = ModelConfig(
+    family="qwen3",
+    vocab_size=29,
+    width=32,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=16,
+    mlp_width=48,
+    qk_norm=True,
+    tied_embeddings=True,
+    rope_theta=5e4,
+    rms_eps=1e-5,
+    max_positions=99,
+)
+CONFIGS = {
+    "qwen3": QWEN3,
+    "qwen3, biases": dataclasses.replace(
+        QWEN3,
+        qkv_bias=True,
+        out_bias=True,
+        tied_embeddings=False,
+        rope_scaling=tuple(sorted(YARN.items())),
+    ),
+    "qwen2": dataclasses.replace(
+        QWEN3, family="qwen2", qk_norm=False, qkv_bias=True, tied_embeddings=False, head_dim=8
+    ),
+    "llama, biases": dataclasses.replace(
+        QWEN3,
+        family="llama",
+        qk_norm=False,
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+        rope_scaling=tuple(sorted(LLAMA3.items())),
+    ),
+}
+configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A small tied Qwen3 checkpoint to spoil."""
+    models.save(tmp_path, QWEN3, random_params(QWEN3))
+    return tmp_path
+
+
+def edit(directory, change):
+    """Rewrites the tensors of a checkpoint."""
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors")
+
+
+def shard(directory):
+    """Splits a checkpoint into two files and an index."""
+    tensors = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    where = {name: f"part-{i % 2}.safetensors" for i, name in enumerate(sorted(tensors))}
+    for file in set(where.values()):
+        save_file({n: x for n, x in tensors.items() if where[n] == file}, directory / file)
+    index = directory / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": where}))
+
+
+def refusal(call, *args, **kwargs):
+    """The message of the refusal, which must be one line."""
+    with pytest.raises(UserError) as caught:
+        call(*args, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def assert_equal(got, want):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(got):
+        expected = want
+        for key in path:
+            expected = expected[key.key]
+        assert leaf.dtype == expected.dtype, path
+        np.testing.assert_array_equal(leaf, expected, err_msg=str(path))
+
+
+# Round trips.
+
+
+@configs
+def test_save_then_load_is_the_identity(config, tmp_path):
+    params = random_params(config)
+    models.save(tmp_path, config, params)
+    loaded_config, loaded = models.load(tmp_path)
+    assert loaded_config == config
+    assert_equal(loaded, params)
+
+
+@configs
+def test_saved_checkpoint_has_the_same_logits_in_pytorch(config, tmp_path):
+    pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    params = random_params(config)
+    models.save(tmp_path, config, params)
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    token_bt = tokens(40, config.vocab_size)
+    want = torch_logits(model, token_bt)
+    np.testing.assert_allclose(full_logits(config, params, token_bt), want, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked"), [("bfloat16", None), ("float16", "float32"), ("float32", jnp.bfloat16)]
+)
+def test_the_stored_dtype_is_kept_unless_another_is_asked_for(stored, asked, tmp_path):
+    params = random_params(QWEN3, stored)
+    models.save(tmp_path, QWEN3, params)
+    want = jax.tree.map(lambda x: x.astype(asked or stored), params)
+    assert_equal(models.load(tmp_path, dtype=asked)[1], want)
+
+
+def test_mixed_dtypes_load_as_the_widest(checkpoint):
+    def halve(tensors):
+        for name in tensors:
+            if "norm" not in name:
+                tensors[name] = tensors[name].astype(jnp.bfloat16)
+
+    edit(checkpoint, halve)
+    _, params = models.load(checkpoint)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
+    want = random_params(QWEN3)
+    np.testing.assert_array_equal(params["final_norm_m"], want["final_norm_m"])
+    assert 0 < np.abs(params["embed_vm"] - want["embed_vm"]).max() < 0.01
+
+
+def test_shards_of_pytorch_in_bfloat16(tmp_path):
+    torch = pytest.importorskip("torch")
+    model = torch_model("qwen2")
+    for parameter in model.parameters():  # model.to() would round the rotary frequencies too
+        parameter.data = parameter.data.to(torch.bfloat16)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    config, params = models.load(tmp_path)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"bfloat16"}
+    params = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
+    token_bt = tokens(40)
+    want = torch_logits(model, token_bt)
+    np.testing.assert_allclose(full_logits(config, params, token_bt), want, atol=1e-4)
+
+
+def test_what_stands_beside_the_decoder_is_ignored(checkpoint):
+    def add(tensors):
+        tensors["lm_head.weight"] = np.zeros((29, 32), np.float32)
+        tensors["model.layers.1.self_attn.rotary_emb.inv_freq"] = np.zeros(8, np.float32)
+        tensors["model.layers.0.self_attn.judge_model.fc1.weight"] = np.zeros(3, np.int8)
+
+    edit(checkpoint, add)
+    assert_equal(models.load(checkpoint)[1], random_params(QWEN3))
+
+
+def test_save_refuses_what_no_config_describes(tmp_path):
+    config = dataclasses.replace(QWEN3, mlp_bias=True)
+    assert "no qwen3 config.json" in refusal(
+        models.save, tmp_path / "new", config, random_params(config)
+    )
+    with pytest.raises(AssertionError, match="shapes"):
+        models.save(tmp_path / "new", QWEN3, random_params(dataclasses.replace(QWEN3, layers=1)))
+    assert not (tmp_path / "new").exists()
+
+
+# Refusals of a checkpoint.
+
+
+def test_missing_tensors_are_named(checkpoint):
+    def drop(tensors):
+        for name in [n for n in tensors if "q_norm" in n or ".1.mlp" in n]:
+            del tensors[name]
+
+    edit(checkpoint, drop)
+    message = refusal(models.load, checkpoint)
+    assert "5 tensors that are missing" in message and "and 2 more" in message
+    assert "model.layers.1.mlp." in message and str(checkpoint) in message
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.2.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.bias", "judge"]
+)
+def test_extra_tensors_are_named(checkpoint, name):
+    edit(checkpoint, lambda tensors: tensors.update({name: np.zeros(3)}))
+    message = refusal(models.load, checkpoint)
+    assert f"1 tensors that do not belong to this decoder: {name};" in message
+
+
+def test_head_of_an_untied_checkpoint_is_needed(checkpoint):
+    path = checkpoint / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": False}))
+    assert "missing: lm_head.weight;" in refusal(models.load, checkpoint)
+
+
+def test_misshapen_tensors_are_named(checkpoint):
+    name = "model.layers.0.self_attn.o_proj.weight"
+    edit(checkpoint, lambda tensors: tensors.update({name: tensors[name].T.copy()}))
+    assert f"{name} [64, 32] instead of [32, 64];" in refusal(models.load, checkpoint)
+
+
+def test_quantised_tensors_are_named(checkpoint):
+    name = "model.layers.0.self_attn.o_proj.weight"
+    edit(checkpoint, lambda tensors: tensors.update({name: tensors[name].astype(np.int8)}))
+    assert f"{name} I8;" in refusal(models.load, checkpoint)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float64", "bf16"])
+def test_other_dtypes_are_refused(checkpoint, dtype):
+    message = refusal(models.load, checkpoint, dtype=dtype)
+    assert dtype in message and "bfloat16" in message
+
+
+def test_shards(checkpoint):
+    shard(checkpoint)
+    assert_equal(models.load(checkpoint)[1], random_params(QWEN3))
+    (checkpoint / "part-1.safetensors").unlink()
+    message = refusal(models.load, checkpoint)
+    assert "part-1.safetensors: no such file, though model.safetensors.index.json" in message
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}'])
+def test_malformed_index(checkpoint, text):
+    shard(checkpoint)
+    index = checkpoint / "model.safetensors.index.json"
+    index.write_text(text)
+    assert f"{index}: not an index" in refusal(models.load, checkpoint)
+
+
+@pytest.mark.parametrize("length", [0, 4, 100, -1])
+def test_truncated_file(checkpoint, length):
+    path = checkpoint / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:length])
+    message = refusal(models.load, checkpoint)
+    assert str(path) in message and "download" in message
+
+
+def test_no_weights(checkpoint):
+    (checkpoint / "model.safetensors").rename(checkpoint / "pytorch_model.bin")
+    message = refusal(models.load, checkpoint)
+    assert f"{checkpoint}: neither model.safetensors nor" in message
+
+
+# The hub.
+
+
+def test_a_hub_id_is_downloaded(checkpoint, monkeypatch):
+    download = mock.Mock(return_value=str(checkpoint))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    _, params = models.load("some-one/a_model.v2", revision="main")
+    assert_equal(params, random_params(QWEN3))
+    download.assert_called_once_with(
+        "some-one/a_model.v2", revision="main", allow_patterns=["*.json", "*.safetensors"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (errors.GatedRepoError("403\nno", response=mock.Mock()), "https://huggingface.co/a/b"),
+        (errors.RepositoryNotFoundError("401\nno", response=mock.Mock()), "check the spelling"),
+        (errors.RevisionNotFoundError("404\nno", response=mock.Mock()), "no revision 'v9'"),
+        (
+            errors.LocalEntryNotFoundError("\nGot: ConnectError\nno"),
+            "(LocalEntryNotFoundError: Got",
+        ),
+        (errors.HFValidationError("Repo id\nno"), "(HFValidationError: Repo id)"),
+        (ConnectionError(), "check the network"),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_refusals_of_the_hub(error, says, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", mock.Mock(side_effect=error))
+    message = refusal(models.load, "a/b", revision="v9")
+    assert message.startswith("a/b: ") and says in message
+
+
+@pytest.mark.parametrize("name", ["nowhere", "/no/such", "../no", "a/b/c", "~/none"])
+def test_what_is_no_directory_and_no_hub_id(name, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", mock.Mock(side_effect=ValueError))
+    assert "no such directory, and not a hub id" in refusal(models.load, name)
+
+
+def test_a_directory_has_no_revision(checkpoint):
+    assert "revision 'main' is for a hub id" in refusal(models.load, checkpoint, revision="main")
+
+
+# The released scorers.
+
+
+def judged(directory):
+    """Adds scorers to the small checkpoint: K = 2 heads, F = 2 * 16 + 8 * 2 = 48 features."""
+    rng = np.random.default_rng(2)
+    shapes = {
+        "fc1.weight": (2, 48, 16),
+        "fc1.bias": (2, 16),
+        "fc2.weight": (2, 16, 1),
+        "fc2.bias": (2, 1),
+        "feature_norm.weight": (48,),
+    }
+    added = {
+        f"model.layers.{i}.self_attn.judge_model.{name}": rng.normal(size=shape).astype("bfloat16")
+        for i in range(2)
+        for name, shape in shapes.items()
+    }
+    edit(directory, lambda tensors: tensors.update(added))
+    return added
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_judges(checkpoint, sharded):
+    stored = judged(checkpoint)
+    if sharded:
+        shard(checkpoint)
+    judges = models.load_judges(checkpoint)
+    assert {name: x.shape for name, x in judges.items()} == {
+        "w1": (2, 2, 48, 16),
+        "b1": (2, 2, 16),
+        "w2": (2, 2, 16),
+        "b2": (2, 2),
+    }
+    assert all(type(x) is np.ndarray and x.dtype == np.float32 for x in judges.values())
+    for i in range(2):
+        prefix = f"model.layers.{i}.self_attn.judge_model."
+        np.testing.assert_array_equal(judges["w1"][i], stored[prefix + "fc1.weight"])
+        np.testing.assert_array_equal(judges["b1"][i], stored[prefix + "fc1.bias"])
+        np.testing.assert_array_equal(judges["w2"][i][..., None], stored[prefix + "fc2.weight"])
+        np.testing.assert_array_equal(judges["b2"][i][..., None], stored[prefix + "fc2.bias"])
+
+
+def test_judges_that_are_missing_or_misshapen(checkpoint):
+    assert "8 tensors that are missing" in refusal(models.load_judges, checkpoint)
+    judged(checkpoint)
+    name = "model.layers.1.self_attn.judge_model.fc1.weight"
+    edit(checkpoint, lambda tensors: tensors.update({name: tensors[name][:, :47].copy()}))
+    assert f"{name} [2, 47, 16] instead of [2, 48, 16]" in refusal(models.load_judges, checkpoint)
+
+
+# config.json.
+
+HF = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **SMALL}
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        {"rope_theta": 5e5, "rope_scaling": LLAMA3},
+        {"rope_theta": 5e5, "rope_scaling": {"type": "llama3", **LLAMA3}},
+        {"rope_parameters": LLAMA3 | {"rope_theta": 5e5}},
+        {"rope_theta": 5e5, "rope_parameters": LLAMA3},
+        {"rope_scaling": LLAMA3 | {"rope_theta": 5e5}},
+        {
+            "rope_scaling": {k if k != "rope_type" else "type": v for k, v in LLAMA3.items()},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+        },
+    ],
+)
+def test_every_spelling_of_the_rotary_settings(spelling):
+    config = from_hf(HF | spelling)
+    assert config.rope_theta == 5e5
+    assert dict(config.rope_scaling) == LLAMA3
+
+
+def test_a_config_without_scaling_or_optional_fields():
+    config = from_hf(HF | {"rope_parameters": {"rope_type": "default", "rope_theta": 3e4}})
+    assert (config.rope_theta, config.rope_scaling) == (3e4, ())
+    bare = {k: v for k, v in HF.items() if k not in ("architectures", "num_key_value_heads")}
+    config = from_hf(bare | {"rope_scaling": None})
+    assert (config.family, config.kv_heads, config.head_dim) == ("llama", 4, 8)
+    assert (config.rope_theta, config.rope_scaling) == (1e4, ())
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"architectures": ["MixtralForCausalLM"]}, "'MixtralForCausalLM' is not supported"),
+        ({"hidden_size": None}, "'hidden_size' must be a positive integer, not None"),
+        ({"num_hidden_layers": "two"}, "'num_hidden_layers' must be a positive integer, not 'two'"),
+        ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"quantization_config": {"bits": 4}}, "quantised"),
+        ({"use_sliding_window": True}, "sliding-window"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "'linear' needs a number 'factor'"),
+        ({"rope_parameters": {"full_attention": {}}}, "differ by layer"),
+    ],
+)
+def test_configs_that_are_refused(change, says):
+    assert says in refusal(from_hf, HF | change)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(b"{", "not JSON"), (b"\xff\xfe{}", "not JSON"), (b"[]", "not a JSON object")],
+)
+def test_config_files_that_are_refused(tmp_path, content, says):
+    assert f"{tmp_path / 'config.json'}: no such file" in refusal(read, tmp_path)
+    (tmp_path / "config.json").write_bytes(content)
+    assert f"{tmp_path / 'config.json'}: {says}" in refusal(read, tmp_path)

@@ -1,0 +1,264 @@
+"""Compares fkv with vectors computed by the released ForesightKV code.
+
+  python -m tests.reference --dir DIR
+
+DIR holds `losses.npz`, `baselines.npz` and checkpoint directories with `replay.npz`, any part of
+them. Prints the largest error of every comparison and exits with 1 when one is beyond tolerance.
+Sets of positions are compared through what decides them: a wrong set is excused only where the
+entries that differ tie with the last one chosen.
+"""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fkv import attention, grpo, models, policies, replay, scorer, sft
+from fkv import cache as kv
+from fkv.models import loading
+
+LOGITS = 1e-4  # logits, losses per token, scorer scores
+SCORES = 1e-5  # future scores: probabilities
+TIE = 1e-6
+
+
+@dataclasses.dataclass
+class Row:
+    """One comparison: its error (a count for sets) and what is allowed."""
+
+    where: str
+    what: str
+    error: float
+    allowed: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.allowed  # false for NaN
+
+
+def error(ours, theirs) -> float:
+    """Largest absolute difference."""
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    if ours.shape != theirs.shape:
+        raise SystemExit(f"error: shapes differ, ours {ours.shape} and theirs {theirs.shape}")
+    if not ours.size:
+        return 0.0
+    return float(np.abs(ours - theirs).max())
+
+
+def wrong_sets(ours, theirs, position, score, tie=TIE) -> int:
+    """How many groups choose another set than the reference, ties aside.
+
+    Args:
+      ours, theirs: chosen positions [..., l].
+      position, score: the reference's candidates [..., n] and what it chose the lowest of.
+    """
+    wrong = 0
+    for index in np.ndindex(ours.shape[:-1]):
+        difference = set(ours[index].tolist()) ^ set(theirs[index].tolist())
+        if not difference:
+            continue
+        of = dict(zip(position[index].tolist(), score[index].tolist(), strict=True))
+        border = np.sort(score[index])[ours.shape[-1] - 1]
+        wrong += any(abs(of.get(p, np.inf) - border) > tie for p in difference)
+    return wrong
+
+
+def in_order(position, value):
+    """Positions sorted along the last axis, and the values that go with them."""
+    order = np.argsort(position, axis=-1)
+    return (np.take_along_axis(x, order, axis=-1) for x in (position, value))
+
+
+def check_replay(directory: Path) -> list[Row]:
+    """Full pass, golden search, forced replay, scorer and ranking loss of one checkpoint."""
+    vectors = np.load(directory / "replay.npz")
+    config, params = models.load(directory, dtype=jnp.float32)
+    budget, interval = int(vectors["budget"]), int(vectors["interval"])
+    token = jnp.asarray(vectors["input_ids"], jnp.int32)
+    length = jnp.array([token.shape[1]])
+    rows = []
+
+    def row(what, ours, theirs, allowed=LOGITS):
+        rows.append(Row(directory.name, what, error(ours, theirs), allowed))
+
+    _, labels, hidden = jax.jit(replay.golden_policy, static_argnums=(0, 4, 5))(
+        config, params, token, length, budget, interval
+    )
+    row("full logits", models.unembed(config, params, hidden)[0], vectors["full_logits"])
+    losses = replay.token_losses(config, params, hidden, token)
+    row("full nll", losses.nll_bt[0], vectors["full_nll"])
+
+    # Ours in the order of slots [layers, e, k, n], theirs in the order of positions.
+    position = np.asarray(labels.candidate_position_ebkn[:, :, 0])
+    future = np.asarray(labels.future_score_ebkn[:, :, 0])
+    evict = np.asarray(labels.evict_position_ebkl[:, :, 0])
+    position, future = in_order(position, future)
+    theirs, their_future = in_order(vectors["candidate_positions"], vectors["future_scores"])
+    different = 0 if position.shape == theirs.shape else np.inf
+    rows.append(Row(directory.name, "number of evictions and candidates", different, 0))
+    if different:
+        return rows
+    # After a tie broken the other way the two searches hold different entries, and rightly so:
+    # from then on that group can't be compared.
+    tied = (np.sort(evict) != np.sort(vectors["evict_positions"])).any(-1)
+    before = np.cumsum(tied, axis=1) - tied > 0
+    wrong = wrong_sets(
+        evict[~before], vectors["evict_positions"][~before], theirs[~before], their_future[~before]
+    )
+    rows.append(Row(directory.name, "evicted sets", wrong, 0))
+    moved = int((position != theirs)[~before].any(-1).sum())
+    rows.append(Row(directory.name, "candidate sets", moved, 0))
+    row("future scores", future[~before], their_future[~before], SCORES)
+
+    # From here on under the reference's evictions, as its vectors are.
+    drop = jnp.asarray(vectors["evict_positions"])[:, :, None]
+    judges = loading.load_judges(directory)
+    judges |= {"w2": -judges["w2"], "b2": -judges["b2"]}  # theirs are eviction scores
+    hidden_width = judges["w1"].shape[-1]
+    scorer_config = scorer.ScorerConfig(hidden=hidden_width, form="reference")
+    policy = policies.Forced(drop, "reference")
+    first = budget // interval
+
+    def observe(acc, policy, view, evicted):
+        return acc, (scorer.features(scorer_config, view), view.cache.position_bks[..., :budget])
+
+    hidden, _, (feature, held) = jax.jit(
+        lambda params: replay.replay(
+            config, params, token, length, policy, budget, interval, observe=observe
+        )
+    )(params)
+    row("evicted logits", models.unembed(config, params, hidden)[0], vectors["evicted_logits"])
+    losses = replay.token_losses(config, params, hidden, token)
+    row("evicted nll", losses.nll_bt[0], vectors["evicted_nll"])
+
+    events = slice(first, first + drop.shape[1])
+    held = np.asarray(held[:, events, 0])
+    moved = int((np.sort(held) != theirs).any(-1).sum())
+    rows.append(Row(directory.name, "entries held at evictions", moved, 0))
+    score = jax.vmap(jax.vmap(scorer.apply, (None, None, 0)), (None, 0, 0))(
+        scorer_config, jax.tree.map(jnp.asarray, judges), feature[:, events]
+    )
+    _, score = in_order(held, np.asarray(score[:, :, 0]))
+    _, their_score = in_order(vectors["candidate_positions"], vectors["scorer_scores"])
+    row("scorer scores", -score, their_score)
+    loss, has_pair = sft.ranking_loss(jnp.asarray(score), jnp.asarray(their_future))
+    per_layer = (loss * has_pair).sum((1, 2)) / has_pair.sum((1, 2))
+    row("ranking loss per layer", per_layer, vectors["ranking_loss_per_layer"])
+    return rows
+
+
+def check_losses(path: Path) -> list[Row]:
+    """Ranking loss, GRPO loss, KL, advantages and reward."""
+    z = np.load(path)
+    v = {name: jnp.asarray(z[name]) for name in z.files}
+    rows = []
+
+    def row(what, ours, theirs):
+        rows.append(Row(path.name, what, error(ours, theirs), LOGITS))
+
+    loss_config = sft.LossConfig(margin=float(v["rank_margin"]))
+    # Theirs score eviction, and so does this oracle; ours score importance.
+    loss, has_pair = sft.ranking_loss(-v["rank_scores"], -v["rank_oracle"], loss_config)
+    row("ranking loss", loss.sum() / has_pair.sum(), v["rank_loss"])
+    row("advantages", grpo.advantages(v["grpo_returns"]), v["grpo_advantages"])
+    index = v["grpo_indices"]
+    new, old, ref = (
+        grpo.independent_log_prob(v[f"grpo_scores_{name}"], index) for name in ("new", "old", "ref")
+    )
+    advantage = v["grpo_advantages"][None, :, None, None]
+    loss, kl = grpo.loss(
+        new, old, ref, advantage, float(v["grpo_clip"]), float(v["grpo_kl_weight"])
+    )
+    row("grpo loss", loss, v["grpo_loss"])
+    row("grpo kl", kl, v["grpo_kl"])
+    counted = grpo.low_entropy(
+        v["reward_entropy"], int(v["reward_skip"]), float(v["reward_high_entropy_fraction"])
+    )
+    ours = grpo.reward(
+        v["reward_evicted_nll"], v["reward_full_nll"], counted, float(v["reward_eta"])
+    )
+    row("reward", ours, v["reward"])
+    return rows
+
+
+def check_baselines(path: Path) -> list[Row]:
+    """Positions kept by one compression of B + L entries."""
+    z = np.load(path)
+    query, key, value = (jnp.asarray(z[name]) for name in ("q", "k", "v"))
+    budget, interval = int(z["budget"]), int(z["interval"])
+    slots = budget + interval
+    position = jnp.arange(slots)[None]
+    query = jnp.moveaxis(query, 0, 1)[None]
+    empty = kv.init(1, key.shape[0], slots, key.shape[2], key.dtype)
+    held = kv.append(
+        empty, 0, jnp.moveaxis(key, 0, 1)[None], jnp.moveaxis(value, 0, 1)[None], position
+    )
+    stats = attention.statistics(query, position, held.key_bksd, held.position_bks)
+    held = held.replace(entry={"cumulative": stats.total, "decayed": stats.total})
+    view = policies.View(
+        held,
+        query[:, -interval:],
+        position[:, -interval:],
+        jnp.int32(budget // interval),
+        replay.row_keys(jax.random.key(0), 1),
+        stats,
+        budget,
+    )
+    window = {"window": int(z["window"]), "kernel": int(z["kernel"])}
+    rows = []
+    for name in sorted(n for n in z.files if n.startswith("kept_")):
+        method = name.removeprefix("kept_")
+        if method == "streaming_llm":
+            policy = policies.get("streaming_llm", sinks=int(z["first_tokens"]))
+        elif method == "snapkv":
+            policy = policies.get("snapkv", **window)
+        elif method.startswith("rkv_lambda"):
+            policy = policies.get("rkv", mix=float(method.removeprefix("rkv_lambda")), **window)
+        elif method == "h2o_first":
+            policy = policies.get("h2o")
+        else:
+            rows.append(Row(path.name, f"{name}: a method not known here", np.inf, 0))
+            continue
+        evict = np.asarray(policy.evict(view))[0]
+        gone = np.stack([np.setdiff1d(np.arange(slots), kept) for kept in z[name]])
+        score = np.asarray(policy.score(view))[0]
+        newest = np.arange(slots) >= slots - policy.protected(view)
+        score = np.where(newest, np.inf, score)
+        every = np.broadcast_to(np.arange(slots), score.shape)
+        rows.append(Row(path.name, name, wrong_sets(np.sort(evict), gone, every, score), 0))
+    return rows
+
+
+def check(directory: Path) -> list[Row]:
+    """All comparisons that the directory has vectors for."""
+    rows = []
+    for path in sorted(directory.glob("*/replay.npz")):
+        rows += check_replay(path.parent)
+    for name, one in (("losses.npz", check_losses), ("baselines.npz", check_baselines)):
+        if (directory / name).exists():
+            rows += one(directory / name)
+    return rows
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dir", type=Path, required=True, help="directory of vectors")
+    directory = parser.parse_args(argv).dir
+    jax.config.update("jax_default_matmul_precision", "highest")
+    rows = check(directory)
+    if not rows:
+        print(f"error: {directory}: no replay.npz, losses.npz or baselines.npz", file=sys.stderr)
+        return 2
+    for row in rows:
+        mark = "ok" if row.passed else "FAILED"
+        print(f"{row.where:16} {row.what:36} {row.error:10.3g}  allowed {row.allowed:<8.0e} {mark}")
+    return 0 if all(row.passed for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

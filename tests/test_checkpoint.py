@@ -1,0 +1,147 @@
+"""Checkpoints: exact round trips, misfits named, damage found."""
+
+import shutil
+from pathlib import Path
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from fkv import checkpoint
+from fkv.errors import UserError
+
+
+@flax.struct.dataclass
+class State:
+    params: dict
+    opt_state: optax.OptState
+    key: jax.Array
+    epoch: int
+
+
+def make_state(width: int = 16, seed: int = 0) -> State:
+    key = jax.random.key(seed)
+    params = {
+        "layers": [{"w1": jax.random.normal(key, (3, width))}, {"w1": jnp.ones((width,))}],
+        "scale": jnp.full((5,), 1 / 3, jnp.bfloat16),
+    }
+    return State(params, optax.adam(1e-2).init(params), jax.random.key_data(key), seed + 7)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("run")
+    checkpoint.save(run_dir, 10, make_state(), {"config": {"lr": 0.01}})
+    return run_dir
+
+
+def test_restores_every_leaf_exactly(saved):
+    state = make_state()
+    step, restored, info = checkpoint.restore(saved, make_state(seed=1))
+    assert (step, info) == (10, {"config": {"lr": 0.01}})
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    for was, now in zip(jax.tree.leaves(state), jax.tree.leaves(restored), strict=True):
+        assert jnp.result_type(was) == jnp.result_type(now)
+        np.testing.assert_array_equal(was, now)
+    assert restored.epoch == 7 and type(restored.epoch) is int
+
+
+def test_restores_into_abstract_shapes(saved):
+    restored = checkpoint.restore(saved, jax.eval_shape(make_state)).state
+    np.testing.assert_array_equal(restored.key, make_state().key)
+
+
+def test_load_needs_no_target(saved):
+    step, state, info = checkpoint.load(saved)
+    assert (step, info["config"]["lr"]) == (10, 0.01)
+    np.testing.assert_array_equal(
+        state["params"]["layers"]["0"]["w1"], make_state().params["layers"][0]["w1"]
+    )
+    assert state["opt_state"]["0"]["count"] == 0
+
+
+def test_names_the_first_leaf_that_differs(saved):
+    state = make_state()
+    misfits = {
+        r"params/layers/0/w1 is float32\[3, 16\] there, float32\[3, 17\] here": make_state(
+            width=17
+        ),
+        r"key is uint32\[2\] there, int32\[2\] here": state.replace(key=jnp.zeros(2, jnp.int32)),
+        r"params/bias is absent there, float32\[2\] here": state.replace(
+            params={**state.params, "bias": jnp.zeros(2)}
+        ),
+        r"opt_state/0/count is int32\[\] there, absent here": state.replace(opt_state=()),
+    }
+    for message, target in misfits.items():
+        with pytest.raises(UserError, match=f"does not fit this config: {message}"):
+            checkpoint.restore(saved, target)
+
+
+def test_keeps_the_newest(tmp_path):
+    for step in (1, 2, 10):
+        checkpoint.save(tmp_path, step, {"x": np.arange(step)}, {}, keep=2)
+    assert checkpoint.latest_step(tmp_path) == 10
+    assert checkpoint.load(tmp_path, 2).state["x"].size == 2
+    with pytest.raises(UserError, match=r"no checkpoint of step 1 .*, only of \[2, 10\]"):
+        checkpoint.load(tmp_path, 1)
+    with pytest.raises(UserError, match="keep at least 1"):
+        checkpoint.save(tmp_path, 11, {"x": np.ones(1)}, {}, keep=0)
+
+
+def test_saving_a_step_again_replaces_it(tmp_path):
+    for value in (1, 2):
+        checkpoint.save(tmp_path, 5, {"x": np.array([value])}, {}, keep=1)
+    assert checkpoint.load(tmp_path).state["x"] == [2]
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["5"]
+
+
+def test_a_killed_save_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, 1, {"x": np.ones(3)}, {})
+
+    def killed(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_sha256", killed)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.save(tmp_path, 2, {"x": np.zeros(3)}, {})
+    assert checkpoint.load(tmp_path).step == 1
+    checkpoint.save(tmp_path, 3, {"x": np.zeros(3)}, {})
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["1", "3"]
+
+
+def test_names_the_path_of_a_missing_checkpoint(tmp_path):
+    assert checkpoint.latest_step(tmp_path / "nowhere") is None
+    with pytest.raises(UserError, match=f"no checkpoint in {tmp_path}/nowhere/checkpoints"):
+        checkpoint.load(tmp_path / "nowhere")
+
+
+def damage_cases(path: Path) -> list[bytes]:
+    data = path.read_bytes()
+    flips = [
+        data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+        for at in np.linspace(0, len(data) - 1, 5, dtype=int)
+    ]
+    return [b"", data[:-1], data[: len(data) // 2], *flips]
+
+
+def test_finds_damage_in_any_file(saved, tmp_path):
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    files = [p for p in (tmp_path / "checkpoints/10").rglob("*") if p.is_file()]
+    assert {"info.json", "sha256.json", "manifest.ocdbt"} <= {p.name for p in files}
+    message = f"checkpoint {tmp_path}/checkpoints/10 .step 10. is corrupt .*: delete this folder"
+    for path in files:
+        sound = path.read_bytes()
+        for damaged in damage_cases(path):
+            path.write_bytes(damaged)
+            with pytest.raises(UserError, match=message) as error:
+                checkpoint.load(tmp_path)
+            assert "\n" not in str(error.value)
+        path.unlink()
+        with pytest.raises(UserError, match=message):
+            checkpoint.load(tmp_path)
+        path.write_bytes(sound)
+    assert checkpoint.load(tmp_path).step == 10

@@ -1,0 +1,144 @@
+"""The command line: overrides, defaults, and errors in one line."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from fkv.errors import UserError
+from launch import flags
+
+CONFIG = """
+import ml_collections
+
+def get_config(size="small"):
+    return ml_collections.ConfigDict({
+        "steps": 10, "lr": 0.1, "greedy": False, "size": size,
+        "model": {"widths": (1, 2), "rates": (0.5,)}, "names": [1],
+    })
+"""
+
+
+@pytest.fixture(autouse=True)
+def config_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("configs").mkdir()
+    Path("configs/toy.py").write_text(CONFIG)
+    Path("configs/other.py").write_text(CONFIG.replace('size="small"', "size"))
+    Path("configs/fixed.py").write_text(
+        CONFIG.replace('size="small"', "").replace('"size": size,', "")
+    )
+    Path("configs/empty.py").write_text("")
+
+
+def parse(*arguments):
+    return flags.parse(["/somewhere/launch/sft.py", *arguments])
+
+
+def test_overrides_and_defaults():
+    config, workdir = parse(
+        "--config=configs/toy.py:big",
+        "--config.steps=3",
+        "--config.lr=1e-3",
+        "--config.model.widths=(4, 5, 6)",
+        "--config.model.rates=(1, .1)",
+        "--config.greedy",
+        "--config.steps=4",
+    )
+    assert config.to_dict() == {
+        "steps": 4, "lr": 1e-3, "greedy": True, "size": "big",
+        "model": {"widths": (4, 5, 6), "rates": (1, 0.1)}, "names": [1],
+    }  # fmt: skip
+    assert config.is_locked
+    assert workdir == "runs/sft_toy_big"
+    config, workdir = parse(
+        "--config", "configs/toy.py", "--workdir", "here", "--config.steps", "3"
+    )
+    assert (config.size, config.steps, workdir) == ("small", 3, "here")
+    assert parse("--config=configs/toy.py")[1] == "runs/sft_toy"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no config given: add --config=configs/<name>.py"),
+        (["--config=configs/toyy.py"], r"configs/toyy.py not found: did you mean toy\?"),
+        (["--config=configs/x.py"], "x.py not found: there are empty, fixed, other, toy"),
+        (["--config=nowhere/x.py"], "config file nowhere/x.py not found$"),
+        (["--config=configs/empty.py"], r"empty.py has no get_config\(\)"),
+        (["--config=configs/fixed.py:big"], "takes no argument: give --config=configs/fixed.py$"),
+        (["--config=configs/other.py"], "needs an argument: give --config=configs/other.py:<arg"),
+        (["--config"], "expected one argument"),
+        (["--config=configs/toy.py", "--config.step=1"], r"no field 'step': did you mean steps\?"),
+        (
+            ["--config=configs/toy.py", "--config.model.x=1"],
+            "config.model has no field 'x': there are rates, widths",
+        ),
+        (["--config=configs/toy.py", "--config.lr.x=1"], "config.lr has no field 'x'"),
+        (
+            ["--config=configs/toy.py", "--config.model={}"],
+            "group of fields: set one of rates, widths",
+        ),
+        (["--config=configs/toy.py", "--config.steps=1.5"], r"config.steps=1\.5"),
+        (["--config=configs/toy.py", "--config.lr=fast"], "config.lr=fast"),
+        (["--config=configs/toy.py", "--config.greedy=maybe"], "config.greedy=maybe"),
+        (["--config=configs/toy.py", "--config.steps"], "config.steps"),
+        (
+            ["--config=configs/toy.py", "--config.model.widths=(1, 'a')"],
+            "config.model.widths holds 'a': its entries must be int",
+        ),
+        (["--config=configs/toy.py", "--config.names=[2]"], "names cannot be set from here: edit"),
+        (["--config=configs/toy.py", "--wrkdir=x"], "unknown option --wrkdir"),
+        (["--config=configs/toy.py", "x"], "cannot make sense of 'x'"),
+    ],
+)
+def test_refusals(arguments, message):
+    with pytest.raises(UserError, match=message):
+        parse(*arguments)
+
+
+@pytest.fixture
+def compilation_cache():
+    before = jax.config.jax_compilation_cache_dir
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_user_errors_are_one_line(capsys, compilation_cache):
+    def main(config, workdir):
+        raise UserError(f"the trace is\ntoo short for {config.steps} steps")
+
+    with pytest.raises(SystemExit) as stopped:
+        flags.run(main, ["sft.py", "--config=configs/toy.py"])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "error: the trace is too short for 10 steps\n"
+
+
+def test_a_job_in_its_own_process():
+    """Nothing but the job's own output on success; other exceptions keep their traceback."""
+    Path("job.py").write_text(
+        "import jax\n"
+        "from launch import flags\n"
+        "def main(config, workdir):\n"
+        "    print(workdir, jax.config.jax_compilation_cache_dir, 1 // config.steps)\n"
+        "if __name__ == '__main__':\n"
+        "    flags.run(main)\n"
+    )
+    environment = {
+        "PATH": "",
+        "HOME": "/home/me",
+        "PYTHONPATH": str(Path(flags.__file__).parents[1]),
+    }
+
+    def job(*arguments):
+        command = [sys.executable, "job.py", "--config=configs/toy.py", *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    done = job("--config.steps=1")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "runs/job_toy /home/me/.cache/fkv/jax 1\n"
+    failed = job("--config.steps=0")
+    assert failed.returncode == 1
+    assert failed.stderr.startswith("Traceback") and "ZeroDivisionError" in failed.stderr

@@ -1,0 +1,151 @@
+"""Run directories: what is recorded, what is refused, what resuming forgets."""
+
+import json
+import shutil
+import struct
+import subprocess
+
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+import fkv
+from fkv import rundir
+from fkv.errors import UserError
+
+
+def make_config(**fields) -> ml_collections.ConfigDict:
+    return ml_collections.ConfigDict({"lr": 0.01, "model": {"widths": (8, 16)}, **fields})
+
+
+def metrics_of(run: rundir.Run) -> list[dict]:
+    def refuse(constant):
+        raise ValueError(f"{constant} is not JSON")
+
+    lines = (run.path / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=refuse) for line in lines]
+
+
+def events_of(run: rundir.Run) -> list[Event]:
+    """The TensorBoard events: records of length (8 bytes), checksum (4), event, checksum (4)."""
+    events = []
+    for path in sorted((run.path / "tb").iterdir()):
+        data = path.read_bytes()
+        while data:
+            (size,) = struct.unpack("<Q", data[:8])
+            events.append(Event.FromString(data[12 : 12 + size]))
+            data = data[16 + size :]
+    return events
+
+
+def test_records_config_commit_and_metrics(tmp_path):
+    run = rundir.open_run(tmp_path / "a" / "run", make_config())
+    run.log(0, {"loss": jnp.float32(0.5), "per_layer": np.arange(2), "note": "warm-up"})
+    run.log(1, {"loss": 1, "eval": {"nll": np.inf, "all": [1.0, float("nan")]}, "bad": jnp.nan})
+    run.close()
+    assert json.loads((run.path / "config.json").read_text()) == run.config
+    assert run.config == {"lr": 0.01, "model": {"widths": [8, 16]}}
+    assert (run.path / "commit.txt").read_text() == f"{rundir.source_version()}\n"
+    assert metrics_of(run) == [
+        {"step": 0, "loss": 0.5, "per_layer": [0, 1], "note": "warm-up"},
+        {"step": 1, "loss": 1, "eval": {"nll": None, "all": [1.0, None]}, "bad": None},
+    ]
+    scalars = [(e.step, v.tag, v.simple_value) for e in events_of(run) for v in e.summary.value]
+    assert scalars == [(0, "loss", 0.5), (1, "loss", 1.0)]
+
+
+def test_refuses_another_config(tmp_path):
+    rundir.open_run(tmp_path, make_config(progress=True))
+    changed = make_config(progress=False, seed=1)
+    changed.model.widths = (8, 32)
+    with pytest.raises(UserError) as error:
+        rundir.open_run(tmp_path, changed, may_differ=["progress"])
+    assert str(error.value) == (
+        f"{tmp_path} holds a run with another config (model.widths: [8, 16] -> [8, 32]; "
+        "seed: absent -> 1): use another --workdir"
+    )
+
+
+def test_harmless_fields_may_change(tmp_path):
+    rundir.open_run(tmp_path, make_config())
+    config = make_config()
+    config.model.widths = (1,)
+    run = rundir.open_run(tmp_path, config, may_differ=["model"])
+    assert json.loads((run.path / "config.json").read_text())["model"]["widths"] == [1]
+    with pytest.raises(UserError, match=r"model\.widths"):
+        rundir.open_run(tmp_path, make_config(), may_differ=["mod"])
+
+
+def test_resuming_forgets_later_metrics(tmp_path):
+    state = {"w": np.arange(3.0)}
+    run = rundir.open_run(tmp_path, make_config())
+    assert run.resume(state) is None
+    for step in range(5):
+        run.log(step, {"loss": step})
+        if step == 2:
+            run.save(step, {"w": state["w"] + step}, batches_read=6)
+    run.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')  # killed while writing
+
+    run = rundir.open_run(tmp_path, make_config())
+    assert [record["step"] for record in metrics_of(run)] == [0, 1, 2, 3, 4]
+    step, restored, info = run.resume(state)
+    assert (step, info) == (2, {"config": run.config, "batches_read": 6})
+    np.testing.assert_array_equal(restored["w"], [2, 3, 4])
+    run.log(3, {"loss": 33})
+    run.close()
+    assert metrics_of(run) == [{"step": s, "loss": loss} for s, loss in enumerate([0, 1, 2, 33])]
+    starts = [e.step for e in events_of(run) if e.HasField("session_log")]
+    assert starts == [0, 3]  # TensorBoard hides older events from these steps on
+
+    shutil.rmtree(tmp_path / "checkpoints")
+    assert rundir.open_run(tmp_path, make_config()).resume(state) is None
+    assert metrics_of(run) == []
+
+
+def test_names_a_bad_line_and_a_bad_directory(tmp_path):
+    rundir.open_run(tmp_path, make_config())
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\noops\n{"step": 1}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2 is not a record"):
+        rundir.open_run(tmp_path, make_config())
+    with pytest.raises(UserError, match=r"cannot write run directory .*: Not a directory"):
+        rundir.open_run(tmp_path / "config.json" / "run", make_config())
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json is not JSON"):
+        rundir.open_run(tmp_path, make_config())
+
+
+def test_only_process_0_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(rundir.jax, "process_index", lambda: 1)
+    run = rundir.open_run(tmp_path / "run", make_config())
+    run.log(0, {"loss": 1.0})
+    assert run.resume({"w": np.ones(1)}) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_commit_of_the_source(tmp_path, monkeypatch):
+    def git(*arguments):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        done = subprocess.run(
+            ["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True
+        )
+        return done.stdout.strip()
+
+    source = tmp_path / "rundir.py"
+    source.write_text("1")
+    monkeypatch.setattr(rundir, "__file__", str(source))
+    git("init")
+    git("commit", "--allow-empty", "-m", "another project, with fkv installed inside")
+    assert rundir.source_version() == f"fkv {fkv.__version__}"
+    git("add", "rundir.py")
+    git("commit", "-m", "fkv's own")
+    commit = git("rev-parse", "HEAD")
+    assert rundir.source_version() == commit
+    rundir.open_run(tmp_path / "run", make_config())
+    source.write_text("2")
+    assert rundir.source_version() == f"{commit}-dirty"
+    run = rundir.open_run(tmp_path / "run", make_config())
+    assert (run.path / "commit.txt").read_text() == f"{commit}\n{commit}-dirty\n"
