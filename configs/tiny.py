@@ -22,6 +22,39 @@ def get_config() -> ConfigDict:
     config.task.marks = (2, 3)
     config.task.fillers = (1, 3)
 
+    config.pretrain = ConfigDict()
+    config.pretrain.model = ConfigDict()
+    config.pretrain.model.width = 128
+    config.pretrain.model.layers = 3
+    config.pretrain.model.heads = 4
+    config.pretrain.model.kv_heads = 2
+    config.pretrain.model.head_dim = 32
+    config.pretrain.model.mlp_width = 256
+    config.pretrain.model.max_positions = 2048
+    # RMS-normalised queries and keys of 32 dimensions can't attend sharply with gains of 1, and a
+    # model that can't attend sharply can't be served from a small cache.
+    config.pretrain.qk_gain = 2.0
+    config.pretrain.learning_rate = 3e-3
+    config.pretrain.warmup = 100
+    config.pretrain.weight_decay = 0.01
+    config.pretrain.clip = 1.0
+    config.pretrain.log_every = 20
+    config.pretrain.checkpoint_every = 200
+    config.pretrain.eval_problems = 512
+    config.pretrain.eval_batch = 128
+    config.pretrain.temperature = 0.6  # the paper's
+    # A curriculum: the look-up is not learned from large ledgers; the last stage mixes all sizes.
+    config.pretrain.stages = ConfigDict()
+    config.pretrain.stages.a = ConfigDict(
+        dict(steps=400, batch=32, facts=(4, 8), hops=(3, 6), remarks=(0, 1), marks=(0, 1))
+    )
+    config.pretrain.stages.b = ConfigDict(
+        dict(steps=300, batch=24, facts=(6, 16), hops=(4, 10), remarks=(0, 3), marks=(0, 2))
+    )
+    config.pretrain.stages.c = ConfigDict(
+        dict(steps=1000, batch=16, facts=(8, 30), hops=(6, 22), remarks=(0, 8), marks=(0, 3))
+    )
+
     config.data = ConfigDict()
     config.data.path = ""  # a .parquet or .jsonl file of traces; empty for the embedded task
     config.data.eval_path = ""  # held-out traces, likewise

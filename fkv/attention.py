@@ -58,13 +58,13 @@ def full_attention(
 
     Args:
       position_bt: absolute positions, -1 for padding.
-      block: queries handled at once; memory is `b * h * block * t` floats.
+      block: queries handled at once, at most; memory is `b * h * block * t` floats.
 
     Returns:
       Attended values [b, t, h, d] and log-sum-exps [b, k, g, t].
     """
     b, t, h, d = q_bthd.shape
-    block = min(block, t)
+    block = -(-t // -(-t // block))  # even blocks: no more padding than blocks
     pad = -t % block
     k_bktd, v_bktd = jnp.moveaxis(k_btkd, 1, 2), jnp.moveaxis(v_btkd, 1, 2)
     key_position = position_bt[:, None]

@@ -46,7 +46,7 @@ def full_cache(
       Generated ids [b, new_tokens].
     """
     b, t = token_bt.shape
-    weights = [jax.tree.map(lambda x: x[i], params["layers"]) for i in range(config.layers)]
+    weights = models.unstack(config, params)
 
     hidden, caches = models.embed(params, token_bt), []
     for layer in weights:

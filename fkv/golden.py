@@ -140,7 +140,7 @@ def from_attention(
       queries: how many queries meet a chunk of keys at once; memory is
         `b * h * queries * L` floats.
     """
-    b, t, k, d = k_btkd.shape
+    b, t, k, _ = k_btkd.shape
     blocks = -(-t // interval)
     at_once = min(blocks, max(1, queries // interval))
     slabs = -(-blocks // at_once)

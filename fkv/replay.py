@@ -90,7 +90,7 @@ def layer_pass(
         return jnp.moveaxis(x.reshape(b, chunks, interval, *x.shape[2:]), 1, 0)
 
     entry = ()
-    if policy.needs_statistics:
+    if policy.statistics:
         sums = jax.ShapeDtypeStruct((h // k,), jnp.float32)
         entry = {"cumulative": sums, "decayed": sums}
     cache = kv.init(b, k, budget + interval, d, k_btkd.dtype, entry)
@@ -102,9 +102,9 @@ def layer_pass(
         seen = attention.visible(position, cache.position_bks)
         out, _ = attention.attend(q, cache.key_bksd, cache.value_bksd, seen)
         stats = None
-        if policy.needs_statistics:
+        if policy.statistics:
             stats = attention.statistics(
-                q, position, cache.key_bksd, cache.position_bks, policy.statistics_form
+                q, position, cache.key_bksd, cache.position_bks, policy.statistics
             )
             cache = _accumulate(cache, stats, position)
         random = jax.vmap(lambda key: jax.random.fold_in(key, chunk))(random_b)

@@ -50,7 +50,7 @@ class ScorerConfig:
                 raise UserError(f"scorer.{field} = {value!r} must be one of {', '.join(known)}")
 
     @property
-    def statistics_form(self) -> str | None:
+    def statistics(self) -> str | None:
         """The attention statistics that the features are made of; None when they need none."""
         return None if self.inputs == "kv" else self.form
 

@@ -115,7 +115,7 @@ def loss_and_grads(
         weights, params = inputs
         full, evicted = hiddens
         full, labels = replay.golden_layer(config, weights, full, position, budget, interval)
-        policy = Forced(labels.evict_position_ebkl, scorer_config.statistics_form)
+        policy = Forced(labels.evict_position_ebkl, scorer_config.statistics)
 
         # Weights of each eviction's groups, known from the labels: a mean over the trace's groups.
         pairs = has_pair(labels.future_score_ebkn) & labels.valid_eb[..., None]

@@ -15,7 +15,7 @@ from jax import Array
 
 from fkv import models, replay
 from fkv.models import ModelConfig
-from fkv.policies import Policy, View
+from fkv.policies.base import Policy, View, common_statistics
 
 
 @flax.struct.dataclass
@@ -26,15 +26,8 @@ class Watched(Policy):
     watchers: tuple[Policy, ...]
 
     @property
-    def needs_statistics(self) -> bool:
-        return any(p.needs_statistics for p in (self.actor, *self.watchers))
-
-    @property
-    def statistics_form(self) -> str:
-        forms = {p.statistics_form for p in (self.actor, *self.watchers) if p.needs_statistics}
-        if len(forms) > 1:
-            raise ValueError(f"policies with different forms of statistics: {sorted(forms)}")
-        return forms.pop()
+    def statistics(self) -> str | None:
+        return common_statistics(self.actor, *self.watchers)
 
     def evict(self, view: View) -> Array:
         return self.actor.evict(view)
@@ -46,14 +39,10 @@ class OneOf(Policy):
 
     choices: tuple[Policy, ...]
     index_y: Array
-    needs_statistics = True
 
     @property
-    def statistics_form(self) -> str:
-        forms = {p.statistics_form for p in self.choices if p.needs_statistics} or {"windowed"}
-        if len(forms) > 1:
-            raise ValueError(f"policies with different forms of statistics: {sorted(forms)}")
-        return forms.pop()
+    def statistics(self) -> str | None:
+        return common_statistics(*self.choices)
 
     def evict(self, view: View) -> Array:
         return jax.lax.switch(self.index_y, [p.evict for p in self.choices], view)

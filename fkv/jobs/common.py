@@ -41,6 +41,11 @@ def load_traces(
         sequences = traces.read(path, config.data.column)[:count]
     else:
         where = f"embedded task, {split}"
+        if vocabulary != len(ledger.VOCABULARY):
+            raise UserError(
+                f"model {config.model} has {vocabulary} words, the embedded task "
+                f"{len(ledger.VOCABULARY)}: set data.path and data.eval_path to traces of its own"
+            )
         sequences = traces.embedded(config.seed, split, count, spec(config))
     worst = max((int(s.max()) for s in sequences if len(s)), default=0)
     if worst >= vocabulary:

@@ -29,7 +29,7 @@ def model_config(config: ConfigDict) -> ModelConfig:
 
 
 def stages(config: ConfigDict) -> list[tuple[int, int, ledger.Spec]]:
-    """The curriculum: (steps, batch, problem sizes) of each stage; sizes not named are the task's."""
+    """The curriculum: (steps, batch, sizes) of each stage; sizes not named are the task's."""
     task = config.task.to_dict()
     found = []
     for name in sorted(config.pretrain.stages):

@@ -1,7 +1,7 @@
 """The frozen language models."""
 
 from fkv.models.config import ModelConfig
-from fkv.models.decoder import Params, embed, finish, init, project, unembed
+from fkv.models.decoder import Params, embed, finish, init, project, unembed, unstack
 from fkv.models.loading import load, load_judges, save
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     "project",
     "save",
     "unembed",
+    "unstack",
 ]

@@ -82,6 +82,11 @@ def init(key: Array, config: ModelConfig, qk_gain: float = 1.0) -> Params:
     return jax.tree_util.tree_unflatten(treedef, params)
 
 
+def unstack(config: ModelConfig, params: Params) -> list[Params]:
+    """The parameters of each layer."""
+    return [jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(config.layers)]
+
+
 def rms_norm(x: Array, gain: Array, eps: float) -> Array:
     """RMSNorm over the last axis, computed in float32, returned in the dtype of `x`."""
     y = x.astype(jnp.float32)

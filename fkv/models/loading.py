@@ -297,7 +297,7 @@ def _open(path: Path) -> Iterator[Any]:
 
 def _check(directory: Path, wanted: dict[str, tuple[int, ...]], stored: dict[str, _Stored]):
     """Refuses a checkpoint in which wanted tensors are missing, misshapen or quantised."""
-    _refuse(directory, "tensors that are missing", [n for n in wanted if n not in stored])
+    _refuse(directory, "missing tensors", [n for n in wanted if n not in stored])
     _refuse(
         directory,
         "tensors of the wrong shape",
@@ -317,7 +317,7 @@ def _check(directory: Path, wanted: dict[str, tuple[int, ...]], stored: dict[str
 def _refuse(directory: Path, what: str, names: list[str]):
     if names:
         raise UserError(
-            f"{directory}: {len(names)} {what}: {_some(names)}; "
+            f"{directory}: {what} ({len(names)}): {_some(names)}; "
             "is config.json that of this checkpoint, and is the checkpoint complete?"
         )
 

@@ -6,8 +6,9 @@ fields are parameters with a leading layer axis (the engine hands each layer its
 fields are static. A new policy is one file: a subclass of `Policy` under `@register("name")`.
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import flax.struct
 import jax
@@ -59,14 +60,13 @@ class Policy:
     """Base of all policies.
 
     Class attributes:
-      needs_statistics: whether `score` reads the statistics of the view.
-      statistics_form: see `attention.statistics`.
+      statistics: what `evict` reads of the view's statistics: None, `sums` (the cumulative sums
+        alone), or all of them in the `windowed` or `reference` form of `attention.statistics`.
       evicts: False for the full cache.
     """
 
-    needs_statistics: ClassVar[bool] = False
-    statistics_form: ClassVar[str] = "windowed"
-    evicts: ClassVar[bool] = True
+    statistics = None
+    evicts = True
 
     def score(self, view: View) -> Array:
         """Importance [b, k, s] of every slot, float32; empty slots may hold anything."""
@@ -117,7 +117,29 @@ def get(name: str, **fields: Any) -> Policy:
     if wrong:
         has = ", ".join(known) or "none"
         raise UserError(f"policy {name!r} has no field {', '.join(wrong)}; it has {has}")
+    missing = [
+        f.name
+        for f in known.values()
+        if f.name not in fields and f.default is f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise UserError(
+            f"policy {name!r} needs {', '.join(missing)}, which a name alone can't give"
+        )
     return _REGISTRY[name](**fields)
+
+
+def common_statistics(*policies: Policy) -> str | None:
+    """The statistics that serve all of these policies.
+
+    Raises:
+      UserError: some need the windowed and some the reference form.
+    """
+    forms = {policy.statistics for policy in policies} - {None}
+    exact = forms - {"sums"}
+    if len(exact) > 1:
+        raise UserError("windowed and reference scorers can't share a pass; measure them apart")
+    return next(iter(exact or forms), None)
 
 
 def by_position(position_bks: Array) -> tuple[Array, Array]:

@@ -17,20 +17,11 @@ class Forced(Policy):
       position_yebkl: positions to drop per layer, eviction, row and head (`golden.Labels` stacked
         over layers); the first eviction is the one after `B + L` tokens. After the last one
         listed, the lowest slots go.
-      form: the attention statistics that an observer wants to see (`attention.statistics`), or
-        None for none.
+      statistics: what an observer wants to see, as in `Policy`.
     """
 
     position_yebkl: Array
-    form: str | None = flax.struct.field(pytree_node=False, default=None)
-
-    @property
-    def needs_statistics(self) -> bool:
-        return self.form is not None
-
-    @property
-    def statistics_form(self) -> str:
-        return self.form
+    statistics: str | None = flax.struct.field(pytree_node=False, default=None)
 
     def score(self, view: View) -> Array:
         evictions = self.position_yebkl.shape[0]  # the engine took the layer axis

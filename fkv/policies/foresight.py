@@ -22,12 +22,8 @@ class Foresight(Policy):
     config: scorer.ScorerConfig = flax.struct.field(pytree_node=False)
 
     @property
-    def needs_statistics(self) -> bool:
-        return self.config.statistics_form is not None
-
-    @property
-    def statistics_form(self) -> str:
-        return self.config.statistics_form
+    def statistics(self) -> str | None:
+        return self.config.statistics
 
     def score(self, view: View) -> Array:
         importance = scorer.apply(self.config, self.params, scorer.features(self.config, view))

@@ -11,7 +11,7 @@ from fkv.policies.base import Policy, View, register
 class H2O(Policy):
     """Keeps what has the largest cumulative attention, mean over the group (arXiv 2306.14048)."""
 
-    needs_statistics = True
+    statistics = "sums"
 
     def score(self, view: View) -> Array:
         return view.cumulative_bksg.mean(-1)

@@ -1,12 +1,12 @@
 """The ledger walk: a synthetic reasoning task with a long chain of thought and a checkable answer.
 
 The prompt is a shuffled ledger: facts `a b c ;` (after node `a` comes node `b`, carried by `c`),
-of which only those on a hidden path will matter, some with a mark (`a b c m1 ;`); remarks
+of which only those on a hidden path will matter, some with a mark (`a b m1 c ;`); remarks
 (`note x y ;`) that never matter; and the fee of every carrier (`c = 7 ;`), which is needed again
 and again. Then comes the start node. The chain of thought walks from there until it is `home`:
 before each hop one to three filler words that no one can predict, then the fact restated, the
 fee, and the running sum of the fees modulo 10; where the fact has a mark, the mark and the sum
-so far are written down. At the end the marks are recalled and the total given: the answer.
+so far are then written down. At the end the marks are recalled and the total given: the answer.
 
 What a KV cache must keep is therefore known. A fact is needed once, at a time nobody can foresee,
 and is dead afterwards; fees are needed all the time; remarks never; marks are written by the trace
@@ -53,7 +53,7 @@ class Spec:
         """No problem of this spec is longer."""
         marks = self.marks[1]
         prompt = 1 + 4 * self.facts[1] + marks + 4 * self.remarks[1] + 4 * len(CARRIERS) + 3
-        trace = self.hops[1] * (self.fillers[1] + 5) + 2 * marks
+        trace = self.hops[1] * (self.fillers[1] + 5) + 3 * marks
         return prompt + trace + 1 + 2 * marks + 2 + 1
 
 
@@ -96,11 +96,14 @@ def sample(rng: np.random.Generator, spec: Spec) -> Problem:
     marked = dict(zip(sorted(rng.choice(hops, marks, replace=False)), MARKS, strict=False))
     fees = dict(zip(CARRIERS, rng.integers(0, 10, len(CARRIERS)), strict=True))
 
+    # Every node is at most one fact's source and one fact's target, so a look-up has one answer.
+    others = [node for node in nodes if node not in path[1:]]
+    targets = path[1:] + [others[i] for i in rng.permutation(len(others))]
+
     entries = []
     for i in range(facts):
-        target = path[i + 1] if i < hops else NODES[rng.integers(len(NODES))]
         mark = (marked[i],) if i in marked else ()
-        entries.append((nodes[i], target, carriers[i], *mark, ";"))
+        entries.append((nodes[i], targets[i], *mark, carriers[i], ";"))
     for _ in range(draw(spec.remarks)):
         entries.append(("note", *(FILLERS[i] for i in rng.integers(0, len(FILLERS), 2)), ";"))
     entries = [entries[i] for i in rng.permutation(len(entries))]
@@ -111,10 +114,11 @@ def sample(rng: np.random.Generator, spec: Spec) -> Problem:
     for i in range(hops):
         thought += [FILLERS[j] for j in rng.integers(0, len(FILLERS), draw(spec.fillers))]
         total = (total + int(fees[carriers[i]])) % 10
-        thought += [path[i], path[i + 1], carriers[i], str(fees[carriers[i]]), str(total)]
-        if i in marked:
-            thought += [marked[i], str(total)]
-            recall += [marked[i], str(total)]
+        mark = [marked[i]] if i in marked else []
+        thought += [path[i], path[i + 1], *mark, carriers[i], str(fees[carriers[i]]), str(total)]
+        if mark:
+            thought += [*mark, str(total)]
+            recall += [*mark, str(total)]
     answer = ["</think>", *recall, "total", str(total), "<eos>"]
     return Problem(tuple(prompt), tuple(thought), tuple(answer))
 

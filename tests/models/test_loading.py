@@ -204,7 +204,7 @@ def test_missing_tensors_are_named(checkpoint):
 
     edit(checkpoint, drop)
     message = refusal(models.load, checkpoint)
-    assert "5 tensors that are missing" in message and "and 2 more" in message
+    assert "missing tensors (5): " in message and "and 2 more" in message
     assert "model.layers.1.mlp." in message and str(checkpoint) in message
 
 
@@ -214,13 +214,13 @@ def test_missing_tensors_are_named(checkpoint):
 def test_extra_tensors_are_named(checkpoint, name):
     edit(checkpoint, lambda tensors: tensors.update({name: np.zeros(3)}))
     message = refusal(models.load, checkpoint)
-    assert f"1 tensors that do not belong to this decoder: {name};" in message
+    assert f"tensors that do not belong to this decoder (1): {name};" in message
 
 
 def test_head_of_an_untied_checkpoint_is_needed(checkpoint):
     path = checkpoint / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": False}))
-    assert "missing: lm_head.weight;" in refusal(models.load, checkpoint)
+    assert "missing tensors (1): lm_head.weight;" in refusal(models.load, checkpoint)
 
 
 def test_misshapen_tensors_are_named(checkpoint):
@@ -359,7 +359,7 @@ def test_judges(checkpoint, sharded):
 
 
 def test_judges_that_are_missing_or_misshapen(checkpoint):
-    assert "8 tensors that are missing" in refusal(models.load_judges, checkpoint)
+    assert "missing tensors (8)" in refusal(models.load_judges, checkpoint)
     judged(checkpoint)
     name = "model.layers.1.self_attn.judge_model.fc1.weight"
     edit(checkpoint, lambda tensors: tensors.update({name: tensors[name][:, :47].copy()}))
@@ -389,6 +389,14 @@ def test_every_spelling_of_the_rotary_settings(spelling):
     config = from_hf(HF | spelling)
     assert config.rope_theta == 5e5
     assert dict(config.rope_scaling) == LLAMA3
+
+
+@configs
+def test_both_spellings_are_written(config, tmp_path):
+    models.save(tmp_path, config, random_params(config))
+    written = json.loads((tmp_path / "config.json").read_text())
+    for spelling in (("rope_theta", "rope_scaling"), ("rope_parameters",)):
+        assert from_hf({k: v for k, v in written.items() if k not in spelling}) == config
 
 
 def test_a_config_without_scaling_or_optional_fields():
