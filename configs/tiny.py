@@ -36,6 +36,7 @@ def get_config() -> ConfigDict:
     config.pretrain.qk_gain = 2.0
     config.pretrain.learning_rate = 3e-3
     config.pretrain.warmup = 100
+    config.pretrain.cycles = (1700, 900)  # steps from warm-up to the end of the cosine
     config.pretrain.weight_decay = 0.01
     config.pretrain.clip = 1.0
     config.pretrain.log_every = 20
@@ -52,7 +53,7 @@ def get_config() -> ConfigDict:
         dict(steps=300, batch=24, facts=(6, 16), hops=(4, 10), remarks=(0, 3), marks=(0, 2))
     )
     config.pretrain.stages.c = ConfigDict(
-        dict(steps=1000, batch=16, facts=(8, 30), hops=(6, 22), remarks=(0, 8), marks=(0, 3))
+        dict(steps=1900, batch=16, facts=(8, 30), hops=(6, 22), remarks=(0, 8), marks=(0, 3))
     )
 
     config.data = ConfigDict()

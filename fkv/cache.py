@@ -94,7 +94,8 @@ def choose(importance_bks: Array, position_bks: Array, interval: int) -> Array:
 
     Empty slots come before every entry; among equals the lower slot comes first.
     """
-    importance = jnp.where(position_bks < 0, -jnp.inf, importance_bks)
+    importance = jnp.maximum(importance_bks, jnp.finfo(importance_bks.dtype).min)  # -inf is "empty"
+    importance = jnp.where(position_bks < 0, -jnp.inf, importance)
     return jax.lax.top_k(-importance, interval)[1]
 
 

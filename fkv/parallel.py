@@ -16,6 +16,12 @@ def device_count() -> int:
     return jax.local_device_count()
 
 
+def replicate(tree: Any) -> Any:
+    """Copies a pytree to every device, as `pmap` returns it: its first call compiles for good."""
+    devices = jax.make_mesh((device_count(),), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
+    return jax.device_put(tree, jax.NamedSharding(devices, jax.P()))
+
+
 def pmap(step: Callable[..., tuple[Any, Any]], constants: int, batched: int) -> Callable:
     """Maps a per-device step over the axis `data`.
 

@@ -83,8 +83,13 @@ def feature_size(model: ModelConfig, scorer: ScorerConfig) -> int:
 def init(key: Array, model: ModelConfig, scorer: ScorerConfig) -> dict:
     """Random scorer parameters of all layers, stacked: w1 [y, k, f, o], b1, w2 [y, k, o], b2."""
     example = jnp.zeros((1, model.kv_heads, 1, feature_size(model, scorer)))
-    one = lambda key: Scorer(scorer).init(key, example)["params"]  # noqa: E731
-    return jax.vmap(one)(jax.random.split(key, model.layers))
+
+    @jax.jit  # one program, where running it op by op compiles dozens
+    @jax.vmap
+    def layers(key):
+        return Scorer(scorer).init(key, example)["params"]
+
+    return layers(jax.random.split(key, model.layers))
 
 
 def features(config: ScorerConfig, view: View) -> Array:

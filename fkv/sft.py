@@ -172,6 +172,8 @@ def optimizer(
     learning_rate: float, warmup: int, steps: int, clip: float
 ) -> optax.GradientTransformation:
     """Adam after clipping by global norm; linear warm-up, then cosine to zero at `steps`."""
+    if not 0 <= warmup < steps:
+        raise UserError(f"warmup = {warmup} must be less than steps = {steps}, and not negative")
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, steps)
     return optax.chain(optax.clip_by_global_norm(clip), optax.adam(schedule))
 
@@ -217,6 +219,6 @@ def train_step(
     metrics = {
         "loss": sums.loss,
         "overlap": sums.overlap,
-        "grad_norm": optax.global_norm(sums.grads),
+        "grad_norm": optax.tree.norm(sums.grads),
     }
     return TrainState(state.step + 1, params, opt_state), metrics

@@ -1,5 +1,6 @@
 """Strict numerics for every test, and the fixtures that several share."""
 
+import os
 from pathlib import Path
 
 import jax
@@ -17,3 +18,12 @@ def shared_reference() -> Path:
     if not path.is_dir():
         pytest.skip(f"no reference vectors at {path}")
     return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """Programs compiled once a session: several tests, and the commands they start, share some."""
+    path = str(tmp_path_factory.mktemp("jax"))
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = path
+    jax.config.update("jax_compilation_cache_dir", path)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

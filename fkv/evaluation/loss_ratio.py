@@ -149,7 +149,7 @@ def measure(
             config, params, token, length, watched, budget, interval, observe=observe, acc=start
         )
         events = jnp.maximum(labels.valid_eb[0].sum(0), 1)
-        overlap = agree.sum(0) / (layers * events)
+        overlap = agree.sum(0) / (layers * events)[None]
         token_losses = lambda h: replay.token_losses(config, params, h, token)  # noqa: E731
         return token_losses(full), token_losses(hidden), overlap
 

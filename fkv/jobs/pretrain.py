@@ -56,15 +56,26 @@ def run(config: ConfigDict, workdir: str) -> float:
             f"{longest} tokens"
         )
 
-    run = open_run(workdir, config)
     settings = config.pretrain
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, settings.learning_rate, settings.warmup, total, 0.02 * settings.learning_rate
+    if sum(settings.cycles) != total or min(settings.cycles) <= settings.warmup:
+        raise UserError(
+            f"pretrain.cycles = {settings.cycles} must add up to the {total} steps of the stages, "
+            f"each longer than warmup = {settings.warmup}"
+        )
+    peak = settings.learning_rate
+    schedule = optax.join_schedules(
+        [
+            optax.warmup_cosine_decay_schedule(0.0, peak, settings.warmup, steps, 0.02 * peak)
+            for steps in settings.cycles
+        ],
+        list(np.cumsum(settings.cycles[:-1])),
     )
     optimizer = optax.chain(
         optax.clip_by_global_norm(settings.clip),
         optax.adamw(schedule, b2=0.98, weight_decay=settings.weight_decay),
     )
+
+    run = open_run(workdir, config)
     params = models.init(jax.random.key(config.seed), model, settings.qk_gain)
     state = {"params": params, "opt_state": optimizer.init(params)}
     start = 0

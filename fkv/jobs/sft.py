@@ -24,6 +24,9 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     parallel.check_batch(config.sft.batch)
     scorer_config = scorer.ScorerConfig(**config.scorer)
     loss_config = sft.LossConfig(config.sft.margin, config.sft.weighting)
+    optimiser = sft.optimizer(
+        config.sft.learning_rate, config.sft.warmup, config.sft.steps, config.sft.clip
+    )
     rules = {name: policies.get(name) for name in config.eval.policies}
     model, model_params = common.load_model(config)
     train = common.load_traces(config, "train", config.data.traces, config.budget, model.vocab_size)
@@ -36,15 +39,14 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     run = open_run(workdir, config, may_differ=("sft.log_every",))
     key = jax.random.key(config.seed)
     params = scorer.init(jax.random.fold_in(key, 0), model, scorer_config)
-    optimiser = sft.optimizer(
-        config.sft.learning_rate, config.sft.warmup, config.sft.steps, config.sft.clip
-    )
     state = sft.init_state(params, optimiser)
     if (saved := run.resume(state)) is not None:
         state = saved.state
         common.say(f"going on from step {saved.step} in {workdir}")
 
     # ---- training
+    state, everywhere = parallel.replicate((state, model_params))
+
     def device_step(state, model_params, token, length):
         return sft.train_step(
             model,
@@ -65,7 +67,7 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     bar = tqdm(range(start, steps), initial=start, total=steps, desc="sft", mininterval=0.5)
     pending = None
     for step in bar:
-        state, metrics = step_fn(state, model_params, *batches[step])
+        state, metrics = step_fn(state, everywhere, *batches[step])
         if pending is not None:  # of the step before, while this one runs
             _report(run, bar, *pending, config)
         pending = (step + 1, metrics)

@@ -11,6 +11,8 @@ that `lax.scan` runs over them and one layer is `jax.tree.map(lambda x: x[i], pa
 Letters: b batch, t tokens, v vocabulary, m width, h query heads, k KV heads, d head dim, f MLP.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -54,6 +56,7 @@ def param_shapes(config: ModelConfig) -> dict:
     )
 
 
+@functools.partial(jax.jit, static_argnames=("config", "qk_gain"))
 def init(key: Array, config: ModelConfig, qk_gain: float = 1.0) -> Params:
     """Random parameters: normal with std `fan_in ** -0.5`, norms at one, biases at zero.
 

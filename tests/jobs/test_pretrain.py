@@ -1,0 +1,110 @@
+"""Training of the embedded reasoner, a few steps of it, and the reasoner that is shipped."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import tiny
+from fkv import checkpoint, generate, models, pretrain, tasks
+from fkv.errors import UserError
+from fkv.jobs import pretrain as job
+from fkv.tasks import ledger
+
+
+def small(**changes):
+    config = tiny.get_config()
+    config.task.facts, config.task.hops = (3, 4), (2, 3)
+    config.task.remarks, config.task.marks = (0, 1), (0, 1)
+    settings = config.pretrain
+    settings.model.width, settings.model.layers, settings.model.mlp_width = 16, 2, 16
+    settings.model.heads, settings.model.kv_heads, settings.model.head_dim = 2, 1, 8
+    settings.cycles = (4, 2)
+    settings.warmup, settings.log_every, settings.checkpoint_every = 1, 1, 2
+    settings.eval_problems, settings.eval_batch = 6, 4
+    for name in "abc":
+        settings.stages[name].update(
+            steps=2, batch=4, facts=(3, 4), hops=(2, 3), remarks=(0, 1), marks=(0, 1)
+        )
+    settings.update(changes)
+    return config
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, monkeypatch):
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    job.run(small(), str(straight))
+
+    save = checkpoint.save
+
+    def save_and_die(run_dir, step, *args, **kwargs):
+        save(run_dir, step, *args, **kwargs)
+        if step == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        job.run(small(), str(broken))
+    monkeypatch.undo()
+    job.run(small(), str(broken))
+
+    for name in ("metrics.jsonl", "model/model.safetensors", "model/config.json"):
+        assert (straight / name).read_bytes() == (broken / name).read_bytes(), name
+    config, params = models.load(broken / "model")
+    assert config == job.model_config(small())
+    assert params["layers"]["q_mhd"].shape == (2, 16, 2, 8)
+
+
+def test_cycles_must_cover_the_stages(tmp_path):
+    with pytest.raises(UserError, match=r"cycles = \(4, 3\) must add up to the 6 steps"):
+        job.run(small(cycles=(4, 3)), str(tmp_path))
+
+
+def test_problems_longer_than_the_model_are_refused(tmp_path):
+    config = small()
+    config.pretrain.model.max_positions = 32
+    with pytest.raises(UserError, match="max_positions = 32, but problems can have"):
+        job.run(config, str(tmp_path))
+
+
+def test_loss_is_of_the_tokens_after_the_prompt_alone():
+    config = job.model_config(small())
+    params = models.init(jax.random.key(0), config)
+    problem = ledger.problem(0, "test", 0, ledger.Spec((3, 4), (2, 3), (0, 1), (0, 1)))
+    token, length = ledger.pad([problem.tokens, problem.tokens[:-3]], 80)
+    prompt = np.full(2, len(problem.prompt))
+    value, accuracy = pretrain.loss(params, config, jnp.asarray(token), prompt, jnp.asarray(length))
+
+    nll, hits = [], []
+    for ids in (problem.tokens, problem.tokens[:-3]):
+        x = pretrain.logits(config, params, ids[None], jnp.array([len(ids)]))[0]
+        log_p = np.asarray(jax.nn.log_softmax(x))
+        for i in range(len(problem.prompt), len(ids)):
+            nll.append(-log_p[i - 1, ids[i]])
+            hits.append(log_p[i - 1].argmax() == ids[i])
+    np.testing.assert_allclose(value, np.mean(nll), rtol=1e-5)
+    np.testing.assert_allclose(accuracy, np.mean(hits), rtol=1e-6)
+
+
+def test_shipped_reasoner_answers():
+    """The embedded default, at the sizes of its config: right answers with the full cache."""
+    config, params = models.load(tasks.REASONER, dtype=jnp.float32)
+    recipe = tiny.get_config()
+    assert config == job.model_config(recipe)
+    recipe.pretrain.eval_problems, recipe.pretrain.eval_batch = 64, 64
+    right, _ = job.answers(recipe, config, params)
+    assert right >= 60 / 64  # 98 % are expected: fewer than 60 of 64 happens once in 300
+
+
+def test_full_cache_generation_is_greedy_decoding_of_full_passes():
+    config = job.model_config(small())
+    params = models.init(jax.random.key(3), config)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, config.vocab_size, n) for n in (5, 9)]
+    token, position = generate.left_pad(prompts)
+    together = generate.full_cache(config, params, token, position, jax.random.key(0), 6, 0.0)
+    for prompt, row in zip(prompts, np.asarray(together), strict=True):
+        ids = list(prompt)
+        for expected in row:
+            x = pretrain.logits(config, params, np.array([ids]), jnp.array([len(ids)]))
+            assert int(x[0, -1].argmax()) == expected
+            ids.append(int(expected))

@@ -1,0 +1,187 @@
+"""The supervised job from a config to a table, on a reasoner too small to reason."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from configs import tiny
+from fkv import checkpoint, models
+from fkv.data import traces
+from fkv.errors import UserError
+from fkv.jobs import common, sft
+from fkv.models import ModelConfig
+from fkv.tasks import ledger
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    """A Hugging Face directory of a random decoder with the ledger's vocabulary."""
+    config = ModelConfig(
+        "qwen3", len(ledger.VOCABULARY), 16, 2, 2, 1, 8, 16, qk_norm=True, tied_embeddings=True
+    )
+    path = tmp_path_factory.mktemp("model")
+    models.save(path, config, jax.device_get(models.init(jax.random.key(0), config)))
+    return str(path)
+
+
+def small(model_dir, **changes):
+    """The tiny recipe, tinier; `changes` are dotted overrides with `__` for the dot."""
+    config = tiny.get_config()
+    config.model = model_dir
+    config.budget = 16
+    config.interval = 8
+    config.task.facts, config.task.hops = (4, 6), (3, 4)
+    config.task.remarks, config.task.marks = (0, 1), (0, 1)
+    config.data.traces = 16
+    config.sft.steps, config.sft.batch, config.sft.checkpoint_every = 6, 2, 2
+    config.sft.warmup, config.sft.log_every = 1, 1
+    config.eval.budgets, config.eval.traces, config.eval.batch = (16, 24), 6, 4
+    config.eval.policies = ("snapkv", "random")
+    for name, value in changes.items():
+        *path, leaf = name.split("__")
+        group = config
+        for part in path:
+            group = group[part]
+        group[leaf] = value
+    return config
+
+
+@pytest.fixture(scope="module")
+def finished(model_dir, tmp_path_factory):
+    """A finished run, not to be changed, and its results."""
+    path = tmp_path_factory.mktemp("finished")
+    return path, sft.run(small(model_dir), str(path))
+
+
+@pytest.fixture
+def finished_copy(finished, tmp_path):
+    return shutil.copytree(finished[0], tmp_path / "copy")
+
+
+def test_run_writes_all_that_it_promises(finished):
+    path, results = finished
+
+    names = ["full", "golden", "foresight", "snapkv", "random"]
+    assert [(r.policy, r.budget) for r in results] == [(n, b) for b in (16, 24) for n in names]
+    assert all(np.isfinite(r.ratio()).all() and r.ratio()[0] > 0 for r in results)
+    table = (path / "table.txt").read_text()
+    assert all(name in table for name in names)
+    assert len((path / "results.csv").read_text().splitlines()) == 1 + len(results)
+    assert (path / "loss_ratio.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((path / "config.json").read_text())["budget"] == 16
+    assert (path / "commit.txt").read_text().strip()
+    assert list((path / "tb").iterdir())
+    steps = [json.loads(line)["step"] for line in (path / "metrics.jsonl").open()]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert checkpoint.latest_step(path) == 6
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(model_dir, finished, tmp_path, monkeypatch):
+    straight, broken = finished[0], tmp_path
+    config = small(model_dir)
+
+    save = checkpoint.save
+
+    def save_and_die(run_dir, step, *args, **kwargs):
+        save(run_dir, step, *args, **kwargs)
+        if step == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        sft.run(config, str(broken))
+    monkeypatch.undo()
+    sft.run(config, str(broken))
+
+    for name in ("metrics.jsonl", "results.csv", "table.txt"):
+        assert (straight / name).read_text() == (broken / name).read_text(), name
+    one, two = (checkpoint.load(path).state for path in (straight, broken))
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+def test_trained_scorers_load_as_a_policy(finished):
+    policy = sft.load_scorer(finished[0])
+    assert policy.config.norm == "rms"
+    # layers, KV heads, key + value + 8 features for each of 2 query heads, hidden
+    assert policy.params["w1"].shape == (2, 1, 8 + 8 + 8 * 2, 16)
+
+
+def test_short_traces_are_skipped_and_counted(capsys):
+    config = small("", task__facts=(2, 8), task__hops=(1, 8))
+    lengths = [len(s) for s in traces.embedded(0, "train", 64, common.spec(config))]
+    longer = sum(length > 72 for length in lengths)
+    assert 0 < longer < 64
+    found = common.load_traces(config, "train", 64, 64, len(ledger.VOCABULARY))
+    assert len(found) == longer and found.skipped == 64 - longer
+    assert f"embedded task, train: skipped {64 - longer} of 64 traces" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(budget=8), "budget = 8 must be larger than interval = 8"),
+        (dict(budget=20), "budget = 20 must be a multiple of interval = 8"),
+        (dict(eval__budgets=(16, 20)), "eval.budgets: budget = 20 must be a multiple"),
+        (dict(budget=4096), "longer than budget"),
+        (dict(eval__policies=("snapkw",)), "known are forced, foresight, full, h2o"),
+        (dict(eval__policies=("forced",)), "policy 'forced' needs position_yebkl"),
+        (dict(scorer__norm="layer"), "scorer.norm = 'layer' must be one of none, rms"),
+        (dict(sft__weighting="no"), "weighting = 'no' must be one of plain, sqrt_gap"),
+        (dict(model="nowhere/at/all"), "nowhere/at/all"),
+        (dict(data__path="gone.parquet", data__eval_path="gone.parquet"), "gone.parquet"),
+        (dict(sft__warmup=6), "warmup = 6 must be less than steps = 6"),
+        (dict(sft__batch=64), "batch = 64 is larger than the 16 traces"),
+    ],
+)
+def test_bad_input_is_refused_before_work_starts(model_dir, tmp_path, change, message):
+    with pytest.raises(UserError, match=message.replace(".", r"\.")) as raised:
+        sft.run(small(model_dir, **change), str(tmp_path / "run"))
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_config_that_does_not_fit_the_checkpoint(model_dir, finished_copy):
+    with pytest.raises(UserError, match=r"scorer\.hidden: 16 -> 8"):
+        sft.run(small(model_dir, scorer__hidden=8), str(finished_copy))
+
+
+def test_truncated_checkpoint_is_named(model_dir, finished_copy):
+    files = (finished_copy / "checkpoints" / "6" / "state").rglob("*")
+    largest = max((f for f in files if f.is_file()), key=lambda f: f.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+    with pytest.raises(UserError, match=r"checkpoints/6 \(step 6\) is corrupt"):
+        sft.run(small(model_dir), str(finished_copy))
+
+
+def test_missing_checkpoint_is_named(tmp_path):
+    with pytest.raises(UserError, match=str(tmp_path)):
+        sft.load_scorer(tmp_path)
+
+
+def test_command_line(model_dir, tmp_path):
+    """The very command of the README, at the smallest size, and its one-line errors."""
+    command = [sys.executable, "-m", "launch.sft", "--config=configs/tiny.py"]
+    done = subprocess.run(
+        [*command, f"--workdir={tmp_path}", "--config.bugdet=3"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr == "error: config has no field 'bugdet': did you mean budget?\n"
+    overrides = (
+        f"model={model_dir}", "budget=16", "interval=8", "task.facts=(4, 6)", "task.hops=(3, 4)",
+        "data.traces=8", "sft.steps=2", "sft.batch=2", "sft.warmup=1", "eval.budgets=(16,)",
+        "eval.traces=4",        "eval.batch=4", "eval.policies=('h2o',)",
+    )  # fmt: skip
+    done = subprocess.run(
+        [*command, f"--workdir={tmp_path}", *(f"--config.{o}" for o in overrides)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "golden" in done.stdout and "foresight" in done.stdout
+    assert "sft: 100%" in done.stderr
