@@ -1,10 +1,19 @@
 """The embedded reasoner: 0.45 M parameters, the ledger walk, everything on a laptop.
 
 python -m launch.sft --config=configs/tiny.py        the scorers and the table, about 2 minutes
+python -m launch.evaluate --config=configs/tiny.py   answers of every policy
+python -m launch.generate --config=configs/tiny.py   one answer, as it is written
 python -m launch.pretrain --config=configs/tiny.py   the reasoner itself, which is shipped
 """
 
 from ml_collections import ConfigDict
+
+from fkv.data import benchmarks
+
+RULES = (
+    "rkv", "snapkv", "h2o", "tova", "streaming_llm", "knorm", "keydiff", "expected_attention",
+    "lagkv", "pyramid", "ada", "random",
+)  # fmt: skip
 
 
 def get_config() -> ConfigDict:
@@ -36,7 +45,7 @@ def get_config() -> ConfigDict:
     config.pretrain.qk_gain = 2.0
     config.pretrain.learning_rate = 3e-3
     config.pretrain.warmup = 100
-    config.pretrain.cycles = (1700, 900)  # steps from warm-up to the end of the cosine
+    config.pretrain.cycles = (1700, 900, 600)  # steps from warm-up to the end of the cosine
     config.pretrain.weight_decay = 0.01
     config.pretrain.clip = 1.0
     config.pretrain.log_every = 20
@@ -44,7 +53,7 @@ def get_config() -> ConfigDict:
     config.pretrain.eval_problems = 512
     config.pretrain.eval_batch = 128
     config.pretrain.temperature = 0.6  # the paper's
-    # A curriculum: the look-up is not learned from large ledgers; the last stage mixes all sizes.
+    # A curriculum: the look-up is not learned from large ledgers; the last two mix all sizes.
     config.pretrain.stages = ConfigDict()
     config.pretrain.stages.a = ConfigDict(
         dict(steps=400, batch=32, facts=(4, 8), hops=(3, 6), remarks=(0, 1), marks=(0, 1))
@@ -54,6 +63,10 @@ def get_config() -> ConfigDict:
     )
     config.pretrain.stages.c = ConfigDict(
         dict(steps=1900, batch=16, facts=(8, 30), hops=(6, 22), remarks=(0, 8), marks=(0, 3))
+    )
+    # The third mark is rare so far: in a quarter of the problems, and once in each.
+    config.pretrain.stages.d = ConfigDict(
+        dict(steps=600, batch=16, facts=(8, 30), hops=(6, 22), remarks=(0, 8), marks=(2, 3))
     )
 
     config.data = ConfigDict()
@@ -84,4 +97,36 @@ def get_config() -> ConfigDict:
     config.eval.traces = 64
     config.eval.batch = 32
     config.eval.policies = ("rkv", "snapkv", "h2o", "streaming_llm", "random")
+
+    config.evaluate = ConfigDict()
+    config.evaluate.scorers = ("foresight=runs/sft_tiny",)  # name=workdir of sft or grpo runs
+    config.evaluate.action = "top"  # or "sample", as in the paper
+    config.evaluate.policies = ("full", *RULES)
+    config.evaluate.budgets = (48, 64, 96)
+    config.evaluate.benchmark = "embedded"  # or a .jsonl or .parquet file, or a hub id
+    config.evaluate.split = "test"
+    config.evaluate.subset = ""
+    config.evaluate.question = "problem"
+    config.evaluate.answer = "answer"
+    config.evaluate.instruction = benchmarks.INSTRUCTION
+    config.evaluate.chat = True
+    config.evaluate.problems = 512
+    config.evaluate.samples = 1
+    config.evaluate.new_tokens = 0  # as many as the task can need
+    config.evaluate.temperature = 0.6
+    config.evaluate.top_k = 20
+    config.evaluate.top_p = 0.95
+    config.evaluate.batch = 128
+    config.evaluate.deadline = 10.0  # seconds to check one answer
+    config.evaluate.traces = 64  # held-out traces for loss ratios; 0 for none
+
+    config.generate = ConfigDict()
+    config.generate.prompt = ""  # the embedded model gets a problem of its task when empty
+    config.generate.policy = "snapkv"
+    config.generate.scorer = ""  # workdir of an sft or grpo run, for the policy "foresight"
+    config.generate.new_tokens = 512
+    config.generate.temperature = 0.6
+    config.generate.top_k = 20
+    config.generate.top_p = 0.95
+    config.generate.chat = False
     return config

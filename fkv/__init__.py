@@ -1,3 +1,16 @@
-"""ForesightKV in JAX: KV-cache eviction learned from the attention that is still to come."""
+"""fkv: KV-cache eviction for long reasoning, on JAX."""
+
+import importlib
+from typing import Any
 
 __version__ = "0.1.0"
+
+# Loaded when first used: jobs that need no tokenizer, and `pip`, stay quick.
+_API = ("Generation", "Model", "Sampling", "generate", "load", "load_scorer", "stream")
+__all__ = ["__version__", *_API]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _API:
+        raise AttributeError(f"module 'fkv' has no attribute {name!r}")
+    return getattr(importlib.import_module("fkv.api"), name)

@@ -35,12 +35,14 @@ class Labels:
       candidate_position_ebkn: absolute positions of the candidates, in the slot order in which
         `fkv.replay` holds them when these evictions are forced.
       future_score_ebkn: their future scores, float32.
+      newest_score_ebkl: future scores of the newest `L`, in the order in which they came.
       valid_eb: whether the row is long enough to have this eviction and a token after it.
     """
 
     evict_position_ebkl: Array
     candidate_position_ebkn: Array
     future_score_ebkn: Array
+    newest_score_ebkl: Array
     valid_eb: Array
 
 
@@ -73,12 +75,13 @@ def search(
         position = jax.lax.dynamic_update_slice(position, arrived, (0, 0, budget))
 
         future = jax.lax.dynamic_index_in_dim(score, chunk + 1, axis=3, keepdims=False)
-        future, candidate = future[..., :budget], position[..., :budget]
+        (future, newest), candidate = jnp.split(future, [budget], -1), position[..., :budget]
         evict = kv.choose(future, candidate, interval)
         labels = Labels(
             jnp.take_along_axis(candidate, evict, axis=-1),
             candidate,
             future,
+            newest,
             length_b > (chunk + 1) * interval,
         )
         target, source = kv.moves(evict, slots)

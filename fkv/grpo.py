@@ -31,6 +31,8 @@ def reward(evicted_nll_t: Array, full_nll_t: Array, counted_t: Array, eta: float
 
 def advantages(reward_r: Array) -> Array:
     """Rewards of a group, centred and divided by their (population) standard deviation."""
+    # From the first on, so that equal rewards give zeros and not rounding over rounding.
+    reward_r = reward_r - reward_r[:1]
     return (reward_r - reward_r.mean()) / (reward_r.std() + 1e-8)
 
 
@@ -63,6 +65,6 @@ def loss(
     """
     ratio = jnp.exp(jnp.clip(new_x - old_x, -10, 10))
     surrogate = jnp.minimum(ratio * advantage_x, jnp.clip(ratio, 1 - clip, 1 + clip) * advantage_x)
-    log_ratio = reference_x - new_x
+    log_ratio = jnp.clip(reference_x - new_x, -10, 10)
     kl = (jnp.exp(log_ratio) - log_ratio - 1).mean()
     return -surrogate.mean() + kl_weight * kl, kl

@@ -28,19 +28,27 @@ DECAY = 0.9
 Observer = Callable[[Any, Policy, View, Array], tuple[Any, Any]]
 
 
-def row_positions(token_bt: Array, length_b: Array) -> Array:
-    """Absolute positions [b, t], -1 after a row's end."""
+def row_positions(token_bt: Array, length_b: Array, padding_b: Array | int = 0) -> Array:
+    """Absolute positions [b, t], -1 before a row's first token and after its last.
+
+    Args:
+      length_b: tokens of each row.
+      padding_b: padding in front of each row.
+    """
     index = jnp.arange(token_bt.shape[1], dtype=jnp.int32)[None]
-    return jnp.where(index < length_b[:, None], index, -1)
+    index = index - jnp.reshape(padding_b, (-1, 1))
+    return jnp.where(index < length_b[:, None], jnp.maximum(index, -1), -1)
 
 
-def _accumulate(cache: kv.Cache, stats: attention.Statistics, position_bl: Array) -> kv.Cache:
+def _accumulate(
+    cache: kv.Cache, stats: attention.Statistics, position_bl: Array, budget: int
+) -> kv.Cache:
     """Adds an interval's attention to the sums that travel with the entries."""
-    budget = cache.position_bks.shape[-1] - position_bl.shape[-1]
+    slots, interval = cache.position_bks.shape[-1], position_bl.shape[-1]
     # Nothing decays while the first B tokens fill the cache.
     full = position_bl.max(-1) >= budget
     decay = jnp.where(full, DECAY, 1.0)[:, None, None, None]
-    staged = (jnp.arange(cache.position_bks.shape[-1]) >= budget)[None, None, :, None]
+    staged = (jnp.arange(slots) >= slots - interval)[None, None, :, None]
     before = jax.tree.map(lambda x: jnp.where(staged, 0.0, x), cache.entry)
     entry = {
         "cumulative": before["cumulative"] + stats.total,
@@ -53,8 +61,68 @@ def _ignore(acc, policy, view, evict):
     return acc, ()
 
 
-def layer_pass(
+def init_cache(
+    policy: Policy, batch: int, config: ModelConfig, budget: int, interval: int, dtype: jnp.dtype
+) -> kv.Cache:
+    """An empty cache of one layer as the policy wants it."""
+    kv.check_sizes(budget, interval)
+    entry = ()
+    if policy.statistics:
+        sums = jax.ShapeDtypeStruct((config.group_size,), jnp.float32)
+        entry = {"cumulative": sums, "decayed": sums}
+    slots = policy.capacity(budget) + interval
+    return kv.init(batch, config.kv_heads, slots, config.head_dim, dtype, entry)
+
+
+def evict(
+    config: ModelConfig,
     policy: Policy,
+    cache: kv.Cache,
+    query_blhd: Array,
+    position_bl: Array,
+    chunk: Array,
+    random_b: Array,
+    budget: int,
+    layer: Array | int,
+) -> tuple[View, Array, kv.Cache]:
+    """One layer's eviction, when its staging ring is full: replay and decoding both come here.
+
+    Args:
+      policy: with its arrays sliced to this layer.
+      query_blhd, position_bl: the chunk's queries and positions, -1 for padding.
+      random_b: one PRNG key per row.
+
+    Returns:
+      What the policy saw, the slots it freed [b, k, l], and the cache after it.
+    """
+    stats = None
+    if policy.statistics:
+        stats = attention.statistics(
+            query_blhd, position_bl, cache.key_bksd, cache.position_bks, policy.statistics
+        )
+        cache = _accumulate(cache, stats, position_bl, budget)
+
+    def fold(key, newest):
+        # By position, not by chunk: a row draws the same however the batch is padded.
+        return jax.random.fold_in(jax.random.fold_in(key, layer), newest)
+
+    random = jax.vmap(fold)(random_b, position_bl.max(-1))
+    view = View(
+        cache, query_blhd, position_bl, chunk, random, stats, budget, jnp.asarray(layer), config
+    )
+    if view.capacity == budget:
+        slots = policy.evict(view)
+    else:  # what is dropped leaves empty slots, and those are freed
+        position = jnp.where(policy.drop(view), -1, cache.position_bks)
+        cache = cache.replace(position_bks=position)
+        slots = kv.choose(jnp.zeros(position.shape), position, view.interval)
+    return view, slots, kv.admit(cache, slots)
+
+
+def layer_pass(
+    config: ModelConfig,
+    policy: Policy,
+    layer: Array | int,
     q_bthd: Array,
     k_btkd: Array,
     v_btkd: Array,
@@ -64,24 +132,24 @@ def layer_pass(
     interval: int,
     observe: Observer = _ignore,
     acc: Any = (),
-) -> tuple[Array, Any, Any]:
+) -> tuple[Array, kv.Cache, Any, Any]:
     """Attention of one layer over an evicted cache.
 
     Args:
       policy: with its arrays sliced to this layer.
-      random_b: one PRNG key per row, of this layer.
+      layer: index of the layer.
+      random_b: one PRNG key per row.
       observe: called at every eviction with (acc, policy, view, evicted slots [b, k, l]);
         returns the new accumulator and something to stack over chunks. The first `B / L`
         evictions only take the first `B` tokens in.
       acc: the accumulator's start.
 
     Returns:
-      Attended values [b, t, h, d], the accumulator, and what was stacked over `ceil(T / L)`
-      chunks.
+      Attended values [b, t, h, d], the cache in the end, the accumulator, and what was stacked
+      over `ceil(T / L)` chunks.
     """
-    kv.check_sizes(budget, interval)
     b, t, h, d = q_bthd.shape
-    k, chunks = k_btkd.shape[2], -(-t // interval)
+    chunks = -(-t // interval)
 
     def split(x, value=0):
         pad = [(0, 0)] * x.ndim
@@ -89,40 +157,30 @@ def layer_pass(
         x = jnp.pad(x, pad, constant_values=value)
         return jnp.moveaxis(x.reshape(b, chunks, interval, *x.shape[2:]), 1, 0)
 
-    entry = ()
-    if policy.statistics:
-        sums = jax.ShapeDtypeStruct((h // k,), jnp.float32)
-        entry = {"cumulative": sums, "decayed": sums}
-    cache = kv.init(b, k, budget + interval, d, k_btkd.dtype, entry)
-
     def step(state, inputs):
         cache, acc = state
         chunk, q, key, value, position = inputs
-        cache = kv.append(cache, budget, key, value, position)
+        slot = cache.position_bks.shape[-1] - interval
+        cache = kv.append(cache, slot, key, value, position)
         seen = attention.visible(position, cache.position_bks)
         out, _ = attention.attend(q, cache.key_bksd, cache.value_bksd, seen)
-        stats = None
-        if policy.statistics:
-            stats = attention.statistics(
-                q, position, cache.key_bksd, cache.position_bks, policy.statistics
-            )
-            cache = _accumulate(cache, stats, position)
-        random = jax.vmap(lambda key: jax.random.fold_in(key, chunk))(random_b)
-        view = View(cache, q, position, chunk, random, stats, budget)
-        evict = policy.evict(view)
-        acc, seen = observe(acc, policy, view, evict)
-        return (kv.admit(cache, evict), acc), (out, seen)
+        view, evicted, cache = evict(
+            config, policy, cache, q, position, chunk, random_b, budget, layer
+        )
+        acc, seen = observe(acc, policy, view, evicted)
+        return (cache, acc), (out, seen)
 
+    cache = init_cache(policy, b, config, budget, interval, k_btkd.dtype)
     inputs = (jnp.arange(chunks), split(q_bthd), split(k_btkd), split(v_btkd))
     inputs += (split(position_bt, -1),)
-    (_, acc), (out, observed) = jax.lax.scan(step, (cache, acc), inputs)
+    (cache, acc), (out, observed) = jax.lax.scan(step, (cache, acc), inputs)
     out = jnp.moveaxis(out, 0, 1).reshape(b, chunks * interval, h, d)
-    return out[:, :t], acc, observed
+    return out[:, :t], cache, acc, observed
 
 
 def row_keys(key: Array, batch: int) -> Array:
-    """One PRNG key per row of a batch."""
-    return jax.random.split(key, batch)
+    """One PRNG key per row of a batch, the same whatever the number of rows."""
+    return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch))
 
 
 def replay(
@@ -136,21 +194,23 @@ def replay(
     random_b: Array | None = None,
     observe: Observer = _ignore,
     acc: Any = (),
+    padding_b: Array | int = 0,
 ) -> tuple[Array, Any, Any]:
     """Runs traces under a policy.
 
     Args:
-      token_bt: right-padded token ids.
+      token_bt: padded token ids.
       length_b: tokens of each row.
       policy: any policy; `full` runs one pass over the whole sequence.
       random_b: one PRNG key per row, for policies that draw.
       observe, acc: see `layer_pass`; not called by `full`.
+      padding_b: padding in front of each row, as generation has it; the rest is at the end.
 
     Returns:
       Hidden states after the last layer [b, t, m], accumulators [layers, ...], and what was
       observed [layers, chunks, ...].
     """
-    position = row_positions(token_bt, length_b)
+    position = row_positions(token_bt, length_b, padding_b)
     if random_b is None:
         random_b = row_keys(jax.random.key(0), token_bt.shape[0])
 
@@ -158,9 +218,19 @@ def replay(
         index, weights, layer_policy = inputs
         q, k, v = models.project(config, weights, hidden, position)
         if policy.evicts:
-            random = jax.vmap(lambda key: jax.random.fold_in(key, index))(random_b)
-            out, layer_acc, observed = layer_pass(
-                layer_policy, q, k, v, position, random, budget, interval, observe, acc
+            out, _, layer_acc, observed = layer_pass(
+                config,
+                layer_policy,
+                index,
+                q,
+                k,
+                v,
+                position,
+                random_b,
+                budget,
+                interval,
+                observe,
+                acc,
             )
         else:
             out, _ = attention.full_attention(q, k, v, position)

@@ -93,7 +93,7 @@ def init(key: Array, model: ModelConfig, scorer: ScorerConfig) -> dict:
 
 
 def features(config: ScorerConfig, view: View) -> Array:
-    """Features of the `B` candidates, [b, k, n, f] float32.
+    """Features of the `B` (or `view.capacity`) candidates, [b, k, n, f] float32.
 
     In this order: key [d], value [d], then blocks of `g`: max, min and sum over the last `L`
     queries, sum over the last 16, 8 and 32 queries, cumulative and decayed cumulative sum.
@@ -107,7 +107,7 @@ def features(config: ScorerConfig, view: View) -> Array:
         s = view.statistics
         parts += [s.largest, s.smallest, s.total, s.last_16, s.last_8, s.last_32]
         parts += [view.cumulative_bksg, view.decayed_bksg]
-    parts = [x[:, :, : view.budget].astype(jnp.float32) for x in parts]
+    parts = [x[:, :, : view.capacity].astype(jnp.float32) for x in parts]
     if config.norm == "rms":
         parts = [
             x * jax.lax.rsqrt(jnp.mean(x * x, axis=(-2, -1), keepdims=True) + 1e-12) for x in parts

@@ -143,8 +143,19 @@ def loss_and_grads(
 
         zero = Sums(counted, jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
         q, k, v = models.project(config, weights, evicted, position)
-        out, sums, _ = replay.layer_pass(
-            policy, q, k, v, position, random_b, budget, interval, observe, zero
+        out, _, sums, _ = replay.layer_pass(
+            config,
+            policy,
+            0,  # golden evictions draw nothing and share evenly
+            q,
+            k,
+            v,
+            position,
+            random_b,
+            budget,
+            interval,
+            observe,
+            zero,
         )
         return (full, models.finish(config, weights, evicted, out)), sums
 

@@ -2,12 +2,11 @@
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
-import datasets
 import grain
 import numpy as np
 
+from fkv.data import sources
 from fkv.errors import UserError
 from fkv.tasks import ledger
 
@@ -62,21 +61,24 @@ def read(path: str, column: str = "input_ids") -> list[np.ndarray]:
     """Token ids from a column of a Parquet or JSONL file.
 
     Raises:
-      UserError: the file is missing, can't be read, or lacks the column.
+      UserError: the file is missing, can't be read, lacks the column, or an entry of it is no list
+        of token ids.
     """
-    kind = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}.get(Path(path).suffix)
-    if kind is None:
-        raise UserError(f"{path}: traces are read from .parquet or .jsonl files")
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file")
-    try:
-        data = datasets.load_dataset(kind, data_files=path, split="train")
-    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
-        raise UserError(f"{path}: can't be read as {kind} ({error})") from error
-    if column not in data.column_names:
-        has = ", ".join(data.column_names)
-        raise UserError(f"{path}: no column {column!r}; it has {has}")
-    return [np.asarray(ids, np.int32) for ids in data[column]]
+
+    def ids(row, entry):
+        try:
+            x = np.asarray(entry)
+        except (ValueError, OverflowError):
+            x = np.asarray(None)
+        limit = np.iinfo(np.int32).max
+        if x.ndim != 1 or (x.size and (x.dtype.kind not in "iu" or x.min() < 0 or x.max() > limit)):
+            raise UserError(
+                f"{path}: row {row} of {column!r} is not a list of token ids (0, 1, ...)"
+            )
+        return x.astype(np.int32)
+
+    entries = sources.column(sources.open_file(path), column, path)
+    return [ids(row, entry) for row, entry in enumerate(entries)]
 
 
 def batches(traces: Traces, batch: int, seed: int) -> grain.MapDataset:

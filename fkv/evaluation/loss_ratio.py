@@ -1,6 +1,6 @@
 """What a policy costs on given traces: its loss against the full cache's, and golden overlap.
 
-The tokens that count are those after the first `B + L`, the only ones that an eviction can change.
+The tokens that count are those after the first `B + L`; no eviction changes an earlier one.
 Low-entropy tokens are the share of them with the lowest full-cache entropy, per trace.
 """
 
@@ -14,6 +14,7 @@ import numpy as np
 from jax import Array
 
 from fkv import models, replay
+from fkv.evaluation import tables
 from fkv.models import ModelConfig
 from fkv.policies.base import Policy, View, common_statistics
 
@@ -57,8 +58,12 @@ class Losses:
       evicted, full: summed loss per trace over the counted tokens, nats, each [n, 3]: of all,
         low-entropy and high-entropy tokens.
       tokens: how many tokens each of these sums is over, [n, 3].
-      overlap: share of the golden evictions that the policy would choose too, given the golden
-        cache, mean over layers, heads and evictions, [n]; None for the full cache.
+      recall_nyk: share of the golden evictions that the policy would choose too, given the golden
+        cache, mean over evictions, for every trace, layer and KV head; None for the full cache and
+        where budgets are shared unevenly.
+      regret_nyk: likewise, by how much the future scores of what the policy would drop exceed in
+        sum those of what golden eviction drops (attention probability per eviction).
+      excess_nt: evicted minus full loss of every counted token, nats, NaN elsewhere.
     """
 
     policy: str
@@ -67,7 +72,14 @@ class Losses:
     evicted: np.ndarray
     full: np.ndarray
     tokens: np.ndarray
-    overlap: np.ndarray | None
+    recall_nyk: np.ndarray | None = None
+    regret_nyk: np.ndarray | None = None
+    excess_nt: np.ndarray | None = None
+
+    @property
+    def overlap(self) -> np.ndarray | None:
+        """Recall of the golden evictions, mean over layers and heads, [n]."""
+        return None if self.recall_nyk is None else self.recall_nyk.mean((1, 2))
 
     def ratio(self, kind: int = 0) -> tuple[float, float]:
         """Loss over the full cache's loss, and its standard error (delta method, over traces)."""
@@ -125,33 +137,43 @@ def measure(
     """
     replay.check_lengths(length_b, budget, interval)
     n, t = token_bt.shape
-    names, several = list(policies), tuple(policies.values())
+    # Those that need more room than B can share neither a pass nor a golden cache with others.
+    even = {name: p for name, p in policies.items() if p.capacity(budget) == budget}
+    names, several = list(even), tuple(even.values())
+    uneven = {name: p for name, p in policies.items() if name not in even}
 
     @jax.jit
-    def golden(params, several, token, length):
+    def golden(params, several, token, length, random):
         forced, labels, full = replay.golden_policy(config, params, token, length, budget, interval)
-        first, layers = budget // interval, config.layers
+        first = budget // interval
+        scores = jnp.concatenate([labels.future_score_ebkn, labels.newest_score_ebkl], axis=-1)
 
         def observe(acc, policy, view, evict):
             event = view.chunk - first
             index = jnp.clip(event, 0, labels.valid_eb.shape[1] - 1)
             live = (event >= 0) & (event < labels.valid_eb.shape[1]) & labels.valid_eb[0, index]
-            agree = [
-                (watcher.evict(view)[..., :, None] == evict[..., None, :]).any(-1).mean((1, 2))
-                for watcher in policy.watchers
-            ]
-            agree = jnp.stack([jnp.ones(len(length)), *agree])
-            return acc + jnp.where(live, agree, 0.0), ()
+            future = jnp.take(jnp.take(scores, view.layer, axis=0), index, axis=0)
+
+            def lost(slots):
+                return jnp.take_along_axis(future, slots, axis=-1).sum(-1)
+
+            recall, regret = [jnp.ones(evict.shape[:2])], [jnp.zeros(evict.shape[:2])]
+            for watcher in policy.watchers:
+                chosen = watcher.evict(view)
+                recall.append((chosen[..., :, None] == evict[..., None, :]).any(-1).mean(-1))
+                regret.append(lost(chosen) - lost(evict))
+            both = jnp.stack([jnp.stack(recall), jnp.stack(regret)])
+            return acc + jnp.where(live[None, None, :, None], both, 0.0), ()
 
         watched = Watched(forced, several)
-        start = jnp.zeros((1 + len(several), len(length)))
-        hidden, agree, _ = replay.replay(
-            config, params, token, length, watched, budget, interval, observe=observe, acc=start
+        start = jnp.zeros((2, 1 + len(several), len(length), config.kv_heads))
+        hidden, both, _ = replay.replay(
+            config, params, token, length, watched, budget, interval, random, observe, start
         )
-        events = jnp.maximum(labels.valid_eb[0].sum(0), 1)
-        overlap = agree.sum(0) / (layers * events)[None]
+        events = jnp.maximum(labels.valid_eb[0].sum(0), 1)[None, None, None, :, None]
+        recall, regret = jnp.moveaxis(both / events, 0, 3)  # each [w, b, y, k]
         token_losses = lambda h: replay.token_losses(config, params, h, token)  # noqa: E731
-        return token_losses(full), token_losses(hidden), overlap
+        return token_losses(full), token_losses(hidden), recall, regret
 
     @jax.jit
     def run(params, policy, token, length, random):
@@ -161,23 +183,28 @@ def measure(
         return replay.token_losses(config, params, hidden, token).nll_bt
 
     random = replay.row_keys(key, n)
-    nll = {name: [] for name in ("full", "golden", *names)}
-    entropy, overlaps = [], []
+    nll = {name: [] for name in ("full", "golden", *policies)}
+    entropy, recalls, regrets = [], [], []
     for start in range(0, n, batch):
         rows = np.arange(start, start + batch) % n  # the last batch wraps round, one shape for all
         token, length = token_bt[rows], length_b[rows]
         keep = min(batch, n - start)
-        full, gold, overlap = golden(params, several, token, length)
+        full, gold, recall, regret = golden(params, several, token, length, random[rows])
         nll["full"].append(np.asarray(full.nll_bt)[:keep])
         nll["golden"].append(np.asarray(gold.nll_bt)[:keep])
         entropy.append(np.asarray(full.entropy_bt)[:keep])
-        overlaps.append(np.asarray(overlap)[:, :keep])
-        for i, name in enumerate(names):
-            one = OneOf(several, jnp.full(config.layers, i))
-            nll[name].append(np.asarray(run(params, one, token, length, random[rows]))[:keep])
+        recalls.append(np.asarray(recall)[:, :keep])
+        regrets.append(np.asarray(regret)[:, :keep])
+        chosen = {
+            name: OneOf(several, jnp.full(config.layers, i)) for i, name in enumerate(names)
+        } | uneven
+        for name, policy in chosen.items():
+            one = run(params, policy, token, length, random[rows])
+            nll[name].append(np.asarray(one)[:keep])
 
     nll = {name: np.concatenate(rows) for name, rows in nll.items()}
-    overlap = dict(zip(("golden", *names), np.concatenate(overlaps, axis=1), strict=True))
+    recall = dict(zip(("golden", *names), np.concatenate(recalls, axis=1), strict=True))
+    regret = dict(zip(("golden", *names), np.concatenate(regrets, axis=1), strict=True))
     index = np.arange(t - 1)[None]
     counted = (index >= budget + interval - 1) & (index < length_b[:, None] - 1)
     low = low_entropy(np.concatenate(entropy), counted, low_share)
@@ -188,38 +215,59 @@ def measure(
 
     full = sums(nll["full"])
     return [
-        Losses(name, budget, interval, sums(x), full, masks.sum(1), overlap.get(name))
+        Losses(
+            name,
+            budget,
+            interval,
+            sums(x),
+            full,
+            masks.sum(1),
+            recall.get(name),
+            regret.get(name),
+            np.where(counted, x - nll["full"], np.nan),
+        )
         for name, x in nll.items()
     ]
 
 
+HEAD = (
+    "policy",
+    "budget",
+    "loss ratio",
+    "low-entropy",
+    "high-entropy",
+    "added nats, low",
+    "overlap",
+)
+
+
+def _cells(result: Losses) -> list[str]:
+    ratios = [f"{value:.3f} ± {error:.3f}" for value, error in map(result.ratio, range(3))]
+    value, error = result.added(1)
+    mean, spread = result.mean_overlap()
+    overlap = "" if result.overlap is None else f"{mean:.3f} ± {spread:.3f}"
+    added = f"{value:.4f} ± {error:.4f}"
+    return [result.policy, str(result.budget), *ratios, added, overlap]
+
+
 def table(results: Sequence[Losses]) -> str:
-    """A text table, one line per policy and budget."""
-    head = (
-        f"{'policy':<14} {'budget':>6}  {'loss ratio':^15} {'low-entropy':^17} "
-        f"{'high-entropy':^15}  {'added nats, low':^17} {'overlap':^13}"
-    )
-    lines = [head, "-" * len(head)]
-    for r in results:
-        cells = [f"{v:8.3f} ±{e:6.3f}" for v, e in (r.ratio(0), r.ratio(1), r.ratio(2))]
-        value, std = r.added(1)
-        mean, overlap_error = r.mean_overlap()
-        overlap = f"{mean:6.3f} ±{overlap_error:5.3f}" if r.overlap is not None else ""
-        lines.append(
-            f"{r.policy:<14} {r.budget:>6}  {cells[0]} {cells[1]:>17} {cells[2]}  "
-            f"{value:9.4f} ±{std:6.4f} {overlap}"
-        )
-    return "\n".join(lines)
+    """A text table, one line per policy and budget, ± one standard error."""
+    return tables.text(HEAD, [_cells(r) for r in results])
+
+
+def markdown(results: Sequence[Losses]) -> str:
+    """The same in Markdown."""
+    return tables.markdown(HEAD, [_cells(r) for r in results])
 
 
 def csv(results: Sequence[Losses]) -> str:
     """The same as comma-separated values, with a header."""
-    lines = [
+    head = (
         "policy,budget,interval,traces,ratio,ratio_se,ratio_low,ratio_low_se,ratio_high,"
         "ratio_high_se,added_low,added_low_se,overlap,overlap_se"
-    ]
+    ).split(",")
+    rows = []
     for r in results:
         numbers = [*r.ratio(0), *r.ratio(1), *r.ratio(2), *r.added(1), *r.mean_overlap()]
-        cells = [r.policy, r.budget, r.interval, len(r.full), *(f"{x:.6g}" for x in numbers)]
-        lines.append(",".join(map(str, cells)))
-    return "\n".join(lines) + "\n"
+        rows.append([r.policy, r.budget, r.interval, len(r.full), *(f"{x:.6g}" for x in numbers)])
+    return tables.comma_separated(head, rows)

@@ -1,20 +1,28 @@
 """Pictures of results."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
+from fkv.evaluation.accuracy import Accuracy
 from fkv.evaluation.loss_ratio import Losses
 
 PANELS = (("all tokens", 0), ("low-entropy tokens, added nats", 1), ("high-entropy tokens", 2))
 
 
-def loss_ratios(results: Sequence[Losses], path: str | Path, title: str) -> None:
-    """Loss ratio against budget, a line per policy with two standard errors; writes a PNG."""
-    import matplotlib
+def _pyplot():
+    import matplotlib  # takes a second, and only jobs that draw need it
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib import pyplot
 
+    return pyplot
+
+
+def loss_ratios(results: Sequence[Losses], path: str | Path, title: str) -> None:
+    """Loss ratio against budget, a line per policy with two standard errors; writes a PNG."""
+    plt = _pyplot()
     names = [n for n in dict.fromkeys(r.policy for r in results) if n != "full"]
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
     for axis, (label, kind) in zip(axes, PANELS, strict=True):
@@ -39,5 +47,124 @@ def loss_ratios(results: Sequence[Losses], path: str | Path, title: str) -> None
         axis.set_ylabel("nats per token" if kind == 1 else "loss / full-cache loss")
     axes[0].legend(fontsize="small")
     figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def accuracy(results: Sequence[Accuracy], path: str | Path) -> None:
+    """pass@1 against budget with 95 % intervals, the full cache as a band; writes a PNG."""
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(7, 4.8), layout="constrained")
+    for r in results:
+        if not r.budget:
+            low, high = r.interval()
+            axis.axhspan(100 * low, 100 * high, color="gray", alpha=0.3)
+            axis.axhline(100 * r.pass_at_1, color="gray", label=r.policy)
+    for i, name in enumerate(dict.fromkeys(r.policy for r in results if r.budget)):
+        rows = sorted((r for r in results if r.policy == name), key=lambda r: r.budget)
+        middle = [100 * r.pass_at_1 for r in rows]
+        bounds = [[100 * x for x in r.interval()] for r in rows]
+        errors = [[m - low for m, (low, _) in zip(middle, bounds, strict=True)],
+                  [high - m for m, (_, high) in zip(middle, bounds, strict=True)]]  # fmt: skip
+        axis.errorbar(
+            [r.budget for r in rows], middle, yerr=errors, label=name, marker="o", capsize=3,
+            color=f"C{i % 10}", linestyle="-" if i < 10 else "--",
+        )  # fmt: skip
+    axis.set_xlabel("budget (KV pairs per head)")
+    axis.set_ylabel("pass@1, %")
+    axis.set_ylim(0, 102)
+    axis.set_xticks(sorted({r.budget for r in results if r.budget}))
+    axis.legend(fontsize="small", ncols=2)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def loss_by_position(results: Sequence[Losses], path: str | Path, bins: int = 16) -> None:
+    """Nats added by eviction against position, a panel per budget; writes a PNG."""
+    plt = _pyplot()
+    budgets = sorted({r.budget for r in results})
+    figure, axes = plt.subplots(
+        1, len(budgets), figsize=(4.5 * len(budgets), 4.2), layout="constrained", squeeze=False
+    )
+    for axis, budget in zip(axes[0], budgets, strict=True):
+        rows = [r for r in results if r.budget == budget and r.policy != "full"]
+        for i, r in enumerate(rows):
+            counted = ~np.isnan(r.excess_nt)
+            position = np.broadcast_to(np.arange(1, r.excess_nt.shape[1] + 1), counted.shape)
+            edges = np.linspace(position[counted].min(), position[counted].max() + 1, bins + 1)
+            bin_of = np.digitize(position[counted], edges) - 1
+            count = np.bincount(bin_of, minlength=bins)
+            total = np.bincount(bin_of, weights=r.excess_nt[counted], minlength=bins)
+            mean = np.where(count, total / np.maximum(count, 1), np.nan)
+            axis.plot(
+                (edges[:-1] + edges[1:]) / 2, mean, label=r.policy, color=f"C{i % 10}",
+                linestyle="-" if i < 10 else "--",
+            )  # fmt: skip
+        axis.axhline(0, color="gray", linewidth=1, linestyle=":")
+        axis.set_title(f"B = {budget}")
+        axis.set_xlabel("position")
+    axes[0][0].set_ylabel("added nats per token")
+    axes[0][0].legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def regret(results: Sequence[Losses], path: str | Path) -> None:
+    """Regret against golden per layer and KV head, a panel per policy and budget; writes a PNG."""
+    plt = _pyplot()
+    shown = [r for r in results if r.regret_nyk is not None and r.policy != "golden"]
+    names, budgets = list(dict.fromkeys(r.policy for r in shown)), sorted({r.budget for r in shown})
+    figure, axes = plt.subplots(
+        len(budgets), len(names), figsize=(1.7 * len(names) + 1, 1.9 * len(budgets)),
+        layout="constrained", squeeze=False,
+    )  # fmt: skip
+    top = max(r.regret_nyk.mean(0).max() for r in shown)
+    for r in shown:
+        axis = axes[budgets.index(r.budget)][names.index(r.policy)]
+        image = axis.imshow(r.regret_nyk.mean(0), vmin=0, vmax=top, cmap="magma_r", aspect="auto")
+        axis.set_title(f"{r.policy}, {r.budget}", fontsize="small")
+        axis.set_xticks(range(r.regret_nyk.shape[2]))
+        axis.set_yticks(range(r.regret_nyk.shape[1]))
+    figure.supxlabel("KV head", fontsize="small")
+    figure.supylabel("layer", fontsize="small")
+    figure.colorbar(image, ax=axes, label="attention lost per eviction")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def retention(held: Mapping[str, np.ndarray], path: str | Path, title: str) -> None:
+    """What is held over time: position to the right, time downwards; a panel per policy and layer.
+
+    Args:
+      held: from `diagnosis.retention`.
+    """
+    plt = _pyplot()
+    layers = next(iter(held.values())).shape[0]
+    figure, axes = plt.subplots(
+        len(held), layers, figsize=(4 * layers, 1.5 * len(held) + 0.8), layout="constrained",
+        squeeze=False, sharex=True, sharey=True,
+    )  # fmt: skip
+    for row, (name, one) in zip(axes, held.items(), strict=True):
+        for layer, axis in enumerate(row):
+            axis.imshow(one[layer].mean(0), vmin=0, vmax=1, cmap="Greens", aspect="auto",
+                        interpolation="nearest")  # fmt: skip
+            axis.set_title(f"{name}, layer {layer}", fontsize="small")
+    figure.supxlabel("position of the token", fontsize="small")
+    figure.supylabel("chunk", fontsize="small")
+    figure.suptitle(title, fontsize="medium")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def attention_patterns(patterns: Mapping[str, np.ndarray], interval: int, path: str | Path) -> None:
+    """Attention that single tokens receive over time, a panel per pattern; writes a PNG."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(1, len(patterns), figsize=(13, 3.6), layout="constrained")
+    for axis, (name, rows) in zip(axes, patterns.items(), strict=True):
+        for row in rows:
+            axis.plot(interval * np.arange(len(row)), row, marker=".")
+        axis.set_title(f"{name}{'' if len(rows) else ': no such token'}")
+        axis.set_xlabel("position of the queries")
+    axes[0].set_ylabel("attention, mean of a block")
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -1,13 +1,14 @@
 """What several jobs do alike: read their parts of the config, with errors before work starts."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from fkv import cache, models, tasks
+from fkv import api, cache, models, tasks
 from fkv.data import traces
 from fkv.errors import UserError
 from fkv.models import ModelConfig
@@ -21,8 +22,23 @@ def spec(config: ConfigDict) -> ledger.Spec:
 
 def load_model(config: ConfigDict) -> tuple[ModelConfig, models.Params]:
     """The frozen language model in float32, the embedded one by its name."""
-    path = tasks.REASONER if config.model == "embedded" else config.model
+    path = tasks.REASONER if config.model == api.EMBEDDED else config.model
     return models.load(path, dtype=jnp.float32)
+
+
+def load_language_model(config: ConfigDict) -> api.Model:
+    """The same with its tokenizer."""
+    return api.load(config.model, jnp.float32)
+
+
+def check_vocabulary(config: ConfigDict, vocabulary: int) -> None:
+    """Refuses the embedded task for a model that does not speak it."""
+    if vocabulary != len(ledger.VOCABULARY):
+        raise UserError(
+            f"model {config.model} has {vocabulary} words, the embedded task "
+            f"{len(ledger.VOCABULARY)}: set data.path and data.eval_path to traces of its own, and "
+            "evaluate.benchmark to questions"
+        )
 
 
 def load_traces(
@@ -41,11 +57,7 @@ def load_traces(
         sequences = traces.read(path, config.data.column)[:count]
     else:
         where = f"embedded task, {split}"
-        if vocabulary != len(ledger.VOCABULARY):
-            raise UserError(
-                f"model {config.model} has {vocabulary} words, the embedded task "
-                f"{len(ledger.VOCABULARY)}: set data.path and data.eval_path to traces of its own"
-            )
+        check_vocabulary(config, vocabulary)
         sequences = traces.embedded(config.seed, split, count, spec(config))
     worst = max((int(s.max()) for s in sequences if len(s)), default=0)
     if worst >= vocabulary:
@@ -59,14 +71,13 @@ def load_traces(
     return found
 
 
-def check_budgets(config: ConfigDict) -> None:
-    """Refuses a training or evaluation budget that does not fit the interval."""
-    cache.check_sizes(config.budget, config.interval)
-    for budget in config.eval.budgets:
+def check_budgets(budgets: Sequence[int], interval: int, where: str) -> None:
+    """Refuses budgets that do not fit the interval; `where` names the field."""
+    for budget in budgets:
         try:
-            cache.check_sizes(budget, config.interval)
+            cache.check_sizes(budget, interval)
         except UserError as error:
-            raise UserError(f"eval.budgets: {error}") from None
+            raise UserError(f"{where}: {error}") from None
 
 
 def check_finite(metrics: dict, step: int, workdir: str | Path) -> None:

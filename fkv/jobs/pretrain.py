@@ -9,7 +9,7 @@ import optax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from fkv import generate, models, pretrain
+from fkv import decoding, models, policies, pretrain, replay
 from fkv.errors import UserError
 from fkv.jobs import common
 from fkv.models import ModelConfig
@@ -105,6 +105,7 @@ def run(config: ConfigDict, workdir: str) -> float:
 
     params = jax.device_get(state["params"])
     models.save(Path(workdir) / "model", model, params)
+    ledger.tokenizer().save_pretrained(Path(workdir) / "model")
     right, error = answers(config, model, params)
     run.log(total, {"answers": right, "answers_se": error})
     run.close()
@@ -124,19 +125,20 @@ def answers(config: ConfigDict, model: ModelConfig, params: models.Params) -> tu
         count = min(settings.eval_batch, settings.eval_problems - start)
         problems = ledger.problems(config.seed, "eval", start, count, spec)
         prompts = [ledger.encode(p.prompt) for p in problems]
-        token, position = generate.left_pad(prompts)
         longest = max(len(p.tokens) - len(p.prompt) for p in problems)
-        out = generate.full_cache(
+        out = decoding.generate(
             model,
             params,
-            token,
-            position,
-            jax.random.fold_in(jax.random.key(config.seed), start),
+            policies.get("full"),
+            prompts,
+            replay.row_keys(jax.random.fold_in(jax.random.key(config.seed), start), count),
             # Fillers are drawn anew, so a solution may be longer than the reference.
             longest + spec.fillers[1] * spec.hops[1] // 2,
-            settings.temperature,
+            config.budget,
+            config.interval,
+            decoding.Sampling(settings.temperature),
+            (ledger.EOS,),
         )
-        out = np.asarray(out)
         right += [ledger.correct(row, p) for row, p in zip(out, problems, strict=True)]
     share = float(np.mean(right))
     return share, (share * (1 - share) / len(right)) ** 0.5

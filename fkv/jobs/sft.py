@@ -7,7 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from fkv import checkpoint, parallel, policies, scorer, sft
+from fkv import cache, parallel, policies, scorer, sft
 from fkv.data import traces
 from fkv.evaluation import loss_ratio, plots
 from fkv.jobs import common
@@ -17,10 +17,11 @@ from fkv.rundir import open_run
 def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     """Trains (or goes on training) scorers in `workdir` and measures them on held-out traces.
 
-    Writes checkpoints, metrics, `table.txt`, `results.csv` and `loss_ratio.png` there.
+    Writes checkpoints, metrics, `table.txt`, `table.md`, `results.csv` and `loss_ratio.png` there.
     """
     # ---- what can be wrong is found out first
-    common.check_budgets(config)
+    cache.check_sizes(config.budget, config.interval)
+    common.check_budgets(config.eval.budgets, config.interval, "eval.budgets")
     parallel.check_batch(config.sft.batch)
     scorer_config = scorer.ScorerConfig(**config.scorer)
     loss_config = sft.LossConfig(config.sft.margin, config.sft.weighting)
@@ -119,18 +120,10 @@ def _write_results(run, results, workdir, traces_measured) -> None:
     path = Path(workdir)
     table = loss_ratio.table(results)
     (path / "table.txt").write_text(table + "\n")
+    (path / "table.md").write_text(loss_ratio.markdown(results) + "\n")
     (path / "results.csv").write_text(loss_ratio.csv(results))
     title = f"loss under eviction, {traces_measured} held-out traces, ± 2 standard errors"
     plots.loss_ratios(results, path / "loss_ratio.png", title)
-    common.say(f"\n{table}\n\nwritten to {workdir}: table.txt, results.csv, loss_ratio.png")
-
-
-def load_scorer(workdir: str | Path) -> policies.Foresight:
-    """The `foresight` policy of a finished or running sft run.
-
-    Raises:
-      UserError: there is no checkpoint, or it is damaged.
-    """
-    saved = checkpoint.load(workdir)
-    config = scorer.ScorerConfig(**saved.info["config"]["scorer"])
-    return policies.Foresight(saved.state["params"], config)
+    common.say(
+        f"\n{table}\n\nwritten to {workdir}: table.txt, table.md, results.csv, loss_ratio.png"
+    )

@@ -1,18 +1,20 @@
 """The frozen language models."""
 
 from fkv.models.config import ModelConfig
-from fkv.models.decoder import Params, embed, finish, init, project, unembed, unstack
-from fkv.models.loading import load, load_judges, save
+from fkv.models.decoder import Params, embed, finish, init, project, rotate, unembed, unstack
+from fkv.models.loading import find, load, load_judges, save
 
 __all__ = [
     "ModelConfig",
     "Params",
     "embed",
+    "find",
     "finish",
     "init",
     "load",
     "load_judges",
     "project",
+    "rotate",
     "save",
     "unembed",
     "unstack",

@@ -58,6 +58,8 @@ _JUDGE = "model.layers.{}.self_attn.judge_model."
 _BESIDE = re.compile(
     r"model\.layers\.\d+\.self_attn\.judge_model\..+|model\..*rotary_emb\.inv_freq"
 )
+# What is downloaded: the weights, the configs, and whatever a tokenizer may consist of.
+_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -103,7 +105,7 @@ def load(
             pass
         if str(dtype) not in _DTYPES.values():
             raise UserError(f"dtype {dtype!r} is not supported; use {_some(_DTYPES.values())}")
-    directory = _directory(path_or_hub_id, revision)
+    directory = find(path_or_hub_id, revision)
     config = read(directory)
     stored = _stored(directory)
     tensors = list(_tensors(config))
@@ -180,7 +182,7 @@ def load_judges(path_or_hub_id: str | Path, revision: str | None = None) -> dict
     Raises:
       UserError: the checkpoint has no scorers, or not those of its decoder.
     """
-    directory = _directory(path_or_hub_id, revision)
+    directory = find(path_or_hub_id, revision)
     config = read(directory)
     stored = _stored(directory)
     heads, features = config.kv_heads, 2 * config.head_dim + 8 * config.group_size
@@ -223,7 +225,7 @@ def _tensors(config: ModelConfig) -> Iterator[_Tensor]:
             yield _Tensor(f"model.layers.{layer}.{name}", shape, ours, layer)
 
 
-def _directory(path_or_hub_id: str | Path, revision: str | None) -> Path:
+def find(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
     """The directory itself, or that of the downloaded snapshot of a hub id."""
     name = str(path_or_hub_id)
     path = Path(name).expanduser()
@@ -234,9 +236,7 @@ def _directory(path_or_hub_id: str | Path, revision: str | None) -> Path:
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         raise UserError(f"{path}: no such directory, and not a hub id of the form owner/name")
     try:
-        snapshot = huggingface_hub.snapshot_download(
-            name, revision=revision, allow_patterns=["*.json", "*.safetensors"]
-        )
+        snapshot = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=_FILES)
     except GatedRepoError:
         raise UserError(
             f"{name}: access is gated; accept the terms at https://huggingface.co/{name} "

@@ -18,6 +18,7 @@ from jax import Array
 from fkv import attention
 from fkv import cache as kv
 from fkv.errors import UserError
+from fkv.models import ModelConfig
 
 
 @flax.struct.dataclass
@@ -25,13 +26,18 @@ class View:
     """All that a policy sees of one layer at an eviction.
 
     Attributes:
-      cache: the `B + L` entries, the newest `L` in slots [B, B + L) in the order they came.
+      cache: the entries; the newest `L` in the last `L` slots, in the order they came.
       query_blhd, query_position_bl: the last `L` queries, rotated; position -1 is padding.
       chunk: index of the chunk of `L` tokens just processed, int32.
       random_b: one PRNG key per row, different in every layer and chunk.
       statistics: attention statistics, when the policy asks for them, else None.
-      cumulative_bksg, decayed_bksg: sums of attention since each entry came (same condition).
       budget: B.
+      layer: index of this layer, int32.
+      config: of the model.
+      cumulative_bksg, decayed_bksg: sums of attention since each entry came, kept when the policy
+        asks for statistics.
+      interval: L.
+      capacity: slots before the newest `L`; B, unless the policy asks for more.
     """
 
     cache: kv.Cache
@@ -41,10 +47,16 @@ class View:
     random_b: Array
     statistics: attention.Statistics | None
     budget: int = flax.struct.field(pytree_node=False)
+    layer: Array | int = 0
+    config: ModelConfig | None = flax.struct.field(pytree_node=False, default=None)
 
     @property
     def interval(self) -> int:
-        return self.cache.position_bks.shape[-1] - self.budget
+        return self.query_blhd.shape[1]
+
+    @property
+    def capacity(self) -> int:
+        return self.cache.position_bks.shape[-1] - self.interval
 
     @property
     def cumulative_bksg(self) -> Array:
@@ -76,12 +88,31 @@ class Policy:
         """How many of the newest entries can't be dropped; the interval, unless said."""
         return view.interval
 
+    def importance(self, view: View) -> Array:
+        """`score`, infinite where protected and minus infinity where empty."""
+        score, position = self.score(view), view.cache.position_bks
+        newest = jnp.arange(score.shape[-1]) >= score.shape[-1] - self.protected(view)
+        return jnp.where(position < 0, -jnp.inf, jnp.where(newest[None, None], jnp.inf, score))
+
     def evict(self, view: View) -> Array:
-        """Slots to drop [b, k, L]."""
-        importance = self.score(view)
-        newest = jnp.arange(importance.shape[-1]) >= importance.shape[-1] - self.protected(view)
-        importance = jnp.where(newest[None, None], jnp.inf, importance)
-        return kv.choose(importance, view.cache.position_bks, view.interval)
+        """Slots to drop [b, k, L], empty ones among them while fewer than `B + L` are held."""
+        return kv.choose(self.importance(view), view.cache.position_bks, view.interval)
+
+    # ---- for policies that share the budget unevenly over layers or heads
+
+    def capacity(self, budget: int) -> int:
+        """Entries that one head has room for: the budget, unless it is shared unevenly."""
+        return budget
+
+    def keep(self, view: View, importance_bks: Array) -> Array:
+        """How many entries each head keeps at most, [b, k] int32; asked when shared unevenly."""
+        raise NotImplementedError
+
+    def drop(self, view: View) -> Array:
+        """Entries to drop, bool [b, k, s]: all but the `keep` most important."""
+        importance = self.importance(view)
+        rank = jnp.argsort(jnp.argsort(-importance, axis=-1), axis=-1)
+        return rank >= self.keep(view, importance)[..., None]
 
 
 _REGISTRY: dict[str, Callable[..., Policy]] = {}

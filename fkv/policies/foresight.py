@@ -1,11 +1,15 @@
 """ForesightKV: the trained scorers choose."""
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 from fkv import scorer
+from fkv.errors import UserError
 from fkv.policies.base import Policy, View, register
+
+ACTIONS = ("top", "sample")
 
 
 @register("foresight")
@@ -16,10 +20,17 @@ class Foresight(Policy):
     Attributes:
       params: scorer parameters of all layers, stacked.
       config: what the scorers are made of.
+      action: `top` drops the `L` least important; `sample`, as in the paper, draws them without
+        replacement from the `2L` least important, with probability softmax(-importance).
     """
 
     params: dict
     config: scorer.ScorerConfig = flax.struct.field(pytree_node=False)
+    action: str = flax.struct.field(pytree_node=False, default="top")
+
+    def __post_init__(self):
+        if self.action not in ACTIONS:
+            raise UserError(f"action = {self.action!r} must be one of {', '.join(ACTIONS)}")
 
     @property
     def statistics(self) -> str | None:
@@ -27,4 +38,15 @@ class Foresight(Policy):
 
     def score(self, view: View) -> Array:
         importance = scorer.apply(self.config, self.params, scorer.features(self.config, view))
+        if self.action == "sample":
+            importance = perturb(importance, view)
         return jnp.pad(importance, ((0, 0), (0, 0), (0, view.interval)))
+
+
+def perturb(importance_bkn: Array, view: View) -> Array:
+    """Importances whose `L` lowest are a sample of the pool of `2L` (Gumbel top-k)."""
+    held = view.cache.position_bks[..., : view.capacity] >= 0
+    score = jnp.where(held, -importance_bkn, -jnp.inf)  # for eviction
+    border = jax.lax.top_k(score, min(2 * view.interval, score.shape[-1]))[0][..., -1:]
+    gumbel = jax.vmap(lambda key: jax.random.gumbel(key, score.shape[1:]))(view.random_b)
+    return jnp.where(score >= border, -(score + gumbel), jnp.inf)

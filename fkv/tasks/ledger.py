@@ -19,6 +19,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from fkv.errors import UserError
+
 _CONSONANTS, _VOWELS = "bdfgklmnprst", "aeo"
 NODES = tuple(f"{c}{v}{'nl'[i % 2]}" for i, c in enumerate(_CONSONANTS) for v in _VOWELS)  # 36
 CARRIERS = ("ox", "mule", "cart", "boat")
@@ -48,6 +50,18 @@ class Spec:
     remarks: tuple[int, int] = (2, 6)
     marks: tuple[int, int] = (2, 3)
     fillers: tuple[int, int] = (1, 3)
+
+    def __post_init__(self):
+        most = {"facts": len(NODES), "marks": len(MARKS)}
+        for field in dataclasses.fields(self):
+            low, high = getattr(self, field.name)
+            least = 1 if field.name in ("facts", "hops") else 0
+            if not least <= low <= high <= most.get(field.name, high):
+                limit = f" and at most {most[field.name]}" if field.name in most else ""
+                raise UserError(
+                    f"task.{field.name} = {(low, high)} must be a range (low, high) of at least "
+                    f"{least}{limit}"
+                )
 
     def max_tokens(self) -> int:
         """No problem of this spec is longer."""
@@ -79,6 +93,18 @@ def encode(words: Sequence[str]) -> np.ndarray:
 def decode(ids: Sequence[int]) -> list[str]:
     """Token ids to words."""
     return [VOCABULARY[int(i)] for i in ids]
+
+
+def tokenizer():
+    """The vocabulary as a tokenizer of `transformers`: words between blanks."""
+    import tokenizers  # these two take seconds
+    import transformers
+
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(ID, unk_token="<pad>"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>"
+    )
 
 
 def sample(rng: np.random.Generator, spec: Spec) -> Problem:

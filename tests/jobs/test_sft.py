@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+import fkv
 from configs import tiny
 from fkv import checkpoint, models
 from fkv.data import traces
@@ -106,7 +107,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(model_dir, finished, tmp_p
 
 
 def test_trained_scorers_load_as_a_policy(finished):
-    policy = sft.load_scorer(finished[0])
+    policy = fkv.load_scorer(finished[0])
     assert policy.config.norm == "rms"
     # layers, KV heads, key + value + 8 features for each of 2 query heads, hidden
     assert policy.params["w1"].shape == (2, 1, 8 + 8 + 8 * 2, 16)
@@ -161,7 +162,7 @@ def test_truncated_checkpoint_is_named(model_dir, finished_copy):
 
 def test_missing_checkpoint_is_named(tmp_path):
     with pytest.raises(UserError, match=str(tmp_path)):
-        sft.load_scorer(tmp_path)
+        fkv.load_scorer(tmp_path)
 
 
 def test_command_line(model_dir, tmp_path):

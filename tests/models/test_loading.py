@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from fkv import models
 from fkv.errors import UserError
-from fkv.models import ModelConfig
+from fkv.models import ModelConfig, loading
 from fkv.models.config import from_hf, read
 from tests.models import SMALL, full_logits, random_params, tokens, torch_logits, torch_model
 
@@ -280,7 +280,7 @@ def test_a_hub_id_is_downloaded(checkpoint, monkeypatch):
     _, params = models.load("some-one/a_model.v2", revision="main")
     assert_equal(params, random_params(QWEN3))
     download.assert_called_once_with(
-        "some-one/a_model.v2", revision="main", allow_patterns=["*.json", "*.safetensors"]
+        "some-one/a_model.v2", revision="main", allow_patterns=loading._FILES
     )
 
 

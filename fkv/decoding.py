@@ -1,0 +1,428 @@
+"""Generation with eviction: prefill through replay, then decoding on the device.
+
+Decoding is step-outer: unrolled layers with one cache each, an inner `scan` of exactly `L` steps,
+one eviction, and an outer `while_loop` that ends when every row is done. A new token is written at
+the same slot of every row: prompts are left-padded to a multiple of `L`, padding being empty slots
+that nothing attends to and that are the first to be dropped. So what happens to a row depends on
+its own tokens alone, whatever else is in the batch.
+
+A policy that does not evict (`full`) has a cache as long as prompt and answer; all else is shared.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from fkv import attention, models, replay
+from fkv import cache as kv
+from fkv.errors import UserError
+from fkv.models import ModelConfig
+from fkv.policies.base import Policy
+
+NO_TOKEN = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn; in this order, as in `transformers`.
+
+    Attributes:
+      temperature: divides the logits; 0 takes the likeliest token.
+      top_k: only the `k` likeliest tokens can be drawn; 0 for all.
+      top_p: of these, the smallest set of likeliest tokens with at least this much of their
+        probability; 1 for all.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self):
+        if not self.temperature >= 0:
+            raise UserError(f"temperature = {self.temperature} must be 0 or more")
+        if self.top_k < 0:
+            raise UserError(f"top_k = {self.top_k} must be 0 (off) or more")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p = {self.top_p} must be above 0 and at most 1 (off)")
+
+
+def sample(logits_bv: Array, key_b: Array, sampling: Sampling) -> Array:
+    """Draws one token per row [b], int32, each with its own key.
+
+    The vocabulary is never sorted when `top_k` is given.
+    """
+    if sampling.temperature == 0:
+        return logits_bv.argmax(-1).astype(jnp.int32)
+    x = logits_bv.astype(jnp.float32) / sampling.temperature
+    token = None
+    if sampling.top_k and sampling.top_k < x.shape[-1]:
+        x, token = jax.lax.top_k(x, sampling.top_k)
+    elif sampling.top_p < 1:
+        token = jnp.argsort(-x, axis=-1)
+        x = jnp.take_along_axis(x, token, axis=-1)
+    if sampling.top_p < 1:
+        p = jax.nn.softmax(x, axis=-1)
+        before = jnp.cumsum(p, axis=-1) - p  # of the likelier ones: the first always stays
+        x = jnp.where(before < sampling.top_p, x, -jnp.inf)
+    drawn = jax.vmap(jax.random.categorical)(key_b, x)
+    if token is not None:
+        drawn = jnp.take_along_axis(token, drawn[:, None], axis=-1)[:, 0]
+    return drawn.astype(jnp.int32)
+
+
+def left_pad(
+    prompts: Sequence[np.ndarray], multiple: int = 1, value: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Aligns prompts at their ends.
+
+    Args:
+      multiple: the width is rounded up to a multiple of this.
+
+    Returns:
+      Ids [b, t] and the padding in front of each row [b], int32.
+    """
+    longest = max(len(prompt) for prompt in prompts)
+    width = -(-longest // multiple) * multiple
+    token = np.full((len(prompts), width), value, np.int32)
+    padding = np.array([width - len(prompt) for prompt in prompts], np.int32)
+    for row, prompt, start in zip(token, prompts, padding, strict=True):
+        row[start:] = prompt
+    return token, padding
+
+
+@flax.struct.dataclass
+class State:
+    """Everything that changes while decoding.
+
+    Attributes:
+      caches: one per layer.
+      token_b: the newest token of each row, drawn but not yet in the cache.
+      position_b: its absolute position.
+      left_b: how many more tokens each row may add after `token_b`; 0 when it is done.
+      key_b: one PRNG key per row; a draw depends on it and on the position alone.
+      chunk: chunks processed, prompt included, int32.
+    """
+
+    caches: tuple[kv.Cache, ...]
+    token_b: Array
+    position_b: Array
+    left_b: Array
+    key_b: Array
+    chunk: Array
+
+
+def _next(hidden_bm, config, params, key_b, position_b, sampling):
+    logits = models.unembed(config, params, hidden_bm[:, None])[:, 0]
+    keys = jax.vmap(jax.random.fold_in)(key_b, position_b)
+    return sample(logits, keys, sampling)
+
+
+def _left(token_b, left_b, stop):
+    """Tokens left after drawing `token_b`: none after a stop token."""
+    stopped = (token_b[:, None] == jnp.asarray(stop, jnp.int32).reshape(1, -1)).any(-1)
+    return jnp.where(stopped, 0, jnp.maximum(left_b - 1, 0))
+
+
+def prefill(
+    config: ModelConfig,
+    params: models.Params,
+    policy: Policy,
+    token_bt: Array,
+    padding_b: Array,
+    key_b: Array,
+    limit_b: Array,
+    budget: int,
+    interval: int,
+    sampling: Sampling,
+    stop: tuple[int, ...],
+    new_tokens: int,
+) -> State:
+    """Runs the prompts and draws the first token of each row.
+
+    Args:
+      token_bt, padding_b: from `left_pad`; with a policy that evicts, `t` is a multiple of `L`.
+      key_b: one PRNG key per row.
+      limit_b: tokens that each row may add, at most `new_tokens` (which sizes the full cache).
+    """
+    b, t = token_bt.shape
+    position = replay.row_positions(token_bt, t - padding_b, padding_b)
+
+    def layer(hidden, inputs):
+        index, weights, layer_policy = inputs
+        q, k, v = models.project(config, weights, hidden, position)
+        if policy.evicts:
+            out, cache, _, _ = replay.layer_pass(
+                config, layer_policy, index, q, k, v, position, key_b, budget, interval
+            )
+        else:
+            out, _ = attention.full_attention(q, k, v, position)
+            slots = t + -(-new_tokens // interval) * interval
+            cache = kv.init(b, config.kv_heads, slots, config.head_dim, k.dtype)
+            cache = kv.append(cache, 0, k, v, position)
+        return models.finish(config, weights, hidden, out), cache
+
+    inputs = (jnp.arange(config.layers), params["layers"], policy)
+    hidden, stacked = jax.lax.scan(layer, models.embed(params, token_bt), inputs)
+    caches = tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(config.layers))
+    position_b = position[:, -1] + 1
+    token = _next(hidden[:, -1], config, params, key_b, position_b, sampling)
+    left = _left(token, limit_b, stop)
+    return State(caches, token, position_b, left, key_b, jnp.asarray(-(-t // interval)))
+
+
+def decode_chunk(
+    config: ModelConfig,
+    params: models.Params,
+    policy: Policy,
+    state: State,
+    prompt_width: int,
+    budget: int,
+    interval: int,
+    sampling: Sampling,
+    stop: tuple[int, ...],
+) -> tuple[State, Array]:
+    """`L` decoding steps and the eviction after them.
+
+    Args:
+      prompt_width: padded width of the prompts, which a full cache holds in front.
+
+    Returns:
+      The state, and the tokens [b, L] that were put into the cache, `NO_TOKEN` for rows that were
+      done: the first is the one drawn last time.
+    """
+    weights = models.unstack(config, params)
+    per_layer = [jax.tree.map(lambda x, i=i: x[i], policy) for i in range(config.layers)]
+    prompt_chunks = -(-prompt_width // interval)
+    start = prompt_width + (state.chunk - prompt_chunks) * interval
+    if policy.evicts:
+        start = state.caches[0].position_bks.shape[-1] - interval
+
+    def step(carry, i):
+        caches, token, position, left, done = carry
+        at = jnp.where(done, -1, position)[:, None]
+        hidden, held, queries = models.embed(params, token[:, None]), [], []
+        for layer, cache in zip(weights, caches, strict=True):
+            q, k, v = models.project(config, layer, hidden, at)
+            cache = kv.append(cache, start + i, k, v, at)
+            seen = attention.visible(at, cache.position_bks)
+            out, _ = attention.attend(q, cache.key_bksd, cache.value_bksd, seen)
+            hidden = models.finish(config, layer, hidden, out)
+            held.append(cache)
+            queries.append(q[:, 0])
+        drawn = _next(hidden[:, 0], config, params, state.key_b, position + 1, sampling)
+        emitted = jnp.where(done, NO_TOKEN, token)
+        done = left == 0  # the token just put in was the last one
+        left = jnp.where(done, 0, _left(drawn, left, stop))
+        carry = (tuple(held), drawn, position + 1, left, done)
+        return carry, (emitted, at[:, 0], tuple(queries) if policy.evicts else ())
+
+    done = state.token_b == NO_TOKEN
+    carry = (state.caches, state.token_b, state.position_b, state.left_b, done)
+    carry, (tokens, at, queries) = jax.lax.scan(step, carry, jnp.arange(interval))
+    caches, token, position, left, done = carry
+    if policy.evicts:
+        position_bl, held = at.T, []
+        for i, (cache, one) in enumerate(zip(caches, per_layer, strict=True)):
+            _, _, cache = replay.evict(
+                config,
+                one,
+                cache,
+                jnp.moveaxis(queries[i], 0, 1),
+                position_bl,
+                state.chunk,
+                state.key_b,
+                budget,
+                i,
+            )
+            held.append(cache)
+        caches = tuple(held)
+    token = jnp.where(done, NO_TOKEN, token)
+    state = State(caches, token, position, left, state.key_b, state.chunk + 1)
+    return state, tokens.T
+
+
+_STATIC = ("config", "budget", "interval", "sampling", "stop", "new_tokens")
+_prefill = jax.jit(prefill, static_argnames=_STATIC)
+_decode_chunk = jax.jit(
+    decode_chunk,
+    static_argnames=("config", "prompt_width", "budget", "interval", "sampling", "stop"),
+    donate_argnames="state",
+)
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("config", "prompt_width", *_STATIC[1:]),
+    donate_argnames="state",
+)
+def decode(
+    config: ModelConfig,
+    params: models.Params,
+    policy: Policy,
+    state: State,
+    prompt_width: int,
+    budget: int,
+    interval: int,
+    sampling: Sampling,
+    stop: tuple[int, ...],
+    new_tokens: int,
+) -> tuple[Array, State]:
+    """Decodes until every row is done, in one program on the device.
+
+    Returns:
+      Tokens [b, n], `NO_TOKEN` after a row's last one, `n` being `new_tokens` rounded up to a
+      multiple of `L`; and the last state, whose caches took the place of those given.
+    """
+    chunks = -(-new_tokens // interval)
+    batch = state.token_b.shape[0]
+    out = jnp.full((batch, chunks * interval), NO_TOKEN, jnp.int32)
+
+    def going(carry):
+        n, _, state = carry
+        return (n < chunks) & (state.token_b != NO_TOKEN).any()
+
+    def body(carry):
+        n, out, state = carry
+        state, tokens = decode_chunk(
+            config, params, policy, state, prompt_width, budget, interval, sampling, stop
+        )
+        return n + 1, jax.lax.dynamic_update_slice(out, tokens, (0, n * interval)), state
+
+    _, out, state = jax.lax.while_loop(going, body, (jnp.zeros((), jnp.int32), out, state))
+    return out, state
+
+
+def _start(
+    config,
+    params,
+    policy,
+    prompts,
+    keys,
+    new_tokens,
+    budget,
+    interval,
+    sampling,
+    stop,
+    width=0,
+    limit=None,
+):
+    if not len(prompts):
+        raise UserError("no prompts given")
+    for i, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise UserError(f"prompt {i} is empty: give at least one token")
+        worst = max(int(np.max(prompt)), -int(np.min(prompt)))
+        if worst >= config.vocab_size or np.min(prompt) < 0:
+            raise UserError(f"prompt {i} has token {worst}, beyond the model's {config.vocab_size}")
+    if new_tokens < 1:
+        raise UserError(f"new_tokens = {new_tokens} must be at least 1")
+    kv.check_sizes(budget, interval)
+    token, padding = left_pad(prompts, interval)
+    if width > token.shape[1]:
+        extra = -(-width // interval) * interval - token.shape[1]
+        token, padding = np.pad(token, ((0, 0), (extra, 0))), padding + extra
+    limit = np.full(len(prompts), new_tokens) if limit is None else np.asarray(limit)
+    state = _prefill(
+        config,
+        params,
+        policy,
+        token,
+        padding,
+        keys,
+        jnp.asarray(limit, jnp.int32),
+        budget=budget,
+        interval=interval,
+        sampling=sampling,
+        stop=stop,
+        new_tokens=new_tokens,
+    )
+    return state, token.shape[1]
+
+
+def generate(
+    config: ModelConfig,
+    params: models.Params,
+    policy: Policy,
+    prompts: Sequence[np.ndarray],
+    keys: Array,
+    new_tokens: int,
+    budget: int,
+    interval: int,
+    sampling: Sampling = Sampling(),
+    stop: tuple[int, ...] = (),
+    width: int = 0,
+    limit: Sequence[int] | None = None,
+) -> list[np.ndarray]:
+    """Continues prompts of any lengths under a policy.
+
+    Args:
+      prompts: token ids of each row; longer ones than `B + L` are evicted from as they are read.
+      keys: one PRNG key per row: equal rows with different keys are different samples.
+      new_tokens: at most this many are added.
+      stop: tokens that end a row.
+      width: pad prompts to at least this width, so that batches share a program.
+      limit: per row, at most this many tokens (no more than `new_tokens`); 0 leaves a row out.
+
+    Returns:
+      The new tokens of each row, the stop token included.
+
+    Raises:
+      UserError: a prompt is empty or has a token that the model does not know, or sizes are wrong.
+    """
+    state, width = _start(
+        config, params, policy, prompts, keys, new_tokens, budget, interval, sampling, stop,
+        width, limit,
+    )  # fmt: skip
+    out, _ = decode(
+        config, params, policy, state, width, budget, interval, sampling, stop, new_tokens
+    )
+    limit = [new_tokens] * len(prompts) if limit is None else limit
+    return [
+        row[: min(n, most)]
+        for row, n, most in zip(
+            np.asarray(out), (np.asarray(out) != NO_TOKEN).sum(1), limit, strict=True
+        )
+    ]
+
+
+def stream(
+    config: ModelConfig,
+    params: models.Params,
+    policy: Policy,
+    prompts: Sequence[np.ndarray],
+    keys: Array,
+    new_tokens: int,
+    budget: int,
+    interval: int,
+    sampling: Sampling = Sampling(),
+    stop: tuple[int, ...] = (),
+) -> Iterator[list[np.ndarray]]:
+    """As `generate`, but yields the new tokens of every row after each `L` steps."""
+    state, width = _start(
+        config, params, policy, prompts, keys, new_tokens, budget, interval, sampling, stop
+    )
+    for _ in range(-(-new_tokens // interval)):
+        state, tokens = _decode_chunk(
+            config, params, policy, state, width, budget, interval, sampling, stop
+        )
+        yield [row[row != NO_TOKEN] for row in np.asarray(tokens)]
+        if (np.asarray(state.token_b) == NO_TOKEN).all():
+            return
+
+
+def evictions(prompt: int, generated: int, budget: int, interval: int) -> int:
+    """How many evictions a row of generation saw that dropped an entry which a later token missed.
+
+    Args:
+      prompt, generated: tokens of the row. The last generated token never enters attention.
+    """
+    cached = prompt + generated - 1
+    first = (prompt - 1) % interval + 1  # the prompt's first chunk is the incomplete one
+    ends = range(first, cached, interval)
+    return sum(end > budget for end in ends)

@@ -1,0 +1,147 @@
+"""Why a policy costs what it costs: regret and recall per head, what is held when, who is attended.
+
+Regret and recall are measured by `loss_ratio.measure`, in the states of the golden cache.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from fkv import attention, models, replay
+from fkv.evaluation import tables
+from fkv.evaluation.loss_ratio import Losses
+from fkv.models import ModelConfig
+from fkv.policies.base import Policy
+
+
+def csv(results: Sequence[Losses]) -> str:
+    """Regret and recall of every policy, budget, layer and KV head, mean over traces, as CSV."""
+    rows = []
+    for r in results:
+        if r.recall_nyk is None:
+            continue
+        recall, regret = r.recall_nyk.mean(0), r.regret_nyk.mean(0)
+        for layer, head in np.ndindex(recall.shape):
+            numbers = (f"{x[layer, head]:.6g}" for x in (regret, recall))
+            rows.append([r.policy, r.budget, layer, head, *numbers])
+    return tables.comma_separated(
+        ["policy", "budget", "layer", "kv_head", "regret", "recall"], rows
+    )
+
+
+def retention(
+    config: ModelConfig,
+    params: models.Params,
+    policies: Mapping[str, Policy],
+    token_bt: Array,
+    length_b: Array,
+    budget: int,
+    interval: int,
+) -> dict[str, np.ndarray]:
+    """Which tokens each head holds over time, under golden eviction and every policy.
+
+    Args:
+      token_bt, length_b: one trace, [1, t] and [1].
+
+    Returns:
+      For each name, bool [layers, KV heads, chunks, t]: held when the chunk's queries ran.
+    """
+    if token_bt.shape[0] != 1:
+        raise ValueError(f"retention is drawn for one trace, not {token_bt.shape[0]}")
+    t = token_bt.shape[1]
+
+    def held(policy):
+        @jax.jit
+        def run(params, policy):
+            def observe(acc, policy, view, evict):
+                position = view.cache.position_bks
+                row = jnp.zeros((*position.shape[:2], t + 1), bool)
+                row = jnp.put_along_axis(row, position, True, axis=-1, inplace=False)
+                return acc, row[0, :, :t]  # position -1 is the last index, which is cut
+
+            return replay.replay(
+                config, params, token_bt, length_b, policy, budget, interval, observe=observe
+            )[2]
+
+        return np.moveaxis(np.asarray(run(params, policy)), 1, 2)
+
+    golden, _, _ = jax.jit(replay.golden_policy, static_argnums=(0, 4, 5))(
+        config, params, token_bt, length_b, budget, interval
+    )
+    return {name: held(p) for name, p in {"golden": golden, **policies}.items() if p.evicts}
+
+
+def block_scores(
+    config: ModelConfig, params: models.Params, token_bt: Array, length_b: Array, interval: int
+) -> np.ndarray:
+    """Mean full-cache attention of every token from each block of `L` queries.
+
+    Memory is `layers * KV heads * t * t / L` floats; meant for a trace or two.
+
+    Returns:
+      [layers, KV heads, t, blocks] of the one trace given.
+    """
+    t = token_bt.shape[1]
+    blocks = -(-t // interval)
+    position = replay.row_positions(token_bt, length_b)
+
+    @jax.jit
+    def run(params):
+        def layer(hidden, weights):
+            q, k, v = models.project(config, weights, hidden, position)
+            out, _ = attention.full_attention(q, k, v, position)
+            pad = blocks * interval - t
+            queries = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0)))
+            at = jnp.pad(position, ((0, 0), (0, pad)), constant_values=-1)
+            keys = jnp.moveaxis(k, 1, 2)
+
+            def block(i):
+                q = jax.lax.dynamic_slice_in_dim(queries, i * interval, interval, axis=1)
+                rows = jax.lax.dynamic_slice_in_dim(at, i * interval, interval, axis=1)
+                seen = attention.visible(rows, position[:, None])
+                p = jax.nn.softmax(attention.logits(q, keys, seen), axis=-1)
+                return jnp.where(seen[:, :, None], p, 0.0).mean((2, 3))[0]
+
+            score = jax.lax.map(block, jnp.arange(blocks))
+            return models.finish(config, weights, hidden, out), jnp.moveaxis(score, 0, -1)
+
+        return jax.lax.scan(layer, models.embed(params, token_bt), params["layers"])[1]
+
+    return np.asarray(run(params))
+
+
+def patterns(score_yktj: np.ndarray, share: float = 0.5) -> dict[str, np.ndarray]:
+    """Three ways in which tokens are attended to over time, each by its clearest tokens.
+
+    A token is attended to in a block when its score is at least `share` of its largest. `steady`:
+    in most blocks after its own; `local`: in its own block and the next alone; `recalled`: first
+    silent for several blocks, then attended to again.
+
+    Returns:
+      For each pattern, the scores [tokens, blocks] of the tokens that show it best, at most six.
+    """
+    *_, t, blocks = score_yktj.shape
+    rows = score_yktj.reshape(-1, blocks)
+    interval = -(-t // blocks)
+    own = np.tile(np.arange(t) // interval, len(rows) // t)
+    after = np.arange(blocks)[None] - own[:, None]
+    alive = after >= 0
+    strong = (rows >= share * rows.max(1, keepdims=True)) & alive & (rows > 0)
+    later = np.where(after > 1, rows, 0.0)
+    best = rows.max(1)
+    enough = blocks - own > 4  # there is a future to speak of
+    first_later = np.where((after > 2) & strong, after, blocks).min(1)
+    quiet = np.where((after >= 1) & (after < first_later[:, None]), rows, 0.0).max(1)
+    clear = {
+        "steady": np.where(enough, strong.sum(1) / np.maximum(alive.sum(1), 1) * (best > 0.01), -1),
+        "local": np.where(enough, best - 10 * later.max(1), -1),
+        "recalled": np.where(enough & (first_later < blocks), later.max(1) - 10 * quiet, -1),
+    }
+    found = {}
+    for name, score in clear.items():
+        top = np.argsort(-score, kind="stable")[:6]
+        found[name] = np.where(alive[top], rows[top], np.nan)[score[top] > 0]
+    return found

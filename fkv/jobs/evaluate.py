@@ -1,0 +1,367 @@
+"""Evaluation by answers and by loss: every policy at every budget, from a config to tables."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from fkv import api, decoding, policies
+from fkv.api import Model
+from fkv.data import benchmarks
+from fkv.errors import UserError
+from fkv.evaluation import accuracy, diagnosis, loss_ratio, math_answers, plots, tables
+from fkv.jobs import common
+from fkv.policies.base import Policy
+from fkv.rundir import Run, open_run
+from fkv.tasks import ledger
+
+# What a run may be asked for more of; everything else must stay as it was.
+MAY_DIFFER = tuple(
+    f"evaluate.{name}" for name in ("policies", "budgets", "problems", "samples", "batch", "traces")
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A prompt, and how an answer to it is judged.
+
+    Attributes:
+      id: names it in `samples.jsonl`.
+      prompt: token ids.
+      reference: the right answer, as text.
+      check: from (token ids, text) to the verdict and the answer found.
+    """
+
+    id: str
+    prompt: np.ndarray
+    reference: str
+    check: Callable[[np.ndarray, str], tuple[str, str | None]]
+
+
+def run(config: ConfigDict, workdir: str) -> list[accuracy.Accuracy]:
+    """Answers with every policy at every budget, and measures losses on held-out traces.
+
+    Goes on where it stopped; adds to what is there when asked for more policies, budgets, problems
+    or samples. Writes `samples.jsonl`, `accuracy.{txt,md,csv}`, `regressions.csv`, and from the
+    traces `loss_ratio.*`, `diagnosis.csv` and pictures.
+    """
+    settings = config.evaluate
+    common.check_budgets(settings.budgets, config.interval, "evaluate.budgets")
+    sampling = decoding.Sampling(settings.temperature, settings.top_k, settings.top_p)
+    named, provenance = _policies(config)
+    model = common.load_language_model(config)
+    checker = math_answers.Checker(settings.deadline)
+    problems, new_tokens = _problems(config, model, checker)
+
+    run = open_run(workdir, config, may_differ=MAY_DIFFER)
+    _check_provenance(run.path / "scorers.json", provenance)
+    samples = _Samples(run.path / "samples.jsonl", config.interval)
+    run.resume({})  # metrics are written again from all samples
+
+    cells = [("full", 0, policies.get("full"))] if "full" in settings.policies else []
+    for budget in settings.budgets:
+        cells += [(name, budget, policy) for name, policy in named.items()]
+    longest = max(len(p.prompt) for p in problems)
+    with checker:
+        for name, budget, policy in cells:
+            todo = [
+                (i, j)
+                for i in range(len(problems))
+                for j in range(settings.samples)
+                if (name, budget, problems[i].id, j) not in samples
+            ]
+            label = f"{name} {budget or ''}".strip()
+            bar = tqdm(total=len(problems) * settings.samples, desc=label, mininterval=0.5)
+            bar.update(bar.total - len(todo))
+            for start in range(0, len(todo), settings.batch):
+                part = todo[start : start + settings.batch]
+                rows = _answer(
+                    config, model, policy, budget, problems, part, sampling, new_tokens, longest
+                )
+                samples.add({"policy": name, "budget": budget, **row} for row in rows)
+                bar.update(len(part))
+            bar.close()
+
+    wanted = {(name, budget) for name, budget, _ in cells}
+    ids = {problem.id for problem in problems}
+    rows = [
+        row
+        for row in samples.rows
+        if (row["policy"], row["budget"]) in wanted
+        and row["problem"] in ids
+        and row["sample"] < settings.samples
+    ]
+    rows.sort(key=lambda row: [c[:2] for c in cells].index((row["policy"], row["budget"])))
+    found = accuracy.summarise(rows)
+    _write_answers(run, found, rows)
+    for result in found:
+        name = f"{result.policy}_{result.budget}" if result.budget else result.policy
+        run.log(result.budget, {f"pass_at_1/{name}": result.pass_at_1})
+    if settings.traces:
+        _measure_traces(config, model, named, run)
+    run.close()
+    return found
+
+
+def _policies(config: ConfigDict) -> tuple[dict[str, Policy], dict]:
+    """The policies to run, by the name they are reported under, and where scorers came from."""
+    scorers, provenance = {}, {}
+    for entry in config.evaluate.scorers:
+        name, equals, workdir = entry.partition("=")
+        if not equals:
+            raise UserError(f"evaluate.scorers: {entry!r} must be of the form name=workdir")
+        if name in policies.names() and name != "foresight":
+            raise UserError(f"evaluate.scorers: {name!r} is the name of a rule; take another")
+        policy = api.load_scorer(workdir).replace(action=config.evaluate.action)
+        scorers[name] = policy
+        leaves = b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(policy.params))
+        provenance[name] = {"from": workdir, "sha256": hashlib.sha256(leaves).hexdigest()}
+    rules = [name for name in config.evaluate.policies if name != "full"]
+    return {**scorers, **{name: policies.get(name) for name in rules}}, provenance
+
+
+def _check_provenance(path: Path, provenance: dict) -> None:
+    """Refuses to mix answers of different scorers; new names may come in."""
+    old = json.loads(path.read_text()) if path.exists() else {}
+    for name, one in provenance.items():
+        if name in old and old[name]["sha256"] != one["sha256"]:
+            raise UserError(
+                f"{path.parent} holds answers of another scorer {name!r} (from "
+                f"{old[name]['from']}): use another --workdir, or another name for this one"
+            )
+    path.write_text(json.dumps({**old, **provenance}, indent=1) + "\n")
+
+
+def _problems(
+    config: ConfigDict, model: Model, checker: math_answers.Checker
+) -> tuple[list[Problem], int]:
+    """The problems, and how many tokens an answer may have."""
+    settings = config.evaluate
+    if settings.problems < 1 or settings.samples < 1:
+        raise UserError("evaluate.problems and evaluate.samples must be at least 1")
+    if settings.benchmark == "embedded":
+        common.check_vocabulary(config, model.config.vocab_size)
+        spec = common.spec(config)
+        found = ledger.problems(config.seed, "eval", 0, settings.problems, spec)
+        longest = max(len(p.tokens) - len(p.prompt) for p in found)
+        # Fillers are drawn anew, so a solution may be longer than the reference.
+        slack = spec.fillers[1] * spec.hops[1] // 2
+        return [
+            Problem(str(i), ledger.encode(p.prompt), " ".join(p.answer[1:-1]), _exact(p))
+            for i, p in enumerate(found)
+        ], settings.new_tokens or longest + slack
+
+    benchmark = benchmarks.load(
+        settings.benchmark,
+        settings.split,
+        settings.subset,
+        settings.question,
+        settings.answer,
+        settings.instruction,
+    )
+    for row, why in benchmark.unusable:
+        common.say(f"{settings.benchmark}: row {row} left out, {why}")
+    if benchmark.unusable:
+        common.say(f"{settings.benchmark}: {len(benchmark.unusable)} rows left out")
+    return [
+        Problem(
+            q.id,
+            api.encode(model, q.text, chat=settings.chat),
+            q.answer,
+            lambda _, text, reference=q.answer: checker.check(text, reference),
+        )
+        for q in benchmark.questions[: settings.problems]
+    ], settings.new_tokens or 32_768
+
+
+def _exact(problem: ledger.Problem):
+    def check(tokens, text):
+        right = ledger.correct(tokens, problem)
+        answer = text.partition("</think>")[2].strip()
+        return (math_answers.RIGHT if right else math_answers.WRONG), answer or None
+
+    return check
+
+
+def _answer(
+    config, model, policy, budget, problems, part, sampling, new_tokens, width
+) -> list[dict]:
+    """Answers one batch; rows of `samples.jsonl`, without policy and budget."""
+    empty = config.evaluate.batch - len(part)  # all batches have one shape, and one program
+    rows = [*part, *[part[0]] * empty]
+    budget = budget or config.interval * 2  # the full cache has none
+    out = decoding.generate(
+        model.config,
+        model.params,
+        policy,
+        [problems[i].prompt for i, _ in rows],
+        jnp.stack([api.sample_key(config.seed, i, j) for i, j in rows]),
+        new_tokens,
+        budget,
+        config.interval,
+        sampling,
+        model.stop,
+        width,
+        [new_tokens] * len(part) + [0] * empty,
+    )
+    found = []
+    for (i, j), tokens in zip(part, out, strict=False):
+        problem = problems[i]
+        one = api.finished(model, policy, len(problem.prompt), tokens, budget, config.interval)
+        verdict, answer = problem.check(tokens, one.text)
+        found.append(
+            {
+                "interval": config.interval,
+                "problem": problem.id,
+                "sample": j,
+                "verdict": verdict,
+                "answer": answer,
+                "reference": problem.reference,
+                "tokens": len(tokens),
+                "truncated": one.truncated,
+                "evictions": one.evictions,
+                "text": one.text,
+            }
+        )
+    return found
+
+
+class _Samples:
+    """`samples.jsonl`: what has been answered, a line each, written batch by batch."""
+
+    def __init__(self, path: Path, interval: int):
+        self.path, self.rows = path, []
+        text = path.read_text() if path.exists() else ""
+        # A line that a killed run left unfinished is dropped, and answered again.
+        whole = text[: text.rfind("\n") + 1]
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                row = json.loads(line)
+                self.rows.append(row)
+                mixed = row["interval"] != interval
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(
+                    f"{path}, line {number} is not a sample: delete that line"
+                ) from error
+            if mixed:
+                raise UserError(
+                    f"{path}, line {number} is of interval {row['interval']}, not {interval}: "
+                    "use another --workdir"
+                )
+        if whole != text:
+            path.write_text(whole)
+        self._keys = {self._key(row) for row in self.rows}
+
+    def __contains__(self, key) -> bool:
+        return key in self._keys
+
+    @staticmethod
+    def _key(row):
+        return row["policy"], row["budget"], row["problem"], row["sample"]
+
+    def add(self, rows) -> None:
+        rows = list(rows)
+        with self.path.open("a") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+            file.flush()
+            os.fsync(file.fileno())
+        self.rows += rows
+        self._keys |= {self._key(row) for row in rows}
+
+
+def _write_answers(run: Run, found: Sequence[accuracy.Accuracy], rows: Sequence[dict]) -> None:
+    body = [accuracy.cells(result) for result in found]
+    table = tables.text(accuracy.HEAD, body)
+    (run.path / "accuracy.txt").write_text(table + "\n")
+    (run.path / "accuracy.md").write_text(tables.markdown(accuracy.HEAD, body) + "\n")
+    numbers = [
+        [r.policy, r.budget, r.right_pn.size, r.pass_at_1, *r.interval(), r.tokens, r.truncated,
+         r.evictions, r.lost, r.gained]
+        for r in found
+    ]  # fmt: skip
+    head = ["policy", "budget", "answers", "pass_at_1", "low", "high", *accuracy.HEAD[4:]]
+    (run.path / "accuracy.csv").write_text(tables.comma_separated(head, numbers))
+
+    right = {(r["problem"], r["sample"]) for r in rows if _is(r, "full") and _right(r)}
+    worse = [
+        [r["policy"], r["budget"], r["problem"], r["sample"], r["verdict"], r["answer"],
+         r["reference"]]
+        for r in rows
+        if not _is(r, "full") and not _right(r) and (r["problem"], r["sample"]) in right
+    ]  # fmt: skip
+    head = ["policy", "budget", "problem", "sample", "verdict", "answer", "reference"]
+    (run.path / "regressions.csv").write_text(tables.comma_separated(head, worse))
+    plots.accuracy(found, run.path / "accuracy.png")
+    common.say(f"\n{table}\n")
+    idle = sorted({r.budget for r in found if r.budget and not r.evictions})
+    if idle:
+        common.say(f"nothing was evicted at budget {', '.join(map(str, idle))}: answers are short")
+    common.say(f"written to {run.path}: samples.jsonl, accuracy.(txt md csv png), regressions.csv")
+
+
+def _is(row, policy) -> bool:
+    return row["policy"] == policy
+
+
+def _right(row) -> bool:
+    return row["verdict"] == math_answers.RIGHT
+
+
+def _measure_traces(config, model, named, run) -> None:
+    """Loss ratios, diagnosis and pictures on held-out traces."""
+    settings = config.evaluate
+    embedded = settings.benchmark == "embedded"
+    if not embedded and not config.data.eval_path:
+        common.say("no loss ratios: set data.eval_path to held-out traces for them")
+        return
+    held_out = common.load_traces(
+        config, "eval", settings.traces, max(settings.budgets), model.config.vocab_size
+    )
+    results = []
+    for budget in tqdm(settings.budgets, desc="loss ratios"):
+        results += loss_ratio.measure(
+            model.config,
+            model.params,
+            named,
+            held_out.token_nt,
+            held_out.length_n,
+            budget,
+            config.interval,
+            jax.random.fold_in(jax.random.key(config.seed), 1),
+            config.eval.batch,
+        )
+    table = loss_ratio.table(results)
+    path = run.path
+    (path / "loss_ratio.txt").write_text(table + "\n")
+    (path / "loss_ratio.md").write_text(loss_ratio.markdown(results) + "\n")
+    (path / "loss_ratio.csv").write_text(loss_ratio.csv(results))
+    (path / "diagnosis.csv").write_text(diagnosis.csv(results))
+    title = f"loss under eviction, {len(held_out)} held-out traces, ± 2 standard errors"
+    plots.loss_ratios(results, path / "loss_ratio.png", title)
+    plots.loss_by_position(results, path / "loss_by_position.png")
+    plots.regret(results, path / "regret.png")
+
+    row = int(np.argmax(held_out.length_n))
+    token = jnp.asarray(held_out.token_nt[row : row + 1])
+    length = jnp.asarray(held_out.length_n[row : row + 1])
+    budget = settings.budgets[len(settings.budgets) // 2]
+    maps = diagnosis.retention(
+        model.config, model.params, named, token, length, budget, config.interval
+    )
+    plots.retention(maps, path / "retention.png", f"held at B = {budget}, mean over heads")
+    table_ykj = diagnosis.block_scores(model.config, model.params, token, length, config.interval)
+    plots.attention_patterns(
+        diagnosis.patterns(table_ykj), config.interval, path / "attention_patterns.png"
+    )
+    common.say(
+        f"\n{table}\n\nwritten to {path}: loss_ratio.(txt md csv png), diagnosis.csv, "
+        "loss_by_position.png, regret.png, retention.png, attention_patterns.png"
+    )

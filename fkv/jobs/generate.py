@@ -1,0 +1,67 @@
+"""One answer, streamed to the terminal and kept in the run directory."""
+
+import time
+
+from ml_collections import ConfigDict
+
+from fkv import api, decoding, policies
+from fkv import cache as kv
+from fkv.errors import UserError
+from fkv.jobs import common
+from fkv.rundir import open_run
+from fkv.tasks import ledger
+
+
+def run(config: ConfigDict, workdir: str) -> str:
+    """Answers `generate.prompt` under one policy, and says what it cost.
+
+    Returns:
+      The answer.
+    """
+    settings = config.generate
+    kv.check_sizes(config.budget, config.interval)
+    if settings.scorer:
+        if settings.policy != "foresight":
+            raise UserError("generate.scorer is for generate.policy=foresight")
+        policy = api.load_scorer(settings.scorer)
+    else:
+        policy = policies.get(settings.policy)
+    model = common.load_language_model(config)
+    problem, prompt = None, settings.prompt
+    if not prompt and config.model == api.EMBEDDED:
+        problem = ledger.problem(config.seed, "eval", 0, common.spec(config))
+        prompt = " ".join(problem.prompt)
+    ids = api.encode(model, prompt, settings.chat)
+    if not len(ids):
+        raise UserError("generate.prompt is empty: give some text")
+
+    run = open_run(workdir, config, may_differ=("generate", "budget", "interval", "seed"))
+    common.say(f"{prompt}\n")
+    start, said = time.perf_counter(), []
+    pieces = api.stream(
+        model,
+        ids,
+        policy,
+        config.budget,
+        config.interval,
+        settings.new_tokens,
+        settings.temperature,
+        settings.top_k,
+        settings.top_p,
+        config.seed,
+    )
+    for piece in pieces:
+        print(piece, end="", flush=True)
+        said.append(piece)
+    seconds, text = time.perf_counter() - start, "".join(said)
+    (run.path / "answer.txt").write_text(text + "\n")
+    tokens = len(api.encode(model, text)) if text else 0
+    fired = decoding.evictions(len(ids), max(tokens, 1), config.budget, config.interval)
+    common.say(
+        f"\n\n{settings.policy}, B = {config.budget}, L = {config.interval}: {len(ids)} + {tokens} "
+        f"tokens, {fired if policy.evicts else 0} evictions, {seconds:.1f} s with compilation"
+    )
+    if problem is not None:
+        common.say(f"the right answer: {' '.join(problem.answer[1:-1])}")
+    run.close()
+    return text

@@ -1,0 +1,54 @@
+"""Expected attention: what queries of the near future will attend to, as far as statistics tell."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from fkv import attention, models
+from fkv.policies.base import Policy, View, register
+
+
+def future_queries(view: View, horizon: int) -> Array:
+    """The last `L` queries as they would be at the next `horizon` positions, on average.
+
+    The rotation of each query is undone and the mean of the rotations ahead put in its place.
+    """
+    q = view.query_blhd.astype(jnp.float32)
+    _, scale = view.config.inv_frequencies()
+    q = models.rotate(q, -view.query_position_bl, view.config) / scale**2
+    newest = view.query_position_bl.max(-1, keepdims=True)
+    ahead = newest + 1 + jnp.arange(horizon)[None]
+    half = q.shape[-1] // 2
+    unit = jnp.broadcast_to(jnp.repeat(jnp.array([1.0, 0.0]), half), (*ahead.shape, 1, 2 * half))
+    cos, sin = jnp.split(models.rotate(unit, ahead, view.config).mean(1)[:, None], 2, axis=-1)
+    low, high = jnp.split(q, 2, axis=-1)
+    return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
+
+
+@register("expected_attention")
+@flax.struct.dataclass
+class ExpectedAttention(Policy):
+    """Keeps large expected future attention times the norm of the value (arXiv 2510.00636).
+
+    Future queries are taken as normal, with the mean and covariance of the last `L` queries before
+    the rotation, at the mean rotation of the next `horizon` positions. The expectation of
+    `exp(q k / sqrt(d))` is then `exp(mean + variance / 2)`; softmax over the entries held, mean
+    over the group. The first `sinks` positions stay.
+    """
+
+    horizon: int = flax.struct.field(pytree_node=False, default=512)
+    sinks: int = flax.struct.field(pytree_node=False, default=4)
+
+    def score(self, view: View) -> Array:
+        key, position = view.cache.key_bksd, view.cache.position_bks
+        q = attention.group_queries(future_queries(view, self.horizon), key.shape[1])
+        x = jnp.einsum("bqkgd,bksd->bkgqs", q, key.astype(jnp.float32)) * q.shape[-1] ** -0.5
+        real = (view.query_position_bl >= 0)[:, None, None, :, None]
+        count = jnp.maximum(real.sum(3), 1)
+        mean = jnp.where(real, x, 0.0).sum(3) / count
+        variance = jnp.where(real, (x - mean[:, :, :, None]) ** 2, 0.0).sum(3) / count
+        x = jnp.where((position >= 0)[:, :, None], mean + variance / 2, attention.MASKED)
+        expected = jax.nn.softmax(x, axis=-1).mean(2)
+        score = expected * jnp.linalg.norm(view.cache.value_bksd.astype(jnp.float32), axis=-1)
+        return jnp.where(position < self.sinks, jnp.inf, score)

@@ -1,0 +1,16 @@
+"""Knorm: small keys are the important ones."""
+
+import flax.struct
+import jax.numpy as jnp
+from jax import Array
+
+from fkv.policies.base import Policy, View, register
+
+
+@register("knorm")
+@flax.struct.dataclass
+class Knorm(Policy):
+    """Keeps the entries whose keys have the smallest L2 norm (arXiv 2406.11430)."""
+
+    def score(self, view: View) -> Array:
+        return -jnp.linalg.norm(view.cache.key_bksd.astype(jnp.float32), axis=-1)

@@ -1,0 +1,66 @@
+"""LagKV: entries that stand out against those that come after them."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from fkv.policies.base import Policy, View, register
+
+
+def lag_scores(x_bkpld: Array) -> Array:
+    """Score of each entry in all partitions but the last, [b, k, p - 1, l].
+
+    Every channel is scaled by its range over the next partition; the score is the standard
+    deviation over channels, softmax over the partition.
+    """
+    low = x_bkpld[:, :, 1:].min(3, keepdims=True)
+    high = x_bkpld[:, :, 1:].max(3, keepdims=True)
+    scaled = (x_bkpld[:, :, :-1] - low) / jnp.maximum(high - low, 1e-6)
+    return jax.nn.softmax(scaled.std(-1, ddof=1), axis=-1)
+
+
+@register("lagkv")
+@flax.struct.dataclass
+class LagKV(Policy):
+    """Keeps, of each partition, the entries least like the partition after it (arXiv 2504.04704).
+
+    The entries held, in order of position and without the first `sinks`, are cut into partitions
+    of `lag`; the last complete one and what follows it stay. Partitions give up equally many:
+    entries compete by their rank within their own; among equals the older goes first.
+
+    Attributes:
+      lag: size of a partition; 0 for the interval.
+    """
+
+    sinks: int = flax.struct.field(pytree_node=False, default=4)
+    lag: int = flax.struct.field(pytree_node=False, default=0)
+
+    def score(self, view: View) -> Array:
+        cache, slots = view.cache, view.cache.position_bks.shape[-1]
+        lag = self.lag or view.interval
+        empty = cache.position_bks < 0
+        order = jnp.argsort(jnp.where(empty, jnp.iinfo(jnp.int32).max, cache.position_bks), axis=-1)
+        partitions = -(-(slots - self.sinks) // lag)
+        pad = partitions * lag - (slots - self.sinks)
+
+        def split(x):
+            x = jnp.take_along_axis(x, order[..., None], axis=2)[:, :, self.sinks :]
+            x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, 0), (0, pad), (0, 0)))
+            return x.reshape(*x.shape[:2], partitions, lag, -1)
+
+        score = (lag_scores(split(cache.key_bksd)) + lag_scores(split(cache.value_bksd))) / 2
+        rank = jnp.argsort(jnp.argsort(score, axis=-1), axis=-1).astype(jnp.float32)
+        rank = rank.reshape(*rank.shape[:2], -1)
+        index = jnp.arange(slots)[None, None]
+        held = (~empty).sum(-1, keepdims=True)
+        complete = (held - self.sinks) // lag
+        compete = (index >= self.sinks) & (index < self.sinks + (complete - 1) * lag)
+        rank = jnp.pad(
+            rank, ((0, 0), (0, 0), (self.sinks, slots - self.sinks - rank.shape[-1])),
+            constant_values=jnp.inf,
+        )  # fmt: skip
+        # Should fewer compete than must go, the oldest of the rest follow; the sinks last of all.
+        rest = jnp.where(index < self.sinks, slots, lag) + index / slots
+        importance = jnp.where(compete, rank + index / slots, rest.astype(jnp.float32))
+        return jnp.take_along_axis(importance, jnp.argsort(order, axis=-1), axis=-1)

@@ -1,0 +1,25 @@
+"""TOVA: what the newest query attends to."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from fkv import attention
+from fkv.policies.base import Policy, View, register
+
+
+@register("tova")
+@flax.struct.dataclass
+class TOVA(Policy):
+    """Keeps what the last query attends to, mean over all heads (arXiv 2401.06104).
+
+    One choice for the whole layer, so all its heads hold the same positions.
+    """
+
+    def score(self, view: View) -> Array:
+        query, position = view.query_blhd[:, -1:], view.query_position_bl[:, -1:]
+        seen = attention.visible(position, view.cache.position_bks)
+        p = jax.nn.softmax(attention.logits(query, view.cache.key_bksd, seen), axis=-1)
+        mean = p.mean((1, 2, 3))[:, None]
+        return jnp.broadcast_to(mean, view.cache.position_bks.shape)

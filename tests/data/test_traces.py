@@ -1,0 +1,216 @@
+"""Traces from files and from the embedded task, and the batches made of them."""
+
+import re
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+
+from fkv.data import traces
+from fkv.errors import UserError
+from fkv.tasks import ledger
+
+ROWS = [[5, 6, 7], [8], [2**31 - 1, 0]]
+
+
+@pytest.fixture(autouse=True)
+def no_files_at_home(tmp_path, monkeypatch):
+    """`datasets` keeps what it read in the home directory."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def ranges(*lengths):
+    return [np.arange(n, dtype=np.int32) + 1 for n in lengths]
+
+
+def write(path, rows, column="input_ids"):
+    """A Parquet or JSONL file of one column."""
+    data = datasets.Dataset.from_dict({column: rows})
+    data.to_parquet(path) if path.suffix == ".parquet" else data.to_json(path)
+    return str(path)
+
+
+# ---- collect
+
+
+def test_collect_skips_what_no_eviction_touches():
+    sequences = ranges(24, 25, 3, 40, 24, 31)  # B + L = 24
+    found = traces.collect(sequences, 24, 8, "here")
+    assert found.length_n.tolist() == [25, 40, 31] and found.skipped == 3 and len(found) == 3
+    assert found.token_nt.shape == (3, 40)
+    assert found.token_nt.dtype == found.length_n.dtype == np.int32
+    for row, n in zip(found.token_nt, found.length_n, strict=True):
+        assert row.tolist() == [*range(1, n + 1), *[ledger.PAD] * (40 - n)]
+
+
+@pytest.mark.parametrize(("longest", "padded"), [(31, 32), (32, 32), (33, 40)])
+def test_collect_pads_to_a_multiple(longest, padded):
+    found = traces.collect(ranges(25, longest), 24, 8, "here")
+    assert found.token_nt.shape == (2, padded) and found.skipped == 0
+
+
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [
+        ((24, 7), r"here: none of the 2 traces \(longest: 24 tokens\) is longer than .* = 24;"),
+        ((), r"here: none of the 0 traces \(longest: 0 tokens\)"),
+    ],
+)
+def test_collect_names_the_longest_when_all_are_too_short(lengths, message):
+    with pytest.raises(UserError, match=message) as raised:
+        traces.collect(ranges(*lengths), 24, 8, "here")
+    assert "\n" not in str(raised.value)
+
+
+# ---- read
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl", "json"])
+def test_read(tmp_path, suffix):
+    got = traces.read(write(tmp_path / f"traces.{suffix}", ROWS))
+    assert [ids.tolist() for ids in got] == ROWS
+    assert all(ids.dtype == np.int32 and ids.ndim == 1 for ids in got)
+    path = write(tmp_path / f"other.{suffix}", ROWS, "tokens")
+    assert [ids.tolist() for ids in traces.read(path, "tokens")] == ROWS
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+def test_read_sees_that_a_file_has_changed(tmp_path, suffix):
+    path = tmp_path / f"traces.{suffix}"
+    traces.read(write(path, [[1, 2]]))
+    assert [ids.tolist() for ids in traces.read(write(path, [[3, 4]]))] == [[3, 4]]
+
+
+def refused(path, message):
+    with pytest.raises(UserError, match=f"^{re.escape(str(path))}: {message}") as raised:
+        traces.read(str(path))
+    assert "\n" not in str(raised.value)
+
+
+def test_read_refuses_a_path_that_leads_to_no_traces(tmp_path):
+    refused(tmp_path / "traces.csv", r"traces are read from \.parquet or \.jsonl files")
+    refused(tmp_path, r"traces are read from")
+    refused(tmp_path / "traces.parquet", "no such file")
+    refused(tmp_path / "traces.jsonl", "no such file")
+    (tmp_path / "folder.parquet").mkdir()
+    refused(tmp_path / "folder.parquet", "no such file")
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+def test_read_names_the_columns_there_are(tmp_path, suffix):
+    path = tmp_path / f"traces.{suffix}"
+    data = datasets.Dataset.from_dict({"text": ["a"], "tokens": [[1]]})
+    data.to_parquet(path) if suffix == "parquet" else data.to_json(path)
+    refused(path, r"no column 'input_ids'; it has text, tokens$")
+
+
+@pytest.mark.parametrize("spoil", ["garbage", "cut", "blank", "hole"])
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+def test_read_refuses_a_corrupt_file(tmp_path, suffix, spoil):
+    path = tmp_path / f"traces.{suffix}"
+    whole = Path(write(path, ROWS)).read_bytes()
+    spoiled = {
+        "garbage": b"\xff\xfe no traces",
+        "cut": whole[:-9],
+        "blank": b"\n",
+        "hole": whole[:4] + bytes(16) + whole[20:],
+    }
+    path.write_bytes(spoiled[spoil])
+    refused(path, "can't be read as")
+
+
+# Files that `datasets` reads without complaint, and that are no traces.
+NO_TRACES = {
+    "text": ["so", "12"],
+    "lists of text": [["1", "2"]],
+    "fractions": [[1.5, 2.0]],
+    "an entry that is null": [[1, 2], None],
+    "an id that is null": [[1, None, 2]],
+    "a negative id": [[1, -2]],
+    "an id beyond int32": [[1, 2**31]],
+    "lists of lists": [[[1, 2], [3, 4]]],
+    "numbers": [3, 4],
+}
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+@pytest.mark.parametrize("rows", NO_TRACES.values(), ids=NO_TRACES.keys())
+def test_read_refuses_entries_that_are_no_token_ids(tmp_path, suffix, rows):
+    path = tmp_path / f"traces.{suffix}"
+    write(path, rows)
+    refused(path, ".*input_ids")
+
+
+@pytest.mark.parametrize("case", ["empty", "damaged footer"])
+def test_read_refuses_files_that_break_datasets_another_way(tmp_path, case):
+    path = tmp_path / ("traces.jsonl" if case == "empty" else "traces.parquet")
+    whole = Path(write(path, ROWS)).read_bytes()
+    path.write_bytes(b"" if case == "empty" else whole[:4] + bytes(len(whole) - 12) + whole[-8:])
+    refused(path, "")
+
+
+def test_read_takes_a_path_as_it_is(tmp_path):
+    path = write(tmp_path / "traces[1].jsonl", ROWS)
+    assert [ids.tolist() for ids in traces.read(path)] == ROWS
+
+
+# ---- batches
+
+
+@pytest.fixture
+def seven():
+    return traces.collect(ranges(30, 26, 40, 25, 33, 28, 39), 24, 8, "here")
+
+
+def lengths(batches, steps):
+    """Lengths of the rows (which name them) of these steps' batches, in order."""
+    out = []
+    for step in steps:
+        token, length = batches[step]
+        assert token.shape == (3, 40) and length.shape == (3,)
+        for row, n in zip(token, length, strict=True):
+            assert row.tolist() == [*range(1, n + 1), *[ledger.PAD] * (40 - n)]
+        out.append(length.tolist())
+    return out
+
+
+def test_a_batch_depends_on_its_step_alone(seven):
+    in_order = lengths(traces.batches(seven, 3, seed=1), range(12))
+    backwards = lengths(traces.batches(seven, 3, seed=1), range(11, -1, -1))
+    assert in_order == backwards[::-1]
+    resumed = iter(traces.batches(seven, 3, seed=1)[5:].to_iter_dataset())
+    assert [next(resumed)[1].tolist() for _ in range(4)] == in_order[5:9]
+
+
+def test_every_trace_comes_once_an_epoch_in_another_order(seven):
+    rows = [n for batch in lengths(traces.batches(seven, 3, seed=1), range(14)) for n in batch]
+    epochs = [rows[i : i + 7] for i in range(0, 42, 7)]
+    assert [sorted(epoch) for epoch in epochs] == [sorted(seven.length_n.tolist())] * 6
+    assert len(set(map(tuple, epochs))) > 3  # 7! orders
+
+
+def test_seeds_shuffle_differently(seven):
+    orders = {str(lengths(traces.batches(seven, 3, seed=s), range(2))) for s in range(5)}
+    assert len(orders) > 3
+
+
+def test_a_batch_can_hold_all_traces_and_no_more(seven):
+    _, length = traces.batches(seven, 7, seed=0)[0]
+    assert sorted(length) == sorted(seven.length_n)
+    with pytest.raises(UserError, match=r"^batch = 8 is larger than the 7 traces at hand$"):
+        traces.batches(seven, 8, seed=0)
+
+
+# ---- embedded
+
+
+def test_embedded_traces_are_solved_problems():
+    spec = ledger.Spec((3, 5), (2, 3), (0, 1), (0, 1))
+    got = traces.embedded(2, "eval", 4, spec)
+    assert len(got) == 4
+    for i, ids in enumerate(got):
+        problem = ledger.problem(2, "eval", i, spec)
+        assert ledger.decode(ids) == [*problem.prompt, *problem.thought, *problem.answer]
+    longer = traces.embedded(2, "eval", 6, spec)  # more traces are the same ones and others
+    assert [ids.tolist() for ids in longer[:4]] == [ids.tolist() for ids in got]

@@ -1,0 +1,279 @@
+"""Loss ratios and golden overlap against one trace at a time, in numpy."""
+
+import csv
+import io
+import zlib
+
+import jax
+import numpy as np
+import pytest
+from matplotlib import image
+from matplotlib.axes import Axes
+
+from fkv import policies
+from fkv.errors import UserError
+from fkv.evaluation import loss_ratio, plots
+from tests import oracles
+from tests.test_policies import h2o, snapkv
+
+BUDGET, INTERVAL = 16, 8
+LENGTHS = [45, 25, 61, 32, 40]  # T = B + L + 1 and T = B + 2L are among them
+# Without pooling no two entries tie; the window is shorter than the interval, so that some of the
+# newest entries are candidates too.
+RULES = {
+    "snapkv": lambda state: snapkv(state, INTERVAL, window=3, kernel=1),
+    "h2o": lambda state: h2o(state, INTERVAL),
+}
+POLICIES = {
+    "snapkv": policies.get("snapkv", window=3, kernel=1),
+    "h2o": policies.get("h2o"),
+    "random": policies.get("random"),
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return oracles.make_model(heads=4, kv_heads=2)
+
+
+@pytest.fixture(scope="module")
+def measured(model):
+    """Results by batch size: one that does not divide the traces, one larger than them."""
+    token, length = map(np.asarray, oracles.make_tokens(model[0], LENGTHS))
+    return {
+        batch: loss_ratio.measure(
+            *model, POLICIES, token, length, BUDGET, INTERVAL, jax.random.key(1), batch
+        )
+        for batch in (2, 7)
+    }
+
+
+def lowest(positions, score):
+    return [positions[i] for i in np.argsort(score, kind="stable")[:INTERVAL]]
+
+
+def losses(config, params, token, hidden):
+    """Loss of every next token, and the entropy of its prediction."""
+    log_p = oracles.log_probabilities(config, params, hidden)[:-1]
+    nll = -np.array([row[target] for row, target in zip(log_p, token[1:], strict=True)])
+    return nll, -(np.exp(log_p) * log_p).sum(1)
+
+
+def split(nll, entropy):
+    """Sums over all counted tokens, the 4 in 5 of lowest entropy, and the others; and counts."""
+    # Entry i predicts token i + 1: the first counted token comes after B + L others.
+    counted = list(range(BUDGET + INTERVAL - 1, len(nll)))
+    by_entropy = sorted(counted, key=lambda i: entropy[i])
+    high = len(counted) // 5
+    kinds = [counted, by_entropy[: len(counted) - high], by_entropy[len(counted) - high :]]
+    return [nll[kind].sum() for kind in kinds], [len(kind) for kind in kinds]
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    """By policy: sums [n, 3], and golden overlap [n]; and how many tokens were summed [n, 3]."""
+    config, params = model
+    token, _ = oracles.make_tokens(config, LENGTHS)
+    sums = {name: [] for name in ("full", "golden", *RULES)}
+    overlap, tokens = {name: [] for name in RULES}, []
+    for row, n in zip(np.asarray(token), LENGTHS, strict=True):
+        row = row[:n]
+        nll, entropy = losses(config, params, row, oracles.full(config, params, row)[0])
+        total, count = split(nll, entropy)
+        sums["full"].append(total)
+        tokens.append(count)
+
+        events = oracles.golden_of_model(config, params, row, BUDGET, INTERVAL)
+        agree = {name: [] for name in RULES}
+
+        def golden(layer, head, state, events=events, agree=agree):
+            if state.event == len(events[layer][head]):
+                return state.positions[:INTERVAL]  # no token follows
+            drop = events[layer][head][state.event][2]
+            for name, rule in RULES.items():
+                agree[name].append(len(set(lowest(*rule(state))) & set(drop)) / INTERVAL)
+            return drop
+
+        rules = {
+            name: lambda layer, head, state, rule=rule: lowest(*rule(state))
+            for name, rule in RULES.items()
+        }
+        for name, evict in {"golden": golden, **rules}.items():
+            hidden = oracles.replay(config, params, row, BUDGET, INTERVAL, evict)
+            sums[name].append(split(losses(config, params, row, hidden)[0], entropy)[0])
+        for name in RULES:
+            overlap[name].append(np.mean(agree[name]))
+    return jax.tree.map(np.array, (sums, overlap, tokens), is_leaf=lambda x: isinstance(x, list))
+
+
+@pytest.mark.parametrize("batch", [2, 7])
+def test_measure_is_the_plain_computation(measured, expected, batch):
+    results = measured[batch]
+    assert [r.policy for r in results] == ["full", "golden", *POLICIES]
+    sums, overlap, tokens = expected
+    for r in results:
+        assert (r.budget, r.interval) == (BUDGET, INTERVAL)
+        np.testing.assert_array_equal(r.tokens, tokens, err_msg=r.policy)
+        np.testing.assert_allclose(r.full, sums["full"], rtol=1e-5, atol=1e-4)
+        if r.policy in sums:
+            np.testing.assert_allclose(
+                r.evicted, sums[r.policy], rtol=1e-5, atol=1e-4, err_msg=r.policy
+            )
+        if r.policy in overlap:
+            np.testing.assert_allclose(r.overlap, overlap[r.policy], atol=1e-6, err_msg=r.policy)
+    assert results[0].overlap is None
+    np.testing.assert_allclose(results[1].overlap, 1, atol=1e-6)
+    # Evictions matter here, or the comparison would say nothing.
+    longest = LENGTHS.index(max(LENGTHS))
+    assert all(abs(r.evicted[longest, 0] - r.full[longest, 0]) > 0.1 for r in results[1:])
+    assert all(0.05 < overlap[name].mean() < 0.95 for name in RULES)
+
+
+def test_rows_do_not_depend_on_the_batch(measured):
+    # Those that draw, too, and those in a last batch that wraps round.
+    for one, two in zip(measured[2], measured[7], strict=True):
+        assert len(one.full) == len(two.full) == len(LENGTHS)
+        np.testing.assert_allclose(one.evicted, two.evicted, rtol=1e-5, atol=1e-4)
+
+
+def test_overlap_of_a_policy_that_draws_does_not_depend_on_the_batch(measured):
+    one, two = (measured[batch][-1] for batch in (2, 7))
+    assert one.policy == "random"
+    np.testing.assert_allclose(one.overlap, two.overlap, atol=1e-6)
+
+
+def test_refuses_traces_without_an_eviction(model):
+    token, length = map(np.asarray, oracles.make_tokens(model[0], [24, 20]))
+    with pytest.raises(UserError, match="longest trace has 24 tokens"):
+        loss_ratio.measure(*model, POLICIES, token, length, 16, 8, jax.random.key(0))
+
+
+@pytest.mark.parametrize(("share", "tenths"), [(0.8, 8), (0.5, 5), (0.9, 9), (1.0, 10)])
+def test_low_entropy_is_the_lowest_share_of_the_counted(share, tenths):
+    rng = np.random.default_rng(0)
+    # Every number of counted tokens from 1 to 60, anywhere in the row; some entropies are equal.
+    entropy = rng.integers(40, size=(60, 70)) / 7
+    counted = np.argsort(rng.random((60, 70)), axis=1) < np.arange(1, 61)[:, None]
+    got = loss_ratio.low_entropy(entropy, counted, share)
+    for row in range(60):
+        index = np.flatnonzero(counted[row])
+        high = len(index) * (10 - tenths) // 10
+        low = sorted(index, key=lambda i: entropy[row, i])[: len(index) - high]
+        assert np.flatnonzero(got[row]).tolist() == sorted(low)
+
+
+# ---- standard errors, tables, pictures
+
+
+def random_losses(policy, budget, n=300):
+    """Results with traces of very different lengths, and evicted losses that follow the full."""
+    rng = np.random.default_rng([budget, zlib.crc32(policy.encode())])
+    counts = rng.integers(20, 200, size=(n, 3))
+    full = counts * rng.gamma(9, 0.1, size=(n, 3))
+    evicted = full * rng.gamma(20, 0.07, size=(n, 3))
+    overlap = None if policy == "full" else rng.random((n, 2, 2))
+    return loss_ratio.Losses(policy, budget, 8, evicted, full, counts, overlap)
+
+
+def jackknife(statistic, *arrays):
+    """Standard error of a statistic of n rows."""
+    n = len(arrays[0])
+    left_out = [statistic(*(np.delete(x, i, axis=0) for x in arrays)) for i in range(n)]
+    return np.sqrt((n - 1) * np.var(left_out))
+
+
+@pytest.mark.parametrize("kind", range(3))
+def test_standard_errors_are_those_of_the_jackknife(kind):
+    r = random_losses("h2o", 16)
+    evicted, full, tokens = (x[:, kind] for x in (r.evicted, r.full, r.tokens))
+
+    def ratio(evicted, full):
+        return evicted.sum() / full.sum()
+
+    def added(evicted, full, tokens):
+        return (evicted - full).sum() / tokens.sum()
+
+    value, error = r.ratio(kind)
+    assert value == pytest.approx(ratio(evicted, full))
+    assert error == pytest.approx(jackknife(ratio, evicted, full), rel=0.05)
+    value, error = r.added(kind)
+    assert value == pytest.approx(added(evicted, full, tokens))
+    assert error == pytest.approx(jackknife(added, evicted, full, tokens), rel=0.05)
+    value, error = r.mean_overlap()
+    assert value == pytest.approx(r.overlap.mean())
+    assert error == pytest.approx(jackknife(np.mean, r.overlap))
+
+
+def test_standard_error_is_the_spread_over_samples():
+    # The truth behind the estimate: draw many sets of traces, look how far the ratios scatter.
+    r, rng = random_losses("h2o", 16), np.random.default_rng(0)
+    index = rng.integers(len(r.full), size=(2000, len(r.full)))
+    ratios = r.evicted[index, 0].sum(1) / r.full[index, 0].sum(1)
+    assert r.ratio()[1] == pytest.approx(ratios.std(), rel=0.1)
+
+
+def test_the_full_cache_has_ratio_one_and_no_overlap():
+    r = random_losses("full", 16)
+    r = loss_ratio.Losses("full", 16, 8, r.full, r.full, r.tokens, None)
+    assert r.ratio() == (1, 0) and r.added() == (0, 0)
+    assert np.isnan(r.mean_overlap()).all()
+
+
+@pytest.fixture
+def several():
+    return [random_losses(name, b) for b in (16, 32) for name in ("full", "golden", "foresight")]
+
+
+def test_table_has_a_line_for_every_policy_and_budget(several):
+    head, rule, *lines = loss_ratio.table(several).splitlines()
+    assert head.startswith("policy") and set(rule) == {"-"}
+    assert len(lines) == len(several)
+    for line, r in zip(lines, several, strict=True):
+        assert line.split()[:2] == [r.policy, str(r.budget)]
+        numbers = [*r.ratio(0), *r.ratio(1), *r.ratio(2)]
+        found = line.replace("±", " ").split()[2:]
+        assert found[:6] == [f"{x:.3f}" for x in numbers]
+        assert found[6:8] == [f"{x:.4f}" for x in r.added(1)]
+        overlap = [] if r.overlap is None else [f"{x:.3f}" for x in r.mean_overlap()]
+        assert found[8:] == overlap
+
+
+def test_csv_has_a_line_for_every_policy_and_budget(several):
+    lines = list(csv.DictReader(io.StringIO(loss_ratio.csv(several))))
+    assert len(lines) == len(several)
+    for line, r in zip(lines, several, strict=True):
+        assert (line["policy"], line["budget"], line["interval"]) == (r.policy, str(r.budget), "8")
+        assert line["traces"] == "300"
+        for name, want in (
+            ("ratio", r.ratio(0)),
+            ("ratio_low", r.ratio(1)),
+            ("ratio_high", r.ratio(2)),
+            ("added_low", r.added(1)),
+            ("overlap", r.mean_overlap()),
+        ):
+            got = [float(line[name]), float(line[f"{name}_se"])]
+            assert got == pytest.approx(want, rel=1e-5, nan_ok=True), name
+
+
+def test_loss_ratios_are_drawn(several, tmp_path, monkeypatch):
+    drawn, errorbar = [], Axes.errorbar
+
+    def spy(axis, x, y, yerr, label, **style):
+        drawn.append((axis.get_subplotspec().colspan.start, label, x, y, yerr))
+        return errorbar(axis, x, y, yerr=yerr, label=label, **style)
+
+    monkeypatch.setattr(Axes, "errorbar", spy)
+    path = tmp_path / "ratios.png"
+    plots.loss_ratios(several[::-1], path, "a title")  # budgets come in any order
+    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    picture = image.imread(path)
+    assert min(picture.shape[:2]) > 300 and len(np.unique(picture)) > 10
+
+    # A line for every policy but the full cache in each panel; added nats in the middle one.
+    assert len(drawn) == 6
+    by_name = {(r.policy, r.budget): r for r in several}
+    for panel, name, x, y, yerr in drawn:
+        assert name in ("golden", "foresight") and x == [16, 32]
+        results = [by_name[name, budget] for budget in x]
+        points = [r.added(1) if panel == 1 else r.ratio(panel) for r in results]
+        assert list(zip(y, yerr, strict=True)) == [(value, 2 * error) for value, error in points]
