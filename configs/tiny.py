@@ -73,6 +73,7 @@ def get_config() -> ConfigDict:
     config.data.path = ""  # a .parquet or .jsonl file of traces; empty for the embedded task
     config.data.eval_path = ""  # held-out traces, likewise
     config.data.column = "input_ids"
+    config.data.prompt_column = ""  # of prompt lengths, whose tokens no loss counts
     config.data.traces = 2048
 
     config.scorer = ConfigDict()

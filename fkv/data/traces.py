@@ -18,29 +18,45 @@ class Traces:
     Attributes:
       token_nt: ids [n, t], int32.
       length_n: tokens of each, int32.
+      prompt_n: how many of these are the prompt, which the model did not write, int32.
       skipped: how many were left out because they are not longer than `B + L`.
     """
 
     token_nt: np.ndarray
     length_n: np.ndarray
+    prompt_n: np.ndarray
     skipped: int = 0
 
     def __len__(self) -> int:
         return len(self.length_n)
 
 
-def collect(sequences: Sequence[np.ndarray], longer_than: int, pad_to: int, where: str) -> Traces:
+def collect(
+    sequences: Sequence[np.ndarray],
+    longer_than: int,
+    pad_to: int,
+    where: str,
+    prompts: Sequence[int] | None = None,
+) -> Traces:
     """Keeps the sequences with more than `longer_than` tokens and pads them to one length.
 
     Args:
       longer_than: `B + L`; nothing that a token sees is evicted from shorter ones.
       pad_to: the padded length is rounded up to a multiple of this.
       where: names the source in errors.
+      prompts: tokens of each sequence's prompt; none when not given.
 
     Raises:
-      UserError: no sequence is long enough.
+      UserError: no sequence is long enough, or a prompt is as long as its sequence.
     """
-    kept = [s for s in sequences if len(s) > longer_than]
+    prompts = [0] * len(sequences) if prompts is None else prompts
+    for i, (sequence, prompt) in enumerate(zip(sequences, prompts, strict=True)):
+        if not 0 <= prompt < max(len(sequence), 1):
+            raise UserError(
+                f"{where}: trace {i} has {len(sequence)} tokens and a prompt of {prompt}"
+            )
+    chosen = [i for i, s in enumerate(sequences) if len(s) > longer_than]
+    kept = [sequences[i] for i in chosen]
     if not kept:
         longest = max((len(s) for s in sequences), default=0)
         raise UserError(
@@ -49,12 +65,20 @@ def collect(sequences: Sequence[np.ndarray], longer_than: int, pad_to: int, wher
         )
     longest = max(len(s) for s in kept)
     token, length = ledger.pad(kept, -(-longest // pad_to) * pad_to)
-    return Traces(token, length, len(sequences) - len(kept))
+    prompt = np.array([prompts[i] for i in chosen], np.int32)
+    return Traces(token, length, prompt, len(sequences) - len(kept))
 
 
-def embedded(seed: int, split: str, count: int, spec: ledger.Spec) -> list[np.ndarray]:
-    """Prompt, reference chain of thought and answer of `count` problems of the embedded task."""
-    return [p.tokens for p in ledger.problems(seed, split, 0, count, spec)]
+def embedded(
+    seed: int, split: str, count: int, spec: ledger.Spec
+) -> tuple[list[np.ndarray], list[int]]:
+    """Prompt, reference chain of thought and answer of `count` problems of the embedded task.
+
+    Returns:
+      The sequences, and the length of each prompt.
+    """
+    problems = ledger.problems(seed, split, 0, count, spec)
+    return [p.tokens for p in problems], [len(p.prompt) for p in problems]
 
 
 def read(path: str, column: str = "input_ids") -> list[np.ndarray]:
@@ -79,6 +103,19 @@ def read(path: str, column: str = "input_ids") -> list[np.ndarray]:
 
     entries = sources.column(sources.open_file(path), column, path)
     return [ids(row, entry) for row, entry in enumerate(entries)]
+
+
+def read_prompts(path: str, column: str) -> list[int]:
+    """Prompt lengths from a column of the same file.
+
+    Raises:
+      UserError: see `read`; or an entry is no number.
+    """
+    lengths = sources.column(sources.open_file(path), column, path)
+    for row, length in enumerate(lengths):
+        if type(length) is not int:
+            raise UserError(f"{path}: row {row} of {column!r} is {length!r}, not a whole number")
+    return list(lengths)
 
 
 def batches(traces: Traces, batch: int, seed: int) -> grain.MapDataset:

@@ -1,6 +1,7 @@
 """What a policy costs on given traces: its loss against the full cache's, and golden overlap.
 
-The tokens that count are those after the first `B + L`; no eviction changes an earlier one.
+The tokens that count are those after the prompt, which the model did not write, and after the first
+`B + L`: no eviction changes an earlier one.
 Low-entropy tokens are the share of them with the lowest full-cache entropy, per trace.
 """
 
@@ -123,6 +124,7 @@ def measure(
     key: Array,
     batch: int = 32,
     low_share: float = 0.8,
+    prompt_b: np.ndarray | None = None,
 ) -> list[Losses]:
     """Runs every policy and golden eviction over the traces at one budget.
 
@@ -131,6 +133,8 @@ def measure(
       token_bt, length_b: right-padded traces, each longer than `B + L`.
       key: PRNG key for policies that draw.
       batch: traces at once.
+      low_share: of the counted tokens of a trace, this share is called low-entropy.
+      prompt_b: tokens of each trace's prompt; without it only `B + L` sets the first to count.
 
     Returns:
       One `Losses` per policy: full, golden, then `policies` in their order.
@@ -206,7 +210,10 @@ def measure(
     recall = dict(zip(("golden", *names), np.concatenate(recalls, axis=1), strict=True))
     regret = dict(zip(("golden", *names), np.concatenate(regrets, axis=1), strict=True))
     index = np.arange(t - 1)[None]
-    counted = (index >= budget + interval - 1) & (index < length_b[:, None] - 1)
+    first = np.full(n, budget + interval)
+    if prompt_b is not None:
+        first = np.maximum(first, prompt_b)
+    counted = (index >= first[:, None] - 1) & (index < length_b[:, None] - 1)
     low = low_entropy(np.concatenate(entropy), counted, low_share)
     masks = np.stack([counted, low, counted & ~low], axis=-1)  # [n, t - 1, 3]
 

@@ -54,15 +54,17 @@ def load_traces(
     path = config.data.path if split == "train" else config.data.eval_path
     if path:
         where = path
-        sequences = traces.read(path, config.data.column)[:count]
+        sequences, prompts = traces.read(path, config.data.column)[:count], None
+        if config.data.prompt_column:
+            prompts = traces.read_prompts(path, config.data.prompt_column)[:count]
     else:
         where = f"embedded task, {split}"
         check_vocabulary(config, vocabulary)
-        sequences = traces.embedded(config.seed, split, count, spec(config))
+        sequences, prompts = traces.embedded(config.seed, split, count, spec(config))
     worst = max((int(s.max()) for s in sequences if len(s)), default=0)
     if worst >= vocabulary:
         raise UserError(f"{where}: token id {worst} is beyond the model's {vocabulary} words")
-    found = traces.collect(sequences, budget + config.interval, config.interval, where)
+    found = traces.collect(sequences, budget + config.interval, config.interval, where, prompts)
     if found.skipped:
         say(
             f"{where}: skipped {found.skipped} of {len(sequences)} traces, not longer than "

@@ -337,6 +337,7 @@ def _measure_traces(config, model, named, run) -> None:
             config.interval,
             jax.random.fold_in(jax.random.key(config.seed), 1),
             config.eval.batch,
+            prompt_b=held_out.prompt_n,
         )
     table = loss_ratio.table(results)
     path = run.path

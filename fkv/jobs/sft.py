@@ -93,6 +93,7 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
             config.interval,
             jax.random.fold_in(key, 1),
             config.eval.batch,
+            prompt_b=held_out.prompt_n,
         )
     _write_results(run, results, workdir, len(held_out))
     run.close()

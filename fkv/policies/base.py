@@ -6,6 +6,7 @@ fields are parameters with a leading layer axis (the engine hands each layer its
 fields are static. A new policy is one file: a subclass of `Policy` under `@register("name")`.
 """
 
+import ast
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -138,9 +139,21 @@ def names() -> list[str]:
 def get(name: str, **fields: Any) -> Policy:
     """The policy of that name with the given fields.
 
+    Args:
+      name: as registered; fields may follow in text, as in `rkv:mix=0.5,kernel=1`.
+
     Raises:
       UserError: no policy has this name (the known ones are listed), or it has no such field.
     """
+    name, _, text = name.partition(":")
+    for field in filter(None, text.split(",")):
+        key, _, value = field.partition("=")
+        try:
+            fields[key.strip()] = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError):
+            raise UserError(
+                f"policy {name!r}: {field!r} must be of the form field=number"
+            ) from None
     if name not in _REGISTRY:
         raise UserError(f"policy {name!r} is not known; known are {', '.join(names())}")
     known = _REGISTRY[name].__dataclass_fields__

@@ -50,6 +50,22 @@ def test_collect_pads_to_a_multiple(longest, padded):
     assert found.token_nt.shape == (2, padded) and found.skipped == 0
 
 
+def test_collect_keeps_the_prompts_of_what_it_keeps():
+    found = traces.collect(ranges(24, 25, 40), 24, 8, "here", [3, 5, 7])
+    assert found.prompt_n.tolist() == [5, 7]
+    assert traces.collect(ranges(25), 24, 8, "here").prompt_n.tolist() == [0]
+    with pytest.raises(UserError, match="here: trace 1 has 25 tokens and a prompt of 25"):
+        traces.collect(ranges(26, 25), 24, 8, "here", [3, 25])
+
+
+def test_read_prompts(tmp_path):
+    path = tmp_path / "traces.jsonl"
+    path.write_text('{"input_ids": [1, 2], "n": 1}\n{"input_ids": [3], "n": null}\n')
+    with pytest.raises(UserError, match="row 1 of 'n' is None, not a whole number"):
+        traces.read_prompts(str(path), "n")
+    assert traces.read_prompts(write(tmp_path / "n.parquet", [3, 4], "n"), "n") == [3, 4]
+
+
 @pytest.mark.parametrize(
     ("lengths", "message"),
     [
@@ -89,8 +105,8 @@ def refused(path, message):
 
 
 def test_read_refuses_a_path_that_leads_to_no_traces(tmp_path):
-    refused(tmp_path / "traces.csv", r"traces are read from \.parquet or \.jsonl files")
-    refused(tmp_path, r"traces are read from")
+    refused(tmp_path / "traces.csv", r"rows are read from \.parquet or \.jsonl files")
+    refused(tmp_path, r"rows are read from")
     refused(tmp_path / "traces.parquet", "no such file")
     refused(tmp_path / "traces.jsonl", "no such file")
     (tmp_path / "folder.parquet").mkdir()
@@ -207,10 +223,11 @@ def test_a_batch_can_hold_all_traces_and_no_more(seven):
 
 def test_embedded_traces_are_solved_problems():
     spec = ledger.Spec((3, 5), (2, 3), (0, 1), (0, 1))
-    got = traces.embedded(2, "eval", 4, spec)
+    got, prompts = traces.embedded(2, "eval", 4, spec)
+    assert prompts == [len(p.prompt) for p in ledger.problems(2, "eval", 0, 4, spec)]
     assert len(got) == 4
     for i, ids in enumerate(got):
         problem = ledger.problem(2, "eval", i, spec)
         assert ledger.decode(ids) == [*problem.prompt, *problem.thought, *problem.answer]
-    longer = traces.embedded(2, "eval", 6, spec)  # more traces are the same ones and others
+    longer, _ = traces.embedded(2, "eval", 6, spec)  # more traces are the same ones and others
     assert [ids.tolist() for ids in longer[:4]] == [ids.tolist() for ids in got]

@@ -115,7 +115,7 @@ def test_trained_scorers_load_as_a_policy(finished):
 
 def test_short_traces_are_skipped_and_counted(capsys):
     config = small("", task__facts=(2, 8), task__hops=(1, 8))
-    lengths = [len(s) for s in traces.embedded(0, "train", 64, common.spec(config))]
+    lengths = [len(s) for s in traces.embedded(0, "train", 64, common.spec(config))[0]]
     longer = sum(length > 72 for length in lengths)
     assert 0 < longer < 64
     found = common.load_traces(config, "train", 64, 64, len(ledger.VOCABULARY))
