@@ -97,7 +97,7 @@ def get_config() -> ConfigDict:
     config.eval.budgets = (48, 64, 96)
     config.eval.traces = 64
     config.eval.batch = 32
-    config.eval.policies = ("rkv", "snapkv", "h2o", "streaming_llm", "random")
+    config.eval.policies = ("rkv", "keydiff", "snapkv", "h2o", "tova", "streaming_llm", "random")
 
     config.evaluate = ConfigDict()
     config.evaluate.scorers = ("foresight=runs/sft_tiny",)  # name=workdir of sft or grpo runs

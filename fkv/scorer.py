@@ -98,7 +98,10 @@ def features(config: ScorerConfig, view: View) -> Array:
     In this order: key [d], value [d], then blocks of `g`: max, min and sum over the last `L`
     queries, sum over the last 16, 8 and 32 queries, cumulative and decayed cumulative sum.
     """
-    if config.form == "reference" and view.query_blhd.shape[2] > 8 * view.cache.key_bksd.shape[1]:
+    if (
+        config.statistics == "reference"
+        and view.query_blhd.shape[2] > 8 * view.cache.key_bksd.shape[1]
+    ):
         raise UserError("scorer.form = 'reference' is defined for at most 8 query heads a group")
     parts = []
     if config.inputs != "attention":
@@ -110,7 +113,7 @@ def features(config: ScorerConfig, view: View) -> Array:
     parts = [x[:, :, : view.capacity].astype(jnp.float32) for x in parts]
     if config.norm == "rms":
         parts = [
-            x * jax.lax.rsqrt(jnp.mean(x * x, axis=(-2, -1), keepdims=True) + 1e-12) for x in parts
+            x * jax.lax.rsqrt(jnp.mean(x * x, axis=(-2, -1), keepdims=True) + 1e-30) for x in parts
         ]
     return jnp.concatenate(parts, axis=-1)
 

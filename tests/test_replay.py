@@ -15,7 +15,7 @@ from tests.test_policies import h2o, rkv, snapkv, streaming_llm
 
 BUDGET, INTERVAL = 24, 12
 FIRST = BUDGET // INTERVAL
-# No multiple of L, one more than that, an eviction at the very end (twice), and none.
+# No multiple of L, one token after an eviction, an eviction at the very end (twice), and none.
 LENGTHS = [95, 61, 60, 36, 10]
 # (family, query heads, KV heads): groups of 1, 2 and 4.
 MODELS = [("qwen2", 2, 2), ("qwen3", 4, 2), ("qwen2", 4, 1)]
@@ -23,16 +23,16 @@ MODELS = [("qwen2", 2, 2), ("qwen3", 4, 2), ("qwen2", 4, 1)]
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
-def run(config, policy, observe=replay._ignore, acc=(), budget=BUDGET, interval=INTERVAL):
+def run(config, policy, observe=replay._ignore, acc=()):
     """Compiled replay; the golden evictions of the batch take the place of policy `golden`."""
 
     @quick_jit
     def call(params, token, length, random=None, padding=0):
         rule = policy
         if policy == "golden":
-            rule, _, _ = replay.golden_policy(config, params, token, length, budget, interval)
+            rule, _, _ = replay.golden_policy(config, params, token, length, BUDGET, INTERVAL)
         return replay.replay(
-            config, params, token, length, rule, budget, interval, random, observe, acc, padding
+            config, params, token, length, rule, BUDGET, INTERVAL, random, observe, acc, padding
         )
 
     return call

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fkv import policies
 from fkv.evaluation.accuracy import Accuracy
 from fkv.evaluation.loss_ratio import Losses
 
@@ -20,13 +21,30 @@ def _pyplot():
     return pyplot
 
 
+def _styles(names: Sequence[str]) -> dict[str, dict]:
+    """A colour and line for each policy: golden apart, what is learned strong."""
+    styles = {}
+    for name in names:
+        rule = name in policies.names() and name != "foresight"
+        i = len(styles)
+        styles[name] = {
+            "color": f"C{i % 10}",
+            "linestyle": "-" if i < 10 else "-.",
+            "linewidth": 1.3 if rule else 2.6,
+        }
+    if "golden" in styles:
+        styles["golden"] = {"color": "black", "linestyle": "--", "linewidth": 1.6}
+    return styles
+
+
 def loss_ratios(results: Sequence[Losses], path: str | Path, title: str) -> None:
     """Loss ratio against budget, a line per policy with two standard errors; writes a PNG."""
     plt = _pyplot()
     names = [n for n in dict.fromkeys(r.policy for r in results) if n != "full"]
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
+    styles = _styles(names)
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
     for axis, (label, kind) in zip(axes, PANELS, strict=True):
-        for i, name in enumerate(names):
+        for name in names:
             rows = sorted((r for r in results if r.policy == name), key=lambda r: r.budget)
             points = [r.added(kind) if kind == 1 else r.ratio(kind) for r in rows]
             axis.errorbar(
@@ -34,18 +52,17 @@ def loss_ratios(results: Sequence[Losses], path: str | Path, title: str) -> None
                 [value for value, _ in points],
                 yerr=[2 * error for _, error in points],
                 label=name,
-                color=f"C{i}",
                 marker="o",
+                markersize=4,
                 capsize=3,
-                linewidth=2.5 if name == "foresight" else 1.5,
-                linestyle="--" if name == "golden" else "-",
+                **styles[name],
             )
         axis.set_title(label)
         axis.set_xlabel("budget (KV pairs per head)")
         axis.set_xticks(sorted({r.budget for r in results}))
         axis.axhline(0 if kind == 1 else 1, color="gray", linewidth=1, linestyle=":")
         axis.set_ylabel("nats per token" if kind == 1 else "loss / full-cache loss")
-    axes[0].legend(fontsize="small")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right", fontsize="small")
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -54,27 +71,33 @@ def loss_ratios(results: Sequence[Losses], path: str | Path, title: str) -> None
 def accuracy(results: Sequence[Accuracy], path: str | Path) -> None:
     """pass@1 against budget with 95 % intervals, the full cache as a band; writes a PNG."""
     plt = _pyplot()
-    figure, axis = plt.subplots(figsize=(7, 4.8), layout="constrained")
+    figure, axis = plt.subplots(figsize=(8.5, 4.8), layout="constrained")
     for r in results:
         if not r.budget:
             low, high = r.interval()
             axis.axhspan(100 * low, 100 * high, color="gray", alpha=0.3)
             axis.axhline(100 * r.pass_at_1, color="gray", label=r.policy)
-    for i, name in enumerate(dict.fromkeys(r.policy for r in results if r.budget)):
+    names = list(dict.fromkeys(r.policy for r in results if r.budget))
+    for name, style in _styles(names).items():
         rows = sorted((r for r in results if r.policy == name), key=lambda r: r.budget)
         middle = [100 * r.pass_at_1 for r in rows]
-        bounds = [[100 * x for x in r.interval()] for r in rows]
-        errors = [[m - low for m, (low, _) in zip(middle, bounds, strict=True)],
-                  [high - m for m, (_, high) in zip(middle, bounds, strict=True)]]  # fmt: skip
+        bounds = 100 * np.array([r.interval() for r in rows]).T
+        errors = np.abs(bounds - np.array([middle]))
         axis.errorbar(
-            [r.budget for r in rows], middle, yerr=errors, label=name, marker="o", capsize=3,
-            color=f"C{i % 10}", linestyle="-" if i < 10 else "--",
-        )  # fmt: skip
+            [r.budget for r in rows],
+            middle,
+            yerr=errors,
+            label=name,
+            marker="o",
+            markersize=4,
+            capsize=3,
+            **style,
+        )
     axis.set_xlabel("budget (KV pairs per head)")
     axis.set_ylabel("pass@1, %")
     axis.set_ylim(0, 102)
     axis.set_xticks(sorted({r.budget for r in results if r.budget}))
-    axis.legend(fontsize="small", ncols=2)
+    figure.legend(loc="outside right", fontsize="small")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -88,7 +111,8 @@ def loss_by_position(results: Sequence[Losses], path: str | Path, bins: int = 16
     )
     for axis, budget in zip(axes[0], budgets, strict=True):
         rows = [r for r in results if r.budget == budget and r.policy != "full"]
-        for i, r in enumerate(rows):
+        styles = _styles([r.policy for r in rows])
+        for r in rows:
             counted = ~np.isnan(r.excess_nt)
             position = np.broadcast_to(np.arange(1, r.excess_nt.shape[1] + 1), counted.shape)
             edges = np.linspace(position[counted].min(), position[counted].max() + 1, bins + 1)
@@ -96,15 +120,12 @@ def loss_by_position(results: Sequence[Losses], path: str | Path, bins: int = 16
             count = np.bincount(bin_of, minlength=bins)
             total = np.bincount(bin_of, weights=r.excess_nt[counted], minlength=bins)
             mean = np.where(count, total / np.maximum(count, 1), np.nan)
-            axis.plot(
-                (edges[:-1] + edges[1:]) / 2, mean, label=r.policy, color=f"C{i % 10}",
-                linestyle="-" if i < 10 else "--",
-            )  # fmt: skip
+            axis.plot((edges[:-1] + edges[1:]) / 2, mean, label=r.policy, **styles[r.policy])
         axis.axhline(0, color="gray", linewidth=1, linestyle=":")
         axis.set_title(f"B = {budget}")
         axis.set_xlabel("position")
     axes[0][0].set_ylabel("added nats per token")
-    axes[0][0].legend(fontsize="small")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right", fontsize="small")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
