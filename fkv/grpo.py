@@ -1,12 +1,74 @@
-"""The reinforcement stage's pure parts: reward, advantages, log-probabilities, loss.
+"""The reinforcement stage: GRPO over eviction traces.
 
-ForesightKV, arXiv 2602.03203, section 3.4. Letters: r rollouts of one trace, t tokens, n
-candidates, l dropped entries.
+ForesightKV, arXiv 2602.03203, section 3.4. A rollout is the teacher-forced replay of a trace under
+sampled evictions; its reward is what the evictions cost on low-entropy tokens. In the update the
+recorded evictions are replayed, so the states are those of the rollout, and loss and gradient are
+taken inside the scan over chunks, as in `fkv.sft`: no state outlives its eviction.
+
+Letters: r rollouts, t tokens, e chunks, n candidates, l dropped entries; the rows of a batch are
+the rollouts of its traces, those of one trace side by side.
 """
 
+import dataclasses
+
+import flax.struct
 import jax
 import jax.numpy as jnp
+import optax
 from jax import Array
+
+from fkv import models, replay, scorer
+from fkv.errors import UserError
+from fkv.models import ModelConfig
+from fkv.policies import Foresight, View
+from fkv.policies.base import Policy
+from fkv.sft import TrainState
+
+REWARDS = ("all", "low", "high", "low_large", "low_large_squared")
+LOG_PROBS = ("plackett_luce", "independent")
+
+
+@dataclasses.dataclass(frozen=True)
+class GRPOConfig:
+    """The reinforcement stage.
+
+    Attributes:
+      rollouts: of each trace.
+      epochs: updates from one batch of rollouts.
+      temperature: of the draw from the pool of `2L`.
+      reward: what is penalised: the added loss of `all`, `low`- or `high`-entropy tokens, of low
+        ones where it is larger than `eta` (`low_large`), or its square there (the paper's choice).
+      eta: nats.
+      high_fraction: share of tokens, those with the largest full-cache entropy, called high.
+      clip: of the ratio of probabilities.
+      kl_weight, kl_steps: weight of the KL to the supervised scorer, for that many steps.
+      log_prob: `plackett_luce`, the law of the draw, or `independent`, as in the released code.
+    """
+
+    rollouts: int = 32
+    epochs: int = 1
+    temperature: float = 1.0
+    reward: str = "low_large_squared"
+    eta: float = 1.5
+    high_fraction: float = 0.2
+    clip: float = 0.2
+    kl_weight: float = 0.05
+    kl_steps: int = 100
+    log_prob: str = "plackett_luce"
+
+    def __post_init__(self):
+        for field, known in (("reward", REWARDS), ("log_prob", LOG_PROBS)):
+            if getattr(self, field) not in known:
+                value, names = getattr(self, field), ", ".join(known)
+                raise UserError(f"grpo.{field} = {value!r} must be one of {names}")
+        if self.rollouts < 2:
+            raise UserError(f"grpo.rollouts = {self.rollouts} must be 2 or more: a group compares")
+        if self.epochs < 1:
+            raise UserError(f"grpo.epochs = {self.epochs} must be 1 or more")
+        if not 0 <= self.high_fraction < 1:
+            raise UserError(f"grpo.high_fraction = {self.high_fraction} must be in [0, 1)")
+        if not self.temperature > 0:
+            raise UserError(f"grpo.temperature = {self.temperature} must be above 0")
 
 
 def low_entropy(entropy_t: Array, skip: int, high_fraction: float) -> Array:
@@ -63,8 +125,339 @@ def loss(
     Returns:
       The loss and the mean KL estimate, nats.
     """
+    _, surrogate, kl = terms(new_x, old_x, reference_x, advantage_x, clip)
+    return -surrogate.mean() + kl_weight * kl.mean(), kl.mean()
+
+
+def terms(
+    new_x: Array, old_x: Array, reference_x: Array, advantage_x: Array, clip: float
+) -> tuple[Array, Array, Array]:
+    """What `loss` averages: ratio of probabilities, clipped surrogate and KL estimate, [x] each."""
     ratio = jnp.exp(jnp.clip(new_x - old_x, -10, 10))
     surrogate = jnp.minimum(ratio * advantage_x, jnp.clip(ratio, 1 - clip, 1 + clip) * advantage_x)
     log_ratio = jnp.clip(reference_x - new_x, -10, 10)
-    kl = (jnp.exp(log_ratio) - log_ratio - 1).mean()
-    return -surrogate.mean() + kl_weight * kl, kl
+    return ratio, surrogate, jnp.exp(log_ratio) - log_ratio - 1
+
+
+def plackett_luce_log_prob(score_xm: Array, draws: int) -> Array:
+    """Log-probability of each of the first `draws` entries, drawn in order without replacement.
+
+    Args:
+      score_xm: eviction scores of the pool, in the order in which they were drawn; the rest follow.
+    """
+    left = jax.lax.cumlogsumexp(score_xm, axis=score_xm.ndim - 1, reverse=True)
+    return (score_xm - left)[..., :draws]
+
+
+def optimizer(learning_rate: float, warmup: int, clip: float) -> optax.GradientTransformation:
+    """Adam after clipping by global norm; linear warm-up, then a constant rate."""
+    if warmup < 0:
+        raise UserError(f"grpo.warmup = {warmup} must not be negative")
+    schedule = optax.linear_schedule(learning_rate / (warmup + 1), learning_rate, warmup)
+    return optax.chain(optax.clip_by_global_norm(clip), optax.adam(schedule))
+
+
+# ---- rollouts
+
+
+def split_entropy(entropy_bt: Array, counted_bt: Array, high_fraction: float) -> Array:
+    """Of each row's counted tokens, those that are low-entropy (bool [b, t]), as `low_entropy`."""
+    entropy = jnp.where(counted_bt, entropy_bt, -jnp.inf)
+    rank = jnp.argsort(jnp.argsort(-entropy, axis=-1, stable=True), axis=-1)
+    # A tenth of a thousandth, for products such as 0.2 * 5 that fall short of a whole number.
+    high = (counted_bt.sum(-1, keepdims=True) * high_fraction + 1e-4).astype(jnp.int32)
+    return counted_bt & (rank >= high)
+
+
+def rollout_reward(
+    config: GRPOConfig, evicted_bt: Array, full_bt: Array, entropy_bt: Array, counted_bt: Array
+) -> Array:
+    """Reward of each rollout [b].
+
+    Args:
+      evicted_bt, full_bt: losses per token with and without eviction, nats.
+      entropy_bt: full-cache entropies.
+      counted_bt: which tokens an eviction can change and the model wrote.
+    """
+    low = split_entropy(entropy_bt, counted_bt, config.high_fraction)
+    excess = evicted_bt - full_bt
+    over = {"all": counted_bt, "high": counted_bt & ~low}.get(config.reward, low)
+    if config.reward.startswith("low_large"):
+        power = 2 if config.reward.endswith("squared") else 1
+        excess = jnp.where(excess > config.eta, excess**power, 0.0)
+    return -jnp.where(over, excess, 0.0).sum(-1) / jnp.maximum(over.sum(-1), 1)
+
+
+@flax.struct.dataclass
+class Recorded(Policy):
+    """Drops again what a rollout dropped, for observers that update scorers.
+
+    Attributes:
+      slots_yebkm: the pool of `2L` slots of every layer and chunk, the dropped ones first and in
+        the order in which they were drawn.
+      old_yebkl: log-probabilities of the drops when they were drawn.
+      params, reference: scorers that are trained, and those they started from.
+      config: what the scorers are made of.
+    """
+
+    slots_yebkm: Array
+    old_yebkl: Array
+    params: dict
+    reference: dict
+    config: scorer.ScorerConfig = flax.struct.field(pytree_node=False)
+
+    @property
+    def statistics(self) -> str | None:
+        return self.config.statistics
+
+    def pool(self, view: View) -> Array:
+        """Slots of this chunk's pool [b, k, m]."""
+        return jax.lax.dynamic_index_in_dim(self.slots_yebkm, view.chunk, axis=0, keepdims=False)
+
+    def evict(self, view: View) -> Array:
+        return self.pool(view)[..., : view.interval]
+
+
+def rollout(
+    config: ModelConfig,
+    scorer_config: scorer.ScorerConfig,
+    grpo: GRPOConfig,
+    model_params: models.Params,
+    params: dict,
+    token_bt: Array,
+    length_b: Array,
+    random_b: Array,
+    budget: int,
+    interval: int,
+) -> tuple[Array, Array]:
+    """Samples one eviction trace of every row.
+
+    Returns:
+      The pools [layers, chunks, b, k, 2L], see `Recorded`, and the losses per token [b, t - 1].
+    """
+    policy = Foresight(params, scorer_config, "sample", grpo.temperature)
+
+    def observe(acc, policy, view, evict):
+        # What is drawn is what is lowest after the perturbation, so the pool comes in its order.
+        return acc, jax.lax.top_k(-policy.importance(view), 2 * interval)[1]
+
+    hidden, _, pools = replay.replay(
+        config, model_params, token_bt, length_b, policy, budget, interval, random_b, observe
+    )
+    return pools, replay.token_losses(config, model_params, hidden, token_bt).nll_bt
+
+
+# ---- update
+
+
+@flax.struct.dataclass
+class Sums:
+    """What the replay of a batch adds up, per layer; each a mean over the drops of a row.
+
+    Attributes:
+      loss, kl, clipped, entropy: of the policy loss, the KL estimate, whether the ratio was
+        clipped, and the entropy of the first draw; summed over rows.
+      ratio: largest deviation of a ratio from 1.
+      grads: gradient of `loss` in the layer's scorer parameters.
+    """
+
+    loss: Array
+    kl: Array
+    clipped: Array
+    entropy: Array
+    ratio: Array
+    grads: dict
+
+
+def loss_and_grads(
+    config: ModelConfig,
+    scorer_config: scorer.ScorerConfig,
+    grpo: GRPOConfig,
+    model_params: models.Params,
+    policy: Recorded,
+    first: Array,
+    kl_weight: Array,
+    advantage_b: Array,
+    token_bt: Array,
+    length_b: Array,
+    budget: int,
+    interval: int,
+) -> tuple[Sums, Array]:
+    """Loss and gradient of a batch of rollouts.
+
+    Args:
+      policy: the recorded evictions and the scorers.
+      first: whether the parameters are those that drew: then the ratios are exactly 1, and
+        `policy.old_yebkl` is not read.
+
+    Returns:
+      The sums, and the log-probabilities of the drops now [layers, chunks, b, k, l].
+    """
+    begin = budget // interval
+    events = jnp.maximum((length_b - 1) // interval - begin, 1)
+
+    def observe(acc: Sums, policy: Recorded, view: View, evict: Array):
+        live = (view.chunk >= begin) & (length_b > (view.chunk + 1) * interval)
+        weight = jnp.where(live, 1 / (events * config.kv_heads * interval), 0.0)[:, None, None]
+        pool = policy.pool(view)
+        pool = jnp.minimum(pool, view.budget - 1)  # while the cache fills, of no account
+        feature = scorer.features(scorer_config, view)
+        old = jax.lax.dynamic_index_in_dim(policy.old_yebkl, view.chunk, axis=0, keepdims=False)
+
+        def log_probs(params):
+            score = -scorer.apply(scorer_config, params, feature) / grpo.temperature
+            drawn = jnp.take_along_axis(score, pool, axis=-1)
+            if grpo.log_prob == "independent":
+                return independent_log_prob(score, pool[..., :interval]), drawn
+            return plackett_luce_log_prob(drawn, interval), drawn
+
+        reference, _ = log_probs(policy.reference)
+
+        def objective(params):
+            new, drawn = log_probs(params)
+            before = jnp.where(first, jax.lax.stop_gradient(new), old)
+            ratio, surrogate, kl = terms(
+                new, before, reference, advantage_b[:, None, None], grpo.clip
+            )
+            loss = ((kl_weight * kl - surrogate) * weight).sum()
+            p = jax.nn.softmax(drawn, axis=-1)
+            entropy = -(p * jax.nn.log_softmax(drawn, axis=-1)).sum(-1) * interval
+            off = jnp.abs(ratio - 1)
+            aux = (
+                (kl * weight).sum(),
+                ((off > grpo.clip) * weight).sum(),
+                (entropy * weight[..., 0]).sum(),
+                jnp.max(jnp.where(weight > 0, off, 0.0)),
+            )
+            return loss, (aux, new)
+
+        (loss, (aux, new)), grads = jax.value_and_grad(objective, has_aux=True)(policy.params)
+        kl, clipped, entropy, off = aux
+        acc = Sums(
+            acc.loss + loss,
+            acc.kl + kl,
+            acc.clipped + clipped,
+            acc.entropy + entropy,
+            jnp.maximum(acc.ratio, off),
+            jax.tree.map(jnp.add, acc.grads, grads),
+        )
+        return acc, new
+
+    zero = jnp.zeros(())
+    one_layer = jax.tree.map(lambda x: jnp.zeros(x.shape[1:]), policy.params)
+    start = Sums(zero, zero, zero, zero, zero, one_layer)
+    _, sums, new = replay.replay(
+        config, model_params, token_bt, length_b, policy, budget, interval,
+        observe=observe, acc=start,
+    )  # fmt: skip
+    # A shift of all scores changes no probability: what is computed for it is rounding.
+    grads = {**sums.grads, "b2": jnp.zeros_like(sums.grads["b2"])}
+    return sums.replace(grads=grads), new
+
+
+def train_step(
+    config: ModelConfig,
+    scorer_config: scorer.ScorerConfig,
+    grpo: GRPOConfig,
+    optimiser: optax.GradientTransformation,
+    budget: int,
+    interval: int,
+    axis: str,
+    state: TrainState,
+    model_params: models.Params,
+    reference: dict,
+    batch: "Batch",
+) -> tuple[TrainState, dict]:
+    """Rollouts and updates on this device's rows; speaks to the others over `axis`.
+
+    Returns:
+      The new state and metrics, means over the batch: reward, its spread within groups, the share
+      of groups without spread, excess loss of low- and high-entropy tokens, and of every epoch
+      [epochs] the loss, KL, clip fraction, entropy, largest deviation of a ratio and gradient norm.
+    """
+    rows = batch.token_bt.shape[0]
+    random = jax.vmap(jax.random.wrap_key_data)(batch.random_b)
+    pools, nll = rollout(
+        config,
+        scorer_config,
+        grpo,
+        model_params,
+        state.params,
+        batch.token_bt,
+        batch.length_b,
+        random,
+        budget,
+        interval,
+    )
+    reward = rollout_reward(grpo, nll, batch.full_bt, batch.entropy_bt, batch.counted_bt)
+    # A group may lie on several devices.
+    everyone = jax.lax.all_gather(reward, axis, tiled=True).reshape(-1, grpo.rollouts)
+    advantage = jax.vmap(advantages)(everyone).reshape(-1)
+    own = jax.lax.axis_index(axis) * rows
+    advantage = jax.lax.dynamic_slice_in_dim(advantage, own, rows)
+    kl_weight = jnp.where(state.step < grpo.kl_steps, grpo.kl_weight, 0.0)
+
+    def update(carry, epoch):
+        state, old = carry
+        policy = Recorded(pools, old, state.params, reference, scorer_config)
+        sums, new = loss_and_grads(
+            config,
+            scorer_config,
+            grpo,
+            model_params,
+            policy,
+            epoch == 0,
+            kl_weight,
+            advantage,
+            batch.token_bt,
+            batch.length_b,
+            budget,
+            interval,
+        )
+        off = jax.lax.pmax(sums.ratio, axis)
+        sums = jax.tree.map(lambda x: x / rows, jax.lax.pmean(sums, axis))
+        updates, opt_state = optimiser.update(sums.grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {
+            "loss": sums.loss.sum(),
+            "kl": sums.kl.mean(),
+            "clip_fraction": sums.clipped.mean(),
+            "entropy": sums.entropy.mean(),
+            "ratio_off": off.max(),
+            "grad_norm": optax.tree.norm(sums.grads),
+        }
+        old = jnp.where(epoch == 0, new, old)
+        return (TrainState(state.step, params, opt_state), old), metrics
+
+    empty = jnp.zeros((*pools.shape[:-1], interval))
+    (state, _), metrics = jax.lax.scan(update, (state, empty), jnp.arange(grpo.epochs))
+
+    low = split_entropy(batch.entropy_bt, batch.counted_bt, grpo.high_fraction)
+    total = lambda x, mask: jax.lax.psum(jnp.where(mask, x, 0.0).sum(), axis)  # noqa: E731
+    for name, mask in (("low", low), ("high", batch.counted_bt & ~low)):
+        metrics[f"loss_ratio_{name}"] = total(nll, mask) / total(batch.full_bt, mask)
+        metrics[f"added_{name}"] = total(nll - batch.full_bt, mask) / jax.lax.psum(mask.sum(), axis)
+    spread = everyone.std(-1)
+    metrics["reward"] = everyone.mean()
+    metrics["reward_spread"] = spread.mean()
+    metrics["groups_without_spread"] = (spread == 0).mean()
+    return state.replace(step=state.step + 1), metrics
+
+
+@flax.struct.dataclass
+class Batch:
+    """Rows of a step: every trace `rollouts` times, side by side.
+
+    Attributes:
+      token_bt, length_b: right-padded traces.
+      full_bt, entropy_bt: full-cache losses and entropies per token, [b, t - 1].
+      counted_bt: which of these tokens count.
+      random_b: raw data of one PRNG key per row.
+    """
+
+    token_bt: Array
+    length_b: Array
+    full_bt: Array
+    entropy_bt: Array
+    counted_bt: Array
+    random_b: Array

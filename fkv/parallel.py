@@ -38,9 +38,14 @@ def pmap(step: Callable[..., tuple[Any, Any]], constants: int, batched: int) -> 
     )
 
     def call(*args):
-        return mapped(*args[:constants], *(_split(x) for x in args[constants:]))
+        return mapped(*args[:constants], *jax.tree.map(_split, args[constants:]))
 
     return call
+
+
+def gather(tree: Any) -> Any:
+    """Inside a mapped step: the rows of all devices, in order."""
+    return jax.tree.map(lambda x: jax.lax.all_gather(x, AXIS, tiled=True), tree)
 
 
 def check_batch(batch: int) -> None:

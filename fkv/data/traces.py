@@ -124,7 +124,12 @@ def batches(traces: Traces, batch: int, seed: int) -> grain.MapDataset:
     Returns:
       A random-access dataset of (token_bt, length_b).
     """
+    rows = batch_rows(traces, batch, seed)
+    return rows.map(lambda row: (traces.token_nt[row], traces.length_n[row]))
+
+
+def batch_rows(traces: Traces, batch: int, seed: int) -> grain.MapDataset:
+    """Which traces these batches consist of: entry `i` holds `batch` indices."""
     if batch > len(traces):
         raise UserError(f"batch = {batch} is larger than the {len(traces)} traces at hand")
-    rows = grain.MapDataset.range(len(traces)).seed(seed).shuffle().repeat()
-    return rows.batch(batch).map(lambda row: (traces.token_nt[row], traces.length_n[row]))
+    return grain.MapDataset.range(len(traces)).seed(seed).shuffle().repeat().batch(batch)

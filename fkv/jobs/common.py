@@ -1,17 +1,22 @@
 """What several jobs do alike: read their parts of the config, with errors before work starts."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from fkv import api, cache, models, tasks
 from fkv.data import traces
 from fkv.errors import UserError
+from fkv.evaluation import loss_ratio, plots
 from fkv.models import ModelConfig
+from fkv.policies.base import Policy
+from fkv.rundir import Run
 from fkv.tasks import ledger
 
 
@@ -80,6 +85,44 @@ def check_budgets(budgets: Sequence[int], interval: int, where: str) -> None:
             cache.check_sizes(budget, interval)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
+
+
+def measure_losses(
+    config: ConfigDict,
+    model: ModelConfig,
+    params: models.Params,
+    named: Mapping[str, Policy],
+    held_out: traces.Traces,
+    budgets: Sequence[int] | None = None,
+) -> list[loss_ratio.Losses]:
+    """Loss ratios of policies on held-out traces, at `eval.budgets` unless said."""
+    say(f"measuring on {len(held_out)} held-out traces")
+    results = []
+    for budget in tqdm(budgets or config.eval.budgets, desc="budgets"):
+        results += loss_ratio.measure(
+            model,
+            params,
+            named,
+            held_out.token_nt,
+            held_out.length_n,
+            budget,
+            config.interval,
+            jax.random.fold_in(jax.random.key(config.seed), 1),
+            config.eval.batch,
+            prompt_b=held_out.prompt_n,
+        )
+    return results
+
+
+def write_losses(run: Run, results: Sequence[loss_ratio.Losses], measured: int) -> None:
+    """Loss ratios as text, Markdown, CSV and picture; prints the table."""
+    table = loss_ratio.table(results)
+    (run.path / "loss_ratio.txt").write_text(table + "\n")
+    (run.path / "loss_ratio.md").write_text(loss_ratio.markdown(results) + "\n")
+    (run.path / "loss_ratio.csv").write_text(loss_ratio.csv(results))
+    title = f"loss under eviction, {measured} held-out traces, ± 2 standard errors"
+    plots.loss_ratios(results, run.path / "loss_ratio.png", title)
+    say(f"\n{table}\n\nwritten to {run.path}: loss_ratio.(txt md csv png)")
 
 
 def check_finite(metrics: dict, step: int, workdir: str | Path) -> None:

@@ -17,7 +17,7 @@ from fkv import api, decoding, policies
 from fkv.api import Model
 from fkv.data import benchmarks
 from fkv.errors import UserError
-from fkv.evaluation import accuracy, diagnosis, loss_ratio, math_answers, plots, tables
+from fkv.evaluation import accuracy, diagnosis, math_answers, plots, tables
 from fkv.jobs import common
 from fkv.policies.base import Policy
 from fkv.rundir import Run, open_run
@@ -325,28 +325,12 @@ def _measure_traces(config, model, named, run) -> None:
     held_out = common.load_traces(
         config, "eval", settings.traces, max(settings.budgets), model.config.vocab_size
     )
-    results = []
-    for budget in tqdm(settings.budgets, desc="loss ratios"):
-        results += loss_ratio.measure(
-            model.config,
-            model.params,
-            named,
-            held_out.token_nt,
-            held_out.length_n,
-            budget,
-            config.interval,
-            jax.random.fold_in(jax.random.key(config.seed), 1),
-            config.eval.batch,
-            prompt_b=held_out.prompt_n,
-        )
-    table = loss_ratio.table(results)
+    results = common.measure_losses(
+        config, model.config, model.params, named, held_out, settings.budgets
+    )
+    common.write_losses(run, results, len(held_out))
     path = run.path
-    (path / "loss_ratio.txt").write_text(table + "\n")
-    (path / "loss_ratio.md").write_text(loss_ratio.markdown(results) + "\n")
-    (path / "loss_ratio.csv").write_text(loss_ratio.csv(results))
     (path / "diagnosis.csv").write_text(diagnosis.csv(results))
-    title = f"loss under eviction, {len(held_out)} held-out traces, ± 2 standard errors"
-    plots.loss_ratios(results, path / "loss_ratio.png", title)
     plots.loss_by_position(results, path / "loss_by_position.png")
     plots.regret(results, path / "regret.png")
 
@@ -363,6 +347,6 @@ def _measure_traces(config, model, named, run) -> None:
         diagnosis.patterns(table_ykj), config.interval, path / "attention_patterns.png"
     )
     common.say(
-        f"\n{table}\n\nwritten to {path}: loss_ratio.(txt md csv png), diagnosis.csv, "
-        "loss_by_position.png, regret.png, retention.png, attention_patterns.png"
+        f"written to {path}: diagnosis.csv, loss_by_position.png, regret.png, retention.png, "
+        "attention_patterns.png"
     )

@@ -1,7 +1,5 @@
 """The supervised stage, from a config to a table: train scorers, save them, measure them."""
 
-from pathlib import Path
-
 import jax
 import numpy as np
 from ml_collections import ConfigDict
@@ -9,7 +7,7 @@ from tqdm import tqdm
 
 from fkv import cache, parallel, policies, scorer, sft
 from fkv.data import traces
-from fkv.evaluation import loss_ratio, plots
+from fkv.evaluation import loss_ratio
 from fkv.jobs import common
 from fkv.rundir import open_run
 
@@ -79,23 +77,10 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     bar.close()
 
     # ---- measuring
-    common.say(f"measuring on {len(held_out)} held-out traces")
-    learned = policies.get("foresight", params=state.params, config=scorer_config)
-    results = []
-    for budget in tqdm(config.eval.budgets, desc="budgets"):
-        results += loss_ratio.measure(
-            model,
-            model_params,
-            {"foresight": learned, **rules},
-            held_out.token_nt,
-            held_out.length_n,
-            budget,
-            config.interval,
-            jax.random.fold_in(key, 1),
-            config.eval.batch,
-            prompt_b=held_out.prompt_n,
-        )
-    _write_results(run, results, workdir, len(held_out))
+    learned = policies.Foresight(state.params, scorer_config)
+    policies_by_name = {"foresight": learned, **rules}
+    results = common.measure_losses(config, model, model_params, policies_by_name, held_out)
+    common.write_losses(run, results, len(held_out))
     run.close()
     return results
 
@@ -115,16 +100,3 @@ def _report(run, bar, step, metrics, config) -> None:
             {"loss": loss, "overlap": overlap, "grad_norm": float(metrics["grad_norm"]), **layers},
         )
         bar.set_postfix(loss=f"{loss:.4f}", overlap=f"{overlap:.3f}", refresh=False)
-
-
-def _write_results(run, results, workdir, traces_measured) -> None:
-    path = Path(workdir)
-    table = loss_ratio.table(results)
-    (path / "table.txt").write_text(table + "\n")
-    (path / "table.md").write_text(loss_ratio.markdown(results) + "\n")
-    (path / "results.csv").write_text(loss_ratio.csv(results))
-    title = f"loss under eviction, {traces_measured} held-out traces, ± 2 standard errors"
-    plots.loss_ratios(results, path / "loss_ratio.png", title)
-    common.say(
-        f"\n{table}\n\nwritten to {workdir}: table.txt, table.md, results.csv, loss_ratio.png"
-    )

@@ -21,16 +21,21 @@ class Foresight(Policy):
       params: scorer parameters of all layers, stacked.
       config: what the scorers are made of.
       action: `top` drops the `L` least important; `sample`, as in the paper, draws them without
-        replacement from the `2L` least important, with probability softmax(-importance).
+        replacement from the `2L` least important, with probability
+        softmax(-importance / temperature).
+      temperature: of the draw.
     """
 
     params: dict
     config: scorer.ScorerConfig = flax.struct.field(pytree_node=False)
     action: str = flax.struct.field(pytree_node=False, default="top")
+    temperature: float = flax.struct.field(pytree_node=False, default=1.0)
 
     def __post_init__(self):
         if self.action not in ACTIONS:
             raise UserError(f"action = {self.action!r} must be one of {', '.join(ACTIONS)}")
+        if not self.temperature > 0:
+            raise UserError(f"temperature = {self.temperature} must be above 0")
 
     @property
     def statistics(self) -> str | None:
@@ -39,7 +44,7 @@ class Foresight(Policy):
     def score(self, view: View) -> Array:
         importance = scorer.apply(self.config, self.params, scorer.features(self.config, view))
         if self.action == "sample":
-            importance = perturb(importance, view)
+            importance = perturb(importance / self.temperature, view)
         return jnp.pad(importance, ((0, 0), (0, 0), (0, view.interval)))
 
 

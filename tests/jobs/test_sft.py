@@ -71,9 +71,9 @@ def test_run_writes_all_that_it_promises(finished):
     names = ["full", "golden", "foresight", "snapkv", "random"]
     assert [(r.policy, r.budget) for r in results] == [(n, b) for b in (16, 24) for n in names]
     assert all(np.isfinite(r.ratio()).all() and r.ratio()[0] > 0 for r in results)
-    table = (path / "table.txt").read_text()
+    table = (path / "loss_ratio.txt").read_text()
     assert all(name in table for name in names)
-    assert len((path / "results.csv").read_text().splitlines()) == 1 + len(results)
+    assert len((path / "loss_ratio.csv").read_text().splitlines()) == 1 + len(results)
     assert (path / "loss_ratio.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((path / "config.json").read_text())["budget"] == 16
     assert (path / "commit.txt").read_text().strip()
@@ -100,7 +100,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(model_dir, finished, tmp_p
     monkeypatch.undo()
     sft.run(config, str(broken))
 
-    for name in ("metrics.jsonl", "results.csv", "table.txt"):
+    for name in ("metrics.jsonl", "loss_ratio.csv", "loss_ratio.txt"):
         assert (straight / name).read_text() == (broken / name).read_text(), name
     one, two = (checkpoint.load(path).state for path in (straight, broken))
     jax.tree.map(np.testing.assert_array_equal, one, two)
@@ -130,7 +130,7 @@ def test_short_traces_are_skipped_and_counted(capsys):
         (dict(budget=20), "budget = 20 must be a multiple of interval = 8"),
         (dict(eval__budgets=(16, 20)), "eval.budgets: budget = 20 must be a multiple"),
         (dict(budget=4096), "longer than budget"),
-        (dict(eval__policies=("snapkw",)), "known are forced, foresight, full, h2o"),
+        (dict(eval__policies=("snapkw",)), "known are ada, expected_attention, forced,"),
         (dict(eval__policies=("forced",)), "policy 'forced' needs position_yebkl"),
         (dict(scorer__norm="layer"), "scorer.norm = 'layer' must be one of none, rms"),
         (dict(sft__weighting="no"), "weighting = 'no' must be one of plain, sqrt_gap"),

@@ -1,0 +1,192 @@
+"""The reinforcement stage, from a config to a table: improve scorers, save them, measure them."""
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from fkv import api, cache, grpo, parallel, policies, replay, scorer, sft
+from fkv.data import traces
+from fkv.data.traces import Traces
+from fkv.errors import UserError
+from fkv.evaluation import loss_ratio
+from fkv.jobs import common
+from fkv.models import ModelConfig
+from fkv.rundir import open_run
+
+
+def settings_of(config: ConfigDict) -> grpo.GRPOConfig:
+    """The part of `config.grpo` that the train step knows."""
+    fields = grpo.GRPOConfig.__dataclass_fields__
+    return grpo.GRPOConfig(**{name: config.grpo[name] for name in fields})
+
+
+def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
+    """Trains (or goes on training) in `workdir`, from the scorers of the run `grpo.scorer`.
+
+    Writes what the supervised job writes; the table has both scorers.
+    """
+    # ---- what can be wrong is found out first
+    cache.check_sizes(config.budget, config.interval)
+    common.check_budgets(config.eval.budgets, config.interval, "eval.budgets")
+    settings = settings_of(config)
+    rows = config.grpo.traces * settings.rollouts
+    parallel.check_batch(rows)
+    optimiser = grpo.optimizer(config.grpo.learning_rate, config.grpo.warmup, config.grpo.clip_norm)
+    rules = {name: policies.get(name) for name in config.eval.policies}
+    supervised = _supervised(config)
+    model, model_params = common.load_model(config)
+    train = common.load_traces(config, "train", config.data.traces, config.budget, model.vocab_size)
+    held_out = common.load_traces(
+        config, "eval", config.eval.traces, max(config.eval.budgets), model.vocab_size
+    )
+    order = traces.batch_rows(train, config.grpo.traces, config.seed)
+
+    # ---- state, new or from the newest checkpoint
+    run = open_run(workdir, config, may_differ=("grpo.log_every", "grpo.steps"))
+    key = jax.random.key(config.seed)
+    state = sft.init_state(supervised.params, optimiser)
+    # Where the supervised run goes on or is gone, this one still knows what it started from.
+    saved_state = {"train": state, "reference": supervised.params}
+    if (saved := run.resume(saved_state)) is not None:
+        saved_state = saved.state
+        common.say(f"going on from step {saved.step} in {workdir}")
+    state, reference = saved_state["train"], saved_state["reference"]
+
+    # ---- training
+    state, reference, everywhere = parallel.replicate((state, reference, model_params))
+
+    def device_step(state, model_params, reference, batch):
+        return grpo.train_step(
+            model,
+            supervised.config,
+            settings,
+            optimiser,
+            config.budget,
+            config.interval,
+            parallel.AXIS,
+            state,
+            model_params,
+            reference,
+            batch,
+        )
+
+    step_fn = parallel.pmap(device_step, constants=3, batched=1)
+    full = FullCache(config, model, everywhere, train)
+    start, steps = int(state.step), config.grpo.steps
+    bar = tqdm(range(start, steps), initial=start, total=steps, desc="grpo", mininterval=0.5)
+    for step in bar:
+        ids = np.asarray(order[step])
+        batch = _batch(config, settings, train, full, ids, jax.random.fold_in(key, step))
+        state, metrics = step_fn(state, everywhere, reference, batch)
+        metrics = jax.device_get(metrics)
+        _check(metrics, step + 1, ids, workdir)
+        done = step + 1
+        if done % config.grpo.log_every == 0 or done == steps:
+            run.log(done, _flat(metrics))
+            bar.set_postfix(
+                reward=f"{metrics['reward']:.4f}",
+                low=f"{metrics['added_low']:.4f}",
+                entropy=f"{metrics['entropy'][-1]:.2f}",
+                refresh=False,
+            )
+        if done % config.grpo.checkpoint_every == 0 or done == steps:
+            run.save(done, {"train": state, "reference": reference})
+    bar.close()
+
+    # ---- measuring
+    learned = {
+        "supervised": policies.Foresight(reference, supervised.config),
+        "grpo": policies.Foresight(state.params, supervised.config),
+    }
+    results = common.measure_losses(config, model, model_params, {**learned, **rules}, held_out)
+    common.write_losses(run, results, len(held_out))
+    run.close()
+    return results
+
+
+def _supervised(config: ConfigDict) -> policies.Foresight:
+    """The scorers to start from."""
+    try:
+        policy = api.load_scorer(config.grpo.scorer)
+    except UserError as error:
+        raise UserError(
+            f"grpo.scorer = {config.grpo.scorer!r}: {error}. Make one with `python -m launch.sft "
+            f"--config=... --workdir={config.grpo.scorer}`"
+        ) from error
+    wanted = scorer.ScorerConfig(**config.scorer)
+    if policy.config != wanted:
+        raise UserError(
+            f"grpo.scorer = {config.grpo.scorer!r} holds scorers of {policy.config}, but "
+            f"config.scorer says {wanted}"
+        )
+    return policy
+
+
+class FullCache:
+    """Losses and entropies of the full cache, computed once a trace and kept on the host."""
+
+    def __init__(self, config: ConfigDict, model: ModelConfig, params, found: Traces):
+        self.found, self.rows = found, config.grpo.traces
+        self._known: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._params = params
+
+        def device_pass(params, token, length):
+            hidden, _, _ = replay.replay(
+                model, params, token, length, policies.get("full"), config.budget, config.interval
+            )
+            losses = replay.token_losses(model, params, hidden, token)
+            return parallel.gather(losses), ()
+
+        self._pass = parallel.pmap(device_pass, constants=1, batched=2)
+
+    def __call__(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Losses and entropies [n, t - 1] of these traces."""
+        if new := [i for i in ids.tolist() if i not in self._known]:
+            # Always as many rows, a multiple of the devices, so that one program serves.
+            count = -(-self.rows // parallel.device_count()) * parallel.device_count()
+            asked = (new * count)[:count]
+            losses, _ = self._pass(
+                self._params, self.found.token_nt[asked], self.found.length_n[asked]
+            )
+            nll, entropy = np.asarray(losses.nll_bt), np.asarray(losses.entropy_bt)
+            self._known |= {i: (nll[j], entropy[j]) for j, i in enumerate(new)}
+        both = [self._known[i] for i in ids.tolist()]
+        return np.stack([nll for nll, _ in both]), np.stack([entropy for _, entropy in both])
+
+
+def _batch(config, settings, found: Traces, full: FullCache, ids, key) -> grpo.Batch:
+    """The rows of a step: every trace as often as it has rollouts."""
+    nll, entropy = full(ids)
+    index = np.arange(found.token_nt.shape[1] - 1)[None]
+    first = np.maximum(config.budget + config.interval, found.prompt_n[ids])[:, None]
+    counted = (index >= first - 1) & (index < found.length_n[ids][:, None] - 1)
+    repeat = lambda x: np.repeat(x, settings.rollouts, axis=0)  # noqa: E731
+    random = replay.row_keys(key, len(ids) * settings.rollouts)
+    return grpo.Batch(
+        repeat(found.token_nt[ids]),
+        repeat(found.length_n[ids]),
+        repeat(nll),
+        repeat(entropy),
+        repeat(counted),
+        np.asarray(jax.random.key_data(random)),
+    )
+
+
+def _check(metrics, step, ids, workdir) -> None:
+    try:
+        common.check_finite(metrics, step, workdir)
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{error}; traces {ids.tolist()}") from None
+
+
+def _flat(metrics) -> dict:
+    """Per-epoch metrics under the name of their epoch; the last also under its own."""
+    flat = {}
+    for name, value in metrics.items():
+        value = np.asarray(value)
+        if value.ndim:
+            flat |= {f"{name}/epoch_{i}": float(x) for i, x in enumerate(value)}
+            value = value[-1]
+        flat[name] = float(value)
+    return flat

@@ -1,0 +1,145 @@
+"""Questions from files made on the spot, and every way in which they can be wrong."""
+
+import json
+
+import datasets
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from fkv.data import benchmarks
+from fkv.errors import UserError
+
+ROWS = [
+    {"problem": "1 + 1?", "answer": "2", "id": "p1"},
+    {"problem": "What is\nhalf?", "answer": r"\frac{1}{2}", "id": "p2"},
+]
+
+
+def jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def write(tmp_path, kind, rows):
+    path = tmp_path / f"rows.{kind}"
+    if kind == "jsonl":
+        return jsonl(path, rows)
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return str(path)
+
+
+def refused(match, *args, **kwargs):
+    with pytest.raises(UserError, match=match) as raised:
+        benchmarks.load(*args, **kwargs)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_file_is_read(tmp_path, kind):
+    found = benchmarks.load(write(tmp_path, kind, ROWS))
+    assert found.unusable == []
+    assert [(q.id, q.answer) for q in found.questions] == [("p1", "2"), ("p2", r"\frac{1}{2}")]
+    # The paper's instruction, a blank, the question as it is.
+    assert found.questions[1].text == (
+        "Please solve the following problem step by step and put the final answer within "
+        "\\boxed{}. What is\nhalf?"
+    )
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_columns_and_instruction_can_be_others(tmp_path, kind):
+    rows = [{"question": "2 * 3?", "solution": 6, "problem": "no"}]  # a number is an answer too
+    path = write(tmp_path, kind, rows)
+    found = benchmarks.load(path, question="question", answer="solution", instruction="")
+    assert found.questions == [benchmarks.Question("0", "2 * 3?", "6")]
+
+
+def test_rows_without_an_id_are_numbered(tmp_path):
+    rows = [{"problem": f"{i}?", "answer": None if i == 1 else str(i)} for i in range(3)]
+    found = benchmarks.load(jsonl(tmp_path / "rows.jsonl", rows))
+    assert [(q.id, q.answer) for q in found.questions] == [("0", "0"), ("2", "2")]
+
+
+@pytest.mark.parametrize(
+    "answer, reference",
+    [
+        ("First 48/2 = <<48/2=24>>24.\nThen 72.\n#### 72", "72"),
+        ("A #### in between\n#### 1,024 ", "1,024"),
+        ("no marks", "no marks"),
+    ],
+)
+def test_answers_of_gsm8k_are_cut(tmp_path, answer, reference):
+    rows = [{"question": "How many?", "answer": answer}]
+    found = benchmarks.load(jsonl(tmp_path / "rows.jsonl", rows), question="question")
+    assert found.questions[0].answer == reference
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_unusable_rows_are_named(tmp_path, kind):
+    rows = [
+        ROWS[0],
+        {"problem": "no answer", "answer": None, "id": "p3"},
+        {"problem": "an empty one", "answer": "  ", "id": "p4"},
+        {"problem": None, "answer": "3", "id": "p5"},
+        {"problem": " ", "answer": "3", "id": "p6"},
+        ROWS[1],
+    ]
+    found = benchmarks.load(write(tmp_path, kind, rows))
+    assert [q.id for q in found.questions] == ["p1", "p2"]
+    assert found.unusable == [
+        (1, "answer is None"), (2, "answer is '  '"), (3, "problem is None"), (4, "problem is ' '"),
+    ]  # fmt: skip
+
+
+def test_no_usable_row_is_an_error(tmp_path):
+    rows = [{"problem": "x?", "answer": ""}, {"problem": "", "answer": "3"}]
+    path = jsonl(tmp_path / "rows.jsonl", rows)
+    refused(r"rows\.jsonl: none of its 2 rows has both problem and answer", path)
+
+
+def test_a_missing_column_names_those_there_are(tmp_path):
+    path = write(tmp_path, "parquet", ROWS)
+    refused(r"no column 'question'; it has problem, answer, id", path, question="question")
+    refused(r"no column 'target'; it has problem, answer, id", path, answer="target")
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    refused(r"gone\.jsonl: no such file", str(tmp_path / "gone.jsonl"))
+    refused(r"gone\.parquet: no such file", str(tmp_path / "gone.parquet"))
+    for name, text in (("a.jsonl", '{"problem": '), ("b.parquet", "no parquet"), ("c.jsonl", "")):
+        (tmp_path / name).write_text(text)
+        message = refused("can't be read as", str(tmp_path / name))
+        assert name in message
+
+
+def test_data_sets_of_the_hub(monkeypatch):
+    asked = []
+
+    def load_dataset(path, subset, split):
+        asked.append((path, subset, split))
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert len(benchmarks.load("HuggingFaceH4/MATH-500").questions) == 2
+    benchmarks.load("openai/gsm8k", "train", "main")
+    assert asked == [("HuggingFaceH4/MATH-500", None, "test"), ("openai/gsm8k", "main", "train")]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionError("Couldn't reach the Hub\nTraceback: and so on"),
+        datasets.exceptions.DatasetNotFoundError("Dataset 'no/such' doesn't exist"),
+        ValueError("Unknown split 'tset'. Should be one of ['test']."),
+    ],
+)
+def test_what_the_hub_says_is_one_line(monkeypatch, error):
+    def load_dataset(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    message = refused("no/such: not a .parquet or .jsonl file, and the hub", "no/such")
+    assert type(error).__name__ in message and str(error).split("\n")[0] in message
+    assert "Traceback" not in message
