@@ -1,4 +1,4 @@
-"""The supervised step over several devices, each count of devices in a process of its own."""
+"""The steps of both stages over several devices, each count of devices in a process of its own."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ import sys
 import jax
 import numpy as np
 
-from fkv import parallel, scorer, sft
+from fkv import grpo, parallel, replay, scorer, sft
 from fkv.errors import UserError
 from tests import oracles
 
@@ -61,6 +61,29 @@ for i, lengths in enumerate(batches):
         assert all((part == parts[0]).all() for part in parts)  # devices stay together
         found[f"{name}_{i}"] = parts[0]
 assert not compiled, "the second step compiled again"
+
+# A group of rollouts lies on one device or on two.
+settings = grpo.GRPOConfig(rollouts=4, epochs=2, eta=0.01)
+optimiser = grpo.optimizer(1e-2, 0, 1.0)
+reference = jax.device_get(state.params)
+state = sft.init_state(reference, optimiser)
+token, length = jax.device_get(oracles.make_tokens(config, [45, 41], seed=9))
+rng = np.random.default_rng(0)
+index = np.arange(44)[None]
+counted = (index >= 23) & (index < length[:, None] - 1)
+rows = (token, length, *rng.random((2, 2, 44), dtype=np.float32), counted)
+keys = jax.random.key_data(replay.row_keys(jax.random.key(0), 8))
+batch = grpo.Batch(*(np.repeat(x, 4, axis=0) for x in rows), np.asarray(keys))
+
+def device_step(state, params, reference, batch):
+    return grpo.train_step(
+        config, rules, settings, optimiser, 16, 8, parallel.AXIS, state, params, reference, batch
+    )
+
+step = parallel.pmap(device_step, constants=3, batched=1)
+state, metrics = step(state, everywhere, reference, batch)
+for name, x in {**state.params, **metrics}.items():
+    found[f"grpo_{name}"] = np.asarray(x)
 np.savez(sys.argv[2], **found)
 """
 
@@ -101,6 +124,8 @@ def test_four_devices_do_what_one_does(runs):
         np.testing.assert_allclose(four[name], x, rtol=1e-5, atol=1e-5, err_msg=name)
     for i in (1, 2):
         assert abs(one[f"w1_{i}"] - one[f"w1_{i - 1}"]).max() > 1e-3  # every step moves
+    assert abs(one["grpo_w1"] - one["w1_2"]).max() > 1e-3
+    assert one["grpo_reward_spread"] > 0
 
 
 def test_refuses_a_batch_that_the_devices_can_not_share(runs):

@@ -46,12 +46,11 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     run = open_run(workdir, config, may_differ=("grpo.log_every", "grpo.steps"))
     key = jax.random.key(config.seed)
     state = sft.init_state(supervised.params, optimiser)
-    # Where the supervised run goes on or is gone, this one still knows what it started from.
-    saved_state = {"train": state, "reference": supervised.params}
-    if (saved := run.resume(saved_state)) is not None:
-        saved_state = saved.state
+    reference = supervised.params
+    if (saved := run.resume(_with_reference(state, reference))) is not None:
+        reference = saved.state.pop("reference")
+        state = sft.TrainState(**saved.state)
         common.say(f"going on from step {saved.step} in {workdir}")
-    state, reference = saved_state["train"], saved_state["reference"]
 
     # ---- training
     state, reference, everywhere = parallel.replicate((state, reference, model_params))
@@ -91,7 +90,7 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
                 refresh=False,
             )
         if done % config.grpo.checkpoint_every == 0 or done == steps:
-            run.save(done, {"train": state, "reference": reference})
+            run.save(done, _with_reference(state, reference))
     bar.close()
 
     # ---- measuring
@@ -103,6 +102,16 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     common.write_losses(run, results, len(held_out))
     run.close()
     return results
+
+
+def _with_reference(state: sft.TrainState, reference: dict) -> dict:
+    """What is saved: should the supervised run be gone, this one knows what it started from."""
+    return {
+        "step": state.step,
+        "params": state.params,
+        "opt_state": state.opt_state,
+        "reference": reference,
+    }
 
 
 def _supervised(config: ConfigDict) -> policies.Foresight:

@@ -1,0 +1,114 @@
+"""The reinforcement job from a config to a table, on a reasoner too small to reason."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import fkv
+from fkv import checkpoint, grpo
+from fkv.errors import UserError
+from fkv.jobs import grpo as job
+from fkv.jobs import sft
+from tests.jobs.test_sft import model_dir, small
+
+__all__ = ["model_dir"]  # a fixture
+
+
+def shrink(config, scorer_dir):
+    config.grpo.scorer = str(scorer_dir)
+    config.grpo.steps, config.grpo.traces, config.grpo.rollouts = 4, 2, 3
+    config.grpo.epochs, config.grpo.checkpoint_every, config.grpo.eta = 1, 2, 1e-4
+    config.eval.budgets, config.eval.policies = (16,), ("random",)
+    return config
+
+
+@pytest.fixture(scope="module")
+def supervised(model_dir, tmp_path_factory):
+    path = tmp_path_factory.mktemp("supervised")
+    config = small(model_dir, sft__steps=2, eval__budgets=(16,), eval__policies=("random",))
+    sft.run(config, str(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(model_dir, supervised, tmp_path_factory):
+    path = tmp_path_factory.mktemp("finished")
+    return path, job.run(shrink(small(model_dir), supervised), str(path))
+
+
+def test_run_writes_all_that_it_promises(finished, supervised):
+    path, results = finished
+    assert [r.policy for r in results] == ["full", "golden", "supervised", "grpo", "random"]
+    assert all((path / f"loss_ratio.{kind}").exists() for kind in ("txt", "md", "csv", "png"))
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").open()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    told = {
+        "reward", "reward_spread", "groups_without_spread", "clip_fraction", "kl", "entropy",
+        "loss_ratio_low", "loss_ratio_high", "grad_norm", "loss", "ratio_off",
+    }  # fmt: skip
+    assert told <= rows[0].keys()
+    assert all(row["ratio_off/epoch_0"] == 0 for row in rows)
+    # Either stage's scorers load alike, and these have moved.
+    before, after = fkv.load_scorer(supervised), fkv.load_scorer(path)
+    assert before.config == after.config
+    assert abs(before.params["w1"] - after.params["w1"]).max() > 1e-4
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(
+    model_dir, supervised, finished, tmp_path, monkeypatch
+):
+    config = shrink(small(model_dir), supervised)
+    save = checkpoint.save
+
+    def save_and_die(run_dir, step, *args, **kwargs):
+        save(run_dir, step, *args, **kwargs)
+        if step == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        job.run(config, str(tmp_path))
+    monkeypatch.undo()
+    job.run(config, str(tmp_path))
+    for name in ("metrics.jsonl", "loss_ratio.csv"):
+        assert (tmp_path / name).read_bytes() == (finished[0] / name).read_bytes(), name
+    one, two = (checkpoint.load(path).state for path in (tmp_path, finished[0]))
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+def test_infinity_stops_the_run_and_names_the_traces(model_dir, supervised, tmp_path, monkeypatch):
+    step = grpo.train_step
+
+    def poisoned(*args):
+        state, metrics = step(*args)
+        late = state.step == 3
+        return state, {**metrics, "reward": jax.numpy.where(late, jax.numpy.nan, 0.0)}
+
+    monkeypatch.setattr(grpo, "train_step", poisoned)
+    with pytest.raises(FloatingPointError, match=r"reward of step 3 not finite.*traces \[\d+, \d+"):
+        job.run(shrink(small(model_dir), supervised), str(tmp_path))
+    assert checkpoint.latest_step(tmp_path) == 2
+    assert fkv.load_scorer(tmp_path).params["w1"].shape == (2, 1, 32, 16)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(grpo__scorer="nowhere"), r"grpo.scorer = 'nowhere': no checkpoint .* launch.sft"),
+        (dict(scorer__hidden=8), r"holds scorers of .*hidden=16.* config.scorer says .*hidden=8"),
+        (dict(grpo__reward="most"), "grpo.reward = 'most' must be one of"),
+        (dict(grpo__traces=64), "batch = 64 is larger than the 16 traces"),
+        (dict(budget=12), "budget = 12 must be a multiple of interval = 8"),
+    ],
+)
+def test_bad_input_is_refused_before_work_starts(model_dir, supervised, tmp_path, change, message):
+    config = shrink(small(model_dir), supervised)
+    for name, value in change.items():
+        *path, leaf = name.split("__")
+        group = config[path[0]] if path else config
+        group[leaf] = value
+    with pytest.raises(UserError, match=message):
+        job.run(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,286 @@
+"""Rollouts and updates of the reinforcement stage on a tiny model."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fkv import grpo, parallel, policies, replay, scorer, sft
+from fkv.errors import UserError
+from tests import oracles
+
+BUDGET, INTERVAL = 16, 8
+LENGTHS, EVENTS = [45, 61], [3, 5]  # evictions that a token follows
+RULES = scorer.ScorerConfig(norm="rms")
+CONFIG = grpo.GRPOConfig(rollouts=4, epochs=2, eta=0.01, temperature=0.5, kl_weight=0.1)
+
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@pytest.fixture(scope="module")
+def setup():
+    """A model, scorers, and the rows of two traces with four rollouts each."""
+    config, params = oracles.make_model()
+    scorers = scorer.init(jax.random.key(0), config, RULES)
+    token, length = oracles.make_tokens(config, LENGTHS)
+    hidden, _, _ = replay.replay(
+        config, params, token, length, policies.get("full"), BUDGET, INTERVAL
+    )
+    losses = replay.token_losses(config, params, hidden, token)
+    index = np.arange(token.shape[1] - 1)[None]
+    counted = (index >= BUDGET + INTERVAL - 1) & (index < np.asarray(length)[:, None] - 1)
+    repeat = lambda x: np.repeat(np.asarray(x), 4, axis=0)  # noqa: E731
+    keys = replay.row_keys(jax.random.key(1), 8)
+    batch = grpo.Batch(
+        *map(repeat, (token, length, losses.nll_bt, losses.entropy_bt, counted)),
+        np.asarray(jax.random.key_data(keys)),
+    )
+    return config, params, scorers, batch
+
+
+@pytest.fixture(scope="module")
+def rolled(setup):
+    """Pools and losses of the rollouts."""
+    config, params, scorers, batch = setup
+    keys = jax.random.wrap_key_data(batch.random_b)
+    run = quick_jit(grpo.rollout, static_argnums=(0, 1, 2, 8, 9))
+    return run(
+        config, RULES, CONFIG, params, scorers, batch.token_bt, batch.length_b, keys,
+        BUDGET, INTERVAL,
+    )  # fmt: skip
+
+
+# ---- the law of the draw
+
+
+def test_plackett_luce_is_the_probability_of_the_order():
+    rng = np.random.default_rng(0)
+    score = rng.normal(size=(3, 5)).astype(np.float32)
+    got = grpo.plackett_luce_log_prob(jnp.asarray(score), 3)
+    for row, want in zip(score, np.asarray(got), strict=True):
+        left = list(np.exp(row))
+        for j in range(3):
+            np.testing.assert_allclose(want[j], np.log(left[0] / sum(left)), rtol=1e-5)
+            left.pop(0)
+    # Over all orders the probabilities add up to one.
+    orders = np.array(list(itertools.permutations(range(5))))
+    total = np.exp(grpo.plackett_luce_log_prob(jnp.asarray(score[0][orders]), 5).sum(-1)).sum()
+    np.testing.assert_allclose(total, 1, rtol=1e-5)
+
+
+# ---- rollouts
+
+
+def test_pools_are_the_least_important_and_the_drops_come_first(setup, rolled):
+    config, params, scorers, batch = setup
+    pools, nll = rolled
+    policy = policies.Foresight(scorers, RULES, "sample", CONFIG.temperature)
+    keys = jax.random.wrap_key_data(batch.random_b)
+
+    def look(acc, policy, view, evict):
+        return acc, (evict, policy.replace(action="top").importance(view))
+
+    _, _, (evict, importance) = quick_jit(
+        lambda policy: replay.replay(
+            config, params, batch.token_bt, batch.length_b, policy, BUDGET, INTERVAL, keys, look
+        )
+    )(policy)
+    first = BUDGET // INTERVAL
+    np.testing.assert_array_equal(pools[..., :INTERVAL], evict)
+    for layer, event, row, head in np.ndindex(*pools.shape[:-1]):
+        if event < first or batch.length_b[row] <= (event + 1) * INTERVAL:
+            continue
+        lowest = np.argsort(np.asarray(importance)[layer, event, row, head])[: 2 * INTERVAL]
+        assert set(np.asarray(pools)[layer, event, row, head]) == set(lowest)
+    drawn = np.asarray(pools)[0, first, :4, 0, :INTERVAL]
+    assert len({tuple(sorted(x)) for x in drawn.tolist()}) > 1  # rollouts differ
+    assert len({float(x) for x in np.asarray(nll).sum(1)}) == 8
+
+
+# ---- the loss and its gradient
+
+
+@pytest.mark.parametrize("log_prob", grpo.LOG_PROBS)
+def test_loss_and_gradient_are_those_of_the_plain_objective(setup, rolled, log_prob):
+    config, params, scorers, batch = setup
+    pools, _ = rolled
+    settings = dataclasses.replace(CONFIG, log_prob=log_prob)
+    rng = np.random.default_rng(0)
+    # Scorers that have moved since the draw, and a reference elsewhere.
+    now, reference = (
+        jax.tree.map(lambda x: x + 0.05 * rng.normal(size=x.shape).astype(np.float32), scorers)
+        for _ in range(2)
+    )
+    advantage = jnp.asarray(rng.normal(size=8), jnp.float32)
+    old = jnp.asarray(-2 - rng.random((*pools.shape[:-1], INTERVAL)), jnp.float32)
+    recorded = grpo.Recorded(pools, old, now, reference, RULES)
+    run = quick_jit(grpo.loss_and_grads, static_argnums=(0, 1, 2, 10, 11))
+    sums, new = run(
+        config, RULES, settings, params, recorded, jnp.bool_(False), jnp.float32(0.1), advantage,
+        batch.token_bt, batch.length_b, BUDGET, INTERVAL,
+    )  # fmt: skip
+
+    def look(acc, policy, view, evict):
+        return acc, scorer.features(RULES, view)
+
+    features = quick_jit(
+        lambda policy: replay.replay(
+            config, params, batch.token_bt, batch.length_b, policy, BUDGET, INTERVAL, observe=look
+        )[2]
+    )(recorded)
+
+    def log_p(params, layer, event, row):
+        """Of one eviction's drops [k, l]."""
+        one = jax.tree.map(lambda x: x[layer], params)
+        score = -scorer.apply(RULES, one, features[layer, event, row][None])[0]
+        score, pool = score / settings.temperature, pools[layer, event, row]
+        if log_prob == "independent":
+            score = jax.nn.log_softmax(score, axis=-1)
+            return jnp.take_along_axis(score, pool[:, :INTERVAL], axis=-1)
+        s = jnp.take_along_axis(score, pool, axis=-1)
+        left = [jax.nn.logsumexp(s[:, j:], axis=-1) for j in range(INTERVAL)]
+        return s[:, :INTERVAL] - jnp.stack(left, axis=-1)
+
+    def plain(now):
+        """Row by row, eviction by eviction, without a scan."""
+        total, log_probs = jnp.zeros(config.layers), {}
+        for layer in range(config.layers):
+            for row, events in enumerate(np.repeat(EVENTS, 4)):
+                for event in range(2, 2 + events):
+                    place = layer, event, row
+                    log_probs[place] = log_p(now, *place)
+                    reference_log_p = log_p(reference, *place)
+                    loss, _ = grpo.loss(
+                        log_probs[place], old[place], reference_log_p, advantage[row],
+                        settings.clip, 0.1,
+                    )  # fmt: skip
+                    total = total.at[layer].add(loss / events)
+        return total.sum(), (total, log_probs)
+
+    (_, (total, log_probs)), grads = quick_jit(jax.value_and_grad(plain, has_aux=True))(now)
+    np.testing.assert_allclose(sums.loss, total, rtol=2e-5)
+    for place, want in log_probs.items():
+        np.testing.assert_allclose(new[place], want, atol=2e-5)
+    for name in ("w1", "b1", "w2"):
+        scale = abs(grads[name]).max()
+        np.testing.assert_allclose(sums.grads[name], grads[name], rtol=1e-4, atol=1e-5 * scale)
+    assert not sums.grads["b2"].any() and abs(grads["b2"]).max() < 1e-5
+
+
+# ---- the step
+
+
+def make_step(setup, settings=CONFIG, learning_rate=1e-2, **changes):
+    config, params, scorers, batch = setup
+    optimiser = grpo.optimizer(learning_rate, 0, 1.0)
+
+    def device_step(state, params, reference, batch):
+        return grpo.train_step(
+            config, RULES, settings, optimiser, BUDGET, INTERVAL, parallel.AXIS,
+            state, params, reference, batch,
+        )  # fmt: skip
+
+    step = parallel.pmap(device_step, constants=3, batched=1)
+    state = sft.init_state(scorers, optimiser)
+    return step(state, params, scorers, batch.replace(**changes))
+
+
+def test_ratios_of_the_drawing_parameters_are_exactly_one(setup):
+    # At a learning rate of zero the second epoch computes them anew, against those of the first.
+    state, metrics = make_step(setup, learning_rate=0.0)
+    np.testing.assert_array_equal(metrics["ratio_off"], [0, 0])
+    np.testing.assert_array_equal(metrics["clip_fraction"], [0, 0])
+    assert metrics["loss"][0] == metrics["loss"][1]
+    np.testing.assert_allclose(metrics["kl"], [0, 0], atol=1e-8)
+    assert metrics["grad_norm"][0] > 0 and metrics["reward_spread"] > 0
+    assert int(state.step) == 1
+    jax.tree.map(np.testing.assert_array_equal, state.params, setup[2])
+
+
+def test_a_step_moves_the_scorers_and_reports(setup):
+    state, metrics = make_step(setup)
+    assert metrics["ratio_off"][0] == 0 < metrics["ratio_off"][1]
+    assert metrics["kl"][1] > 0
+    assert 0 < metrics["entropy"][0] <= np.log(2 * INTERVAL)
+    assert abs(state.params["w1"] - setup[2]["w1"]).max() > 1e-3
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(metrics))
+
+
+def test_a_group_without_spread_teaches_nothing(setup):
+    # Nothing is beyond this eta, so every reward is zero; and the weight of the KL has ended.
+    settings = dataclasses.replace(CONFIG, eta=1e6, kl_weight=10.0, kl_steps=0)
+    state, metrics = make_step(setup, settings)
+    assert metrics["groups_without_spread"] == 1 and metrics["reward"] == 0
+    np.testing.assert_array_equal(metrics["loss"], [0, 0])
+    np.testing.assert_array_equal(metrics["grad_norm"], [0, 0])
+    jax.tree.map(np.testing.assert_array_equal, state.params, setup[2])
+
+
+# ---- rewards
+
+
+def test_rewards_are_those_of_the_definitions():
+    rng = np.random.default_rng(0)
+    full, entropy = rng.random((2, 3, 40))
+    evicted = full + rng.normal(size=full.shape) * 0.5
+    counted = np.arange(40)[None] >= np.array([[0], [7], [20]])
+    for kind in grpo.REWARDS:
+        config = grpo.GRPOConfig(reward=kind, eta=0.3, high_fraction=0.25)
+        got = np.asarray(grpo.rollout_reward(config, evicted, full, entropy, counted))
+        for row in range(3):
+            tokens = [i for i in range(40) if counted[row, i]]
+            by_entropy = sorted(tokens, key=lambda i: -entropy[row, i])
+            high = set(by_entropy[: len(tokens) // 4])
+            d = {i: evicted[row, i] - full[row, i] for i in tokens}
+            chosen = {
+                "all": d,
+                "high": {i: x for i, x in d.items() if i in high},
+            }.get(kind, {i: x for i, x in d.items() if i not in high})
+            value = {
+                "low_large": lambda x: x if x > 0.3 else 0,
+                "low_large_squared": lambda x: x * x if x > 0.3 else 0,
+            }.get(kind, lambda x: x)
+            want = -np.mean([value(x) for x in chosen.values()])
+            np.testing.assert_allclose(got[row], want, rtol=1e-5, err_msg=kind)
+
+
+def test_reward_agrees_with_the_released_form():
+    rng = np.random.default_rng(1)
+    full, entropy = rng.random((2, 1, 60))
+    evicted = full + 3 * rng.random((1, 60))
+    config = grpo.GRPOConfig(eta=1.5, high_fraction=0.2)
+    counted = np.arange(60)[None] >= 10
+    want = grpo.reward(evicted[0], full[0], grpo.low_entropy(jnp.asarray(entropy[0]), 10, 0.2), 1.5)
+    got = grpo.rollout_reward(config, evicted, full, jnp.asarray(entropy), counted)
+    np.testing.assert_allclose(got[0], want, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(reward="some"), r"grpo.reward = 'some' must be one of all, low, high"),
+        (dict(log_prob="exact"), r"grpo.log_prob = 'exact' must be one of plackett_luce"),
+        (dict(rollouts=1), r"grpo.rollouts = 1 must be 2 or more"),
+        (dict(epochs=0), r"grpo.epochs = 0 must be 1 or more"),
+        (dict(high_fraction=1.0), r"grpo.high_fraction = 1.0 must be in \[0, 1\)"),
+        (dict(temperature=0.0), r"grpo.temperature = 0.0 must be above 0"),
+    ],
+)
+def test_settings_are_checked(fields, message):
+    with pytest.raises(UserError, match=message):
+        grpo.GRPOConfig(**fields)
+
+
+def test_the_rate_warms_up_and_stays():
+    optimiser = grpo.optimizer(0.1, 4, 1e9)
+    params = {"w": jnp.ones(())}
+    state, steps = optimiser.init(params), []
+    for _ in range(8):
+        updates, state = optimiser.update({"w": jnp.ones(())}, state, params)
+        steps.append(-float(updates["w"]))
+    np.testing.assert_allclose(steps[:5], 0.1 * np.array([1, 2, 3, 4, 5]) / 5, rtol=1e-3)
+    np.testing.assert_allclose(steps[4:], 0.1, rtol=1e-3)
