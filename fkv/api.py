@@ -7,7 +7,7 @@ print(out[0][0].text)
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -227,18 +227,20 @@ def stream(
     top_p: float = 0.95,
     seed: int = 0,
     chat: bool = False,
-) -> Iterator[str]:
+) -> Generator[str, None, Generation]:
     """The text of one continuation as it comes, a piece for every `L` tokens.
 
-    The pieces together are what `generate` gives for the same arguments.
+    The pieces together are what `generate` gives for the same arguments; the generator returns
+    the whole of it.
     """
     if model.tokenizer is None:
         raise UserError(f"model {model.name} has no tokenizer: there is no text to stream")
+    policy, ids = _policy(policy), encode(model, prompt, chat)
     chunks = decoding.stream(
         model.config,
         model.params,
-        _policy(policy),
-        [encode(model, prompt, chat)],
+        policy,
+        [ids],
         sample_key(seed, 0, 0)[None],
         new_tokens,
         budget,
@@ -254,7 +256,9 @@ def stream(
         if not text.endswith("\N{REPLACEMENT CHARACTER}") and text.startswith(said):
             yield text[len(said) :]
             said = text
-    yield decode(model, tokens)[len(said) :]
+    one = finished(model, policy, len(ids), np.asarray(tokens, np.int32), budget, interval)
+    yield one.text[len(said) :]
+    return one
 
 
 def load_scorer(workdir: str | Path) -> policies.Foresight:

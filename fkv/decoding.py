@@ -317,9 +317,11 @@ def _start(
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise UserError(f"prompt {i} is empty: give at least one token")
-        worst = max(int(np.max(prompt)), -int(np.min(prompt)))
-        if worst >= config.vocab_size or np.min(prompt) < 0:
-            raise UserError(f"prompt {i} has token {worst}, beyond the model's {config.vocab_size}")
+        unknown = [int(x) for x in prompt if not 0 <= x < config.vocab_size]
+        if unknown:
+            raise UserError(
+                f"prompt {i} has token {unknown[0]}, beyond the model's {config.vocab_size}"
+            )
     if new_tokens < 1:
         raise UserError(f"new_tokens = {new_tokens} must be at least 1")
     kv.check_sizes(budget, interval)
@@ -328,6 +330,8 @@ def _start(
         extra = -(-width // interval) * interval - token.shape[1]
         token, padding = np.pad(token, ((0, 0), (extra, 0))), padding + extra
     limit = np.full(len(prompts), new_tokens) if limit is None else np.asarray(limit)
+    if limit.shape != (len(prompts),) or limit.min() < 0 or limit.max() > new_tokens:
+        raise UserError(f"limit must be {len(prompts)} numbers from 0 to new_tokens = {new_tokens}")
     state = _prefill(
         config,
         params,
@@ -417,7 +421,9 @@ def stream(
 
 
 def evictions(prompt: int, generated: int, budget: int, interval: int) -> int:
-    """How many evictions a row of generation saw that dropped an entry which a later token missed.
+    """How many evictions of a row of generation dropped an entry that a later token missed.
+
+    Counted for heads that keep B entries; where budgets are shared unevenly, some drop earlier.
 
     Args:
       prompt, generated: tokens of the row. The last generated token never enters attention.

@@ -1,6 +1,8 @@
 """Every policy against its definition, with survivors in scrambled slots."""
 
+import dataclasses
 import functools
+import itertools
 import re
 
 import jax
@@ -8,21 +10,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fkv import attention, policies, scorer
+from fkv import attention, policies, replay, scorer
 from fkv import cache as kv
 from fkv.errors import UserError
+from fkv.policies import expected_attention as expected
 from tests import oracles
 
 DIM = 8
 # (B, L, query heads, KV heads, empty slots): groups of 1, 2 and 4 heads, an interval that is
 # shorter than the window of SnapKV, and a cache that is not full yet.
+CONFIG, _ = oracles.make_model()
 SIZES = [(24, 12, 4, 2, 0), (36, 12, 4, 1, 0), (16, 4, 2, 2, 0), (24, 12, 4, 2, 5)]
 
 
 @functools.partial(jax.jit, static_argnames=("budget",))
 def make_view(cache, query, query_position, random, budget):
     stats = attention.statistics(query, query_position, cache.key_bksd, cache.position_bks)
-    return policies.View(cache, query, query_position, jnp.int32(7), random, stats, budget)
+    chunk, layer = jnp.int32(7), jnp.int32(0)
+    return policies.View(cache, query, query_position, chunk, random, stats, budget, layer, CONFIG)
 
 
 def random_view(seed, rows, budget, interval, h, k, empty):
@@ -119,12 +124,78 @@ def rkv(state, interval, mix=0.1, window=8, kernel=7, threshold=0.5):
     return state.positions[:-window], score
 
 
+def knorm(state, interval):
+    n = len(state.positions) - interval
+    return state.positions[:n], -((state.keys[:n] ** 2).sum(1) ** 0.5)
+
+
+def cosine(x, y):
+    return x @ y / (x @ x) ** 0.5 / (y @ y) ** 0.5
+
+
+def keydiff(state, interval):
+    anchor = sum(key / (key @ key) ** 0.5 for key in state.keys) / len(state.keys)
+    n = len(state.positions) - interval
+    return state.positions[:n], np.array([-cosine(key, anchor) for key in state.keys[:n]])
+
+
+def turn(x_d, angle_f):
+    """Rotates the pairs (i, i + d / 2) of a vector: complex numbers times a unit."""
+    low, high = np.split(x_d, 2)
+    z = (low + 1j * high) * np.exp(1j * angle_f)
+    return np.concatenate([z.real, z.imag])
+
+
+def expected_attention(state, interval, horizon=512, sinks=4):
+    frequencies, scale = CONFIG.inv_frequencies()
+    assert scale == 1
+    newest, group = state.query_positions[-1], state.queries.shape[1]
+    ahead = np.exp(1j * np.outer(newest + 1 + np.arange(horizon), frequencies)).mean(0)
+    expected = []
+    for g in range(group):
+        q = np.stack(
+            [
+                turn(turn(q, -p * frequencies), np.angle(ahead))
+                * np.tile(abs(ahead), 2)  # the mean of rotations also shrinks
+                for q, p in zip(state.queries[:, g], state.query_positions, strict=True)
+            ]
+        )
+        mean, covariance = q.mean(0), np.cov(q.T, bias=True)
+        x = [k @ mean / DIM**0.5 + k @ covariance @ k / DIM / 2 for k in state.keys]
+        expected.append(oracles.softmax(np.array(x)))
+    score = np.mean(expected, axis=0) * np.linalg.norm(state.values, axis=1)
+    n = len(state.positions) - interval
+    return state.positions[:n], np.where(state.positions < sinks, 1e9, score)[:n]
+
+
+def lagkv(state, interval, sinks=4, lag=0):
+    lag, total = lag or interval, len(state.positions)
+    score = 1e3 + np.arange(total)  # the rest: the oldest first, after those that compete
+    score[:sinks] = 1e6 + np.arange(sinks)
+    for start in range(sinks, total - 2 * lag + 1, lag):
+        mine, following = slice(start, start + lag), slice(start + lag, start + 2 * lag)
+        stands_out = np.zeros(lag)
+        for x in (state.keys, state.values):
+            low, high = x[following].min(0), x[following].max(0)
+            stands_out += oracles.softmax(((x[mine] - low) / (high - low)).std(1, ddof=1)) / 2
+        rank = [sum(other < one for other in stands_out) for one in stands_out]
+        score[mine] = np.array(rank) + np.arange(start, start + lag) / total
+    n = total - interval
+    return state.positions[:n], score[:n]
+
+
 DEFINITIONS = {
     "streaming_llm": (streaming_llm, {}),
     "streaming_llm, 1 sink": (streaming_llm, {"sinks": 1}),
     "h2o": (h2o, {}),
     "snapkv": (snapkv, {}),
     "snapkv, other sizes": (snapkv, {"window": 3, "kernel": 5}),
+    "knorm": (knorm, {}),
+    "keydiff": (keydiff, {}),
+    "expected_attention": (expected_attention, {}),
+    "expected_attention, other sizes": (expected_attention, {"horizon": 3, "sinks": 0}),
+    "lagkv": (lagkv, {}),
+    "lagkv, other sizes": (lagkv, {"sinks": 2, "lag": 5}),
     "rkv": (rkv, {}),
     "rkv, other sizes": (rkv, {"mix": 0.6, "window": 5, "kernel": 3, "threshold": 0.9}),
 }
@@ -151,6 +222,36 @@ def test_drops_what_its_definition_drops(name, sizes):
         assert oracles.is_lowest(dropped[empty:], positions, score)
 
 
+@pytest.mark.parametrize("sizes", SIZES)
+def test_tova_drops_what_the_last_query_attends_to_least(sizes):
+    budget, _, _, kv_heads, empty = sizes
+    view = random_view(3, 3, *sizes)
+    # One choice for the layer, so all its heads hold the same positions in the same slots.
+    position = jnp.broadcast_to(view.cache.position_bks[:, :1], view.cache.position_bks.shape)
+    view = view.replace(cache=view.cache.replace(position_bks=position))
+    evict = np.asarray(evict_positions(policies.get("tova"), view))
+    assert (evict == evict[:, :1]).all()
+    for row in range(3):
+        states = [state_of(view, row, head) for head in range(kv_heads)]
+        score = np.mean([p for state in states for p in state.p[:, -1]], axis=0)
+        n = budget - empty
+        assert (evict[row, 0, :empty] == -1).all()
+        assert oracles.is_lowest(evict[row, 0, empty:], states[0].positions[:n], score[:n])
+
+
+def test_expected_attention_takes_a_scaled_rotation_once():
+    # YaRN scales what it rotates: undoing and redoing it must not do so twice.
+    plain, scaled = random_view(3, 2, *SIZES[0]), CONFIG
+    yarn = (("rope_type", "yarn"), ("factor", 4.0), ("original_max_position_embeddings", 64))
+    scaled = dataclasses.replace(CONFIG, rope_scaling=yarn)
+    assert scaled.inv_frequencies()[1] > 1.1
+    ahead = expected.future_queries(plain.replace(config=scaled), 1)
+    # The newest query, one position on: its norm is as it was.
+    np.testing.assert_allclose(
+        np.linalg.norm(ahead, axis=-1), np.linalg.norm(plain.query_blhd, axis=-1), rtol=1e-4
+    )
+
+
 @pytest.mark.parametrize("inputs", ["both", "attention", "kv"])
 @pytest.mark.parametrize("sizes", SIZES[:2])
 def test_foresight_drops_what_the_scorers_hold_least_important(inputs, sizes):
@@ -169,6 +270,167 @@ def test_foresight_drops_what_the_scorers_hold_least_important(inputs, sizes):
         feature = oracles.features(state, budget)[:, columns]
         score = oracles.mlp({n: x[None] for n, x in params.items()}, 0, head, feature)
         assert oracles.is_lowest(evict[row, head], state.positions[:budget], score, tie=1e-4)
+
+
+def constant_scorers(view, importance_bkn, **fields):
+    """A policy whose scorers give exactly this (the first row's) importance, by one key channel."""
+    kv_heads = view.cache.key_bksd.shape[1]
+    key = view.cache.key_bksd.at[:, :, : view.capacity, 0].set(importance_bkn)
+    # GELU of something large is the thing itself.
+    w1 = jnp.zeros((kv_heads, 2 * DIM, 16)).at[:, 0, 0].set(1.0)
+    b1 = jnp.zeros((kv_heads, 16)).at[:, 0].set(50.0)
+    w2 = jnp.zeros((kv_heads, 16)).at[:, 0].set(1.0)
+    params = {"w1": w1, "b1": b1, "w2": w2, "b2": jnp.full(kv_heads, -50.0)}
+    policy = policies.get("foresight", params=params, config=scorer.ScorerConfig(inputs="kv"))
+    return policy.replace(**fields), view.replace(cache=view.cache.replace(key_bksd=key))
+
+
+def inclusion(weight_n, draws):
+    """How likely each is among the first `draws` without replacement, by every order of drawing."""
+    share = np.zeros(len(weight_n))
+    for order in itertools.permutations(range(len(weight_n)), draws):
+        p, left = 1.0, sum(weight_n)
+        for i in order:
+            p, left = p * weight_n[i] / left, left - weight_n[i]
+        share[list(order)] += p
+    return share
+
+
+def test_foresight_samples_without_replacement_from_the_least_important():
+    budget, interval, *_ = sizes = (12, 3, 2, 1, 0)
+    view = random_view(12, 1, *sizes)
+    rng, draws = np.random.default_rng(1), 4000
+    importance = rng.permutation(np.linspace(-1, 4, budget)).astype(np.float32)
+    policy, view = constant_scorers(view, importance[None, None], action="sample")
+    np.testing.assert_allclose(
+        policy.replace(action="top").score(view)[0, 0, :budget], importance, atol=1e-5
+    )
+    slots = jax.jit(jax.vmap(lambda key: policy.evict(view.replace(random_b=key))))(
+        jax.random.split(jax.random.key(0), (draws, 1))
+    )
+    assert (np.diff(np.sort(slots[:, 0, 0])) > 0).all()
+    count = np.bincount(np.asarray(slots).ravel(), minlength=budget + interval)
+    pool = np.argsort(importance)[: 2 * interval]
+    p = np.zeros(budget + interval)
+    p[pool] = inclusion(np.exp(-importance[pool].astype(np.float64)), interval)
+    np.testing.assert_allclose(p.sum(), interval)
+    assert (count[p == 0] == 0).all()
+    assert (abs(count - draws * p) <= 5 * (draws * p * (1 - p)) ** 0.5).all()
+    top = np.asarray(policy.replace(action="top").evict(view))[0, 0]
+    assert sorted(top) == sorted(np.argsort(importance)[:interval])
+    with pytest.raises(UserError, match="action = 'best' must be one of top, sample"):
+        policy.replace(action="best")
+
+
+def test_foresight_sample_takes_empty_slots_first():
+    *_, empty = sizes = SIZES[3]
+    view = random_view(13, 2, *sizes)
+    policy, view = constant_scorers(view, view.cache.key_bksd[:, :, :24, 0], action="sample")
+    evict = np.asarray(evict_positions(policy, view))
+    assert (evict[..., :empty] == -1).all() and (evict[..., empty:] >= 0).all()
+
+
+# ---- budgets that differ by layer or head
+
+
+def kept_of(name, fields, config, params, token, length):
+    """A replay under a policy: before each eviction what is held and its importance; after, held.
+
+    Returns:
+      Arrays [layers, chunks, b, k, s]: positions and importances; the positions of the chunk after
+      are what was kept, but for its own.
+    """
+    policy = policies.get(name, **fields)
+
+    def look(acc, policy, view, evict):
+        return acc, (view.cache.position_bks, policy.importance(view))
+
+    call = jax.jit(replay.replay, static_argnums=(0, 5, 6), static_argnames="observe")
+    _, _, seen = call(config, params, token, length, policy, 24, 12, observe=look)
+    return (np.asarray(x) for x in seen)
+
+
+def pyramid_shares(layers, importances, budget=24, last=8):
+    """Entries that each layer keeps: linear from `2 B - last` to `last`."""
+    first = 2 * budget - last
+    return [
+        [first - (first - last) * layer / (layers - 1)] * len(importances[layer])
+        for layer in range(layers)
+    ]
+
+
+def ada_shares(layers, importances, budget=24, safeguard=0.2, room=2.0):
+    """Entries that each head keeps: its best few, then the layer's best whatever the head."""
+    shares = []
+    for heads in importances:
+        ranked = [sorted(scores, reverse=True)[: round(room * budget)] for scores in heads]
+        share = [min(round(safeguard * budget), len(scores)) for scores in ranked]
+        rest = [(x, h) for h, scores in enumerate(ranked) for x in scores[share[h] :]]
+        for _, head in sorted(rest, reverse=True)[: len(heads) * budget - sum(share)]:
+            share[head] += 1
+        shares.append(share)
+    return shares
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("pyramid", {}),
+        ("pyramid", {"beta": 2.0}),
+        ("ada", {"safeguard": 0.9}),
+        ("ada", {"room": 1.25}),  # some heads want more than they have room for
+    ],
+)
+def test_uneven_budgets_keep_what_their_definition_keeps(name, fields):
+    layers, budget, interval = 3, 24, 12
+    config, params = oracles.make_model(layers=layers)
+    token, length = oracles.make_tokens(config, [107, 60])
+    position, importance = kept_of(name, fields, config, params, token, length)
+    capacity = position.shape[-1] - interval
+    shares, evictions, uneven = pyramid_shares if name == "pyramid" else ada_shares, 0, 0
+    settings = {"last": 12} if "beta" in fields else fields
+    for row, n in enumerate(length.tolist()):
+        for chunk in range(n // interval - 1 + (n % interval > 0)):
+            # Of every layer and head: importance by position before, positions after.
+            before = [
+                [
+                    dict(zip(p.tolist(), x.tolist(), strict=True))
+                    for p, x in zip(position[y, chunk, row], importance[y, chunk, row], strict=True)
+                ]
+                for y in range(layers)
+            ]
+            for heads in before:
+                for held in heads:
+                    held.pop(-1, None)
+            scores = [[list(held.values()) for held in heads] for heads in before]
+            want = shares(layers, scores, budget, **settings)
+            for y in range(layers):
+                total = 0
+                for k, held in enumerate(before[y]):
+                    after = position[y, chunk + 1, row, k, :capacity]
+                    after = set(after[after >= 0].tolist())
+                    assert len(after) == min(want[y][k], len(held)) and after <= set(held)
+                    border = min(held[p] for p in after)
+                    assert all(x <= border for p, x in held.items() if p not in after)
+                    total += len(after)
+                    evictions += len(after) < len(held)
+                    uneven += len(after) not in (budget, len(held))
+                held = sum(len(x) for x in before[y])
+                if name == "ada":
+                    assert total == min(held, config.kv_heads * budget)
+            if name == "pyramid":
+                assert sum(x[0] for x in want) == layers * budget
+    assert evictions > 20 and uneven > 20
+
+
+def test_room_of_uneven_budgets():
+    assert policies.get("pyramid").capacity(1024) == 2048 - 51
+    assert policies.get("pyramid").capacity(24) == 48 - 8  # the window stays
+    assert policies.get("ada", room=1.5).capacity(24) == 36
+    assert policies.get("snapkv").capacity(24) == 24
+    # A model of one layer has nothing to share.
+    view = random_view(3, 1, *SIZES[0]).replace(config=dataclasses.replace(CONFIG, layers=1))
+    assert policies.get("pyramid").keep(view, jnp.zeros((1, 2, 36))).tolist() == [[24, 24]]
 
 
 def test_forced_drops_the_listed_positions():
@@ -214,7 +476,7 @@ def test_random_is_uniform_over_the_candidates():
 
 
 ALONE = {name: policies.get(d.__name__, **f) for name, (d, f) in DEFINITIONS.items()}
-ALONE["random"] = policies.get("random")
+ALONE |= {name: policies.get(name) for name in ("random", "tova", "pyramid", "ada")}
 
 
 @pytest.mark.parametrize("name", ALONE)
@@ -226,7 +488,9 @@ def test_rows_are_independent_of_the_batch(name):
         np.testing.assert_array_equal(evict_positions(ALONE[name], alone)[0], together[row])
 
 
-@pytest.mark.parametrize("name", ["streaming_llm", "h2o", "snapkv", "rkv", "random"])
+@pytest.mark.parametrize(
+    "name", [*sorted({d.__name__ for d, _ in DEFINITIONS.values()}), "tova", "random"]
+)
 def test_padding_is_no_trouble(name):
     # A row that ended holds fewer entries and gets queries that are padding: empty slots go.
     budget, interval, *_ = sizes = SIZES[0]
@@ -260,6 +524,9 @@ def test_the_registry_knows_the_names():
         "foresight",
         "forced",
         "random",
+        "tova",
+        "pyramid",
+        "ada",
         *(d.__name__ for d, _ in DEFINITIONS.values()),
     } <= {*policies.names()}
     assert not policies.get("full").evicts
@@ -277,3 +544,18 @@ def test_the_registry_knows_the_names():
     with pytest.raises(ValueError, match="registered twice"):
         policies.register("h2o")(policies.H2O)
     assert policies.get("rkv", mix=0.3).mix == 0.3
+
+
+def test_fields_may_be_given_as_text():
+    policy = policies.get("rkv:mix=0.5,kernel=1")
+    assert policy == policies.RKV(mix=0.5, kernel=1) and isinstance(policy.kernel, int)
+    assert policies.get("rkv: window = 4", mix=0.2) == policies.RKV(window=4, mix=0.2)
+    assert policies.get("h2o:") == policies.H2O()
+    with pytest.raises(UserError, match="'rkv': 'mix' must be of the form field=number"):
+        policies.get("rkv:mix")
+    with pytest.raises(UserError, match="'rkv': 'mix=x' must be of the form field=number"):
+        policies.get("rkv:kernel=1,mix=x")
+    with pytest.raises(UserError, match="'rkv' has no field mixx; it has mix, window"):
+        policies.get("rkv:mixx=1")
+    with pytest.raises(UserError, match="'r-kv' is not known; known are"):
+        policies.get("r-kv:mix=1")

@@ -53,7 +53,9 @@ def load(
     """
     rows = sources.open_rows(path, split, subset)
     asked_n, reference_n = (sources.column(rows, name, path) for name in (question, answer))
-    names = rows["id"] if "id" in rows.column_names else range(len(rows))
+    names = [str(name) for name in rows["id"]] if "id" in rows.column_names else []
+    if len(set(names)) < len(rows):  # none, or some that name two rows
+        names = range(len(rows))
     questions, unusable = [], []
     for i, (name, asked, reference) in enumerate(zip(names, asked_n, reference_n, strict=True)):
         if not isinstance(asked, str) or not asked.strip():

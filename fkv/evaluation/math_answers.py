@@ -4,6 +4,7 @@ Text written by a language model is untrusted and can make a parser run for ever
 runs in a process of its own that is killed at a deadline and started anew.
 """
 
+import logging
 import multiprocessing
 import re
 import threading
@@ -34,6 +35,8 @@ def _serve(connection) -> None:
     """Answers (answer, reference) with whether they are equal, until the pipe is closed."""
     import math_verify
 
+    # It warns that timeouts are off; they are ours, those of math-verify rest on signals.
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
     connection.send("ready")
     while True:
         try:
@@ -41,7 +44,6 @@ def _serve(connection) -> None:
         except EOFError:
             return
         try:
-            # Timeouts are ours: those of math-verify rest on signals.
             gold = math_verify.parse(f"\\boxed{{{reference}}}", parsing_timeout=None)
             found = math_verify.parse(f"\\boxed{{{answer}}}", parsing_timeout=None)
             connection.send(bool(math_verify.verify(gold, found, timeout_seconds=None)))
@@ -99,6 +101,8 @@ class Checker:
         if answer == reference.strip():
             return RIGHT, answer
         with self._lock:
+            if self._process is not None and not self._process.is_alive():
+                self.close()
             if self._process is None:
                 self._start()
             try:

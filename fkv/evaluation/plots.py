@@ -134,6 +134,8 @@ def regret(results: Sequence[Losses], path: str | Path) -> None:
     """Regret against golden per layer and KV head, a panel per policy and budget; writes a PNG."""
     plt = _pyplot()
     shown = [r for r in results if r.regret_nyk is not None and r.policy != "golden"]
+    if not shown:  # budgets shared unevenly can't be compared with golden
+        return
     names, budgets = list(dict.fromkeys(r.policy for r in shown)), sorted({r.budget for r in shown})
     figure, axes = plt.subplots(
         len(budgets), len(names), figsize=(1.7 * len(names) + 1, 1.9 * len(budgets)),

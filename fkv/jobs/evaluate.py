@@ -16,6 +16,7 @@ from tqdm import tqdm
 from fkv import api, decoding, policies
 from fkv.api import Model
 from fkv.data import benchmarks
+from fkv.data.traces import Traces
 from fkv.errors import UserError
 from fkv.evaluation import accuracy, diagnosis, math_answers, plots, tables
 from fkv.jobs import common
@@ -25,7 +26,8 @@ from fkv.tasks import ledger
 
 # What a run may be asked for more of; everything else must stay as it was.
 MAY_DIFFER = tuple(
-    f"evaluate.{name}" for name in ("policies", "budgets", "problems", "samples", "batch", "traces")
+    f"evaluate.{name}"
+    for name in ("scorers", "policies", "budgets", "problems", "samples", "batch", "traces")
 )
 
 
@@ -58,6 +60,7 @@ def run(config: ConfigDict, workdir: str) -> list[accuracy.Accuracy]:
     sampling = decoding.Sampling(settings.temperature, settings.top_k, settings.top_p)
     named, provenance = _policies(config)
     model = common.load_language_model(config)
+    held_out = _traces(config, model)
     checker = math_answers.Checker(settings.deadline)
     problems, new_tokens = _problems(config, model, checker)
 
@@ -99,14 +102,22 @@ def run(config: ConfigDict, workdir: str) -> list[accuracy.Accuracy]:
         and row["problem"] in ids
         and row["sample"] < settings.samples
     ]
-    rows.sort(key=lambda row: [c[:2] for c in cells].index((row["policy"], row["budget"])))
+    cell_order = {cell[:2]: i for i, cell in enumerate(cells)}
+    problem_order = {problem.id: i for i, problem in enumerate(problems)}
+    rows.sort(
+        key=lambda row: (
+            cell_order[row["policy"], row["budget"]],
+            problem_order[row["problem"]],
+            row["sample"],
+        )
+    )
     found = accuracy.summarise(rows)
     _write_answers(run, found, rows)
     for result in found:
         name = f"{result.policy}_{result.budget}" if result.budget else result.policy
         run.log(result.budget, {f"pass_at_1/{name}": result.pass_at_1})
-    if settings.traces:
-        _measure_traces(config, model, named, run)
+    if held_out is not None:
+        _measure_traces(config, model, named, run, held_out)
     run.close()
     return found
 
@@ -125,6 +136,10 @@ def _policies(config: ConfigDict) -> tuple[dict[str, Policy], dict]:
         leaves = b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(policy.params))
         provenance[name] = {"from": workdir, "sha256": hashlib.sha256(leaves).hexdigest()}
     rules = [name for name in config.evaluate.policies if name != "full"]
+    if not rules and not scorers and not config.evaluate.policies:
+        raise UserError("evaluate.policies and evaluate.scorers are empty: nothing to evaluate")
+    if not config.evaluate.budgets and (rules or scorers):
+        raise UserError("evaluate.budgets is empty: give at least one")
     return {**scorers, **{name: policies.get(name) for name in rules}}, provenance
 
 
@@ -151,13 +166,10 @@ def _problems(
         common.check_vocabulary(config, model.config.vocab_size)
         spec = common.spec(config)
         found = ledger.problems(config.seed, "eval", 0, settings.problems, spec)
-        longest = max(len(p.tokens) - len(p.prompt) for p in found)
-        # Fillers are drawn anew, so a solution may be longer than the reference.
-        slack = spec.fillers[1] * spec.hops[1] // 2
         return [
             Problem(str(i), ledger.encode(p.prompt), " ".join(p.answer[1:-1]), _exact(p))
             for i, p in enumerate(found)
-        ], settings.new_tokens or longest + slack
+        ], settings.new_tokens or spec.max_new_tokens()
 
     benchmark = benchmarks.load(
         settings.benchmark,
@@ -315,16 +327,22 @@ def _right(row) -> bool:
     return row["verdict"] == math_answers.RIGHT
 
 
-def _measure_traces(config, model, named, run) -> None:
-    """Loss ratios, diagnosis and pictures on held-out traces."""
+def _traces(config: ConfigDict, model: Model) -> Traces | None:
+    """Held-out traces to measure losses on, if any are asked for and there are some."""
     settings = config.evaluate
-    embedded = settings.benchmark == "embedded"
-    if not embedded and not config.data.eval_path:
+    if not settings.traces or not settings.budgets:
+        return None
+    if settings.benchmark != "embedded" and not config.data.eval_path:
         common.say("no loss ratios: set data.eval_path to held-out traces for them")
-        return
-    held_out = common.load_traces(
+        return None
+    return common.load_traces(
         config, "eval", settings.traces, max(settings.budgets), model.config.vocab_size
     )
+
+
+def _measure_traces(config, model, named, run, held_out) -> None:
+    """Loss ratios, diagnosis and pictures on held-out traces."""
+    settings = config.evaluate
     results = common.measure_losses(
         config, model.config, model.params, named, held_out, settings.budgets
     )

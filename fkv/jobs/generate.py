@@ -4,7 +4,7 @@ import time
 
 from ml_collections import ConfigDict
 
-from fkv import api, decoding, policies
+from fkv import api, policies
 from fkv import cache as kv
 from fkv.errors import UserError
 from fkv.jobs import common
@@ -37,7 +37,7 @@ def run(config: ConfigDict, workdir: str) -> str:
 
     run = open_run(workdir, config, may_differ=("generate", "budget", "interval", "seed"))
     common.say(f"{prompt}\n")
-    start, said = time.perf_counter(), []
+    start, one = time.perf_counter(), None
     pieces = api.stream(
         model,
         ids,
@@ -50,18 +50,19 @@ def run(config: ConfigDict, workdir: str) -> str:
         settings.top_p,
         config.seed,
     )
-    for piece in pieces:
-        print(piece, end="", flush=True)
-        said.append(piece)
-    seconds, text = time.perf_counter() - start, "".join(said)
-    (run.path / "answer.txt").write_text(text + "\n")
-    tokens = len(api.encode(model, text)) if text else 0
-    fired = decoding.evictions(len(ids), max(tokens, 1), config.budget, config.interval)
+    while one is None:
+        try:
+            print(next(pieces), end="", flush=True)
+        except StopIteration as end:
+            one = end.value
+    seconds = time.perf_counter() - start
+    (run.path / "answer.txt").write_text(one.text + "\n")
     common.say(
-        f"\n\n{settings.policy}, B = {config.budget}, L = {config.interval}: {len(ids)} + {tokens} "
-        f"tokens, {fired if policy.evicts else 0} evictions, {seconds:.1f} s with compilation"
+        f"\n\n{settings.policy}, B = {config.budget}, L = {config.interval}: {len(ids)} + "
+        f"{len(one.tokens)} tokens{', cut off' if one.truncated else ''}, {one.evictions} "
+        f"evictions, {seconds:.1f} s with compilation"
     )
     if problem is not None:
         common.say(f"the right answer: {' '.join(problem.answer[1:-1])}")
     run.close()
-    return text
+    return one.text

@@ -125,15 +125,13 @@ def answers(config: ConfigDict, model: ModelConfig, params: models.Params) -> tu
         count = min(settings.eval_batch, settings.eval_problems - start)
         problems = ledger.problems(config.seed, "eval", start, count, spec)
         prompts = [ledger.encode(p.prompt) for p in problems]
-        longest = max(len(p.tokens) - len(p.prompt) for p in problems)
         out = decoding.generate(
             model,
             params,
             policies.get("full"),
             prompts,
             replay.row_keys(jax.random.fold_in(jax.random.key(config.seed), start), count),
-            # Fillers are drawn anew, so a solution may be longer than the reference.
-            longest + spec.fillers[1] * spec.hops[1] // 2,
+            spec.max_new_tokens(),
             config.budget,
             config.interval,
             decoding.Sampling(settings.temperature),

@@ -63,12 +63,16 @@ class Spec:
                     f"{least}{limit}"
                 )
 
-    def max_tokens(self) -> int:
-        """No problem of this spec is longer."""
+    def max_new_tokens(self) -> int:
+        """No solution of a problem of this spec is longer."""
         marks = self.marks[1]
-        prompt = 1 + 4 * self.facts[1] + marks + 4 * self.remarks[1] + 4 * len(CARRIERS) + 3
         trace = self.hops[1] * (self.fillers[1] + 5) + 3 * marks
-        return prompt + trace + 1 + 2 * marks + 2 + 1
+        return trace + 1 + 2 * marks + 2 + 1
+
+    def max_tokens(self) -> int:
+        """No problem of this spec, with its solution, is longer."""
+        prompt = 4 * self.facts[1] + self.marks[1] + 4 * self.remarks[1] + 4 * len(CARRIERS)
+        return 1 + prompt + 3 + self.max_new_tokens()
 
 
 @dataclasses.dataclass(frozen=True)

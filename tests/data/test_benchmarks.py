@@ -62,6 +62,13 @@ def test_rows_without_an_id_are_numbered(tmp_path):
     assert [(q.id, q.answer) for q in found.questions] == [("0", "0"), ("2", "2")]
 
 
+@pytest.mark.parametrize("ids", [[None, None, "x"], ["x", "y", "x"]])
+def test_no_two_questions_share_an_id(tmp_path, ids):
+    rows = [{"problem": "x?", "answer": "3", "id": name} for name in ids]
+    found = benchmarks.load(jsonl(tmp_path / "rows.jsonl", rows))
+    assert len({q.id for q in found.questions}) == 3
+
+
 @pytest.mark.parametrize(
     "answer, reference",
     [

@@ -10,7 +10,7 @@ import pytest
 from matplotlib import image
 from matplotlib.axes import Axes
 
-from fkv import policies
+from fkv import policies, replay
 from fkv.errors import UserError
 from fkv.evaluation import loss_ratio, plots
 from tests import oracles
@@ -59,10 +59,10 @@ def losses(config, params, token, hidden):
     return nll, -(np.exp(log_p) * log_p).sum(1)
 
 
-def split(nll, entropy):
+def split(nll, entropy, prompt=0):
     """Sums over all counted tokens, the 4 in 5 of lowest entropy, and the others; and counts."""
     # Entry i predicts token i + 1: the first counted token comes after B + L others.
-    counted = list(range(BUDGET + INTERVAL - 1, len(nll)))
+    counted = list(range(max(BUDGET + INTERVAL, prompt) - 1, len(nll)))
     by_entropy = sorted(counted, key=lambda i: entropy[i])
     high = len(counted) // 5
     kinds = [counted, by_entropy[: len(counted) - high], by_entropy[len(counted) - high :]]
@@ -70,40 +70,66 @@ def split(nll, entropy):
 
 
 @pytest.fixture(scope="module")
-def expected(model):
-    """By policy: sums [n, 3], and golden overlap [n]; and how many tokens were summed [n, 3]."""
+def plain(model):
+    """For each trace: entropy, losses by policy, and recall and regret by rule, [layers, heads]."""
     config, params = model
     token, _ = oracles.make_tokens(config, LENGTHS)
-    sums = {name: [] for name in ("full", "golden", *RULES)}
-    overlap, tokens = {name: [] for name in RULES}, []
+    found = []
     for row, n in zip(np.asarray(token), LENGTHS, strict=True):
         row = row[:n]
-        nll, entropy = losses(config, params, row, oracles.full(config, params, row)[0])
-        total, count = split(nll, entropy)
-        sums["full"].append(total)
-        tokens.append(count)
-
+        hidden, attention = oracles.full(config, params, row)
+        nll, entropy = losses(config, params, row, hidden)
+        score = [oracles.block_scores(p, config.kv_heads, INTERVAL) for p in attention]
         events = oracles.golden_of_model(config, params, row, BUDGET, INTERVAL)
-        agree = {name: [] for name in RULES}
+        # By rule, layer and head: share of the golden choice, and what is lost beyond it.
+        shares, lost = ({name: {} for name in RULES} for _ in range(2))
 
-        def golden(layer, head, state, events=events, agree=agree):
+        def golden(layer, head, state, events=events, score=score, shares=shares, lost=lost):
             if state.event == len(events[layer][head]):
                 return state.positions[:INTERVAL]  # no token follows
             drop = events[layer][head][state.event][2]
+            later = 1 + BUDGET // INTERVAL + state.event
+
+            def future(positions, table=score[layer][head], later=later):
+                return sum(table[position, later:].max() for position in positions)
+
             for name, rule in RULES.items():
-                agree[name].append(len(set(lowest(*rule(state))) & set(drop)) / INTERVAL)
+                chosen = lowest(*rule(state))
+                share = len(set(chosen) & set(drop)) / INTERVAL
+                shares[name].setdefault((layer, head), []).append(share)
+                lost[name].setdefault((layer, head), []).append(future(chosen) - future(drop))
             return drop
 
         rules = {
             name: lambda layer, head, state, rule=rule: lowest(*rule(state))
             for name, rule in RULES.items()
         }
+        by_policy = {"full": nll}
         for name, evict in {"golden": golden, **rules}.items():
             hidden = oracles.replay(config, params, row, BUDGET, INTERVAL, evict)
-            sums[name].append(split(losses(config, params, row, hidden)[0], entropy)[0])
-        for name in RULES:
-            overlap[name].append(np.mean(agree[name]))
-    return jax.tree.map(np.array, (sums, overlap, tokens), is_leaf=lambda x: isinstance(x, list))
+            by_policy[name] = losses(config, params, row, hidden)[0]
+        per_head = [
+            {
+                name: [[np.mean(x[layer, head]) for head in range(2)] for layer in range(2)]
+                for name, x in by_rule.items()
+            }
+            for by_rule in (shares, lost)
+        ]
+        found.append((entropy, by_policy, *per_head))
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected(plain):
+    """By policy: sums [n, 3], and golden overlap [n]; and how many tokens were summed [n, 3]."""
+    sums = {
+        name: np.array([split(nll[name], entropy)[0] for entropy, nll, _, _ in plain])
+        for name in ("full", "golden", *RULES)
+    }
+    overlap = {
+        name: np.array([np.mean(recall[name]) for _, _, recall, _ in plain]) for name in RULES
+    }
+    return sums, overlap, np.array([split(nll["full"], entropy)[1] for entropy, nll, _, _ in plain])
 
 
 @pytest.mark.parametrize("batch", [2, 7])
@@ -127,6 +153,82 @@ def test_measure_is_the_plain_computation(measured, expected, batch):
     longest = LENGTHS.index(max(LENGTHS))
     assert all(abs(r.evicted[longest, 0] - r.full[longest, 0]) > 0.1 for r in results[1:])
     assert all(0.05 < overlap[name].mean() < 0.95 for name in RULES)
+
+
+@pytest.mark.parametrize("batch", [2, 7])
+def test_recall_and_regret_of_every_head(measured, plain, batch):
+    for r in measured[batch]:
+        if r.policy in RULES:
+            recall, regret = ([row[i][r.policy] for row in plain] for i in (2, 3))
+            np.testing.assert_allclose(r.recall_nyk, recall, atol=1e-6, err_msg=r.policy)
+            np.testing.assert_allclose(r.regret_nyk, regret, atol=1e-5, err_msg=r.policy)
+            assert np.std(r.regret_nyk) > 0.01  # heads and traces differ, or order would not show
+    full, golden, *_, random = measured[batch]
+    assert full.recall_nyk is None and full.regret_nyk is None
+    assert not golden.regret_nyk.any()
+    # It chooses among the candidates, of which golden eviction takes the best.
+    assert random.policy == "random" and (random.regret_nyk > -1e-6).all()
+    assert random.regret_nyk.mean() > 0.01
+
+
+def test_tokens_of_the_prompt_do_not_count(model, plain):
+    # Shorter than B + L, as long, longer, and all but one token.
+    prompts = [30, 3, 50, 24, 39]
+    token, length = map(np.asarray, oracles.make_tokens(model[0], LENGTHS))
+    results = loss_ratio.measure(
+        *model, {}, token, length, BUDGET, INTERVAL, jax.random.key(1), 5,
+        prompt_b=np.array(prompts),
+    )  # fmt: skip
+    for r in results:
+        rows = [
+            split(nll[r.policy], entropy, prompt)
+            for (entropy, nll, _, _), prompt in zip(plain, prompts, strict=True)
+        ]
+        np.testing.assert_array_equal(r.tokens, [count for _, count in rows])
+        np.testing.assert_allclose(r.evicted, [total for total, _ in rows], rtol=1e-5, atol=1e-4)
+        counted = ~np.isnan(r.excess_nt)
+        first = [max(BUDGET + INTERVAL, prompt) - 1 for prompt in prompts]
+        np.testing.assert_array_equal(counted.argmax(1), first)
+    assert results[0].tokens[:, 0].tolist() == [15, 1, 11, 8, 1]
+
+
+def test_excess_is_the_loss_added_token_by_token(measured, plain):
+    for r in measured[2]:
+        assert r.excess_nt.shape == (len(LENGTHS), max(LENGTHS) - 1)
+        np.testing.assert_array_equal((~np.isnan(r.excess_nt)).sum(1), r.tokens[:, 0])
+        np.testing.assert_allclose(
+            np.nansum(r.excess_nt, axis=1), (r.evicted - r.full)[:, 0], rtol=1e-4, atol=1e-4
+        )
+        if r.policy in RULES:
+            for row, (_, nll, _, _) in zip(r.excess_nt, plain, strict=True):
+                counted = ~np.isnan(row)
+                at = np.flatnonzero(counted)
+                want = (nll[r.policy] - nll["full"])[at]
+                np.testing.assert_allclose(row[at], want, atol=1e-4)
+
+
+def test_budgets_shared_unevenly_have_losses_and_no_recall(model):
+    config, params = model
+    uneven = {name: policies.get(name, window=3) for name in ("pyramid", "ada")}
+    token, length = map(np.asarray, oracles.make_tokens(config, LENGTHS[:3]))
+    results = loss_ratio.measure(
+        config, params, uneven, token, length, BUDGET, INTERVAL, jax.random.key(1), 3
+    )
+    assert [r.policy for r in results] == ["full", "golden", *uneven]
+    np.testing.assert_allclose(results[1].recall_nyk, 1)  # with no one beside it, too
+
+    @jax.jit
+    def nll(policy):
+        hidden, _, _ = replay.replay(config, params, token, length, policy, BUDGET, INTERVAL)
+        return replay.token_losses(config, params, hidden, token).nll_bt
+
+    for r in results[2:]:
+        assert r.recall_nyk is None and r.regret_nyk is None and r.overlap is None
+        for row, n, evicted in zip(nll(uneven[r.policy]), length, r.evicted, strict=True):
+            want = row[BUDGET + INTERVAL - 1 : n - 1].sum()
+            assert evicted[0] == pytest.approx(float(want), rel=1e-5)
+        assert (abs(r.evicted - r.full)[[0, 2], 0] > 0.1).all()
+    assert "pyramid" in loss_ratio.table(results)
 
 
 def test_rows_do_not_depend_on_the_batch(measured):

@@ -1,0 +1,557 @@
+"""Evaluation from a config to tables: the shipped reasoner on its task, a word model on text."""
+
+import collections
+import contextlib
+import csv
+import hashlib
+import io
+import json
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import tokenizers
+import transformers
+
+from fkv import api, decoding, models, policies
+from fkv.errors import UserError
+from fkv.evaluation import loss_ratio
+from fkv.jobs import evaluate, generate, sft
+from fkv.models import ModelConfig
+from fkv.tasks import ledger
+from tests.jobs.test_sft import small
+
+PNG = b"\x89PNG"
+PICTURES = ("accuracy", "loss_ratio", "loss_by_position", "regret", "retention",
+            "attention_patterns")  # fmt: skip
+TABLES = ("accuracy.txt", "accuracy.md", "accuracy.csv", "regressions.csv", "loss_ratio.txt",
+          "loss_ratio.md", "loss_ratio.csv", "diagnosis.csv", "metrics.jsonl",
+          "scorers.json")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def scorer_dir(tmp_path_factory):
+    """Scorers of the reasoner after two steps."""
+    path = tmp_path_factory.mktemp("sft")
+    changes = dict(steps=2, checkpoint_every=2)
+    config = small("embedded", **{f"sft__{name}": value for name, value in changes.items()})
+    config.eval.budgets, config.eval.traces, config.eval.policies = (16,), 2, ()
+    sft.run(config, str(path))
+    return path
+
+
+def recipe(scorer_dir, **changes):
+    """Five problems, two samples of each, batches of four: the last batch is not full."""
+    fields = dict(
+        scorers=(f"foresight={scorer_dir}",),
+        policies=("full", "streaming_llm"),
+        budgets=(16,),
+        problems=5,
+        samples=2,
+        batch=4,
+        new_tokens=40,
+        traces=0,
+        deadline=30.0,
+    )
+    given = {f"evaluate__{name}": value for name, value in fields.items()}
+    config = small("embedded", **{**given, **changes})
+    config.eval.batch = 2
+    return config
+
+
+@pytest.fixture(scope="module")
+def finished(scorer_dir, tmp_path_factory):
+    """A finished run, not to be changed, and its results."""
+    path = tmp_path_factory.mktemp("finished")
+    return path, evaluate.run(recipe(scorer_dir, evaluate__traces=3), str(path))
+
+
+@pytest.fixture
+def finished_copy(finished, tmp_path):
+    return shutil.copytree(finished[0], tmp_path / "copy")
+
+
+@pytest.fixture
+def fake_model(monkeypatch):
+    """Decoding in no time: tokens that depend on prompt, key and limit alone. Lists the batches."""
+    batches = []
+
+    def fake(config, params, policy, prompts, keys, new_tokens, *args):
+        limit = args[-1]
+        batches.append([(prompt.tolist(), n) for prompt, n in zip(prompts, limit, strict=True)])
+        found = []
+        for prompt, key, n in zip(prompts, jax.random.key_data(keys), limit, strict=True):
+            seed = hashlib.sha256(np.asarray(key).tobytes() + prompt.tobytes()).digest()
+            rng = np.random.default_rng(list(seed))
+            found.append(rng.integers(3, config.vocab_size, n).astype(np.int32))
+        return found
+
+    monkeypatch.setattr(decoding, "generate", fake)
+    return batches
+
+
+def samples(path):
+    return [json.loads(line) for line in (path / "samples.jsonl").open()]
+
+
+def by_key(rows):
+    """Rows by what names them, which no two may share."""
+    found = {(r["policy"], r["budget"], r["problem"], r["sample"]): r for r in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+# ---- a whole run
+
+
+def test_run_writes_all_that_it_promises(finished):
+    path, results = finished
+    cells = [("full", 0), ("foresight", 16), ("streaming_llm", 16)]
+    assert [(r.policy, r.budget) for r in results] == cells
+    rows = by_key(samples(path))
+    assert set(rows) == {(n, b, str(i), j) for n, b in cells for i in range(5) for j in range(2)}
+    assert all((path / name).read_text().strip() for name in TABLES)
+    for name in PICTURES:
+        assert (path / f"{name}.png").read_bytes().startswith(PNG), name
+    assert json.loads((path / "config.json").read_text())["evaluate"]["problems"] == 5
+    steps = [json.loads(line) for line in (path / "metrics.jsonl").open()]
+    assert [line["step"] for line in steps] == [0, 16, 16]
+    assert steps[0]["pass_at_1/full"] == results[0].pass_at_1
+    assert steps[2]["pass_at_1/streaming_llm_16"] == results[2].pass_at_1
+
+    lines = list(csv.DictReader((path / "accuracy.csv").open()))
+    for line, r in zip(lines, results, strict=True):
+        assert (line["policy"], int(line["budget"]), line["answers"]) == (r.policy, r.budget, "10")
+        assert float(line["pass_at_1"]) == r.pass_at_1
+        assert [float(line["low"]), float(line["high"])] == list(r.interval())
+    heads = list(csv.DictReader((path / "diagnosis.csv").open()))
+    assert collections.Counter(h["policy"] for h in heads) == dict.fromkeys(
+        ("golden", "foresight", "streaming_llm"), 3 * 2
+    )
+
+
+def test_answers_are_judged_counted_and_compared(finished, scorer_dir):
+    path, results = finished
+    spec = {name: tuple(b) for name, b in recipe(scorer_dir).task.items()}
+    problems = ledger.problems(0, "eval", 0, 5, ledger.Spec(**spec))
+    rows = samples(path)
+    assert {r["verdict"] for r in rows} == {"right", "wrong"}  # or the rest would say nothing
+    for r in rows:
+        words, problem = r["text"].split(), problems[int(r["problem"])]
+        assert r["reference"] == " ".join(problem.answer[1:-1])
+        answer = words[words.index("</think>") + 1 :] if "</think>" in words else []
+        assert r["answer"] == (" ".join(answer) or None)
+        # An answer that was cut off before its <eos> doesn't count.
+        ended = r["tokens"] < 40
+        assert (r["verdict"] == "right") == (answer == list(problem.answer[1:-1]) and ended)
+        assert r["truncated"] == (not ended) and r["interval"] == 8
+        cached, held = len(problem.prompt) + r["tokens"] - 1, (len(problem.prompt) - 1) % 8 + 1
+        seen = sum(n > 16 for n in range(held, cached, 8))
+        assert r["evictions"] == (0 if r["policy"] == "full" else seen)
+
+    right = {key: r["verdict"] == "right" for key, r in by_key(rows).items()}
+    lost = []
+    for r in results:
+        own = [right[r.policy, r.budget, str(i), j] for i in range(5) for j in range(2)]
+        full = [right["full", 0, str(i), j] for i in range(5) for j in range(2)]
+        assert r.pass_at_1 == np.mean(own)
+        pairs = collections.Counter(zip(own, full, strict=True))
+        assert (r.lost, r.gained) == (pairs[False, True], pairs[True, False])
+        lost += [
+            (r.policy, str(i), str(j))
+            for (i, j), ours, theirs in zip(np.ndindex(5, 2), own, full, strict=True)
+            if theirs and not ours
+        ]
+    lines = list(csv.DictReader((path / "regressions.csv").open()))
+    assert lost and [(li["policy"], li["problem"], li["sample"]) for li in lines] == lost
+
+
+def test_answers_are_those_of_the_library(finished, scorer_dir):
+    # The same prompts in another batch, by the call that a notebook makes.
+    path, _ = finished
+    model, config = api.load(api.EMBEDDED, np.float32), recipe(scorer_dir)
+    spec = ledger.Spec(**{name: tuple(b) for name, b in config.task.items()})
+    prompts = [ledger.encode(p.prompt) for p in ledger.problems(0, "eval", 0, 5, spec)]
+    longest = max(range(5), key=lambda i: len(prompts[i]))
+    first = prompts[longest] if longest else prompts[1]  # keys go by place: problem 0 and another
+    out = api.generate(model, [prompts[0], first], "streaming_llm", 16, 8, 40, samples=2)
+    rows = by_key(samples(path))
+    for i, j in np.ndindex(1, 2):
+        one, row = out[i][j], rows["streaming_llm", 16, str(i), j]
+        assert (one.text, len(one.tokens)) == (row["text"], row["tokens"])
+        assert (one.truncated, one.evictions) == (row["truncated"], row["evictions"])
+
+
+# ---- going on
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(finished, scorer_dir, tmp_path, monkeypatch):
+    config, path, calls = recipe(scorer_dir, evaluate__traces=3), tmp_path / "run", []
+    real = decoding.generate
+
+    def die(*args):
+        calls.append(args)
+        if len(calls) == 5:  # in the second of three batches of the second policy
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(decoding, "generate", die)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.run(config, str(path))
+    assert len(samples(path)) == 10 + 4
+    # As a kill in the middle of writing leaves it.
+    text = (path / "samples.jsonl").read_text()
+    (path / "samples.jsonl").write_text(text[:-20])
+    evaluate.run(config, str(path))
+
+    assert len(calls) == 5 + 2 + 3  # seven of ten answers were missing, and all of the third policy
+    one, two = (by_key(samples(p)) for p in (finished[0], path))
+    assert one == two
+    for name in TABLES:
+        assert (finished[0] / name).read_bytes() == (path / name).read_bytes(), name
+
+
+def test_nothing_is_answered_twice(finished_copy, scorer_dir, fake_model):
+    before = (finished_copy / "samples.jsonl").read_bytes()
+    evaluate.run(recipe(scorer_dir), str(finished_copy))
+    assert fake_model == [] and (finished_copy / "samples.jsonl").read_bytes() == before
+
+
+def test_more_is_added_to_what_is_there(finished, finished_copy, scorer_dir, fake_model):
+    old = samples(finished[0])
+    more = dict(
+        evaluate__policies=("full", "streaming_llm", "knorm"),
+        evaluate__budgets=(16, 24),
+        evaluate__problems=6,
+        evaluate__samples=3,
+        evaluate__batch=7,
+    )
+    results = evaluate.run(recipe(scorer_dir, **more), str(finished_copy))
+    rows = samples(finished_copy)
+    assert rows[: len(old)] == old
+    names = ("foresight", "streaming_llm", "knorm")
+    cells = [("full", 0), *((name, b) for b in (16, 24) for name in names)]
+    assert [(r.policy, r.budget, r.right_pn.shape) for r in results] == [
+        (*cell, (6, 3)) for cell in cells
+    ]
+    wanted = {(n, b, str(i), j) for n, b in cells for i in range(6) for j in range(3)}
+    assert set(by_key(rows)) == wanted
+    assert all(len(batch) == 7 for batch in fake_model)  # one shape; empty rows have no limit
+    assert sum(n > 0 for batch in fake_model for _, n in batch) == len(rows) - len(old)
+
+    # Less again: what is not asked for stays in the file and out of the tables.
+    results = evaluate.run(recipe(scorer_dir, evaluate__samples=1), str(finished_copy))
+    assert [(r.policy, r.budget, r.right_pn.shape) for r in results] == [
+        (n, b, (5, 1)) for n, b in cells[:3]
+    ]
+    assert samples(finished_copy) == rows
+    table = (finished_copy / "accuracy.txt").read_text()
+    assert "knorm" not in table and "24" not in table
+
+
+def test_added_answers_are_those_of_a_run_that_asked_at_once(scorer_dir, tmp_path, fake_model):
+    less = dict(evaluate__problems=2, evaluate__samples=1, evaluate__batch=3)
+    evaluate.run(recipe(scorer_dir, **less), str(tmp_path / "two"))
+    for name in ("one", "two"):
+        evaluate.run(recipe(scorer_dir), str(tmp_path / name))
+    one, two = (by_key(samples(tmp_path / name)) for name in ("one", "two"))
+    assert one == two
+
+
+def test_scorers_can_be_added(scorer_dir, finished_copy, fake_model):
+    more = (f"foresight={scorer_dir}", f"second={scorer_dir}")
+    results = evaluate.run(recipe(scorer_dir, evaluate__scorers=more), str(finished_copy))
+    assert [r.policy for r in results] == ["full", "foresight", "second", "streaming_llm"]
+    assert list(json.loads((finished_copy / "scorers.json").read_text())) == ["foresight", "second"]
+
+
+def test_the_limit_on_answers_does_not_depend_on_how_many_are_asked(tmp_path, fake_model):
+    for problems in (1, 40):
+        config = recipe("", evaluate__scorers=(), evaluate__policies=("full",))
+        config.evaluate.new_tokens, config.evaluate.problems = 0, problems
+        evaluate.run(config, str(tmp_path))
+    assert len({n for batch in fake_model for _, n in batch if n}) == 1
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("{not json", "line 2 is not a sample: delete that line"),
+        ('{"policy": "full"}', "line 2 is not a sample: delete that line"),
+        ('{"policy": "full", "interval": 16}', "line 2 is of interval 16, not 8"),
+    ],
+)
+def test_damaged_samples_are_named(scorer_dir, finished_copy, fake_model, line, message):
+    lines = (finished_copy / "samples.jsonl").read_text().splitlines()
+    (finished_copy / "samples.jsonl").write_text("\n".join([lines[0], line, *lines[2:]]) + "\n")
+    with pytest.raises(UserError, match=message):
+        evaluate.run(recipe(scorer_dir), str(finished_copy))
+
+
+def test_other_settings_or_scorers_are_not_mixed(scorer_dir, finished_copy, tmp_path, fake_model):
+    with pytest.raises(UserError, match=r"evaluate\.temperature: 0\.6 -> 1\.0"):
+        evaluate.run(recipe(scorer_dir, evaluate__temperature=1.0), str(finished_copy))
+    # The same place, but trained on since.
+    path = finished_copy / "scorers.json"
+    assert json.loads(path.read_text())["foresight"]["from"] == str(scorer_dir)
+    changed = json.loads(path.read_text())
+    changed["foresight"]["sha256"] = "0" * 64
+    path.write_text(json.dumps(changed))
+    with pytest.raises(UserError, match="holds answers of another scorer 'foresight'"):
+        evaluate.run(recipe(scorer_dir), str(finished_copy))
+    assert len(samples(finished_copy)) == 30 and not fake_model
+
+
+# ---- bad input, and things to say
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(evaluate__budgets=(16, 20)), r"evaluate\.budgets: budget = 20 must be a multiple"),
+        (dict(evaluate__budgets=(8,)), r"evaluate\.budgets: budget = 8 must be larger"),
+        (dict(evaluate__policies=("full", "snapkw")), "known are .*snapkv"),
+        (dict(evaluate__policies=("foresight",)), "'foresight' needs"),
+        (dict(evaluate__scorers=("nowhere/at/all",)), "must be of the form name=workdir"),
+        (dict(evaluate__scorers=("mine=nowhere/at/all",)), "nowhere/at/all"),
+        (dict(evaluate__scorers=("h2o=nowhere",)), "'h2o' is the name of a rule"),
+        (dict(evaluate__action="best"), "action = 'best' must be one of top, sample"),
+        (dict(evaluate__temperature=-1.0), r"temperature = -1\.0"),
+        (dict(evaluate__top_p=0.0), r"top_p = 0\.0"),
+        (dict(evaluate__problems=0), r"evaluate\.problems and evaluate\.samples"),
+        (dict(evaluate__benchmark="gone.jsonl"), "gone.jsonl: no such file"),
+        (dict(model="nowhere/at/all"), "nowhere/at/all"),
+    ],
+)
+def test_bad_input_is_refused_before_work_starts(scorer_dir, tmp_path, fake_model, change, message):
+    with pytest.raises(UserError, match=message) as raised:
+        evaluate.run(recipe(scorer_dir, **change), str(tmp_path / "run"))
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "run").exists() and not fake_model
+
+
+def test_says_when_nothing_was_evicted(scorer_dir, tmp_path, capsys, fake_model):
+    results = evaluate.run(recipe(scorer_dir, evaluate__budgets=(16, 512)), str(tmp_path))
+    assert [r.evictions > 0 for r in results] == [False, True, True, False, False]
+    assert "nothing was evicted at budget 512: answers are short" in capsys.readouterr().out
+
+
+def test_the_full_cache_alone_can_be_measured(tmp_path, monkeypatch, fake_model):
+    # As measured with no other policy; the pictures are what may fail.
+    some = np.ones((2, 3))
+    losses = [
+        loss_ratio.Losses("full", 16, 8, some, some, some, excess_nt=np.ones((2, 9))),
+        loss_ratio.Losses("golden", 16, 8, some, some, some, *np.ones((2, 2, 3, 2)), some),
+    ]
+    monkeypatch.setattr(loss_ratio, "measure", lambda *args, **kwargs: losses)
+    config = recipe("", evaluate__scorers=(), evaluate__policies=("full",), evaluate__traces=2)
+    evaluate.run(config, str(tmp_path))
+    assert (tmp_path / "retention.png").exists()
+
+
+# ---- questions in words
+
+BOXES = {r"\boxed{1/2}": "1/2", r"\boxed{2}": "2", r"\boxed{\frac{3}{2}}": r"\frac{3}{2}"}
+WORDS = ("<unk>", "<eos>", "<user>", "<answer>", "one", "half", "</think>", *BOXES)
+TEMPLATE = "{% for m in messages %}<user> {{ m['content'] }} {% endfor %}<answer>"
+
+
+@pytest.fixture(scope="module")
+def word_model(tmp_path_factory):
+    """A random decoder of ten words, some of which are answers, with a chat template."""
+    path = tmp_path_factory.mktemp("words")
+    config = ModelConfig("qwen3", len(WORDS), 16, 1, 2, 1, 8, 16, qk_norm=True)
+    models.save(path, config, jax.device_get(models.init(jax.random.key(0), config)))
+    ids = {word: i for i, word in enumerate(WORDS)}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="<unk>"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="<eos>", unk_token="<unk>", chat_template=TEMPLATE
+    )
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture
+def questions(tmp_path):
+    rows = [
+        {"q": "one half", "a": "0.5", "id": "first"},
+        {"q": "one one", "a": None, "id": "none"},
+        {"q": "half", "a": "1.5", "id": "second"},
+        {"q": "", "a": "7", "id": "empty"},
+        {"q": "one", "a": "2", "id": "third"},
+    ]
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def words_recipe(model, questions, **changes):
+    fields = dict(
+        benchmark=str(questions), question="q", answer="a", scorers=(), policies=("knorm",),
+        samples=8, problems=3, batch=12, new_tokens=24, temperature=1.0, instruction="half half",
+    )  # fmt: skip
+    given = {f"evaluate__{name}": value for name, value in fields.items()}
+    config = recipe("", **{**given, **changes})
+    config.model = model
+    return config
+
+
+def last_box(text):
+    """By words: what is in the last box after the last `</think>`."""
+    words = text.split()
+    words = words[max((i + 1 for i, w in enumerate(words) if w == "</think>"), default=0) :]
+    return next((BOXES[w] for w in reversed(words) if w in BOXES), None)
+
+
+def test_a_benchmark_of_questions(word_model, questions, tmp_path, capsys, monkeypatch):
+    asked, real = [], decoding.generate
+
+    def spy(config, params, policy, prompts, *args):
+        asked.extend(tuple(p.tolist()) for p in prompts)
+        return real(config, params, policy, prompts, *args)
+
+    monkeypatch.setattr(decoding, "generate", spy)
+    path = tmp_path / "run"
+    results = evaluate.run(words_recipe(word_model, questions, evaluate__traces=4), str(path))
+    said = capsys.readouterr().out
+    assert "questions.jsonl: row 1 left out, a is None" in said
+    assert "questions.jsonl: row 3 left out, q is ''" in said
+    assert "2 rows left out" in said
+    # The embedded task is nothing to measure the losses of another model on.
+    assert "set data.eval_path to held-out traces" in said
+    assert not (path / "loss_ratio.csv").exists()
+
+    user, answer, one, half = (WORDS.index(w) for w in ("<user>", "<answer>", "one", "half"))
+    assert set(asked) == {
+        (user, half, half, *body, answer) for body in ((one, half), (half,), (one,))
+    }
+    truth = {"first": ("0.5", "1/2"), "second": ("1.5", r"\frac{3}{2}"), "third": ("2", "2")}
+    rows = samples(path)
+    assert {r["verdict"] for r in rows} == {"right", "wrong", "no answer"}
+    for r in rows:
+        reference, right = truth[r["problem"]]
+        box = last_box(r["text"])
+        assert (r["answer"], r["reference"]) == (box, reference)
+        want = "no answer" if box is None else "right" if box == right else "wrong"
+        assert r["verdict"] == want, r
+    assert [(r.policy, r.right_pn.shape) for r in results] == [("knorm", (3, 8))]
+
+
+def test_a_chat_needs_a_template(questions, tmp_path):
+    config = words_recipe("embedded", questions)
+    with pytest.raises(UserError, match=r"model embedded has no chat template: .* chat off"):
+        evaluate.run(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_embedded_task_needs_its_vocabulary(word_model, tmp_path):
+    config = recipe("", evaluate__scorers=())
+    config.model = word_model
+    with pytest.raises(UserError, match=r"has 10 words, the embedded task 72: .*benchmark"):
+        evaluate.run(config, str(tmp_path / "run"))
+
+
+# ---- one answer
+
+
+def one_answer(**changes):
+    return small("embedded", generate__new_tokens=12, **changes)
+
+
+@pytest.fixture(scope="module")
+def answered(scorer_dir, tmp_path_factory):
+    """The answer to problem 0 by the trained scorers, the run directory, and what was printed."""
+    path, said = tmp_path_factory.mktemp("answer"), io.StringIO()
+    config = one_answer(generate__policy="foresight", generate__scorer=str(scorer_dir))
+    config.generate.new_tokens = 40
+    with contextlib.redirect_stdout(said):
+        return generate.run(config, str(path)), path, said.getvalue()
+
+
+def test_generate_answers_as_evaluate_does(finished, answered):
+    text, path, said = answered
+    # The same problem, key and sampling, though in no batch.
+    row = by_key(samples(finished[0]))["foresight", 16, "0", 0]
+    assert text == row["text"] and len(text.split()) > 3
+    assert (path / "answer.txt").read_text() == text + "\n"
+    assert text in said and f"the right answer: {row['reference']}" in said
+    assert "foresight, B = 16, L = 8: " in said
+
+
+def test_generate_counts_what_it_wrote(finished, answered):
+    row = by_key(samples(finished[0]))["foresight", 16, "0", 0]
+    assert f" + {row['tokens']} tokens, {row['evictions']} evictions" in answered[2]
+
+
+def test_generate_takes_the_prompt_and_settings_given(tmp_path, capsys, monkeypatch):
+    given = []
+
+    def stream(model, ids, *args):
+        given.append((api.decode(model, ids), *args))
+        yield from ("fan ", "", "</think> total 3")
+
+    monkeypatch.setattr(api, "stream", stream)
+    config = one_answer(generate__policy="h2o", generate__prompt="start fan <think>", seed=5)
+    config.generate.temperature, config.generate.top_k, config.generate.top_p = 0.0, 3, 0.5
+    assert generate.run(config, str(tmp_path)) == "fan </think> total 3"
+    ((prompt, policy, *settings),) = given
+    assert prompt == "start fan <think>" and policy == policies.get("h2o")
+    assert settings == [16, 8, 12, 0.0, 3, 0.5, 5]
+    said = capsys.readouterr().out
+    assert "fan </think> total 3" in said and "3 + 4 tokens, 0 evictions" in said
+    assert "the right answer" not in said  # no one knows it
+    # Another prompt may be tried in the same place.
+    config.generate.prompt = "start gol <think>"
+    generate.run(config, str(tmp_path))
+    assert len(given) == 2
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(generate__policy="foresight"), "'foresight' needs"),
+        (dict(generate__policy="snapkw"), "known are"),
+        (dict(generate__scorer="runs/x"), "generate.scorer is for generate.policy=foresight"),
+        (dict(generate__scorer="no/run", generate__policy="foresight"), "no/run"),
+        (dict(generate__prompt="hi", generate__chat=True), "no chat template"),
+        (dict(generate__prompt="  "), "generate.prompt is empty"),
+        (dict(budget=20), "budget = 20 must be a multiple of interval = 8"),
+    ],
+)
+def test_generate_refuses_bad_input(tmp_path, change, message):
+    with pytest.raises(UserError, match=message) as raised:
+        generate.run(one_answer(**change), str(tmp_path / "run"))
+    assert "\n" not in str(raised.value) and not (tmp_path / "run").exists()
+
+
+# ---- the command lines
+
+
+def command(job, workdir, *overrides):
+    task = ("task.facts=(4, 6)", "task.hops=(3, 4)", "task.remarks=(0, 1)", "task.marks=(0, 1)")
+    line = [sys.executable, "-m", f"launch.{job}", "--config=configs/tiny.py"]
+    line += [f"--workdir={workdir}"]
+    line += [f"--config.{o}" for o in (*task, "budget=16", "interval=8", *overrides)]
+    return subprocess.run(line, capture_output=True, text=True)
+
+
+def test_command_line_of_evaluate(tmp_path):
+    done = command(
+        "evaluate", tmp_path, "evaluate.scorers=()", "evaluate.policies=('full',)",
+        "evaluate.budgets=(16,)", "evaluate.problems=2", "evaluate.batch=2",
+        "evaluate.traces=0", "evaluate.new_tokens=8",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "pass@1" in done.stdout and "full: 100%" in done.stderr
+    assert len(samples(tmp_path)) == 2
+
+
+def test_command_line_of_generate(tmp_path):
+    done = command("generate", tmp_path, "generate.policy=full", "generate.new_tokens=8")
+    assert done.returncode == 0, done.stderr
+    said = (tmp_path / "answer.txt").read_text().strip()
+    assert said and said in done.stdout and "full, B = 16, L = 8" in done.stdout
