@@ -4,6 +4,7 @@ python -m launch.sft --config=configs/tiny.py        the scorers and the table, 
 python -m launch.grpo --config=configs/tiny.py       the reinforcement stage after it
 python -m launch.evaluate --config=configs/tiny.py   answers of every policy
 python -m launch.generate --config=configs/tiny.py   one answer, as it is written
+python -m launch.benchmark --config=configs/tiny.py  time per token, up to 32K generated
 python -m launch.pretrain --config=configs/tiny.py   the reasoner itself, which is shipped
 """
 
@@ -146,6 +147,13 @@ def get_config() -> ConfigDict:
     config.evaluate.batch = 128
     config.evaluate.deadline = 10.0  # seconds to check one answer
     config.evaluate.traces = 64  # held-out traces for loss ratios; 0 for none
+
+    config.benchmark = ConfigDict()
+    config.benchmark.policies = ("full", "snapkv", "h2o", "rkv")
+    config.benchmark.batch = 1
+    config.benchmark.prompt = 64
+    config.benchmark.new_tokens = 32_768
+    config.benchmark.repeats = 3
 
     config.generate = ConfigDict()
     config.generate.prompt = ""  # the embedded model gets a problem of its task when empty

@@ -37,7 +37,7 @@ def run(config: ConfigDict, workdir: str) -> str:
 
     run = open_run(workdir, config, may_differ=("generate", "budget", "interval", "seed"))
     common.say(f"{prompt}\n")
-    start, one = time.perf_counter(), None
+    start = time.perf_counter()
     pieces = api.stream(
         model,
         ids,
@@ -50,11 +50,12 @@ def run(config: ConfigDict, workdir: str) -> str:
         settings.top_p,
         config.seed,
     )
-    while one is None:
+    while True:
         try:
             print(next(pieces), end="", flush=True)
         except StopIteration as end:
             one = end.value
+            break
     seconds = time.perf_counter() - start
     (run.path / "answer.txt").write_text(one.text + "\n")
     common.say(

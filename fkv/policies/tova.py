@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from fkv import attention
+from fkv import cache as kv
 from fkv.policies.base import Policy, View, register
 
 
@@ -23,3 +24,9 @@ class TOVA(Policy):
         p = jax.nn.softmax(attention.logits(query, view.cache.key_bksd, seen), axis=-1)
         mean = p.mean((1, 2, 3))[:, None]
         return jnp.broadcast_to(mean, view.cache.position_bks.shape)
+
+    def evict(self, view: View) -> Array:
+        # Chosen once: two heads that compute the same mean may round it differently.
+        importance, position = self.importance(view)[:, :1], view.cache.position_bks
+        slots = kv.choose(importance, position[:, :1], view.interval)
+        return jnp.broadcast_to(slots, (*position.shape[:2], view.interval))

@@ -493,6 +493,7 @@ def test_generate_takes_the_prompt_and_settings_given(tmp_path, capsys, monkeypa
     def stream(model, ids, *args):
         given.append((api.decode(model, ids), *args))
         yield from ("fan ", "", "</think> total 3")
+        return api.Generation("fan </think> total 3", np.arange(5), False, 2)
 
     monkeypatch.setattr(api, "stream", stream)
     config = one_answer(generate__policy="h2o", generate__prompt="start fan <think>", seed=5)
@@ -502,7 +503,7 @@ def test_generate_takes_the_prompt_and_settings_given(tmp_path, capsys, monkeypa
     assert prompt == "start fan <think>" and policy == policies.get("h2o")
     assert settings == [16, 8, 12, 0.0, 3, 0.5, 5]
     said = capsys.readouterr().out
-    assert "fan </think> total 3" in said and "3 + 4 tokens, 0 evictions" in said
+    assert "fan </think> total 3" in said and "3 + 5 tokens, 2 evictions" in said
     assert "the right answer" not in said  # no one knows it
     # Another prompt may be tried in the same place.
     config.generate.prompt = "start gol <think>"
