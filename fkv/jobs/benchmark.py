@@ -9,7 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from fkv import cache as kv
-from fkv import decoding, models, policies, replay
+from fkv import decoding, policies, replay
 from fkv.errors import UserError
 from fkv.evaluation import tables
 from fkv.jobs import common
@@ -48,7 +48,7 @@ def run(config: ConfigDict, workdir: str) -> list[dict]:
             chunks = -(-settings.new_tokens // config.interval)
             times[name].append(_chunks(config, model, params, policy, prompts, chunks))
 
-    records = [_record(config, model, name, np.array(times[name]), compiled[name]) for name in arms]
+    records = [_record(config, name, np.array(times[name]), compiled[name]) for name in arms]
     device = jax.devices()[0]
     about = {
         "device": device.device_kind,
@@ -110,7 +110,7 @@ def _chunks(config, model: ModelConfig, params, policy, prompts, chunks: int) ->
     return found
 
 
-def _record(config, model: models.ModelConfig, name: str, seconds_rc: np.ndarray, compiled) -> dict:
+def _record(config: ConfigDict, name: str, seconds_rc: np.ndarray, compiled: float) -> dict:
     """Medians over repeats; `ms_per_token` by how many tokens had been generated."""
     interval, batch = config.interval, config.benchmark.batch
     # The first chunk, with the prefill, is not among the times.
