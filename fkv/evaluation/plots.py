@@ -25,7 +25,8 @@ def _styles(names: Sequence[str]) -> dict[str, dict]:
     """A colour and line for each policy: golden apart, what is learned strong."""
     styles = {}
     for name in names:
-        rule = name in policies.names() and name != "foresight"
+        kind = name.partition(":")[0]
+        rule = kind in policies.names() and kind != "foresight"
         i = len(styles)
         styles[name] = {
             "color": f"C{i % 10}",
