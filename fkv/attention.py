@@ -14,6 +14,13 @@ from jax import Array
 MASKED = -1e30
 
 
+def einsum_f32(spec: str, x: Array, y: Array) -> Array:
+    """`einsum` accumulated and returned in float32, whatever the inputs are."""
+    if jax.default_backend() == "cpu":  # which has no dot of two bfloat16 into a float32
+        x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+    return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
+
+
 def group_queries(q_bqhd: Array, kv_heads: int) -> Array:
     """Query heads sorted by the KV head they share: [b, q, h, d] -> [b, q, k, g, d]."""
     b, q, h, d = q_bqhd.shape
@@ -23,7 +30,7 @@ def group_queries(q_bqhd: Array, kv_heads: int) -> Array:
 def logits(q_bqhd: Array, k_bksd: Array, visible_bkqs: Array) -> Array:
     """Scaled, masked attention logits [b, k, g, q, s] in float32."""
     q = group_queries(q_bqhd, k_bksd.shape[1])
-    x = jnp.einsum("bqkgd,bksd->bkgqs", q, k_bksd, preferred_element_type=jnp.float32)
+    x = einsum_f32("bqkgd,bksd->bkgqs", q, k_bksd)
     return jnp.where(visible_bkqs[:, :, None], x * q.shape[-1] ** -0.5, MASKED)
 
 
@@ -44,9 +51,7 @@ def attend(q_bqhd: Array, k_bksd: Array, v_bksd: Array, visible_bkqs: Array) -> 
     top = jax.lax.stop_gradient(x.max(-1, keepdims=True))
     p = jnp.exp(x - top)
     total = p.sum(-1)
-    out = jnp.einsum(
-        "bkgqs,bksd->bqkgd", p.astype(v_bksd.dtype), v_bksd, preferred_element_type=jnp.float32
-    )
+    out = einsum_f32("bkgqs,bksd->bqkgd", p.astype(v_bksd.dtype), v_bksd)
     out = out / jnp.moveaxis(total, -1, 1)[..., None]
     return out.reshape(q_bqhd.shape).astype(v_bksd.dtype), top[..., 0] + jnp.log(total)
 

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from fkv import attention
 from fkv.models.config import ModelConfig
 
 Params = dict
@@ -150,4 +151,4 @@ def unembed(config: ModelConfig, params: Params, hidden_btm: Array) -> Array:
     """Logits [b, t, v], float32."""
     x = rms_norm(hidden_btm, params["final_norm_m"], config.rms_eps)
     head = params["embed_vm" if config.tied_embeddings else "head_vm"]
-    return jnp.einsum("btm,vm->btv", x, head, preferred_element_type=jnp.float32)
+    return attention.einsum_f32("btm,vm->btv", x, head)
