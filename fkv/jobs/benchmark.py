@@ -32,7 +32,7 @@ def run(config: ConfigDict, workdir: str) -> list[dict]:
         raise UserError(f"benchmark.new_tokens = {settings.new_tokens} must be at least 2 L")
     arms = {name: policies.get(name) for name in settings.policies}
     model, params = common.load_model(config)
-    run = open_run(workdir, config)
+    run = open_run(workdir, config, common.other_jobs("benchmark"))
 
     rng = np.random.default_rng(config.seed)
     prompts = [rng.integers(model.vocab_size, size=settings.prompt) for _ in range(settings.batch)]

@@ -19,6 +19,13 @@ from fkv.policies.base import Policy
 from fkv.rundir import Run
 from fkv.tasks import ledger
 
+JOBS = ("pretrain", "sft", "grpo", "evaluate", "generate", "benchmark")
+
+
+def other_jobs(job: str) -> tuple[str, ...]:
+    """Groups of the config that have no say in this job: they may change when it goes on."""
+    return tuple(name for name in JOBS if name != job)
+
 
 def spec(config: ConfigDict) -> ledger.Spec:
     """The sizes of the embedded task's problems."""

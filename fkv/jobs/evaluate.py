@@ -25,9 +25,12 @@ from fkv.rundir import Run, open_run
 from fkv.tasks import ledger
 
 # What a run may be asked for more of; everything else must stay as it was.
-MAY_DIFFER = tuple(
-    f"evaluate.{name}"
-    for name in ("scorers", "policies", "budgets", "problems", "samples", "batch", "traces")
+MAY_DIFFER = (
+    *common.other_jobs("evaluate"),
+    *(
+        f"evaluate.{name}"
+        for name in ("scorers", "policies", "budgets", "problems", "samples", "batch", "traces")
+    ),
 )
 
 

@@ -35,7 +35,8 @@ def run(config: ConfigDict, workdir: str) -> str:
     if not len(ids):
         raise UserError("generate.prompt is empty: give some text")
 
-    run = open_run(workdir, config, may_differ=("generate", "budget", "interval", "seed"))
+    may_differ = ("generate", "budget", "interval", "seed", *common.other_jobs("generate"))
+    run = open_run(workdir, config, may_differ)
     common.say(f"{prompt}\n")
     start = time.perf_counter()
     pieces = api.stream(

@@ -43,7 +43,8 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     order = traces.batch_rows(train, config.grpo.traces, config.seed)
 
     # ---- state, new or from the newest checkpoint
-    run = open_run(workdir, config, may_differ=("grpo.log_every", "grpo.steps"))
+    may_differ = ("grpo.log_every", "grpo.steps", *common.other_jobs("grpo"))
+    run = open_run(workdir, config, may_differ)
     key = jax.random.key(config.seed)
     state = sft.init_state(supervised.params, optimiser)
     reference = supervised.params

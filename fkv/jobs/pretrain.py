@@ -75,7 +75,7 @@ def run(config: ConfigDict, workdir: str) -> float:
         optax.adamw(schedule, b2=0.98, weight_decay=settings.weight_decay),
     )
 
-    run = open_run(workdir, config)
+    run = open_run(workdir, config, common.other_jobs("pretrain"))
     params = models.init(jax.random.key(config.seed), model, settings.qk_gain)
     state = {"params": params, "opt_state": optimizer.init(params)}
     start = 0

@@ -35,7 +35,7 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     batches = traces.batches(train, config.sft.batch, config.seed)
 
     # ---- state, new or from the newest checkpoint
-    run = open_run(workdir, config, may_differ=("sft.log_every",))
+    run = open_run(workdir, config, may_differ=("sft.log_every", *common.other_jobs("sft")))
     key = jax.random.key(config.seed)
     params = scorer.init(jax.random.fold_in(key, 0), model, scorer_config)
     state = sft.init_state(params, optimiser)
