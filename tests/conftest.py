@@ -3,9 +3,6 @@
 import os
 from pathlib import Path
 
-# Most of the suite's time is compiling, and nothing in it runs for long. Set before JAX starts.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
-
 import jax
 import pytest
 

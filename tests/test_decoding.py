@@ -144,7 +144,9 @@ def test_tokens_come_from_the_logits_of_replay(name, sampling):
     width = prompt.shape[1]
     assert width == 60 and all(len(x) == NEW for x in out)
     token = np.concatenate([prompt, np.stack(out)], axis=1)
-    hidden, _, _ = replayed(config, params, token, policy_of(name), KEYS, padding)
+    hidden, _, _ = replayed(
+        config, params, jnp.array(token), policy_of(name), KEYS, jnp.array(padding)
+    )
     logits = logits_of(config, params, hidden[:, width - 1 : -1])
     if sampling == GREEDY:
         best = np.take_along_axis(np.asarray(logits), np.stack(out)[..., None], axis=-1)[..., 0]

@@ -1,7 +1,6 @@
 """Rollouts and updates of the reinforcement stage on a tiny model."""
 
 import dataclasses
-import functools
 import itertools
 
 import jax
@@ -18,7 +17,7 @@ LENGTHS, EVENTS = [45, 61], [3, 5]  # evictions that a token follows
 RULES = scorer.ScorerConfig(norm="rms")
 CONFIG = grpo.GRPOConfig(rollouts=4, epochs=2, eta=0.01, temperature=0.5, kl_weight=0.1)
 
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+quick_jit = jax.jit
 
 
 @pytest.fixture(scope="module")

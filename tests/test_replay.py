@@ -1,6 +1,5 @@
 """Replay against the numpy oracles, that rows do not meet, and what observers see."""
 
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,7 @@ LENGTHS = [95, 61, 60, 36, 10]
 # (family, query heads, KV heads): groups of 1, 2 and 4.
 MODELS = [("qwen2", 2, 2), ("qwen3", 4, 2), ("qwen2", 4, 1)]
 # Programs that run once or twice: compiling is what takes the time.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+quick_jit = jax.jit
 
 
 def run(config, policy, observe=replay._ignore, acc=()):

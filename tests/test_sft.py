@@ -16,7 +16,7 @@ BUDGET, INTERVAL = 16, 8
 LENGTHS, EVENTS = [61, 45, 40, 24, 9, 61], [5, 3, 2, 0, 0, 5]
 
 # Programs that run a few times: compiling is what takes the time.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+quick_jit = jax.jit
 grads_fn = quick_jit(sft.loss_and_grads, static_argnums=(0, 1, 2, 7, 8))
 
 
