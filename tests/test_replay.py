@@ -1,6 +1,5 @@
 """Replay against the numpy oracles, that rows do not meet, and what observers see."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
