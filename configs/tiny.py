@@ -3,6 +3,7 @@
 python -m launch.sft --config=configs/tiny.py        the scorers and the table, about 2 minutes
 python -m launch.grpo --config=configs/tiny.py --config.budget=48   reinforcement after it
 python -m launch.evaluate --config=configs/tiny.py   answers of every policy
+python -m launch.pipeline --config=configs/tiny.py   these three in one directory
 python -m launch.generate --config=configs/tiny.py   one answer, as it is written
 python -m launch.benchmark --config=configs/tiny.py  time per token, up to 32K generated
 python -m launch.pretrain --config=configs/tiny.py   the reasoner itself, which is shipped
@@ -128,7 +129,8 @@ def get_config() -> ConfigDict:
 
     config.evaluate = ConfigDict()
     config.evaluate.scorers = ("foresight=runs/sft_tiny",)  # name=workdir of sft or grpo runs
-    config.evaluate.action = "top"  # or "sample", as in the paper
+    config.evaluate.action = "top"  # or "sample", as in the paper, or "multinomial"
+    config.evaluate.action_temperature = 0.3  # of the last two; what the scorers were trained with
     config.evaluate.policies = ("full", *RULES)
     config.evaluate.budgets = (48, 64, 96)
     config.evaluate.benchmark = "embedded"  # or a .jsonl or .parquet file, or a hub id
@@ -147,6 +149,14 @@ def get_config() -> ConfigDict:
     config.evaluate.batch = 128
     config.evaluate.deadline = 10.0  # seconds to check one answer
     config.evaluate.traces = 64  # held-out traces for loss ratios; 0 for none
+
+    config.pipeline = ConfigDict()
+    config.pipeline.stages = ("sft", "grpo", "evaluate")  # before them "pretrain", to start afresh
+    config.pipeline.changes = ConfigDict()  # what a stage does otherwise than said above
+    config.pipeline.changes.grpo = ConfigDict(dict(budget=48))
+    config.pipeline.changes.evaluate = ConfigDict(
+        dict(evaluate=dict(problems=128, policies=("full", TUNED_RKV, "snapkv", "h2o", "lagkv")))
+    )
 
     config.benchmark = ConfigDict()
     config.benchmark.policies = ("full", "snapkv", "h2o", "rkv")

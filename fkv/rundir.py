@@ -95,7 +95,7 @@ def open_run(
     try:
         path.mkdir(parents=True, exist_ok=True)
         _check_config(path / "config.json", data, may_differ)
-        _write(path / "config.json", json.dumps(data, indent=1) + "\n")
+        write_text(path / "config.json", json.dumps(data, indent=1) + "\n")
         _note_commit(path / "commit.txt")
     except OSError as error:
         raise UserError(
@@ -148,7 +148,7 @@ def _note_commit(path: Path) -> None:
     # A run that goes on under newer code has a line for each.
     commits = path.read_text().splitlines() if path.exists() else []
     if (commit := source_version()) not in commits[-1:]:
-        _write(path, "".join(f"{line}\n" for line in [*commits, commit]))
+        write_text(path, "".join(f"{line}\n" for line in [*commits, commit]))
 
 
 def source_version() -> str:
@@ -182,10 +182,11 @@ def _trim_metrics(path: Path, last_step: float = math.inf) -> None:
         if step <= last_step:
             kept.append(line + "\n")
     if lines:
-        _write(path, "".join(kept))
+        write_text(path, "".join(kept))
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
     os.replace(temporary, path)

@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -30,10 +31,15 @@ def run(
     Args:
       argv: the command line, program first; by default `sys.argv`.
     """
-    argv = sys.argv if argv is None else argv
     use_compilation_cache()
+    description = sys.modules[main.__module__].__doc__
+    guard(lambda argv: main(*parse(argv, description)), sys.argv if argv is None else argv)
+
+
+def guard(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:
+    """Call `main(argv)`; a `UserError` becomes one line on stderr and exit code 2."""
     try:
-        main(*parse(argv, sys.modules[main.__module__].__doc__))
+        main(argv)
     except UserError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
@@ -76,7 +82,8 @@ def use_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/fkv/jax"))
 
 
-def _load(path: Path, argument: str) -> ml_collections.ConfigDict:
+def load_module(path: Path) -> ModuleType:
+    """The module of a config file; UserError if there is none."""
     if not path.is_file():
         others = sorted(p.stem for p in path.parent.glob("*.py") if p.stem != "__init__")
         raise UserError(f"config file {path} not found{_suggest(path.stem, others)}")
@@ -85,6 +92,11 @@ def _load(path: Path, argument: str) -> ml_collections.ConfigDict:
         raise UserError(f"config file {path} is not a Python file: give configs/<name>.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def _load(path: Path, argument: str) -> ml_collections.ConfigDict:
+    module = load_module(path)
     if not hasattr(module, "get_config"):
         raise UserError(f"config file {path} has no get_config(): is it a config?")
     arguments = [argument] if argument else []

@@ -6,6 +6,12 @@ from pathlib import Path
 import jax
 import pytest
 
+# Compiling is what takes the time, so LLVM need not try hard; commands that tests start inherit it.
+# XLA reads it when JAX first looks for devices, later than this.
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+)
+
 # An accidental [n] + [b, n] is a bug, and full precision makes tolerances mean the same anywhere.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")

@@ -97,8 +97,8 @@ def runs(tmp_path_factory):
         environment = {
             **os.environ,
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"
-            " --xla_backend_optimization_level=0",  # compiling is what takes the time
+            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} "
+            f"--xla_force_host_platform_device_count={devices}",
         }
         command = [sys.executable, "-c", SCRIPT, str(devices), str(path / f"{devices}.npz")]
         started[devices] = subprocess.Popen(

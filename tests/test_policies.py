@@ -318,7 +318,7 @@ def test_foresight_samples_without_replacement_from_the_least_important():
     assert (abs(count - draws * p) <= 5 * (draws * p * (1 - p)) ** 0.5).all()
     top = np.asarray(policy.replace(action="top").evict(view))[0, 0]
     assert sorted(top) == sorted(np.argsort(importance)[:interval])
-    with pytest.raises(UserError, match="action = 'best' must be one of top, sample"):
+    with pytest.raises(UserError, match="action = 'best' must be one of top, sample, multinomial"):
         policy.replace(action="best")
 
 

@@ -192,3 +192,47 @@ def attention_patterns(patterns: Mapping[str, np.ndarray], interval: int, path: 
     axes[0].set_ylabel("attention, mean of a block")
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def sweep(summary: Sequence[Mapping], path: str | Path) -> None:
+    """Figures of a sweep against budget, a panel per figure and a line per group and policy.
+
+    Args:
+      summary: from `fkv.sweep.summarise`; policies that say the same in every group (rules, the
+        full cache) are shown once.
+    """
+    plt = _pyplot()
+    figures = [f for f in dict.fromkeys(row["figure"] for row in summary) if f != "overlap"]
+    figure, axes = plt.subplots(
+        1, len(figures), figsize=(5 * len(figures) + 3, 5), layout="constrained", squeeze=False
+    )
+    for axis, name in zip(axes[0], figures, strict=True):
+        lines, seen = {}, set()
+        for row in summary:
+            if row["figure"] == name and row["budget"] and row["policy"] != "full":
+                lines.setdefault((row["policy"], row["group"]), []).append(row)
+        for (policy, group), rows in lines.items():
+            rows = sorted(rows, key=lambda row: row["budget"])
+            values = tuple(row["mean"] for row in rows)
+            if (policy, values) in seen:
+                continue
+            seen.add((policy, values))
+            axis.errorbar(
+                [row["budget"] for row in rows],
+                values,
+                yerr=np.nan_to_num([2 * row["se"] for row in rows]),
+                label=f"{policy}, {group}",
+                marker="o",
+                markersize=4,
+                capsize=3,
+            )
+        axis.set_title(name)
+        axis.set_xlabel("budget (KV pairs per head)")
+    figure.legend(
+        *max((a.get_legend_handles_labels() for a in axes[0]), key=lambda x: len(x[0])),
+        loc="outside right",
+        fontsize="x-small",
+    )
+    figure.suptitle("mean over the points of a group, ± 2 standard errors")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

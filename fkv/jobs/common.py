@@ -19,7 +19,7 @@ from fkv.policies.base import Policy
 from fkv.rundir import Run
 from fkv.tasks import ledger
 
-JOBS = ("pretrain", "sft", "grpo", "evaluate", "generate", "benchmark")
+JOBS = ("pretrain", "sft", "grpo", "evaluate", "generate", "benchmark", "pipeline")
 
 
 def other_jobs(job: str) -> tuple[str, ...]:

@@ -134,7 +134,9 @@ def _policies(config: ConfigDict) -> tuple[dict[str, Policy], dict]:
             raise UserError(f"evaluate.scorers: {entry!r} must be of the form name=workdir")
         if name in policies.names() and name != "foresight":
             raise UserError(f"evaluate.scorers: {name!r} is the name of a rule; take another")
-        policy = api.load_scorer(workdir).replace(action=config.evaluate.action)
+        policy = api.load_scorer(workdir).replace(
+            action=config.evaluate.action, temperature=config.evaluate.action_temperature
+        )
         scorers[name] = policy
         leaves = b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(policy.params))
         provenance[name] = {"from": workdir, "sha256": hashlib.sha256(leaves).hexdigest()}

@@ -9,7 +9,7 @@ from fkv import scorer
 from fkv.errors import UserError
 from fkv.policies.base import Policy, View, register
 
-ACTIONS = ("top", "sample")
+ACTIONS = ("top", "sample", "multinomial")
 
 
 @register("foresight")
@@ -22,7 +22,7 @@ class Foresight(Policy):
       config: what the scorers are made of.
       action: `top` drops the `L` least important; `sample`, as in the paper, draws them without
         replacement from the `2L` least important, with probability
-        softmax(-importance / temperature).
+        softmax(-importance / temperature); `multinomial` draws from all candidates.
       temperature: of the draw.
     """
 
@@ -43,15 +43,16 @@ class Foresight(Policy):
 
     def score(self, view: View) -> Array:
         importance = scorer.apply(self.config, self.params, scorer.features(self.config, view))
-        if self.action == "sample":
-            importance = perturb(importance / self.temperature, view)
+        if self.action != "top":
+            pool = 2 * view.interval if self.action == "sample" else importance.shape[-1]
+            importance = perturb(importance / self.temperature, view, pool)
         return jnp.pad(importance, ((0, 0), (0, 0), (0, view.interval)))
 
 
-def perturb(importance_bkn: Array, view: View) -> Array:
-    """Importances whose `L` lowest are a sample of the pool of `2L` (Gumbel top-k)."""
+def perturb(importance_bkn: Array, view: View, pool: int) -> Array:
+    """Importances whose `L` lowest are a sample of the `pool` lowest (Gumbel top-k)."""
     held = view.cache.position_bks[..., : view.capacity] >= 0
     score = jnp.where(held, -importance_bkn, -jnp.inf)  # for eviction
-    border = jax.lax.top_k(score, min(2 * view.interval, score.shape[-1]))[0][..., -1:]
+    border = jax.lax.top_k(score, min(pool, score.shape[-1]))[0][..., -1:]
     gumbel = jax.vmap(lambda key: jax.random.gumbel(key, score.shape[1:]))(view.random_b)
     return jnp.where(score >= border, -(score + gumbel), jnp.inf)

@@ -318,7 +318,7 @@ def test_other_settings_or_scorers_are_not_mixed(scorer_dir, finished_copy, tmp_
         (dict(evaluate__scorers=("nowhere/at/all",)), "must be of the form name=workdir"),
         (dict(evaluate__scorers=("mine=nowhere/at/all",)), "nowhere/at/all"),
         (dict(evaluate__scorers=("h2o=nowhere",)), "'h2o' is the name of a rule"),
-        (dict(evaluate__action="best"), "action = 'best' must be one of top, sample"),
+        (dict(evaluate__action="best"), "action = 'best' must be one of top, sample, multinomial"),
         (dict(evaluate__temperature=-1.0), r"temperature = -1\.0"),
         (dict(evaluate__top_p=0.0), r"top_p = 0\.0"),
         (dict(evaluate__problems=0), r"evaluate\.problems and evaluate\.samples"),

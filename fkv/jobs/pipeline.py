@@ -1,0 +1,53 @@
+"""All stages one after the other in one directory, from a reasoner to answers."""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from fkv.errors import UserError
+from fkv.jobs import common, evaluate, grpo, pretrain, sft
+
+STAGES = {"pretrain": pretrain.run, "sft": sft.run, "grpo": grpo.run, "evaluate": evaluate.run}
+
+
+def run(config: ConfigDict, workdir: str) -> None:
+    """Runs the stages named in `pipeline.stages`, each in `workdir/<stage>`.
+
+    A stage takes the model and the scorers of those before it, and what `pipeline.changes.<stage>`
+    says otherwise than the config. Done stages are opened again and not repeated, an interrupted
+    one goes on where it stopped.
+    """
+    for stage, part in plan(config, workdir).items():
+        common.say(f"---- {stage} ({workdir}/{stage})")
+        STAGES[stage](part, f"{workdir}/{stage}")
+
+
+def plan(config: ConfigDict, workdir: str) -> dict[str, ConfigDict]:
+    """The config of every stage, in order.
+
+    Raises:
+      UserError: a stage is unknown, comes twice or too early, or is changed where it is not named.
+    """
+    stages, changes = config.pipeline.stages, config.pipeline.changes
+    for stage in (*stages, *changes):
+        if stage not in STAGES:
+            raise UserError(f"pipeline: no stage {stage!r}: there are {', '.join(STAGES)}")
+    if list(stages) != [name for name in STAGES if name in stages]:
+        raise UserError(f"pipeline.stages = {stages} must be in the order {', '.join(STAGES)}")
+    root, found = Path(workdir), {}
+    for stage in stages:
+        part = config.copy_and_resolve_references()
+        if "pretrain" in stages and stage != "pretrain":
+            part.model = str(root / "pretrain" / "model")
+        if "sft" in stages:
+            part.grpo.scorer = str(root / "sft")
+        before = [name for name in ("sft", "grpo") if name in stages]
+        if before:
+            names = {"sft": "supervised", "grpo": "grpo"}
+            part.evaluate.scorers = tuple(f"{names[name]}={root / name}" for name in before)
+        try:
+            part.update(changes.get(stage, {}))
+        except (KeyError, AttributeError, TypeError, ValueError) as error:
+            raise UserError(f"pipeline.changes.{stage}: {error}") from error
+        found[stage] = part.lock()
+    return found

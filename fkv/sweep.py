@@ -1,0 +1,262 @@
+"""Many runs of one recipe: what to run, in which order, and what came out.
+
+A config file says what in a pure `sweep()` that returns points; each is a job with values set, in
+a directory of its own under the sweep's. A value that mentions `{sweep}/NAME` is about the
+directory of the point NAME, which is then run before.
+"""
+
+import csv
+import dataclasses
+import itertools
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fkv import rundir
+from fkv.errors import UserError
+from fkv.evaluation import tables
+
+DONE = "sweep_point.json"
+_MENTION = re.compile(r"\{sweep\}/([\w.+-]+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One run of a sweep.
+
+    Attributes:
+      job: what to launch: `sft`, `grpo`, `evaluate`...
+      name: of its directory, unique in the sweep.
+      values: dotted names of the config's fields, and what they are set to.
+      group: points that differ in their seed alone share one; the summary is over them.
+    """
+
+    job: str
+    name: str
+    values: Mapping[str, Any]
+    group: str = ""
+
+    def needs(self) -> list[str]:
+        """Names of the points that have to be done before."""
+        return _MENTION.findall(" ".join(map(repr, self.values.values())))
+
+    def arguments(self, root: str, common: Sequence[str]) -> list[str]:
+        """The command line after `python -m`, with `{sweep}` filled in.
+
+        Args:
+          root: directory of the sweep.
+          common: options of all points, `--config=...` among them.
+        """
+        values = [
+            f"--config.{name}={value}".replace("{sweep}", root)
+            for name, value in self.values.items()
+        ]
+        return [f"launch.{self.job}", *common, f"--workdir={root}/{self.name}", *values]
+
+    def command(self, root: str, common: Sequence[str]) -> str:
+        """The same for a shell."""
+        return f"python -m {shlex.join(self.arguments(root, common))}"
+
+
+def grid(**values: Sequence[Any]) -> list[dict[str, Any]]:
+    """Every combination, the last name changing fastest; `a__b` stands for `a.b`."""
+    names = [name.replace("__", ".") for name in values]
+    return [dict(zip(names, row, strict=True)) for row in itertools.product(*values.values())]
+
+
+def check(points: Iterable[Point], jobs: Sequence[str]) -> list[Point]:
+    """The points in their order, but for each coming after what it needs.
+
+    Raises:
+      UserError: a name is used twice or is no directory name, a job is unknown, or a point needs
+        one that is not there, or itself.
+    """
+    points = list(points)
+    if not points:
+        raise UserError("the sweep has no points")
+    by_name = {point.name: point for point in points}
+    if len(by_name) != len(points):
+        twice = next(p.name for i, p in enumerate(points) if p.name in [q.name for q in points[:i]])
+        raise UserError(f"the sweep has two points named {twice!r}")
+    for point in points:
+        if not re.fullmatch(r"[\w.+-]+", point.name):
+            raise UserError(f"sweep point {point.name!r}: use letters, digits and _ . + - alone")
+        if point.job not in jobs:
+            raise UserError(
+                f"sweep point {point.name!r}: no job {point.job!r}: there are {', '.join(jobs)}"
+            )
+        if missing := [name for name in point.needs() if name not in by_name]:
+            raise UserError(f"sweep point {point.name!r} needs {missing[0]!r}, which is no point")
+    ordered: dict[str, Point] = {}
+
+    def put(point, needed_by=()):
+        if point.name in needed_by:
+            circle = " -> ".join([*needed_by[needed_by.index(point.name) :], point.name])
+            raise UserError(f"sweep points need each other in a circle: {circle}")
+        for name in point.needs():
+            put(by_name[name], (*needed_by, point.name))
+        ordered.setdefault(point.name, point)
+
+    for point in points:
+        put(point)
+    return list(ordered.values())
+
+
+def run_local(
+    points: Sequence[Point], root: str | os.PathLike, common: Sequence[str]
+) -> list[Point]:
+    """Runs the points one after the other, each in a process of its own; returns those that failed.
+
+    A point that was done before is not run again; one that was interrupted goes on where it
+    stopped. The rest goes on without points that need one that failed. What a point prints goes to
+    `log.txt` in its directory.
+    """
+    root, failed = str(root), []
+    for i, point in enumerate(points, 1):
+        path = Path(root, point.name)
+        label = f"[{i}/{len(points)}] {point.name}"
+        if _is_done(path, point):
+            print(f"{label}: done before", flush=True)
+            continue
+        if set(point.needs()) & {p.name for p in failed}:
+            print(f"{label}: left out, what it needs failed", flush=True)
+            failed.append(point)
+            continue
+        path.mkdir(parents=True, exist_ok=True)
+        start = time.monotonic()
+        command = point.arguments(root, common)
+        print(f"{label}: {point.command(root, common)}", flush=True)
+        with (path / "log.txt").open("a") as log:
+            code = subprocess.call(
+                [sys.executable, "-m", *command],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        seconds = time.monotonic() - start
+        if code:
+            last = (path / "log.txt").read_text(errors="replace").strip().splitlines()[-1:]
+            print(f"{label}: failed with code {code}: {' '.join(last)}", flush=True)
+            failed.append(point)
+            continue
+        print(f"{label}: {seconds:.0f} s", flush=True)
+        record = {"values": _plain(point.values), "job": point.job, "seconds": round(seconds, 1)}
+        rundir.write_text(path / DONE, json.dumps(record, indent=1) + "\n")
+    return failed
+
+
+def _plain(values: Mapping[str, Any]) -> Any:
+    return json.loads(json.dumps(dict(values)))
+
+
+def _is_done(path: Path, point: Point) -> bool:
+    if not (path / DONE).exists():
+        return False
+    before = json.loads((path / DONE).read_text())
+    if (before["job"], before["values"]) != (point.job, _plain(point.values)):
+        raise UserError(
+            f"{path} holds a point with other values ({before['job']} {before['values']}): "
+            "use another --workdir"
+        )
+    return True
+
+
+# ---- what came out
+
+FIGURES = {  # file of a run directory: columns of it
+    "loss_ratio.csv": ("ratio", "ratio_low", "added_low", "overlap"),
+    "accuracy.csv": ("pass_at_1",),
+}
+
+
+def collect(points: Sequence[Point], root: str | os.PathLike) -> list[dict[str, Any]]:
+    """All figures of the points that are done: a row for each point, policy, budget and figure."""
+    rows = []
+    for point in points:
+        path = Path(root, point.name)
+        if not (path / DONE).exists():
+            continue
+        for file, figures in FIGURES.items():
+            if not (path / file).exists():
+                continue
+            with (path / file).open() as lines:
+                for line in csv.DictReader(lines):
+                    about = {
+                        "point": point.name,
+                        "group": point.group or point.name,
+                        "policy": line["policy"],
+                        "budget": int(line["budget"]),
+                    }
+                    rows += [
+                        {**about, "figure": figure, "value": float(line[figure])}
+                        for figure in figures
+                    ]
+    return rows
+
+
+def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Mean over the points of a group, and its standard error where there are several."""
+    cells: dict[tuple, list[float]] = {}
+    for row in rows:
+        key = tuple(row[name] for name in ("group", "policy", "budget", "figure"))
+        cells.setdefault(key, []).append(row["value"])
+    found = []
+    for (group, policy, budget, figure), values in cells.items():
+        n = len(values)
+        found.append(
+            {
+                "group": group,
+                "policy": policy,
+                "budget": budget,
+                "figure": figure,
+                "points": n,
+                "mean": float(np.mean(values)),
+                "se": float(np.std(values, ddof=1) / n**0.5) if n > 1 else float("nan"),
+            }
+        )
+    return found
+
+
+def table(summary: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows: a row for each group, policy and budget, a column for each figure."""
+    figures = list(dict.fromkeys(row["figure"] for row in summary))
+    lines: dict[tuple, dict[str, str]] = {}
+    for row in summary:
+        key = (row["group"], row["policy"], str(row["budget"]), str(row["points"]))
+        error = "" if np.isnan(row["se"]) else f" ± {row['se']:.3f}"
+        lines.setdefault(key, {})[row["figure"]] = (
+            "" if np.isnan(row["mean"]) else f"{row['mean']:.3f}{error}"
+        )
+    head = ["group", "policy", "budget", "points", *figures]
+    return head, [
+        [*key, *(cells.get(name, "") for name in figures)] for key, cells in lines.items()
+    ]
+
+
+def write_summary(points: Sequence[Point], root: str | os.PathLike) -> str:
+    """Writes `results.csv` (every figure), `summary.csv`, `summary.txt`, `summary.md` and
+    `summary.png`; returns the table as text."""
+    from fkv.evaluation import plots
+
+    rows = collect(points, root)
+    if not rows:
+        return "no point has figures yet"
+    summary = summarise(rows)
+    for name, part in (("results", rows), ("summary", summary)):
+        body = [list(row.values()) for row in part]
+        rundir.write_text(Path(root, f"{name}.csv"), tables.comma_separated(list(part[0]), body))
+    head, body = table(summary)
+    text = tables.text(head, body)
+    rundir.write_text(Path(root, "summary.txt"), text + "\n")
+    rundir.write_text(Path(root, "summary.md"), tables.markdown(head, body) + "\n")
+    plots.sweep(summary, Path(root, "summary.png"))
+    return text

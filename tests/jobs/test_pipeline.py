@@ -1,0 +1,59 @@
+"""What the pipeline hands from stage to stage."""
+
+import pytest
+
+from configs import tiny
+from fkv.errors import UserError
+from fkv.jobs import pipeline
+
+
+def recipe(**fields):
+    config = tiny.get_config().lock()
+    for name, value in fields.items():
+        config.pipeline[name] = value
+    return config
+
+
+def test_stages_build_on_each_other(monkeypatch, tmp_path):
+    ran = []
+    for name in pipeline.STAGES:
+        monkeypatch.setitem(
+            pipeline.STAGES, name, lambda config, path, name=name: ran.append((name, config, path))
+        )
+    root = str(tmp_path)
+    pipeline.run(recipe(), root)
+    assert [(name, path) for name, _, path in ran] == [
+        (name, f"{root}/{name}") for name in ("sft", "grpo", "evaluate")
+    ]
+    sft, grpo, evaluate = (config for _, config, _ in ran)
+    assert (sft.budget, grpo.budget, evaluate.budget) == (64, 48, 64)
+    assert sft.model == "embedded" and grpo.grpo.scorer == f"{root}/sft"
+    assert evaluate.evaluate.scorers == (f"supervised={root}/sft", f"grpo={root}/grpo")
+    assert evaluate.evaluate.problems == 128 and grpo.evaluate.problems == 512
+
+
+def test_a_reasoner_of_ones_own_and_stages_left_out(tmp_path):
+    plan = pipeline.plan(recipe(stages=("pretrain", "sft", "evaluate")), str(tmp_path))
+    assert list(plan) == ["pretrain", "sft", "evaluate"]
+    assert plan["pretrain"].model == "embedded"
+    assert plan["sft"].model == plan["evaluate"].model == str(tmp_path / "pretrain" / "model")
+    assert plan["evaluate"].evaluate.scorers == (f"supervised={tmp_path}/sft",)
+    # Stages that begin with scorers made before take those of the config.
+    plan = pipeline.plan(recipe(stages=("grpo",)), str(tmp_path))
+    assert plan["grpo"].grpo.scorer == "runs/sft_tiny"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(stages=("sft", "rl")), "no stage 'rl': there are pretrain, sft"),
+        (dict(stages=("grpo", "sft")), "must be in the order pretrain, sft"),
+        (dict(stages=("sft", "sft")), "must be in the order"),
+        (dict(changes={"sft": {"budgt": 3}}), r"pipeline.changes.sft: .*budgt"),
+        (dict(changes={"sft": {"budget": "many"}}), "pipeline.changes.sft"),
+        (dict(changes={"rl": {}}), "no stage 'rl'"),
+    ],
+)
+def test_bad_input_is_refused_before_work_starts(tmp_path, fields, message):
+    with pytest.raises(UserError, match=message):
+        pipeline.plan(recipe(**fields), str(tmp_path))
