@@ -5,6 +5,7 @@ import functools
 import itertools
 import re
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -559,3 +560,29 @@ def test_fields_may_be_given_as_text():
         policies.get("rkv:mixx=1")
     with pytest.raises(UserError, match="'r-kv' is not known; known are"):
         policies.get("r-kv:mix=1")
+
+
+def test_tree_structures_tell_policies_apart():
+    """Equal structures would let JAX run a program that was compiled for another policy."""
+    config, _ = oracles.make_model()
+    rules = scorer.ScorerConfig()
+    found = [
+        *(policies.get(name) for name in policies.names() if name not in ("foresight", "forced")),
+        policies.Foresight(scorer.init(jax.random.key(0), config, rules), rules),
+        policies.Forced(jnp.zeros((2, 1, 1, 2, 4), jnp.int32)),
+    ]
+
+    @flax.struct.dataclass
+    class Mine(policies.Policy):
+        pass
+
+    @flax.struct.dataclass
+    class Yours(policies.Policy):
+        pass
+
+    for one, other in itertools.combinations([*found, Mine(), Yours()], 2):
+        assert jax.tree.structure(one) != jax.tree.structure(other), (one, other)
+    assert jax.tree.structure(Mine()) == jax.tree.structure(Mine())
+    assert "kind" not in repr(Mine())
+    with pytest.raises(UserError, match="'h2o' has no field kind; it has none"):
+        policies.get("h2o:kind=1")

@@ -8,6 +8,7 @@ fields are static. A new policy is one file: a subclass of `Policy` under `@regi
 
 import ast
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -76,10 +77,23 @@ class Policy:
       statistics: what `evict` reads of the view's statistics: None, `sums` (the cumulative sums
         alone), or all of them in the `windowed` or `reference` form of `attention.statistics`.
       evicts: False for the full cache.
+      kind: names the class, as a static field. JAX (0.10 to 0.12) takes the tree structures of two
+        dataclasses for equal when their fields are, whatever their classes, but hashes them apart:
+        one call in some dozens would run a program compiled for another policy.
     """
 
     statistics = None
     evicts = True
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls.__annotations__ = {**inspect.get_annotations(cls), "kind": str}
+        cls.kind = flax.struct.field(
+            pytree_node=False,
+            default=f"{cls.__module__}.{cls.__qualname__}",
+            kw_only=True,
+            repr=False,
+        )
 
     def score(self, view: View) -> Array:
         """Importance [b, k, s] of every slot, float32; empty slots may hold anything."""
@@ -156,7 +170,7 @@ def get(name: str, **fields: Any) -> Policy:
             ) from None
     if name not in _REGISTRY:
         raise UserError(f"policy {name!r} is not known; known are {', '.join(names())}")
-    known = _REGISTRY[name].__dataclass_fields__
+    known = {k: f for k, f in _REGISTRY[name].__dataclass_fields__.items() if k != "kind"}
     wrong = sorted(set(fields) - set(known))
     if wrong:
         has = ", ".join(known) or "none"
