@@ -25,7 +25,9 @@ def get_config() -> ConfigDict:
     """The recipe; B = `budget`, L = `interval`."""
     config = ConfigDict()
     config.seed = 0
-    config.model = "embedded"  # or a Hugging Face directory
+    config.model = "embedded"  # or a Hugging Face directory or hub id
+    config.revision = ""  # branch, tag or commit of a hub id
+    config.dtype = "float32"  # of the language model and its cache
     config.budget = 64
     config.interval = 16
 
@@ -118,6 +120,7 @@ def get_config() -> ConfigDict:
     config.grpo.log_prob = "plackett_luce"
     config.grpo.log_every = 1
     config.grpo.checkpoint_every = 25
+    config.grpo.answers = 128  # problems that both scorers answer in the end; 0 for none
 
     config.eval = ConfigDict()
     config.eval.budgets = (48, 64, 96)
@@ -153,7 +156,7 @@ def get_config() -> ConfigDict:
     config.pipeline = ConfigDict()
     config.pipeline.stages = ("sft", "grpo", "evaluate")  # before them "pretrain", to start afresh
     config.pipeline.changes = ConfigDict()  # what a stage does otherwise than said above
-    config.pipeline.changes.grpo = ConfigDict(dict(budget=48))
+    config.pipeline.changes.grpo = ConfigDict(dict(budget=48, grpo=dict(answers=0)))
     config.pipeline.changes.evaluate = ConfigDict(
         dict(evaluate=dict(problems=128, policies=("full", TUNED_RKV, "snapkv", "h2o", "lagkv")))
     )

@@ -26,6 +26,7 @@ def get_config():
     """The recipe of `configs/tiny.py` without the rules, which no seed changes."""
     config = tiny.get_config()
     config.eval.policies = ()
+    config.grpo.answers = 0  # the sweep has points for them
     config.evaluate.policies = ("full",)
     config.evaluate.budgets = (TIGHT, 64)
     config.evaluate.traces = 0

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -33,14 +32,19 @@ def spec(config: ConfigDict) -> ledger.Spec:
 
 
 def load_model(config: ConfigDict) -> tuple[ModelConfig, models.Params]:
-    """The frozen language model in float32, the embedded one by its name."""
+    """The frozen language model, the embedded one by its name."""
     path = tasks.REASONER if config.model == api.EMBEDDED else config.model
-    return models.load(path, dtype=jnp.float32)
+    return models.load(path, config.dtype, _revision(config))
 
 
 def load_language_model(config: ConfigDict) -> api.Model:
     """The same with its tokenizer."""
-    return api.load(config.model, jnp.float32)
+    return api.load(config.model, config.dtype, _revision(config))
+
+
+def _revision(config: ConfigDict) -> str | None:
+    """Of a hub id; a directory that took its place has none."""
+    return None if Path(config.model).expanduser().is_dir() else config.revision or None
 
 
 def check_vocabulary(config: ConfigDict, vocabulary: int) -> None:

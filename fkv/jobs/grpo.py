@@ -10,9 +10,10 @@ from fkv.data import traces
 from fkv.data.traces import Traces
 from fkv.errors import UserError
 from fkv.evaluation import loss_ratio
-from fkv.jobs import common
+from fkv.jobs import common, evaluate
 from fkv.models import ModelConfig
 from fkv.rundir import open_run
+from fkv.tasks import ledger
 
 
 def settings_of(config: ConfigDict) -> grpo.GRPOConfig:
@@ -24,7 +25,7 @@ def settings_of(config: ConfigDict) -> grpo.GRPOConfig:
 def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     """Trains (or goes on training) in `workdir`, from the scorers of the run `grpo.scorer`.
 
-    Writes what the supervised job writes; the table has both scorers.
+    Writes what the supervised job writes, with both scorers in the table, and what they answer.
     """
     # ---- what can be wrong is found out first
     cache.check_sizes(config.budget, config.interval)
@@ -36,6 +37,8 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     rules = {name: policies.get(name) for name in config.eval.policies}
     supervised = _supervised(config)
     model, model_params = common.load_model(config)
+    if answering := _can_answer(config, model):
+        common.load_language_model(config)  # a tokenizer that is missing is found out now
     train = common.load_traces(config, "train", config.data.traces, config.budget, model.vocab_size)
     held_out = common.load_traces(
         config, "eval", config.eval.traces, max(config.eval.budgets), model.vocab_size
@@ -43,7 +46,7 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     order = traces.batch_rows(train, config.grpo.traces, config.seed)
 
     # ---- state, new or from the newest checkpoint
-    may_differ = ("grpo.log_every", "grpo.steps", *common.other_jobs("grpo"))
+    may_differ = ("grpo.log_every", "grpo.steps", "grpo.answers", *common.other_jobs("grpo"))
     run = open_run(workdir, config, may_differ)
     key = jax.random.key(config.seed)
     state = sft.init_state(supervised.params, optimiser)
@@ -102,7 +105,30 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     results = common.measure_losses(config, model, model_params, {**learned, **rules}, held_out)
     common.write_losses(run, results, len(held_out))
     run.close()
+    if answering:
+        _answers(config, workdir)
     return results
+
+
+def _can_answer(config: ConfigDict, model: ModelConfig) -> bool:
+    """Whether answers are asked for, and there are questions for this model."""
+    if not config.grpo.answers:
+        return False
+    if config.evaluate.benchmark == "embedded" and model.vocab_size != len(ledger.VOCABULARY):
+        common.say("no answers: set evaluate.benchmark to questions for this model")
+        return False
+    return True
+
+
+def _answers(config: ConfigDict, workdir: str) -> None:
+    """What both scorers answer, as `launch.evaluate` would have it, in `workdir/answers`."""
+    part = config.copy_and_resolve_references()
+    part.evaluate.scorers = (f"supervised={config.grpo.scorer}", f"grpo={workdir}")
+    part.evaluate.policies = ("full",)
+    part.evaluate.budgets = config.eval.budgets
+    part.evaluate.problems = config.grpo.answers
+    part.evaluate.traces = 0
+    evaluate.run(part, f"{workdir}/answers")
 
 
 def _with_reference(state: sft.TrainState, reference: dict) -> dict:

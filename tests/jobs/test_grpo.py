@@ -1,5 +1,6 @@
 """The reinforcement job from a config to a table, on a reasoner too small to reason."""
 
+import csv
 import json
 
 import jax
@@ -20,6 +21,7 @@ def shrink(config, scorer_dir):
     config.grpo.scorer = str(scorer_dir)
     config.grpo.steps, config.grpo.traces, config.grpo.rollouts = 4, 2, 3
     config.grpo.epochs, config.grpo.checkpoint_every, config.grpo.eta = 1, 2, 1e-4
+    config.grpo.answers = 0
     config.eval.budgets, config.eval.policies = (16,), ("random",)
     return config
 
@@ -35,7 +37,9 @@ def supervised(model_dir, tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(model_dir, supervised, tmp_path_factory):
     path = tmp_path_factory.mktemp("finished")
-    return path, job.run(shrink(small(model_dir), supervised), str(path))
+    config = shrink(small(model_dir), supervised)
+    config.grpo.answers, config.evaluate.new_tokens = 3, 24
+    return path, job.run(config, str(path))
 
 
 def test_run_writes_all_that_it_promises(finished, supervised):
@@ -50,6 +54,10 @@ def test_run_writes_all_that_it_promises(finished, supervised):
     }  # fmt: skip
     assert told <= rows[0].keys()
     assert all(row["ratio_off/epoch_0"] == 0 for row in rows)
+    answers = list(csv.DictReader((path / "answers" / "accuracy.csv").open()))
+    assert [(a["policy"], a["budget"], a["answers"]) for a in answers] == [
+        ("full", "0", "3"), ("supervised", "16", "3"), ("grpo", "16", "3"),
+    ]  # fmt: skip
     # Either stage's scorers load alike, and these have moved.
     before, after = fkv.load_scorer(supervised), fkv.load_scorer(path)
     assert before.config == after.config

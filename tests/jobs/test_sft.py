@@ -28,6 +28,7 @@ def model_dir(tmp_path_factory):
     )
     path = tmp_path_factory.mktemp("model")
     models.save(path, config, jax.device_get(models.init(jax.random.key(0), config)))
+    ledger.tokenizer().save_pretrained(path)
     return str(path)
 
 

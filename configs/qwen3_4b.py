@@ -1,0 +1,21 @@
+"""Qwen3-4B with the paper's hyper-parameters.
+
+python -m launch.sft --config=configs/qwen3_4b.py       the scorers
+python -m launch.grpo --config=configs/qwen3_4b.py      reinforcement after it
+python -m launch.evaluate --config=configs/qwen3_4b.py  AIME 2024, 32 samples a problem
+
+`configs/qwen3_4b.py:2k` and `:4k` set the budget, `:long` is for traces beyond 12,000 tokens.
+Traces are token ids, a row each, in data/qwen3_4b_train.parquet and data/qwen3_4b_eval.parquet.
+Not run at full size yet: no times or memory are known.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import paper
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The recipe; see `configs.paper.recipe`."""
+    return paper.recipe(
+        "qwen3_4b", "Qwen/Qwen3-4B", "1cfa9a7208912126459214e8b04321603b3df60c", arg
+    )

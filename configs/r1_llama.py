@@ -1,0 +1,24 @@
+"""DeepSeek-R1-Distill-Llama-8B with the paper's hyper-parameters.
+
+python -m launch.sft --config=configs/r1_llama.py       the scorers
+python -m launch.grpo --config=configs/r1_llama.py      reinforcement after it
+python -m launch.evaluate --config=configs/r1_llama.py  AIME 2024, 32 samples a problem
+
+`configs/r1_llama.py:2k` and `:4k` set the budget, `:long` is for traces beyond 12,000 tokens.
+Traces are token ids, a row each, in data/r1_llama_train.parquet and data/r1_llama_eval.parquet.
+Not run at full size yet: no times or memory are known.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import paper
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The recipe; see `configs.paper.recipe`."""
+    return paper.recipe(
+        "r1_llama",
+        "deepseek-ai/DeepSeek-R1-Distill-Llama-8B",
+        "6a6f4aa4197940add57724a7707d069478df56b1",
+        arg,
+    )

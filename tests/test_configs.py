@@ -1,0 +1,47 @@
+"""The recipes: that all can be read, and that those of real models say what the paper says."""
+
+from pathlib import Path
+
+import pytest
+
+from fkv import grpo, scorer, sft
+from fkv.decoding import Sampling
+from fkv.errors import UserError
+from fkv.jobs.grpo import settings_of
+from launch import flags
+
+REAL = ("r1_qwen", "qwen3_4b", "qwen3_1p7b", "r1_llama")
+
+
+def parse(job, config, *rest):
+    return flags.parse([f"launch/{job}.py", f"--config=configs/{config}", *rest])
+
+
+def test_every_recipe_of_the_project_is_known_here():
+    found = {p.stem for p in Path("configs").glob("*.py")}
+    assert found == {"__init__", "paper", "tiny", "tiny_ablations", *REAL}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_models_have_the_paper_s_settings(name):
+    config, workdir = parse("sft", f"{name}.py")
+    assert workdir == f"runs/sft_{name}" == config.grpo.scorer
+    assert (config.budget, config.interval, config.dtype) == (1024, 256, "bfloat16")
+    assert len(config.revision) == 40 and "/" in config.model
+    assert scorer.ScorerConfig(**config.scorer) == scorer.ScorerConfig()  # the library's default
+    assert sft.LossConfig(config.sft.margin, config.sft.weighting) == sft.LossConfig()
+    assert (config.sft.steps, config.sft.batch, config.sft.learning_rate) == (1000, 4, 1e-2)
+    assert settings_of(config) == grpo.GRPOConfig()
+    assert (config.grpo.steps, config.grpo.traces, config.grpo.learning_rate) == (250, 32, 3e-4)
+    e = config.evaluate
+    assert Sampling(e.temperature, e.top_k, e.top_p) == Sampling(0.6, 20, 0.95)
+    assert (e.samples, e.new_tokens, e.action) == (32, 32_768, "sample")
+
+
+def test_variants_are_budgets():
+    sizes = {arg: parse("sft", f"r1_qwen.py:{arg}")[0] for arg in ("2k", "4k", "long")}
+    assert {arg: (c.budget, c.interval) for arg, c in sizes.items()} == {
+        "2k": (2048, 256), "4k": (4096, 256), "long": (2048, 512),
+    }  # fmt: skip
+    with pytest.raises(UserError, match=r"r1_qwen\.py:3k: use one of 1k, 2k, 4k, long"):
+        parse("sft", "r1_qwen.py:3k")
