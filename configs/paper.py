@@ -30,10 +30,15 @@ def recipe(name: str, model: str, revision: str, arg: str) -> ConfigDict:
     config.model, config.revision, config.dtype = model, revision, "bfloat16"
     config.budget, config.interval = sizes[arg or "1k"]
 
-    # Traces: the model's own long answers, token ids a row.
-    config.data.path = f"data/{name}_train.parquet"
-    config.data.eval_path = f"data/{name}_eval.parquet"
-    config.data.prompt_column = ""
+    # Traces: the model's own long answers to math questions.
+    config.traces.questions = "RUC-AIBOX/STILL-3-Preview-RL-Data"
+    config.traces.question = "question"
+    config.traces.count = 4000
+    config.traces.new_tokens = 32_768
+    config.traces.batch = 32
+    config.data.path = f"data/{name}_train"
+    config.data.eval_path = f"data/{name}_eval"
+    config.data.prompt_column = "prompt_tokens"
     config.data.traces = 4000
 
     config.scorer.hidden = 16

@@ -4,6 +4,7 @@ python -m launch.sft --config=configs/tiny.py        the scorers and the table, 
 python -m launch.grpo --config=configs/tiny.py --config.budget=48   reinforcement after it
 python -m launch.evaluate --config=configs/tiny.py   answers of every policy
 python -m launch.pipeline --config=configs/tiny.py   these three in one directory
+python -m launch.traces --config=configs/tiny.py     the reasoner's own answers, as traces
 python -m launch.generate --config=configs/tiny.py   one answer, as it is written
 python -m launch.benchmark --config=configs/tiny.py  time per token, up to 32K generated
 python -m launch.pretrain --config=configs/tiny.py   the reasoner itself, which is shipped
@@ -77,11 +78,30 @@ def get_config() -> ConfigDict:
     )
 
     config.data = ConfigDict()
-    config.data.path = ""  # a .parquet or .jsonl file of traces; empty for the embedded task
+    # A .parquet or .jsonl file of traces, or a directory of Parquet files; empty for the embedded
+    # task.
+    config.data.path = ""
     config.data.eval_path = ""  # held-out traces, likewise
     config.data.column = "input_ids"
     config.data.prompt_column = ""  # of prompt lengths, whose tokens no loss counts
     config.data.traces = 2048
+    config.data.strict = False  # rows that can't be used end the run, and are not just named
+
+    config.traces = ConfigDict()
+    config.traces.questions = "embedded"  # or a .jsonl or .parquet file, or a hub id
+    config.traces.split = "train"
+    config.traces.subset = ""
+    config.traces.question = "problem"
+    config.traces.response = ""  # column of answers that are there already; empty to sample them
+    config.traces.instruction = benchmarks.INSTRUCTION
+    config.traces.chat = True
+    config.traces.count = 256  # questions, 0 for all
+    config.traces.samples = 1  # answers to each
+    config.traces.new_tokens = 0  # as many as the task can need
+    config.traces.temperature = 0.6
+    config.traces.top_k = 20
+    config.traces.top_p = 0.95
+    config.traces.batch = 64
 
     config.scorer = ConfigDict()
     config.scorer.hidden = 16

@@ -11,24 +11,29 @@ _KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
 
 
 def is_file(path: str) -> bool:
-    """Whether the name is that of a file of rows, and not a hub id."""
-    return Path(path).suffix in _KINDS
+    """Whether the name is that of a file or directory of rows, and not a hub id."""
+    return Path(path).suffix in _KINDS or Path(path).is_dir()
 
 
 def open_file(path: str) -> datasets.Dataset:
-    """Rows of a Parquet or JSONL file.
+    """Rows of a Parquet or JSONL file, or of all Parquet files of a directory, by name.
 
     Raises:
       UserError: the file is missing, of another kind, or can't be read.
     """
-    if not is_file(path):
-        raise UserError(f"{path}: rows are read from .parquet or .jsonl files")
-    if not Path(path).is_file():
+    files, kind = [path], _KINDS.get(Path(path).suffix)
+    if Path(path).is_dir():
+        files, kind = sorted(map(str, Path(path).glob("*.parquet"))), "parquet"
+        if not files:
+            raise UserError(f"{path}: this directory has no .parquet files")
+    elif kind is None:
+        raise UserError(f"{path}: rows are read from .parquet or .jsonl files, or a directory")
+    elif not Path(path).is_file():
         raise UserError(f"{path}: no such file")
-    kind = _KINDS[Path(path).suffix]
     try:
         # A name is no pattern, though `datasets` takes it for one.
-        return datasets.load_dataset(kind, data_files=glob.escape(path), split="train")
+        names = [glob.escape(name) for name in files]
+        return datasets.load_dataset(kind, data_files=names, split="train")
     except StopIteration:
         raise UserError(f"{path}: can't be read as {kind} (empty)") from None
     except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:

@@ -81,41 +81,55 @@ def embedded(
     return [p.tokens for p in problems], [len(p.prompt) for p in problems]
 
 
-def read(path: str, column: str = "input_ids") -> list[np.ndarray]:
-    """Token ids from a column of a Parquet or JSONL file.
+def read(
+    path: str,
+    column: str = "input_ids",
+    prompt_column: str = "",
+    corrupt: list[tuple[int, str]] | None = None,
+) -> tuple[list[np.ndarray], list[int] | None]:
+    """Token ids, and lengths of prompts, from columns of a Parquet or JSONL file or a directory.
+
+    Args:
+      prompt_column: of prompt lengths; none when empty.
+      corrupt: takes in (row, what is wrong) of rows that can't be used, which are then left out.
+
+    Returns:
+      The sequences, and the length of each one's prompt or None.
 
     Raises:
-      UserError: the file is missing, can't be read, lacks the column, or an entry of it is no list
-        of token ids.
+      UserError: the file is missing, can't be read or lacks a column; or, without `corrupt`, an
+        entry is no list of token ids or no length.
     """
+    rows = sources.open_file(path)
+    entries = sources.column(rows, column, path)
+    lengths = sources.column(rows, prompt_column, path) if prompt_column else [0] * len(rows)
+    sequences, prompts = [], []
+    for row, (entry, length) in enumerate(zip(entries, lengths, strict=True)):
+        ids, wrong = _ids(entry), ""
+        if ids is None:
+            wrong = f"row {row} of {column!r} is not a list of token ids (0, 1, ...)"
+        elif type(length) is not int:
+            wrong = f"row {row} of {prompt_column!r} is {length!r}, not a whole number"
+        if not wrong:
+            sequences.append(ids)
+            prompts.append(length)
+        elif corrupt is None:
+            raise UserError(f"{path}: {wrong}")
+        else:
+            corrupt.append((row, wrong))
+    return sequences, prompts if prompt_column else None
 
-    def ids(row, entry):
-        try:
-            x = np.asarray(entry)
-        except (ValueError, OverflowError):
-            x = np.asarray(None)
-        limit = np.iinfo(np.int32).max
-        if x.ndim != 1 or (x.size and (x.dtype.kind not in "iu" or x.min() < 0 or x.max() > limit)):
-            raise UserError(
-                f"{path}: row {row} of {column!r} is not a list of token ids (0, 1, ...)"
-            )
-        return x.astype(np.int32)
 
-    entries = sources.column(sources.open_file(path), column, path)
-    return [ids(row, entry) for row, entry in enumerate(entries)]
-
-
-def read_prompts(path: str, column: str) -> list[int]:
-    """Prompt lengths from a column of the same file.
-
-    Raises:
-      UserError: see `read`; or an entry is no number.
-    """
-    lengths = sources.column(sources.open_file(path), column, path)
-    for row, length in enumerate(lengths):
-        if type(length) is not int:
-            raise UserError(f"{path}: row {row} of {column!r} is {length!r}, not a whole number")
-    return list(lengths)
+def _ids(entry) -> np.ndarray | None:
+    """The entry as token ids; None if it is something else."""
+    try:
+        x = np.asarray(entry)
+    except (ValueError, OverflowError):
+        return None
+    limit = np.iinfo(np.int32).max
+    if x.ndim != 1 or (x.size and (x.dtype.kind not in "iu" or x.min() < 0 or x.max() > limit)):
+        return None
+    return x.astype(np.int32)
 
 
 def batches(traces: Traces, batch: int, seed: int) -> grain.MapDataset:

@@ -18,7 +18,9 @@ from fkv.policies.base import Policy
 from fkv.rundir import Run
 from fkv.tasks import ledger
 
-JOBS = ("pretrain", "sft", "grpo", "evaluate", "generate", "benchmark", "pipeline")
+JOBS = (
+    "pretrain", "traces", "sft", "grpo", "evaluate", "generate", "benchmark", "pipeline",
+)  # fmt: skip
 
 
 def other_jobs(job: str) -> tuple[str, ...]:
@@ -69,10 +71,13 @@ def load_traces(
     """
     path = config.data.path if split == "train" else config.data.eval_path
     if path:
-        where = path
-        sequences, prompts = traces.read(path, config.data.column)[:count], None
-        if config.data.prompt_column:
-            prompts = traces.read_prompts(path, config.data.prompt_column)[:count]
+        where, corrupt = path, None if config.data.strict else []
+        sequences, prompts = traces.read(
+            path, config.data.column, config.data.prompt_column, corrupt
+        )
+        sequences, prompts = sequences[:count], prompts[:count] if prompts else None
+        for _, wrong in corrupt or ():
+            say(f"{path}: left out, {wrong}")
     else:
         where = f"embedded task, {split}"
         check_vocabulary(config, vocabulary)

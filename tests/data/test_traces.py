@@ -62,8 +62,24 @@ def test_read_prompts(tmp_path):
     path = tmp_path / "traces.jsonl"
     path.write_text('{"input_ids": [1, 2], "n": 1}\n{"input_ids": [3], "n": null}\n')
     with pytest.raises(UserError, match="row 1 of 'n' is None, not a whole number"):
-        traces.read_prompts(str(path), "n")
-    assert traces.read_prompts(write(tmp_path / "n.parquet", [3, 4], "n"), "n") == [3, 4]
+        traces.read(str(path), prompt_column="n")
+    corrupt = []
+    sequences, prompts = traces.read(str(path), prompt_column="n", corrupt=corrupt)
+    assert ([x.tolist() for x in sequences], prompts) == ([[1, 2]], [1])
+    assert corrupt == [(1, "row 1 of 'n' is None, not a whole number")]
+
+
+def test_corrupt_rows_are_named_and_left_out(tmp_path):
+    path, corrupt = write(tmp_path / "traces.jsonl", [[1, 2], [-1], [3]]), []
+    sequences, prompts = traces.read(path, corrupt=corrupt)
+    assert [x.tolist() for x in sequences] == [[1, 2], [3]] and prompts is None
+    assert corrupt == [(1, "row 1 of 'input_ids' is not a list of token ids (0, 1, ...)")]
+
+
+def test_a_directory_is_its_parquet_files(tmp_path):
+    write(tmp_path / "b.parquet", [[2]])
+    write(tmp_path / "a.parquet", [[1], [5]])
+    assert [x.tolist() for x in traces.read(str(tmp_path))[0]] == [[1], [5], [2]]
 
 
 @pytest.mark.parametrize(
@@ -84,18 +100,19 @@ def test_collect_names_the_longest_when_all_are_too_short(lengths, message):
 
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl", "json"])
 def test_read(tmp_path, suffix):
-    got = traces.read(write(tmp_path / f"traces.{suffix}", ROWS))
+    got, prompts = traces.read(write(tmp_path / f"traces.{suffix}", ROWS))
+    assert prompts is None
     assert [ids.tolist() for ids in got] == ROWS
     assert all(ids.dtype == np.int32 and ids.ndim == 1 for ids in got)
     path = write(tmp_path / f"other.{suffix}", ROWS, "tokens")
-    assert [ids.tolist() for ids in traces.read(path, "tokens")] == ROWS
+    assert [ids.tolist() for ids in traces.read(path, "tokens")[0]] == ROWS
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
 def test_read_sees_that_a_file_has_changed(tmp_path, suffix):
     path = tmp_path / f"traces.{suffix}"
     traces.read(write(path, [[1, 2]]))
-    assert [ids.tolist() for ids in traces.read(write(path, [[3, 4]]))] == [[3, 4]]
+    assert [ids.tolist() for ids in traces.read(write(path, [[3, 4]]))[0]] == [[3, 4]]
 
 
 def refused(path, message):
@@ -106,11 +123,11 @@ def refused(path, message):
 
 def test_read_refuses_a_path_that_leads_to_no_traces(tmp_path):
     refused(tmp_path / "traces.csv", r"rows are read from \.parquet or \.jsonl files")
-    refused(tmp_path, r"rows are read from")
+    refused(tmp_path, r"this directory has no \.parquet files")
     refused(tmp_path / "traces.parquet", "no such file")
     refused(tmp_path / "traces.jsonl", "no such file")
     (tmp_path / "folder.parquet").mkdir()
-    refused(tmp_path / "folder.parquet", "no such file")
+    refused(tmp_path / "folder.parquet", r"this directory has no \.parquet files")
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
@@ -168,7 +185,7 @@ def test_read_refuses_files_that_break_datasets_another_way(tmp_path, case):
 
 def test_read_takes_a_path_as_it_is(tmp_path):
     path = write(tmp_path / "traces[1].jsonl", ROWS)
-    assert [ids.tolist() for ids in traces.read(path)] == ROWS
+    assert [ids.tolist() for ids in traces.read(path)[0]] == ROWS
 
 
 # ---- batches

@@ -1,0 +1,209 @@
+"""Traces to train on: the model's own answers to questions, in Parquet files."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from fkv import api, decoding, policies
+from fkv.api import Model
+from fkv.data import sources
+from fkv.errors import UserError
+from fkv.jobs import common
+from fkv.rundir import open_run
+from fkv.tasks import ledger
+
+# What a run may be asked for more of.
+MAY_DIFFER = (*common.other_jobs("traces"), "traces.count", "traces.samples", "traces.batch")
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("sample", pa.int32()),
+        ("input_ids", pa.list_(pa.int32())),
+        ("prompt_tokens", pa.int32()),
+        ("tokens", pa.int32()),
+        ("truncated", pa.bool_()),
+        ("source", pa.string()),
+    ]
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """What is answered.
+
+    Attributes:
+      id: its row.
+      prompt: token ids.
+      response: token ids of an answer that is there already.
+    """
+
+    id: str
+    prompt: np.ndarray
+    response: np.ndarray | None = None
+
+
+def run(config: ConfigDict, workdir: str) -> int:
+    """Samples answers with the full cache, or takes those of a column, and writes them as traces.
+
+    `workdir` gets Parquet files, one a batch, each whole or not there, of `SCHEMA`: set `data.path`
+    to it and `data.prompt_column` to `prompt_tokens`. Goes on where it stopped; several hosts take
+    turns and write files of their own.
+
+    Returns:
+      How many traces this process wrote.
+    """
+    settings = config.traces
+    if settings.samples < 1 or settings.count < 0 or settings.batch < 1:
+        raise UserError(
+            "traces.samples and traces.batch must be at least 1, traces.count 0 or more"
+        )
+    sampling = decoding.Sampling(settings.temperature, settings.top_k, settings.top_p)
+    model = common.load_language_model(config)
+    questions, new_tokens = _questions(config, model)
+    run = open_run(workdir, config, may_differ=MAY_DIFFER)
+
+    done, files = _done(run.path)
+    samples = 1 if settings.response else settings.samples
+    todo = [
+        (question, i, j)
+        for i, question in enumerate(questions)
+        for j in range(samples)
+        if (question.id, j) not in done
+    ]
+    index, count = jax.process_index(), jax.process_count()
+    width = max(len(q.prompt) for q in questions)
+    batches = [todo[i : i + settings.batch] for i in range(0, len(todo), settings.batch)]
+    total = len(questions) * samples
+    bar = tqdm(total=total, initial=total - len(todo), desc="traces", mininterval=0.5)
+    written = truncated = tokens = 0
+    for n, part in enumerate(batches):
+        if n % count == index:
+            if settings.response:
+                answers = [question.response for question, _, _ in part]
+            else:
+                answers = _sample(config, model, part, sampling, new_tokens, width)
+            rows = [
+                _row(config, model, question, sample, answer)
+                for (question, _, sample), answer in zip(part, answers, strict=True)
+            ]
+            _write(run.path / f"traces-{index:03d}-{files + n:05d}.parquet", rows, run.config)
+            written += len(rows)
+            truncated += sum(row["truncated"] for row in rows)
+            tokens += sum(row["tokens"] for row in rows)
+        bar.update(len(part))
+    bar.close()
+    common.say(
+        f"{written} traces of {tokens / max(written, 1):.0f} tokens written to {workdir}, "
+        f"{truncated} of them cut off; {len(done)} were there"
+    )
+    run.close()
+    return written
+
+
+def _questions(config: ConfigDict, model: Model) -> tuple[list[Question], int]:
+    """The questions, and how many tokens an answer may have."""
+    settings = config.traces
+    if settings.questions == "embedded":
+        common.check_vocabulary(config, model.config.vocab_size)
+        spec = common.spec(config)
+        found = ledger.problems(config.seed, settings.split, 0, settings.count or 256, spec)
+        questions = [Question(str(i), ledger.encode(p.prompt)) for i, p in enumerate(found)]
+        return questions, settings.new_tokens or spec.max_new_tokens()
+
+    where = settings.questions
+    rows = sources.open_rows(where, settings.split, settings.subset)
+    asked = sources.column(rows, settings.question, where)
+    given = sources.column(rows, settings.response, where) if settings.response else asked
+    questions, unusable = [], 0
+    for i, (text, response) in enumerate(zip(asked, given, strict=True)):
+        if settings.count and len(questions) == settings.count:
+            break
+        for name, value in ((settings.question, text), (settings.response, response)):
+            if not isinstance(value, str) or not value.strip():
+                common.say(f"{where}: row {i} left out, {name} is {value!r}")
+                unusable += 1
+                break
+        else:
+            prompt = api.encode(model, f"{settings.instruction} {text}".strip(), settings.chat)
+            answer = _answer(model, response) if settings.response else None
+            questions.append(Question(str(i), prompt, answer))
+    if unusable:
+        common.say(f"{where}: {unusable} rows left out")
+    if not questions:
+        raise UserError(f"{where}: none of its {len(rows)} rows can be used")
+    return questions, settings.new_tokens or 32_768
+
+
+def _answer(model: Model, text: str) -> np.ndarray:
+    """Token ids of an answer that is there, ended as the model would end it."""
+    ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return np.asarray([*ids, *model.stop[:1]], np.int32)
+
+
+def _sample(config, model, part, sampling, new_tokens, width) -> list[np.ndarray]:
+    """Answers to one batch; every batch has one shape, and one program."""
+    empty = config.traces.batch - len(part)
+    rows = [*part, *[part[0]] * empty]
+    return decoding.generate(
+        model.config,
+        model.params,
+        policies.get("full"),
+        [question.prompt for question, _, _ in rows],
+        jnp.stack([api.sample_key(config.seed, i, j) for _, i, j in rows]),
+        new_tokens,
+        2 * config.interval,  # the full cache has no budget
+        config.interval,
+        sampling,
+        model.stop,
+        width,
+        [new_tokens] * len(part) + [0] * empty,
+    )[: len(part)]
+
+
+def _row(config, model, question: Question, sample: int, answer: np.ndarray) -> dict:
+    ids = np.concatenate([question.prompt, answer])
+    return {
+        "id": question.id,
+        "sample": sample,
+        "input_ids": ids,
+        "prompt_tokens": len(question.prompt),
+        "tokens": len(ids),
+        "truncated": not len(answer) or int(answer[-1]) not in model.stop,
+        "source": config.traces.questions,
+    }
+
+
+def _write(path: Path, rows: Sequence[dict], settings: dict) -> None:
+    about = {"fkv": json.dumps(settings)}
+    columns = [pa.array([row[f.name] for row in rows], f.type) for f in SCHEMA]
+    table = pa.table(columns, schema=SCHEMA.with_metadata(about))
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        pq.write_table(table, temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _done(path: Path) -> tuple[set[tuple[str, int]], int]:
+    """(id, sample) of the traces that are there, and a number beyond those of the files."""
+    done, last = set(), -1
+    for file in sorted(path.glob("traces-*.parquet")):
+        try:
+            table = pq.read_table(file, columns=["id", "sample"])
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(f"{file} can't be read ({error}): delete it, and run again") from error
+        ids, samples = table.column("id").to_pylist(), table.column("sample").to_pylist()
+        done |= set(zip(ids, samples, strict=True))
+        last = max(last, int(file.stem.rpartition("-")[2]))
+    return done, last + 1

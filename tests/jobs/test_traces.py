@@ -1,0 +1,171 @@
+"""Traces from the model's own answers, and from answers that are there."""
+
+import json
+
+import pyarrow.parquet as pq
+import pytest
+
+import fkv
+from configs import tiny
+from fkv import decoding
+from fkv.data import traces as data
+from fkv.errors import UserError
+from fkv.jobs import traces
+from fkv.tasks import ledger
+from tests.jobs.test_evaluate import WORDS, word_model
+
+__all__ = ["word_model"]  # a fixture
+
+
+def recipe(**changes):
+    config = tiny.get_config()
+    config.task.facts, config.task.hops = (4, 6), (3, 4)
+    config.task.remarks, config.task.marks = (0, 1), (0, 1)
+    config.traces.count, config.traces.batch = 5, 4
+    for name, value in changes.items():
+        config.traces[name] = value
+    return config
+
+
+def rows(path):
+    return [
+        row for file in sorted(path.glob("*.parquet")) for row in pq.read_table(file).to_pylist()
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    path = tmp_path_factory.mktemp("traces")
+    assert traces.run(recipe(), str(path)) == 5
+    return path
+
+
+def test_traces_are_the_model_s_own_answers(finished):
+    found = rows(finished)
+    assert [(r["id"], r["sample"]) for r in found] == [(str(i), 0) for i in range(5)]
+    spec = ledger.Spec(**{name: tuple(bounds) for name, bounds in recipe().task.items()})
+    problems = ledger.problems(0, "train", 0, 5, spec)
+    model = fkv.load("embedded", "float32")
+    answers = fkv.generate(
+        model, [ledger.encode(p.prompt) for p in problems], new_tokens=spec.max_new_tokens(),
+        budget=32, interval=16, temperature=0.6, top_k=20, top_p=0.95,
+    )  # fmt: skip
+    for row, problem, (answer,) in zip(found, problems, answers, strict=True):
+        prompt = ledger.encode(problem.prompt)
+        assert row["input_ids"] == [*prompt.tolist(), *answer.tokens.tolist()]
+        assert (row["prompt_tokens"], row["tokens"]) == (len(prompt), len(row["input_ids"]))
+        assert row["truncated"] == answer.truncated and row["source"] == "embedded"
+    assert len(list(finished.glob("*.parquet"))) == 2  # a file a batch
+    about = pq.read_schema(next(finished.glob("*.parquet"))).metadata[b"fkv"]
+    assert json.loads(about)["traces"]["temperature"] == 0.6
+
+
+def test_what_is_written_is_what_training_reads(finished):
+    sequences, prompts = data.read(str(finished), prompt_column="prompt_tokens")
+    assert [s.tolist() for s in sequences] == [r["input_ids"] for r in rows(finished)]
+    assert prompts == [r["prompt_tokens"] for r in rows(finished)]
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(finished, tmp_path, monkeypatch):
+    real, calls = decoding.generate, []
+
+    def once(*args, **kwargs):
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(decoding, "generate", once)
+    with pytest.raises(KeyboardInterrupt):
+        traces.run(recipe(), str(tmp_path))
+    assert len(rows(tmp_path)) == 4
+    monkeypatch.setattr(decoding, "generate", real)
+    assert traces.run(recipe(), str(tmp_path)) == 1
+    assert rows(tmp_path) == rows(finished)
+    assert traces.run(recipe(), str(tmp_path)) == 0
+    with pytest.raises(UserError, match=r"another config \(traces.temperature: 0.6 -> 1.0\)"):
+        traces.run(recipe(temperature=1.0), str(tmp_path))
+
+
+def test_hosts_take_turns(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(traces.jax, "process_count", lambda: 2)
+    written = 0
+    for index in (0, 1):
+        # Each of them starts with an empty directory of its own, as if both ran at once.
+        monkeypatch.setattr(traces, "_done", lambda path: (set(), 0))
+        monkeypatch.setattr(traces.jax, "process_index", lambda index=index: index)
+        written += traces.run(recipe(), str(tmp_path))
+    assert written == 5
+    key = lambda row: int(row["id"])  # noqa: E731
+    assert sorted(rows(tmp_path), key=key) == rows(finished)
+
+
+@pytest.fixture
+def answered(tmp_path):
+    found = [
+        {"q": "one half", "r": "half </think> \\boxed{2}"},
+        {"q": "one", "r": None},
+        {"q": "", "r": "half"},
+        {"q": "half", "r": "one"},
+    ]
+    path = tmp_path / "answered.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in found))
+    return path
+
+
+def test_answers_that_are_there_become_traces(word_model, answered, tmp_path, capsys):
+    config = recipe(questions=str(answered), question="q", response="r", instruction="", count=0)
+    config.model = word_model
+    assert traces.run(config, str(tmp_path / "out")) == 2
+    said = capsys.readouterr().out
+    assert "row 1 left out, r is None" in said and "row 2 left out, q is ''" in said
+    words = [[WORDS[i] for i in r["input_ids"]] for r in rows(tmp_path / "out")]
+    assert words == [
+        ["<user>", "one", "half", "<answer>", "half", "</think>", "\\boxed{2}", "<eos>"],
+        ["<user>", "half", "<answer>", "one", "<eos>"],
+    ]
+    assert [r["prompt_tokens"] for r in rows(tmp_path / "out")] == [4, 3]
+    assert not any(r["truncated"] for r in rows(tmp_path / "out"))
+
+
+def test_the_model_answers_questions_of_a_file(word_model, answered, tmp_path):
+    config = recipe(questions=str(answered), question="q", instruction="", count=2, samples=2,
+                    new_tokens=6, temperature=1.0)  # fmt: skip
+    config.model = word_model
+    traces.run(config, str(tmp_path / "out"))
+    found = rows(tmp_path / "out")
+    assert [(r["id"], r["sample"]) for r in found] == [("0", 0), ("0", 1), ("1", 0), ("1", 1)]
+    assert found[0]["input_ids"] != found[1]["input_ids"]
+    for r in found:
+        assert r["truncated"] == (r["input_ids"][-1] != WORDS.index("<eos>"))
+        assert r["tokens"] <= r["prompt_tokens"] + 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(samples=0), "samples and traces.batch must be at least 1"),
+        (dict(questions="none.jsonl"), "none.jsonl: no such file"),
+        (dict(temperature=-1.0), "temperature = -1.0"),
+    ],
+)
+def test_bad_input_is_refused_before_work_starts(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        traces.run(recipe(**changes), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_columns_and_damage_are_named(word_model, answered, tmp_path):
+    config = recipe(questions=str(answered), question="problem")
+    config.model = word_model
+    with pytest.raises(UserError, match="no column 'problem'; it has q, r"):
+        traces.run(config, str(tmp_path / "out"))
+    config = recipe(questions=str(answered), question="q", response="nope")
+    config.model = word_model
+    with pytest.raises(UserError, match="no column 'nope'"):
+        traces.run(config, str(tmp_path / "out"))
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / "traces-000-00000.parquet").write_bytes(b"PAR1 nothing")
+    with pytest.raises(UserError, match=r"traces-000-00000\.parquet can't be read .* delete it"):
+        traces.run(recipe(), str(bad))
