@@ -66,6 +66,8 @@ def recipe(name: str, model: str, revision: str, arg: str) -> ConfigDict:
     config.grpo.checkpoint_every = 10
     config.grpo.answers = 0
 
+    config.export.scorer = f"runs/grpo_{name}"
+
     config.eval.budgets = (1024, 2048)
     config.eval.traces = 16
     config.eval.batch = 1

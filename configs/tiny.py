@@ -6,6 +6,7 @@ python -m launch.evaluate --config=configs/tiny.py   answers of every policy
 python -m launch.pipeline --config=configs/tiny.py   these three in one directory
 python -m launch.traces --config=configs/tiny.py     the reasoner's own answers, as traces
 python -m launch.generate --config=configs/tiny.py   one answer, as it is written
+python -m launch.export --config=configs/tiny.py     the scorers in a form to share
 python -m launch.benchmark --config=configs/tiny.py  time per token, up to 32K generated
 python -m launch.pretrain --config=configs/tiny.py   the reasoner itself, which is shipped
 """
@@ -187,6 +188,10 @@ def get_config() -> ConfigDict:
     config.benchmark.prompt = 64
     config.benchmark.new_tokens = 32_768
     config.benchmark.repeats = 3
+
+    config.export = ConfigDict()
+    config.export.scorer = "runs/sft_tiny"  # workdir of an sft or grpo run
+    config.export.layout = "fkv"  # or "released", which takes scorer.norm = "none"
 
     config.generate = ConfigDict()
     config.generate.prompt = ""  # the embedded model gets a problem of its task when empty

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.typing import DTypeLike
 
-from fkv import checkpoint, decoding, models, policies, scorer, tasks
+from fkv import decoding, models, policies, sharing, tasks
 from fkv.decoding import Sampling
 from fkv.errors import UserError
 from fkv.models import ModelConfig
@@ -261,12 +261,15 @@ def stream(
     return one
 
 
-def load_scorer(workdir: str | Path) -> policies.Foresight:
-    """The trained scorers of a run, as a policy.
+def load_scorer(source: str | Path, revision: str | None = None) -> policies.Foresight:
+    """Trained scorers, as a policy.
+
+    Args:
+      source: the workdir of a run, a directory that `launch.export` wrote, a checkpoint of the
+        released PyTorch code, or the hub id of one of the last two.
+      revision: branch, tag or commit of a hub id.
 
     Raises:
-      UserError: there is no checkpoint, or it is damaged.
+      UserError: there are no scorers, or they are damaged.
     """
-    saved = checkpoint.load(workdir)
-    config = scorer.ScorerConfig(**saved.info["config"]["scorer"])
-    return policies.Foresight(saved.state["params"], config)
+    return sharing.load(source, revision)[0]

@@ -19,7 +19,8 @@ from fkv.rundir import Run
 from fkv.tasks import ledger
 
 JOBS = (
-    "pretrain", "traces", "sft", "grpo", "evaluate", "generate", "benchmark", "pipeline",
+    "pretrain", "traces", "sft", "grpo", "evaluate", "generate", "export", "benchmark",
+    "pipeline",
 )  # fmt: skip
 
 
@@ -36,15 +37,15 @@ def spec(config: ConfigDict) -> ledger.Spec:
 def load_model(config: ConfigDict) -> tuple[ModelConfig, models.Params]:
     """The frozen language model, the embedded one by its name."""
     path = tasks.REASONER if config.model == api.EMBEDDED else config.model
-    return models.load(path, config.dtype, _revision(config))
+    return models.load(path, config.dtype, revision(config))
 
 
 def load_language_model(config: ConfigDict) -> api.Model:
     """The same with its tokenizer."""
-    return api.load(config.model, config.dtype, _revision(config))
+    return api.load(config.model, config.dtype, revision(config))
 
 
-def _revision(config: ConfigDict) -> str | None:
+def revision(config: ConfigDict) -> str | None:
     """Of a hub id; a directory that took its place has none."""
     return None if Path(config.model).expanduser().is_dir() else config.revision or None
 

@@ -54,7 +54,7 @@ _LAYER = {
 }
 # What a checkpoint may hold beside the decoder: ForesightKV's released scorers, and the rotary
 # buffers that old versions of transformers saved.
-_JUDGE = "model.layers.{}.self_attn.judge_model."
+JUDGE = "model.layers.{}.self_attn.judge_model."
 _BESIDE = re.compile(
     r"model\.layers\.\d+\.self_attn\.judge_model\..+|model\..*rotary_emb\.inv_freq"
 )
@@ -192,7 +192,7 @@ def load_judges(path_or_hub_id: str | Path, revision: str | None = None) -> dict
         "fc2.weight": (heads, 16, 1),
         "fc2.bias": (heads, 1),
     }
-    layers = [_JUDGE.format(i) for i in range(config.layers)]
+    layers = [JUDGE.format(i) for i in range(config.layers)]
     _check(directory, {p + name: shape for p in layers for name, shape in shapes.items()}, stored)
 
     def stack(name):
@@ -208,6 +208,14 @@ def load_judges(path_or_hub_id: str | Path, revision: str | None = None) -> dict
         "w2": stack("fc2.weight")[..., 0],
         "b2": stack("fc2.bias")[..., 0],
     }
+
+
+def files_of_tensors(directory: Path) -> tuple[dict[str, str], int]:
+    """Name of the file of every tensor of a checkpoint, and how many bytes they all have."""
+    stored = _stored(directory)
+    bits = {"F64": 64, "I64": 64, "F32": 32, "I32": 32, "BF16": 16, "F16": 16}
+    size = sum(math.prod(t.shape) * bits.get(t.dtype, 8) // 8 for t in stored.values())
+    return {name: t.path.name for name, t in stored.items()}, size
 
 
 def _tensors(config: ModelConfig) -> Iterator[_Tensor]:

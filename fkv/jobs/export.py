@@ -1,0 +1,31 @@
+"""Scorers of a run in a form that can be shared, with a card."""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from fkv import models, sharing, tasks
+from fkv.api import EMBEDDED
+from fkv.errors import UserError
+from fkv.jobs import common
+
+LAYOUTS = ("fkv", "released")
+
+
+def run(config: ConfigDict, workdir: str) -> None:
+    """Writes the scorers of `export.scorer` to `workdir`, in the layout `export.layout`.
+
+    `fkv`: safetensors, what they are for, and a model card with the table of losses of the run.
+    `released`: the base model with the scorers inside, for the PyTorch code of ForesightKV.
+    """
+    settings = config.export
+    if settings.layout not in LAYOUTS:
+        raise UserError(f"export.layout = {settings.layout!r} must be one of {', '.join(LAYOUTS)}")
+    policy, about = sharing.load(settings.scorer)
+    if settings.layout == "released":
+        path = tasks.REASONER if config.model == EMBEDDED else config.model
+        sharing.export_released(policy, models.find(path, common.revision(config)), workdir)
+    else:
+        table = Path(settings.scorer, "loss_ratio.md")
+        sharing.export(policy, workdir, about, table.read_text() if table.exists() else "")
+    common.say(f"written to {workdir}: fkv.load_scorer({str(workdir)!r}) reads it")

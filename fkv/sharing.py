@@ -1,0 +1,211 @@
+"""Scorers as people share them: a directory of safetensors and a card, or ForesightKV's own layout.
+
+A shared directory holds `scorer.safetensors` (w1, b1, w2, b2, stacked over layers), `scorer.json`
+(what the scorers are made of, and for which model, budget and interval) and `README.md` (a model
+card). It can be put on the Hugging Face hub as it is.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+import fkv
+from fkv import checkpoint, models
+from fkv.errors import UserError
+from fkv.models import loading
+from fkv.policies import Foresight
+from fkv.scorer import ScorerConfig
+
+WEIGHTS, ABOUT, CARD = "scorer.safetensors", "scorer.json", "README.md"
+_BASE, _JUDGES = "model-base.safetensors", "model-judges.safetensors"
+_FILES = (".json", ".safetensors", ".jinja", ".model", ".txt")
+
+
+def load(source: str | os.PathLike, revision: str | None = None) -> tuple[Foresight, dict]:
+    """Scorers from where they are, as a policy.
+
+    Args:
+      source: the workdir of an sft or grpo run, a shared directory, a checkpoint of the released
+        PyTorch code, or the hub id of one of the last two.
+      revision: branch, tag or commit of a hub id.
+
+    Returns:
+      The policy, and what is known of the scorers (`model`, `budget`, `interval`...).
+
+    Raises:
+      UserError: there are no scorers, or they are damaged.
+    """
+    path = Path(source)
+    if (path / "checkpoints").is_dir() or (path.is_dir() and not _is_shared(path)):
+        if not (path / "checkpoints").is_dir() and (path / "config.json").exists():
+            return _released(path)
+        saved = checkpoint.load(path)
+        config = saved.info["config"]
+        about = {name: config[name] for name in ("model", "revision", "budget", "interval")
+                 if name in config}  # fmt: skip
+        return Foresight(saved.state["params"], ScorerConfig(**config["scorer"])), about
+    # A hub id looks like a path of two parts; that of a run which is not there is no hub id.
+    is_path = str(source).count("/") != 1 or path.parent.is_dir() or path.parts[0] == "runs"
+    if not path.exists() and is_path:
+        checkpoint.load(path)  # says that there is no checkpoint, and what to give
+    directory = models.find(str(source), revision)
+    return _shared(directory) if _is_shared(directory) else _released(directory)
+
+
+def _is_shared(path: Path) -> bool:
+    return (path / ABOUT).exists() or (path / WEIGHTS).exists()
+
+
+def _shared(path: Path) -> tuple[Foresight, dict]:
+    try:
+        about = json.loads((path / ABOUT).read_text())
+        config = ScorerConfig(**about["scorer"])
+        params = load_file(path / WEIGHTS)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise UserError(f"{path}: these scorers can't be read ({error})") from error
+    wanted = {"w1": 4, "b1": 3, "w2": 3, "b2": 2}
+    found = {name: x.ndim for name, x in params.items()}
+    if found != wanted or any(
+        x.shape[:2] != params["w1"].shape[:2] or x.dtype != np.float32 for x in params.values()
+    ):
+        shapes = {name: f"{x.dtype}{list(x.shape)}" for name, x in params.items()}
+        raise UserError(
+            f"{path / WEIGHTS}: {shapes} are not the float32 w1 [y, k, f, o], b1 [y, k, o], "
+            "w2 [y, k, o] and b2 [y, k] of a scorer"
+        )
+    return Foresight(params, config), about
+
+
+def _released(path: Path) -> tuple[Foresight, dict]:
+    judges = models.load_judges(path)
+    # Theirs are eviction scores, ours importances.
+    params = judges | {"w2": -judges["w2"], "b2": -judges["b2"]}
+    return Foresight(params, ScorerConfig(form="reference")), {"model": str(path)}
+
+
+def export(
+    policy: Foresight,
+    directory: str | os.PathLike,
+    about: Mapping[str, Any],
+    metrics: str = "",
+) -> None:
+    """Writes a shared directory.
+
+    Args:
+      about: JSON data: `model`, `revision`, `budget`, `interval`, and what else should be known.
+      metrics: a Markdown table for the card.
+    """
+    path = Path(directory)
+    path.mkdir(parents=True, exist_ok=True)
+    params = {name: np.ascontiguousarray(x, np.float32) for name, x in policy.params.items()}
+    _whole(path / WEIGHTS, lambda file: save_file(params, file, {"format": "fkv"}))
+    data = {"fkv": fkv.__version__, "scorer": dataclasses.asdict(policy.config), **about}
+    _whole(path / ABOUT, lambda file: file.write_text(json.dumps(data, indent=1) + "\n"))
+    _whole(path / CARD, lambda file: file.write_text(_card(data, metrics)))
+
+
+def _whole(path: Path, write) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def _card(data: Mapping[str, Any], metrics: str) -> str:
+    model, revision = data.get("model", "unknown"), data.get("revision") or "main"
+    base = f"base_model: {model}\n" if "/" in model and not Path(model).exists() else ""
+    rest = {k: v for k, v in data.items() if k not in ("scorer", "fkv", "model", "revision")}
+    rows = "\n".join(f"| {name} | {value} |" for name, value in {**rest, **data["scorer"]}.items())
+    return f"""---
+library_name: fkv
+{base}tags:
+- kv-cache-eviction
+- foresightkv
+---
+
+# KV-eviction scorers for {model}
+
+One small MLP per layer and KV head, trained to foresee which KV pairs later tokens will attend to
+(ForesightKV, arXiv 2602.03203). Made with fkv {data["fkv"]} for revision `{revision}`.
+
+```python
+policy = fkv.load_scorer("this directory or hub id")
+fkv.generate(fkv.load("{model}"), "...", policy=policy, budget={data.get("budget", 1024)},
+             interval={data.get("interval", 256)})
+```
+
+| | |
+|---|---|
+{rows}
+
+{metrics}
+"""
+
+
+def export_released(policy: Foresight, model: str | os.PathLike, directory: str | os.PathLike):
+    """Writes a checkpoint that the released PyTorch code can load: the base model and the scorers.
+
+    The files of the base model are linked where the file system can, copied otherwise.
+
+    Args:
+      model: directory of the base model.
+
+    Raises:
+      UserError: the released code has no such scorers (see `ScorerConfig`), or `directory` exists.
+    """
+    config = policy.config
+    if (config.inputs, config.norm, config.hidden) != ("both", "none", 16):
+        raise UserError(
+            f"the released code has scorers of 16 hidden units on plain features of both kinds; "
+            f"these are {config}"
+        )
+    source, target = Path(model), Path(directory)
+    if target.exists() and any(target.iterdir()):
+        raise UserError(f"{target} is there already: give another directory")
+    places, size = loading.files_of_tensors(source)
+    if theirs := [name for name in places if ".judge_model." in name]:
+        raise UserError(f"{source} has scorers of its own ({theirs[0]}): give the base model")
+    temporary = target.with_name(target.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    index = "model.safetensors.index.json"
+    for file in sorted(source.iterdir()):
+        if file.is_file() and file.suffix in _FILES and file.name != index:
+            # A file of this name alone would be taken for the whole.
+            _link(file, temporary / (_BASE if file.name == "model.safetensors" else file.name))
+    params = {name: np.asarray(x, np.float32) for name, x in policy.params.items()}
+    tensors = {}
+    for layer in range(params["w1"].shape[0]):
+        for name, x in {
+            "fc1.weight": params["w1"][layer],
+            "fc1.bias": params["b1"][layer],
+            "fc2.weight": -params["w2"][layer][..., None],  # theirs are eviction scores
+            "fc2.bias": -params["b2"][layer][..., None],
+            # Declared there and never applied; without them loading complains.
+            "feature_norm.weight": np.ones(params["w1"].shape[2], np.float32),
+            "feature_norm.bias": np.zeros(params["w1"].shape[2], np.float32),
+        }.items():
+            tensors[loading.JUDGE.format(layer) + name] = np.ascontiguousarray(x)
+    save_file(tensors, temporary / _JUDGES, {"format": "pt"})
+    places = {n: _BASE if f == "model.safetensors" else f for n, f in places.items()}
+    places |= dict.fromkeys(tensors, _JUDGES)
+    size += sum(x.nbytes for x in tensors.values())
+    data = {"metadata": {"total_size": size}, "weight_map": places}
+    (temporary / index).write_text(json.dumps(data, indent=1) + "\n")
+    if target.exists():
+        target.rmdir()
+    os.replace(temporary, target)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)

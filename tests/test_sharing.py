@@ -1,0 +1,183 @@
+"""Scorers that are shared come back as they were; the released layout is read by PyTorch."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import fkv
+from configs import tiny
+from fkv import checkpoint, models, policies, replay, scorer, sharing
+from fkv.errors import UserError
+from fkv.jobs import export
+from tests import oracles
+from tests.models import torch_model
+
+ABOUT = {"model": "owner/name", "revision": "abc", "budget": 64, "interval": 16}
+
+
+def scorers(norm="rms", seed=0, **fields):
+    config, _ = oracles.make_model(**fields)
+    rules = scorer.ScorerConfig(norm=norm)
+    params = scorer.init(jax.random.key(seed), config, rules)
+    # Biases start as zeros, which would hide a lost sign.
+    params = jax.tree.map(lambda x: np.asarray(x + 0.1), params)
+    return policies.Foresight(params, rules)
+
+
+def assert_same(one, other):
+    assert one.params.keys() == other.params.keys()
+    for name, x in one.params.items():
+        np.testing.assert_array_equal(other.params[name], x, err_msg=name)
+
+
+def test_a_shared_directory_gives_the_scorers_back(tmp_path):
+    policy = scorers()
+    sharing.export(policy, tmp_path, ABOUT, "| a table |")
+    again, about = sharing.load(tmp_path)
+    assert_same(policy, again)
+    assert again.config == policy.config and ABOUT.items() <= about.items()
+    assert_same(policy, fkv.load_scorer(str(tmp_path)))
+    card = (tmp_path / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: fkv\nbase_model: owner/name\n")
+    assert "| a table |" in card and "| budget | 64 |" in card and "| norm | rms |" in card
+    assert not list(tmp_path.glob("*.tmp"))
+    # It acts alike.
+    config, params = oracles.make_model()
+    token, length = oracles.make_tokens(config, [50])
+    both = [replay.replay(config, params, token, length, p, 16, 8)[0] for p in (policy, again)]
+    np.testing.assert_array_equal(*both)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda path: (path / "scorer.json").unlink(), "can't be read"),
+        (lambda path: (path / "scorer.json").write_text("{"), "can't be read"),
+        (lambda path: (path / "scorer.safetensors").write_bytes(b"no"), "can't be read"),
+        (lambda path: (path / "scorer.safetensors").unlink(), "can't be read"),
+        (
+            lambda path: save_file({"w1": np.zeros(3)}, path / "scorer.safetensors"),
+            r"are not the float32 w1 \[y, k, f, o\]",
+        ),
+    ],
+)
+def test_damage_is_named(tmp_path, spoil, message):
+    sharing.export(scorers(), tmp_path, ABOUT)
+    spoil(tmp_path)
+    with pytest.raises(UserError, match=message):
+        sharing.load(tmp_path)
+
+
+def test_what_is_no_scorer_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"no checkpoint in .*nowhere"):
+        sharing.load(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="no checkpoint in"):
+        sharing.load(tmp_path)
+    with pytest.raises(UserError, match="no checkpoint in"):  # and is not looked for on the hub
+        sharing.load("runs/not_there")
+
+
+# ---- the layout of the released code
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    config, params = oracles.make_model()
+    path = tmp_path_factory.mktemp("base")
+    models.save(path, config, params)
+    return path, config, params
+
+
+def test_the_released_layout_gives_the_scorers_back(base, tmp_path):
+    source, config, params = base
+    before = {file.name: file.read_bytes() for file in source.iterdir()}
+    policy = scorers("none")
+    sharing.export_released(policy, source, tmp_path / "out")
+    again, _ = sharing.load(tmp_path / "out")
+    assert_same(policy, again)
+    assert again.config == scorer.ScorerConfig(form="reference")
+    same, theirs = models.load(tmp_path / "out", "float32")
+    assert same == config
+    jax.tree.map(np.testing.assert_array_equal, theirs, params)
+    assert {file.name: file.read_bytes() for file in source.iterdir()} == before
+    # Their sign: an eviction score.
+    tensors = load_file(tmp_path / "out" / "model-judges.safetensors")
+    fc2 = tensors["model.layers.1.self_attn.judge_model.fc2.weight"]
+    np.testing.assert_array_equal(fc2[..., 0], -policy.params["w2"][1])
+    with pytest.raises(UserError, match="out is there already"):
+        sharing.export_released(policy, source, tmp_path / "out")
+    with pytest.raises(UserError, match="has scorers of its own"):
+        sharing.export_released(policy, tmp_path / "out", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_released_checkpoint_survives_the_round_trip(shared_reference, tmp_path):
+    """Import, export, import: the very tensors, so the reference check of either is the same."""
+    source = shared_reference / "qwen3_tiny"
+    policy, _ = sharing.load(source)
+    stored = load_file(source / "model.safetensors")
+    bare = {name: x for name, x in stored.items() if "judge_model" not in name}
+    (tmp_path / "bare").mkdir()
+    save_file(bare, tmp_path / "bare" / "model.safetensors", {"format": "pt"})
+    (tmp_path / "bare" / "config.json").write_bytes((source / "config.json").read_bytes())
+    sharing.export_released(policy, tmp_path / "bare", tmp_path / "out")
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == stored.keys()
+    for name, file in index["weight_map"].items():
+        if "feature_norm" not in name:  # never applied, so not kept
+            again = load_file(tmp_path / "out" / file)[name]
+            np.testing.assert_array_equal(again, stored[name], err_msg=name)
+
+
+def test_pytorch_reads_the_released_layout(tmp_path):
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    reference = torch_model("qwen3", eos_token_id=None, bos_token_id=None, pad_token_id=None)
+    reference.save_pretrained(tmp_path / "base")
+    config, _ = models.load(tmp_path / "base", "float32")
+    rules = scorer.ScorerConfig()
+    policy = policies.Foresight(scorer.init(jax.random.key(0), config, rules), rules)
+    sharing.export_released(policy, tmp_path / "base", tmp_path / "out")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, reference(ids).logits)
+
+
+@pytest.mark.parametrize("fields", [{"norm": "rms"}, {"inputs": "kv"}, {"hidden": 8}])
+def test_scorers_that_the_released_code_does_not_know_are_refused(base, tmp_path, fields):
+    config = base[1]
+    rules = scorer.ScorerConfig(**fields)
+    policy = policies.Foresight(scorer.init(jax.random.key(0), config, rules), rules)
+    with pytest.raises(UserError, match="16 hidden units on plain features"):
+        sharing.export_released(policy, base[0], tmp_path / "out")
+
+
+# ---- the job
+
+
+def test_the_job_shares_a_run(base, tmp_path):
+    config = tiny.get_config()
+    config.model, config.budget = "owner/name", 48
+    policy = scorers()
+    info = {"config": json.loads(json.dumps(config.to_dict()))}
+    checkpoint.save(tmp_path / "run", 3, {"params": policy.params}, info)
+    (tmp_path / "run" / "loss_ratio.md").write_text("| policy |")
+    config.export.scorer = str(tmp_path / "run")
+    export.run(config, str(tmp_path / "out"))
+    again, about = sharing.load(tmp_path / "out")
+    assert_same(policy, again)
+    assert (about["model"], about["budget"], about["interval"]) == ("owner/name", 48, 16)
+    assert "| policy |" in (tmp_path / "out" / "README.md").read_text()
+    config.export.layout, config.model = "released", str(base[0])
+    with pytest.raises(UserError, match="16 hidden units"):  # the tiny recipe normalises
+        export.run(config, str(tmp_path / "released"))
+    config.export.layout = "torch"
+    with pytest.raises(UserError, match="layout = 'torch' must be one of fkv, released"):
+        export.run(config, str(tmp_path / "released"))
+    assert jnp.isfinite(again.params["w1"]).all()
