@@ -48,6 +48,7 @@ def recipe(name: str, model: str, revision: str, arg: str) -> ConfigDict:
 
     config.sft.steps = 1000
     config.sft.batch = 4
+    config.sft.at_once = 1
     config.sft.learning_rate = 1e-2
     config.sft.warmup = 10
     config.sft.margin = 0.01
@@ -57,6 +58,7 @@ def recipe(name: str, model: str, revision: str, arg: str) -> ConfigDict:
     config.grpo.scorer = f"runs/sft_{name}"
     config.grpo.steps = 250
     config.grpo.traces = 32
+    config.grpo.traces_at_once = 1
     config.grpo.rollouts = 32
     config.grpo.learning_rate = 3e-4
     config.grpo.temperature = 1.0

@@ -22,7 +22,7 @@ from fkv.errors import UserError
 from fkv.models import ModelConfig
 from fkv.policies import Foresight, View
 from fkv.policies.base import Policy
-from fkv.sft import TrainState
+from fkv.sft import TrainState, updates_made
 
 REWARDS = ("all", "low", "high", "low_large", "low_large_squared")
 LOG_PROBS = ("plackett_luce", "independent")
@@ -372,8 +372,9 @@ def train_step(
 
     Returns:
       The new state and metrics, means over the batch: reward, its spread within groups, the share
-      of groups without spread, excess loss of low- and high-entropy tokens, and of every epoch
-      [epochs] the loss, KL, clip fraction, entropy, largest deviation of a ratio and gradient norm.
+      of groups without spread, and of every epoch [epochs] the loss, KL, clip fraction, entropy,
+      largest deviation of a ratio and gradient norm; and summed over the batch, for low- and
+      high-entropy tokens, the loss under eviction and with the full cache, and their number.
     """
     rows = batch.token_bt.shape[0]
     random = jax.vmap(jax.random.wrap_key_data)(batch.random_b)
@@ -435,13 +436,14 @@ def train_step(
     low = split_entropy(batch.entropy_bt, batch.counted_bt, grpo.high_fraction)
     total = lambda x, mask: jax.lax.psum(jnp.where(mask, x, 0.0).sum(), axis)  # noqa: E731
     for name, mask in (("low", low), ("high", batch.counted_bt & ~low)):
-        metrics[f"loss_ratio_{name}"] = total(nll, mask) / total(batch.full_bt, mask)
-        metrics[f"added_{name}"] = total(nll - batch.full_bt, mask) / jax.lax.psum(mask.sum(), axis)
+        metrics[f"evicted_{name}"] = total(nll, mask)
+        metrics[f"full_{name}"] = total(batch.full_bt, mask)
+        metrics[f"tokens_{name}"] = total(jnp.ones_like(nll), mask)
     spread = everyone.std(-1)
     metrics["reward"] = everyone.mean()
     metrics["reward_spread"] = spread.mean()
     metrics["groups_without_spread"] = (spread == 0).mean()
-    return state.replace(step=state.step + 1), metrics
+    return state.replace(step=updates_made(state.step, state.opt_state)), metrics
 
 
 @flax.struct.dataclass

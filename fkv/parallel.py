@@ -56,6 +56,23 @@ def check_batch(batch: int) -> None:
         )
 
 
+def parts_of(batch: int, at_once: int, field: str) -> int:
+    """How many parts a batch is worked off in.
+
+    Args:
+      at_once: rows in a part; 0 for all.
+      field: names it in errors.
+
+    Raises:
+      UserError: the batch can't be cut into such parts, or these can't be split over the devices.
+    """
+    at_once = at_once or batch
+    if at_once < 0 or batch % at_once:
+        raise UserError(f"{field}: {at_once} rows at once must divide the batch of {batch}")
+    check_batch(at_once)
+    return batch // at_once
+
+
 def _split(x):
     devices = device_count()
     return np.reshape(x, (devices, x.shape[0] // devices, *x.shape[1:]))

@@ -1,6 +1,7 @@
 """The directory of a run: its config, its commit, its metrics and its checkpoints."""
 
 import dataclasses
+import fcntl
 import json
 import math
 import os
@@ -30,6 +31,7 @@ class Run:
     path: Path
     config: dict[str, Any]
     _board: Any = None
+    _held: Any = None
 
     def resume(self, target: Any) -> checkpoint.Checkpoint | None:
         """Restore the newest checkpoint into the structure of `target`; None if there is none.
@@ -86,7 +88,8 @@ def open_run(
         because no result depends on them; `config.json` takes their newest values.
 
     Raises:
-      UserError: `workdir` cannot be written, or holds a run with another config.
+      UserError: `workdir` cannot be written, holds a run with another config, or is in use by
+        another process.
     """
     path = Path(workdir)
     data = json.loads(json.dumps(config.to_dict()))  # tuples become lists, as in config.json
@@ -94,6 +97,7 @@ def open_run(
         return Run(path, data)
     try:
         path.mkdir(parents=True, exist_ok=True)
+        lock = _lock(path)
         _check_config(path / "config.json", data, may_differ)
         write_text(path / "config.json", json.dumps(data, indent=1) + "\n")
         _note_commit(path / "commit.txt")
@@ -102,7 +106,21 @@ def open_run(
             f"cannot write run directory {path}: {error.strerror}; choose another --workdir"
         ) from error
     _trim_metrics(path / "metrics.jsonl")
-    return Run(path, data)
+    return Run(path, data, _held=lock)
+
+
+def _lock(path: Path):
+    """Keeps other processes off a directory for as long as this one lives or holds the file."""
+    file = (path / ".lock").open("w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"another process is at work in {path}: wait for it, or use another --workdir"
+        ) from None
+    except OSError:
+        pass  # a file system without locks
+    return file
 
 
 def _open_board(path: Path, purge_step: int | None = None):

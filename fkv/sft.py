@@ -192,6 +192,22 @@ def optimizer(
     return optax.chain(optax.clip_by_global_norm(clip), optax.adam(schedule))
 
 
+def accumulated(
+    optimiser: optax.GradientTransformation, parts: int
+) -> optax.GradientTransformation:
+    """Updates once in `parts` calls, by the mean of their gradients; clipping sees the mean."""
+    if parts == 1:
+        return optimiser
+    return optax.MultiSteps(optimiser, parts).gradient_transformation()
+
+
+def updates_made(step: Array, opt_state: optax.OptState) -> Array:
+    """Updates after a call that had made `step` of them before."""
+    if isinstance(opt_state, optax.MultiStepsState):
+        return opt_state.gradient_step
+    return step + 1
+
+
 def init_state(params: dict, optimiser: optax.GradientTransformation) -> TrainState:
     """A training state at step 0."""
     return TrainState(jnp.zeros((), jnp.int32), params, optimiser.init(params))
@@ -235,4 +251,4 @@ def train_step(
         "overlap": sums.overlap,
         "grad_norm": optax.tree.norm(sums.grads),
     }
-    return TrainState(state.step + 1, params, opt_state), metrics
+    return TrainState(updates_made(state.step, opt_state), params, opt_state), metrics

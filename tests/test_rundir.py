@@ -4,6 +4,7 @@ import json
 import shutil
 import struct
 import subprocess
+import sys
 
 import jax.numpy as jnp
 import ml_collections
@@ -149,3 +150,27 @@ def test_commit_of_the_source(tmp_path, monkeypatch):
     assert rundir.source_version() == f"{commit}-dirty"
     run = rundir.open_run(tmp_path / "run", make_config())
     assert (run.path / "commit.txt").read_text() == f"{commit}\n{commit}-dirty\n"
+
+
+def test_two_processes_are_kept_apart(tmp_path):
+    """The lock is a process's own, so another process has to hold it."""
+    script = """
+import sys, ml_collections
+from fkv import rundir
+run = rundir.open_run(sys.argv[1], ml_collections.ConfigDict({"a": 1}))
+print("open", flush=True)
+sys.stdin.read()
+"""
+    config = ml_collections.ConfigDict({"a": 1})
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
+        assert other.stdout.readline() == "open\n"
+        with pytest.raises(UserError, match="another process is at work in"):
+            rundir.open_run(tmp_path, config)
+        other.communicate("")
+    rundir.open_run(tmp_path, config)  # it has gone
+    rundir.open_run(tmp_path, config)  # and one process may open a run again

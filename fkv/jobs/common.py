@@ -142,6 +142,18 @@ def write_losses(run: Run, results: Sequence[loss_ratio.Losses], measured: int) 
     say(f"\n{table}\n\nwritten to {run.path}: loss_ratio.(txt md csv png)")
 
 
+def parts(batch, count: int) -> list:
+    """The batch cut into `count` parts along the first axis of all its arrays."""
+    rows = len(jax.tree.leaves(batch)[0]) // count
+    return [jax.tree.map(lambda x, i=i: x[i * rows : (i + 1) * rows], batch) for i in range(count)]
+
+
+def mean_metrics(found: Sequence[dict]) -> dict:
+    """Mean over the parts of a step, on the host."""
+    found = jax.device_get(list(found))
+    return jax.tree.map(lambda *x: np.mean(x, axis=0), *found) if len(found) > 1 else found[0]
+
+
 def check_finite(metrics: dict, step: int, workdir: str | Path) -> None:
     """Stops a run whose loss or gradient is not a number."""
     bad = [name for name, value in metrics.items() if not np.all(np.isfinite(value))]

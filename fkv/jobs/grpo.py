@@ -32,8 +32,14 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     common.check_budgets(config.eval.budgets, config.interval, "eval.budgets")
     settings = settings_of(config)
     rows = config.grpo.traces * settings.rollouts
-    parallel.check_batch(rows)
+    at_once = config.grpo.traces_at_once * settings.rollouts
+    parts = parallel.parts_of(rows, at_once, "grpo.traces_at_once")
+    if parts > 1 and settings.epochs > 1:
+        raise UserError(
+            "grpo.epochs must be 1 where a step is worked off in parts (traces_at_once)"
+        )
     optimiser = grpo.optimizer(config.grpo.learning_rate, config.grpo.warmup, config.grpo.clip_norm)
+    optimiser = sft.accumulated(optimiser, parts)
     rules = {name: policies.get(name) for name in config.eval.policies}
     supervised = _supervised(config)
     model, model_params = common.load_model(config)
@@ -81,8 +87,11 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     for step in bar:
         ids = np.asarray(order[step])
         batch = _batch(config, settings, train, full, ids, jax.random.fold_in(key, step))
-        state, metrics = step_fn(state, everywhere, reference, batch)
-        metrics = jax.device_get(metrics)
+        found = []
+        for part in common.parts(batch, parts):
+            state, metrics = step_fn(state, everywhere, reference, part)
+            found.append(metrics)
+        metrics = _with_ratios(common.mean_metrics(found))
         _check(metrics, step + 1, ids, workdir)
         done = step + 1
         if done % config.grpo.log_every == 0 or done == steps:
@@ -163,7 +172,7 @@ class FullCache:
     """Losses and entropies of the full cache, computed once a trace and kept on the host."""
 
     def __init__(self, config: ConfigDict, model: ModelConfig, params, found: Traces):
-        self.found, self.rows = found, config.grpo.traces
+        self.found, self.rows = found, config.grpo.traces_at_once or config.grpo.traces
         self._known: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._params = params
 
@@ -178,15 +187,17 @@ class FullCache:
 
     def __call__(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Losses and entropies [n, t - 1] of these traces."""
-        if new := [i for i in ids.tolist() if i not in self._known]:
-            # Always as many rows, a multiple of the devices, so that one program serves.
-            count = -(-self.rows // parallel.device_count()) * parallel.device_count()
-            asked = (new * count)[:count]
+        new = [i for i in ids.tolist() if i not in self._known]
+        # Always as many rows, a multiple of the devices, so that one program serves.
+        count = -(-self.rows // parallel.device_count()) * parallel.device_count()
+        for start in range(0, len(new), count):
+            some = new[start : start + count]
+            asked = (some * count)[:count]
             losses, _ = self._pass(
                 self._params, self.found.token_nt[asked], self.found.length_n[asked]
             )
             nll, entropy = np.asarray(losses.nll_bt), np.asarray(losses.entropy_bt)
-            self._known |= {i: (nll[j], entropy[j]) for j, i in enumerate(new)}
+            self._known |= {i: (nll[j], entropy[j]) for j, i in enumerate(some)}
         both = [self._known[i] for i in ids.tolist()]
         return np.stack([nll for nll, _ in both]), np.stack([entropy for _, entropy in both])
 
@@ -207,6 +218,18 @@ def _batch(config, settings, found: Traces, full: FullCache, ids, key) -> grpo.B
         repeat(counted),
         np.asarray(jax.random.key_data(random)),
     )
+
+
+def _with_ratios(metrics: dict) -> dict:
+    """With the loss ratio and the added loss per token in place of the sums that they are from."""
+    metrics = dict(metrics)
+    for name in ("low", "high"):
+        evicted, full, tokens = (
+            float(metrics.pop(f"{kind}_{name}")) for kind in ("evicted", "full", "tokens")
+        )
+        metrics[f"loss_ratio_{name}"] = evicted / full if full else float("nan")
+        metrics[f"added_{name}"] = (evicted - full) / max(tokens, 1)
+    return metrics
 
 
 def _check(metrics, step, ids, workdir) -> None:

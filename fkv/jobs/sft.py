@@ -20,12 +20,13 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     # ---- what can be wrong is found out first
     cache.check_sizes(config.budget, config.interval)
     common.check_budgets(config.eval.budgets, config.interval, "eval.budgets")
-    parallel.check_batch(config.sft.batch)
+    parts = parallel.parts_of(config.sft.batch, config.sft.at_once, "sft.at_once")
     scorer_config = scorer.ScorerConfig(**config.scorer)
     loss_config = sft.LossConfig(config.sft.margin, config.sft.weighting)
     optimiser = sft.optimizer(
         config.sft.learning_rate, config.sft.warmup, config.sft.steps, config.sft.clip
     )
+    optimiser = sft.accumulated(optimiser, parts)
     rules = {name: policies.get(name) for name in config.eval.policies}
     model, model_params = common.load_model(config)
     train = common.load_traces(config, "train", config.data.traces, config.budget, model.vocab_size)
@@ -66,10 +67,13 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     bar = tqdm(range(start, steps), initial=start, total=steps, desc="sft", mininterval=0.5)
     pending = None
     for step in bar:
-        state, metrics = step_fn(state, everywhere, *batches[step])
+        found = []
+        for part in common.parts(batches[step], parts):
+            state, metrics = step_fn(state, everywhere, *part)
+            found.append(metrics)
         if pending is not None:  # of the step before, while this one runs
             _report(run, bar, *pending, config)
-        pending = (step + 1, metrics)
+        pending = (step + 1, found)
         if (step + 1) % config.sft.checkpoint_every == 0 or step + 1 == steps:
             _report(run, bar, *pending, config)
             pending = None
@@ -85,8 +89,8 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     return results
 
 
-def _report(run, bar, step, metrics, config) -> None:
-    metrics = jax.device_get(metrics)
+def _report(run, bar, step, found, config) -> None:
+    metrics = common.mean_metrics(found)
     common.check_finite(metrics, step, run.path)
     loss, overlap = float(np.sum(metrics["loss"])), float(np.mean(metrics["overlap"]))
     if step % config.sft.log_every == 0 or step == config.sft.steps:

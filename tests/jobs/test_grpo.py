@@ -86,6 +86,23 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     jax.tree.map(np.testing.assert_array_equal, one, two)
 
 
+def test_a_step_in_parts_is_the_step(model_dir, supervised, finished, tmp_path):
+    config = shrink(small(model_dir), supervised)
+    config.grpo.traces_at_once = 1
+    job.run(config, str(tmp_path))
+    one, two = (checkpoint.load(path).state for path in (tmp_path, finished[0]))
+    assert one["step"] == two["step"] == 4
+    for name, x in two["params"].items():
+        np.testing.assert_allclose(one["params"][name], x, rtol=1e-4, atol=1e-6, err_msg=name)
+    rows, whole = (
+        [json.loads(line) for line in (path / "metrics.jsonl").open()]
+        for path in (tmp_path, finished[0])
+    )
+    for a, b in zip(rows, whole, strict=True):
+        for name in ("reward", "loss", "kl", "entropy", "added_low"):
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-6), name
+
+
 def test_infinity_stops_the_run_and_names_the_traces(model_dir, supervised, tmp_path, monkeypatch):
     step = grpo.train_step
 
@@ -107,6 +124,11 @@ def test_infinity_stops_the_run_and_names_the_traces(model_dir, supervised, tmp_
         (dict(grpo__scorer="nowhere"), r"grpo.scorer = 'nowhere': no checkpoint .* launch.sft"),
         (dict(scorer__hidden=8), r"holds scorers of .*hidden=16.* config.scorer says .*hidden=8"),
         (dict(grpo__reward="most"), "grpo.reward = 'most' must be one of"),
+        (
+            dict(grpo__traces=3, grpo__traces_at_once=2),
+            "traces_at_once: 6 rows at once must divide",
+        ),
+        (dict(grpo__traces_at_once=1, grpo__epochs=2), "grpo.epochs must be 1 where a step is"),
         (dict(grpo__traces=64), "batch = 64 is larger than the 16 traces"),
         (dict(budget=12), "budget = 12 must be a multiple of interval = 8"),
     ],

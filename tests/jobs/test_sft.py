@@ -107,6 +107,22 @@ def test_interrupted_and_resumed_equals_uninterrupted(model_dir, finished, tmp_p
     jax.tree.map(np.testing.assert_array_equal, one, two)
 
 
+def test_a_batch_in_parts_is_the_batch(model_dir, finished, tmp_path):
+    sft.run(small(model_dir, sft__at_once=1), str(tmp_path))
+    one, two = (checkpoint.load(path).state for path in (tmp_path, finished[0]))
+    assert one["step"] == two["step"] == 6
+    for name, x in two["params"].items():
+        np.testing.assert_allclose(one["params"][name], x, rtol=1e-4, atol=1e-6, err_msg=name)
+    rows, whole = (
+        [json.loads(line) for line in (path / "metrics.jsonl").open()]
+        for path in (tmp_path, finished[0])
+    )
+    assert [r["step"] for r in rows] == [r["step"] for r in whole]
+    for a, b in zip(rows, whole, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["overlap"] == pytest.approx(b["overlap"], rel=1e-4)
+
+
 def test_trained_scorers_load_as_a_policy(finished):
     policy = fkv.load_scorer(finished[0])
     assert policy.config.norm == "rms"
@@ -138,6 +154,7 @@ def test_short_traces_are_skipped_and_counted(capsys):
         (dict(model="nowhere/at/all"), "nowhere/at/all"),
         (dict(data__path="gone.parquet", data__eval_path="gone.parquet"), "gone.parquet"),
         (dict(sft__warmup=6), "warmup = 6 must be less than steps = 6"),
+        (dict(sft__at_once=4), "sft.at_once: 4 rows at once must divide the batch of 2"),
         (dict(sft__batch=64), "batch = 64 is larger than the 16 traces"),
     ],
 )
