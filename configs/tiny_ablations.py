@@ -74,6 +74,7 @@ def sweep():
             "seed": seed,
             "evaluate.scorers": tuple(scorers),
             "evaluate.policies": (),
+            "evaluate.budgets": (TIGHT,),
         }
         yield Point("evaluate", f"answers_ablations_{seed}", values, "answers")
 

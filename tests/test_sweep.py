@@ -48,7 +48,7 @@ def test_points_come_after_what_they_need():
         ([], "has no points"),
         ([Point("sft", "a", {}), Point("grpo", "a", {})], "two points named 'a'"),
         ([Point("sft", "../a", {})], "point '../a': use letters"),
-        ([Point("stf", "a", {})], "point 'a': no job 'stf': there are pretrain, sft"),
+        ([Point("stf", "a", {})], "point 'a': no job 'stf': there are pretrain, traces, sft"),
         ([Point("sft", "a", {"x": "{sweep}/b"})], "point 'a' needs 'b', which is no point"),
         (
             [Point("sft", "a", {"x": "{sweep}/b"}), Point("sft", "b", {"x": "{sweep}/a"})],
