@@ -144,23 +144,29 @@ def test_loss_and_gradient_are_those_of_the_plain_objective(setup, rolled, log_p
         left = [jax.nn.logsumexp(s[:, j:], axis=-1) for j in range(INTERVAL)]
         return s[:, :INTERVAL] - jnp.stack(left, axis=-1)
 
-    def plain(now):
-        """Row by row, eviction by eviction, without a scan."""
-        total, log_probs = jnp.zeros(config.layers), {}
-        for layer in range(config.layers):
-            for row, events in enumerate(np.repeat(EVENTS, 4)):
-                for event in range(2, 2 + events):
-                    place = layer, event, row
-                    log_probs[place] = log_p(now, *place)
-                    reference_log_p = log_p(reference, *place)
-                    loss, _ = grpo.loss(
-                        log_probs[place], old[place], reference_log_p, advantage[row],
-                        settings.clip, 0.1,
-                    )  # fmt: skip
-                    total = total.at[layer].add(loss / events)
-        return total.sum(), (total, log_probs)
+    @quick_jit
+    def plain(now, layer, event, row):
+        """Loss and gradient of one eviction of one row."""
 
-    (_, (total, log_probs)), grads = quick_jit(jax.value_and_grad(plain, has_aux=True))(now)
+        def objective(now):
+            log_prob = log_p(now, layer, event, row)
+            loss, _ = grpo.loss(
+                log_prob, old[layer, event, row], log_p(reference, layer, event, row),
+                advantage[row], settings.clip, 0.1,
+            )  # fmt: skip
+            return loss, log_prob
+
+        return jax.value_and_grad(objective, has_aux=True)(now)
+
+    # Row by row, eviction by eviction, without a scan.
+    total, log_probs = np.zeros(config.layers), {}
+    grads = jax.tree.map(np.zeros_like, now)
+    for layer in range(config.layers):
+        for row, events in enumerate(np.repeat(EVENTS, 4)):
+            for event in range(2, 2 + events):
+                (loss, log_probs[layer, event, row]), grad = plain(now, layer, event, row)
+                total[layer] += loss / events
+                grads = jax.tree.map(lambda x, g, n=events: x + np.asarray(g) / n, grads, grad)
     np.testing.assert_allclose(sums.loss, total, rtol=2e-5)
     for place, want in log_probs.items():
         np.testing.assert_allclose(new[place], want, atol=2e-5)
