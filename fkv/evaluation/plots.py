@@ -206,6 +206,7 @@ def sweep(summary: Sequence[Mapping], path: str | Path) -> None:
     figure, axes = plt.subplots(
         1, len(figures), figsize=(5 * len(figures) + 3, 5), layout="constrained", squeeze=False
     )
+    handles = {}  # one colour a line, the same in every panel
     for axis, name in zip(axes[0], figures, strict=True):
         lines, seen = {}, set()
         for row in summary:
@@ -217,22 +218,20 @@ def sweep(summary: Sequence[Mapping], path: str | Path) -> None:
             if (policy, values) in seen:
                 continue
             seen.add((policy, values))
-            axis.errorbar(
+            label = f"{policy}, {group}"
+            index = list(handles).index(label) if label in handles else len(handles)
+            handles[label] = axis.errorbar(
                 [row["budget"] for row in rows],
                 values,
                 yerr=np.nan_to_num([2 * row["se"] for row in rows]),
-                label=f"{policy}, {group}",
-                marker="o",
+                color=plt.get_cmap("tab20")(index % 20),
+                marker="os^vD"[index // 20 % 5],
                 markersize=4,
                 capsize=3,
             )
         axis.set_title(name)
         axis.set_xlabel("budget (KV pairs per head)")
-    figure.legend(
-        *max((a.get_legend_handles_labels() for a in axes[0]), key=lambda x: len(x[0])),
-        loc="outside right",
-        fontsize="x-small",
-    )
+    figure.legend(handles.values(), handles.keys(), loc="outside right", fontsize="x-small")
     figure.suptitle("mean over the points of a group, ± 2 standard errors")
     figure.savefig(path, dpi=120)
     plt.close(figure)
