@@ -15,7 +15,7 @@ from fkv.rundir import open_run
 def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     """Trains (or goes on training) scorers in `workdir` and measures them on held-out traces.
 
-    Writes checkpoints, metrics, `table.txt`, `table.md`, `results.csv` and `loss_ratio.png` there.
+    Writes checkpoints, metrics and `loss_ratio.{txt,md,csv,png}` there.
     """
     # ---- what can be wrong is found out first
     cache.check_sizes(config.budget, config.interval)
