@@ -14,7 +14,6 @@ import fkv
 from fkv import api, checkpoint, decoding, models, policies, scorer
 from fkv.errors import UserError
 from tests import oracles
-from tests.test_decoding import PROGRAMS
 
 SIZES = {"budget": 16, "interval": 8, "new_tokens": 20}
 WORDS = ["<unk>", "<eos>", "<user>", "<bot>", *(f"w{i}" for i in range(33))]
@@ -22,12 +21,6 @@ TEMPLATE = (
     "{% for m in messages %}<user> {{ m['content'] }} {% endfor %}"
     "{% if add_generation_prompt %}<bot>{% endif %}"
 )
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    for name, program in PROGRAMS.items():
-        monkeypatch.setattr(decoding, name, program)
 
 
 def save_tokenizer(directory, tokenizer, template=None, **special):

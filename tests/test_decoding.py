@@ -15,7 +15,6 @@ from fkv.errors import UserError
 from fkv.tasks import ledger
 from tests import oracles
 from tests.models import SMALL, torch_model
-from tests.test_replay import quick_jit
 
 BUDGET, INTERVAL, NEW = 24, 12, 30  # 30 is no multiple of 12
 # Longer than B + L, shorter than an interval, exactly one, more than one, a single token.
@@ -26,25 +25,6 @@ GREEDY, WARM = Sampling(0.0), Sampling(0.8, 12, 0.9)
 @functools.cache
 def model():
     return oracles.make_model()
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Programs that run once or twice: compiling is what takes the time."""
-    for name, static in PROGRAMS.items():
-        monkeypatch.setattr(decoding, name, static)
-
-
-def _quick(function, names):
-    return quick_jit(function, static_argnames=names)
-
-
-_FIXED = ("config", "budget", "interval", "sampling", "stop")
-PROGRAMS = {
-    "_prefill": _quick(decoding.prefill, (*_FIXED, "new_tokens")),
-    "_decode_chunk": _quick(decoding.decode_chunk, (*_FIXED, "prompt_width")),
-    "decode": _quick(decoding.decode.__wrapped__, (*_FIXED, "prompt_width", "new_tokens")),
-}
 
 
 def random_prompts(lengths, vocab=37, seed=0):
@@ -156,7 +136,7 @@ def test_tokens_come_from_the_logits_of_replay(name, sampling):
         assert_same(drawn(logits, KEYS, position), out)
 
 
-@functools.partial(quick_jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def replayed(config, params, token, policy, keys, padding):
     length = token.shape[1] - padding
     return replay.replay(
@@ -164,7 +144,7 @@ def replayed(config, params, token, policy, keys, padding):
     )
 
 
-logits_of = quick_jit(models.unembed, static_argnums=0)
+logits_of = jax.jit(models.unembed, static_argnums=0)
 
 
 @jax.jit

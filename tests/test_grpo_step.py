@@ -17,8 +17,6 @@ LENGTHS, EVENTS = [45, 61], [3, 5]  # evictions that a token follows
 RULES = scorer.ScorerConfig(norm="rms")
 CONFIG = grpo.GRPOConfig(rollouts=4, epochs=2, eta=0.01, temperature=0.5, kl_weight=0.1)
 
-quick_jit = jax.jit
-
 
 @pytest.fixture(scope="module")
 def setup():
@@ -46,7 +44,7 @@ def rolled(setup):
     """Pools and losses of the rollouts."""
     config, params, scorers, batch = setup
     keys = jax.random.wrap_key_data(batch.random_b)
-    run = quick_jit(grpo.rollout, static_argnums=(0, 1, 2, 8, 9))
+    run = jax.jit(grpo.rollout, static_argnums=(0, 1, 2, 8, 9))
     return run(
         config, RULES, CONFIG, params, scorers, batch.token_bt, batch.length_b, keys,
         BUDGET, INTERVAL,
@@ -83,7 +81,7 @@ def test_pools_are_the_least_important_and_the_drops_come_first(setup, rolled):
     def look(acc, policy, view, evict):
         return acc, (evict, policy.replace(action="top").importance(view))
 
-    _, _, (evict, importance) = quick_jit(
+    _, _, (evict, importance) = jax.jit(
         lambda policy: replay.replay(
             config, params, batch.token_bt, batch.length_b, policy, BUDGET, INTERVAL, keys, look
         )
@@ -117,7 +115,7 @@ def test_loss_and_gradient_are_those_of_the_plain_objective(setup, rolled, log_p
     advantage = jnp.asarray(rng.normal(size=8), jnp.float32)
     old = jnp.asarray(-2 - rng.random((*pools.shape[:-1], INTERVAL)), jnp.float32)
     recorded = grpo.Recorded(pools, old, now, reference, RULES)
-    run = quick_jit(grpo.loss_and_grads, static_argnums=(0, 1, 2, 10, 11))
+    run = jax.jit(grpo.loss_and_grads, static_argnums=(0, 1, 2, 10, 11))
     sums, new = run(
         config, RULES, settings, params, recorded, jnp.bool_(False), jnp.float32(0.1), advantage,
         batch.token_bt, batch.length_b, BUDGET, INTERVAL,
@@ -126,7 +124,7 @@ def test_loss_and_gradient_are_those_of_the_plain_objective(setup, rolled, log_p
     def look(acc, policy, view, evict):
         return acc, scorer.features(RULES, view)
 
-    features = quick_jit(
+    features = jax.jit(
         lambda policy: replay.replay(
             config, params, batch.token_bt, batch.length_b, policy, BUDGET, INTERVAL, observe=look
         )[2]
@@ -144,7 +142,7 @@ def test_loss_and_gradient_are_those_of_the_plain_objective(setup, rolled, log_p
         left = [jax.nn.logsumexp(s[:, j:], axis=-1) for j in range(INTERVAL)]
         return s[:, :INTERVAL] - jnp.stack(left, axis=-1)
 
-    @quick_jit
+    @jax.jit
     def plain(now, layer, event, row):
         """Loss and gradient of one eviction of one row."""
 

@@ -17,14 +17,12 @@ FIRST = BUDGET // INTERVAL
 LENGTHS = [95, 61, 60, 36, 10]
 # (family, query heads, KV heads): groups of 1, 2 and 4.
 MODELS = [("qwen2", 2, 2), ("qwen3", 4, 2), ("qwen2", 4, 1)]
-# Programs that run once or twice: compiling is what takes the time.
-quick_jit = jax.jit
 
 
 def run(config, policy, observe=replay._ignore, acc=()):
     """Compiled replay; the golden evictions of the batch take the place of policy `golden`."""
 
-    @quick_jit
+    @jax.jit
     def call(params, token, length, random=None, padding=0):
         rule = policy
         if policy == "golden":
@@ -161,7 +159,7 @@ def test_token_losses_are_plain_log_softmax(t, block, tied):
     config, params = oracles.make_model(tied_embeddings=tied)
     token, _ = oracles.make_tokens(config, [t, t, t])
     hidden = 3 * np.random.default_rng(t).normal(size=(3, t, config.width)).astype(np.float32)
-    losses = quick_jit(replay.token_losses, static_argnums=(0, 4))(
+    losses = jax.jit(replay.token_losses, static_argnums=(0, 4))(
         config, params, hidden, token, block
     )
     assert losses.nll_bt.shape == losses.entropy_bt.shape == (3, t - 1)
@@ -219,7 +217,7 @@ def test_an_observer_sees_the_features_of_the_definition(form, model):
         feature = scorer.features(rules, view)
         return acc, (view.cache.position_bks, feature, view.cumulative_bksg, view.decayed_bksg)
 
-    @quick_jit
+    @jax.jit
     def call(params, token, length):
         policy, _, _ = replay.golden_policy(config, params, token, length, budget, interval)
         policy = policies.Forced(policy.position_yebkl, form)

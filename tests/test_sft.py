@@ -16,8 +16,7 @@ BUDGET, INTERVAL = 16, 8
 LENGTHS, EVENTS = [61, 45, 40, 24, 9, 61], [5, 3, 2, 0, 0, 5]
 
 # Programs that run a few times: compiling is what takes the time.
-quick_jit = jax.jit
-grads_fn = quick_jit(sft.loss_and_grads, static_argnums=(0, 1, 2, 7, 8))
+grads_fn = jax.jit(sft.loss_and_grads, static_argnums=(0, 1, 2, 7, 8))
 
 
 # ---- the ranking loss
@@ -57,7 +56,7 @@ def test_ranking_loss_is_a_loop_over_pairs(weighting, margin):
         loss, has_pair = sft.ranking_loss(importance, future, config)
         return loss.sum(), (loss, has_pair)
 
-    (_, (loss, has_pair)), grad = quick_jit(jax.value_and_grad(total, has_aux=True))(importance)
+    (_, (loss, has_pair)), grad = jax.jit(jax.value_and_grad(total, has_aux=True))(importance)
     assert loss.shape == has_pair.shape == (2, 3)
     np.testing.assert_array_equal(has_pair, sft.has_pair(future))
     for index in np.ndindex(2, 3):
@@ -98,7 +97,7 @@ def model(family, heads, kv_heads):
     return config, params
 
 
-@functools.partial(quick_jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def collect(config, rules, params, token, length):
     """Labels of every eviction, and what an observer sees at it, [layers, e, b, k, ...]."""
 
@@ -142,7 +141,7 @@ def test_sums_are_those_of_the_plain_objective(case):
         importance = jax.vmap(functools.partial(scorer.apply, rules))(scorers, batches)
         return importance.reshape(feature.shape[:-1])
 
-    seen = labels, position, dropped, quick_jit(apply)(scorers)
+    seen = labels, position, dropped, jax.jit(apply)(scorers)
     labels, position, dropped, score = jax.device_get(seen)
     loss, overlap = np.zeros((2, config.layers))
     by_importance = np.zeros(score.shape)  # gradient of the loss
@@ -166,7 +165,7 @@ def test_sums_are_those_of_the_plain_objective(case):
             by_importance[group] = grad / len(found)
         overlap[layer] += np.mean(agree) if agree else 0
     by_importance = by_importance.astype(np.float32)
-    (grads,) = quick_jit(lambda *args: jax.vjp(apply, args[0])[1](args[1]))(scorers, by_importance)
+    (grads,) = jax.jit(lambda *args: jax.vjp(apply, args[0])[1](args[1]))(scorers, by_importance)
 
     np.testing.assert_array_equal(sums.traces, [4] * config.layers)
     np.testing.assert_allclose(sums.loss, loss, rtol=1e-5)
@@ -251,7 +250,7 @@ def step_fn():
         )
 
     mapped = jax.vmap(step, axis_name="data", in_axes=(None, None, 0, 0), out_axes=None)
-    return quick_jit(lambda *args: mapped(*args))
+    return jax.jit(lambda *args: mapped(*args))
 
 
 def start(seed):
