@@ -5,7 +5,7 @@ python -m launch.grpo --config=configs/qwen3_1p7b.py      reinforcement after it
 python -m launch.evaluate --config=configs/qwen3_1p7b.py  AIME 2024, 32 samples a problem
 
 `configs/qwen3_1p7b.py:2k` and `:4k` set the budget, `:long` is for traces beyond 12,000 tokens.
-Traces are token ids, a row each, in data/qwen3_1p7b_train.parquet and data/qwen3_1p7b_eval.parquet.
+Traces: directories data/qwen3_1p7b_train and data/qwen3_1p7b_eval, which launch.traces writes.
 Not run at full size yet: no times or memory are known.
 """
 

@@ -5,7 +5,7 @@ python -m launch.grpo --config=configs/r1_qwen.py      reinforcement after it
 python -m launch.evaluate --config=configs/r1_qwen.py  AIME 2024, 32 samples a problem
 
 `configs/r1_qwen.py:2k` and `:4k` set the budget, `:long` is for traces beyond 12,000 tokens.
-Traces are token ids, a row each, in data/r1_qwen_train.parquet and data/r1_qwen_eval.parquet.
+Traces: directories data/r1_qwen_train and data/r1_qwen_eval, which launch.traces writes.
 Not run at full size yet: no times or memory are known.
 """
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 import fkv
-from fkv import checkpoint, models
+from fkv import checkpoint, models, rundir
 from fkv.errors import UserError
 from fkv.models import loading
 from fkv.policies import Foresight
@@ -44,20 +44,20 @@ def load(source: str | os.PathLike, revision: str | None = None) -> tuple[Foresi
       UserError: there are no scorers, or they are damaged.
     """
     path = Path(source)
-    if (path / "checkpoints").is_dir() or (path.is_dir() and not _is_shared(path)):
-        if not (path / "checkpoints").is_dir() and (path / "config.json").exists():
-            return _released(path)
-        saved = checkpoint.load(path)
-        config = saved.info["config"]
-        about = {name: config[name] for name in ("model", "revision", "budget", "interval")
-                 if name in config}  # fmt: skip
-        return Foresight(saved.state["params"], ScorerConfig(**config["scorer"])), about
+    if _is_shared(path):
+        return _shared(path)
+    if any(path.glob("*.safetensors")):
+        return _released(path)
     # A hub id looks like a path of two parts; that of a run which is not there is no hub id.
-    is_path = str(source).count("/") != 1 or path.parent.is_dir() or path.parts[0] == "runs"
-    if not path.exists() and is_path:
-        checkpoint.load(path)  # says that there is no checkpoint, and what to give
-    directory = models.find(str(source), revision)
-    return _shared(directory) if _is_shared(directory) else _released(directory)
+    local = path.exists() or path.parent.is_dir() or path.parts[0] == "runs"
+    if str(source).count("/") == 1 and not local:
+        directory = models.find(str(source), revision)
+        return _shared(directory) if _is_shared(directory) else _released(directory)
+    saved = checkpoint.load(path)
+    config = saved.info["config"]
+    names = ("model", "revision", "budget", "interval")
+    about = {name: config[name] for name in names if name in config}
+    return Foresight(saved.state["params"], ScorerConfig(**config["scorer"])), about
 
 
 def _is_shared(path: Path) -> bool:
@@ -106,16 +106,12 @@ def export(
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
     params = {name: np.ascontiguousarray(x, np.float32) for name, x in policy.params.items()}
-    _whole(path / WEIGHTS, lambda file: save_file(params, file, {"format": "fkv"}))
+    temporary = path / f"{WEIGHTS}.tmp"
+    save_file(params, temporary, {"format": "fkv"})
+    os.replace(temporary, path / WEIGHTS)
     data = {"fkv": fkv.__version__, "scorer": dataclasses.asdict(policy.config), **about}
-    _whole(path / ABOUT, lambda file: file.write_text(json.dumps(data, indent=1) + "\n"))
-    _whole(path / CARD, lambda file: file.write_text(_card(data, metrics)))
-
-
-def _whole(path: Path, write) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)
+    rundir.write_text(path / ABOUT, json.dumps(data, indent=1) + "\n")
+    rundir.write_text(path / CARD, _card(data, metrics))
 
 
 def _card(data: Mapping[str, Any], metrics: str) -> str:

@@ -5,6 +5,7 @@ a directory of its own under the sweep's. A value that mentions `{sweep}/NAME` i
 directory of the point NAME, which is then run before.
 """
 
+import collections
 import csv
 import dataclasses
 import itertools
@@ -23,7 +24,7 @@ import numpy as np
 
 from fkv import rundir
 from fkv.errors import UserError
-from fkv.evaluation import tables
+from fkv.evaluation import plots, tables
 
 DONE = "sweep_point.json"
 _MENTION = re.compile(r"\{sweep\}/([\w.+-]+)")
@@ -84,9 +85,10 @@ def check(points: Iterable[Point], jobs: Sequence[str]) -> list[Point]:
     if not points:
         raise UserError("the sweep has no points")
     by_name = {point.name: point for point in points}
-    if len(by_name) != len(points):
-        twice = next(p.name for i, p in enumerate(points) if p.name in [q.name for q in points[:i]])
-        raise UserError(f"the sweep has two points named {twice!r}")
+    if twice := [
+        n for n, times in collections.Counter(p.name for p in points).items() if times > 1
+    ]:
+        raise UserError(f"the sweep has two points named {twice[0]!r}")
     for point in points:
         if not re.fullmatch(r"[\w.+-]+", point.name):
             raise UserError(f"sweep point {point.name!r}: use letters, digits and _ . + - alone")
@@ -121,10 +123,11 @@ def run_local(
     `log.txt` in its directory.
     """
     root, failed = str(root), []
+    done = {p.name for p in points if _is_done(Path(root, p.name), p)}
     for i, point in enumerate(points, 1):
         path = Path(root, point.name)
         label = f"[{i}/{len(points)}] {point.name}"
-        if _is_done(path, point):
+        if point.name in done:
             print(f"{label}: done before", flush=True)
             continue
         if set(point.needs()) & {p.name for p in failed}:
@@ -245,8 +248,6 @@ def table(summary: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[st
 def write_summary(points: Sequence[Point], root: str | os.PathLike) -> str:
     """Writes `results.csv` (every figure), `summary.csv`, `summary.txt`, `summary.md` and
     `summary.png`; returns the table as text."""
-    from fkv.evaluation import plots
-
     rows = collect(points, root)
     if not rows:
         return "no point has figures yet"

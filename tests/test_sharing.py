@@ -77,6 +77,9 @@ def test_what_is_no_scorer_is_named(tmp_path):
         sharing.load(tmp_path / "nowhere")
     with pytest.raises(UserError, match="no checkpoint in"):
         sharing.load(tmp_path)
+    (tmp_path / "config.json").write_text("{}")  # a run that has saved nothing yet
+    with pytest.raises(UserError, match="no checkpoint in"):
+        sharing.load(tmp_path)
     with pytest.raises(UserError, match="no checkpoint in"):  # and is not looked for on the hub
         sharing.load("runs/not_there")
 

@@ -227,8 +227,9 @@ def _with_ratios(metrics: dict) -> dict:
         evicted, full, tokens = (
             float(metrics.pop(f"{kind}_{name}")) for kind in ("evicted", "full", "tokens")
         )
-        metrics[f"loss_ratio_{name}"] = evicted / full if full else float("nan")
-        metrics[f"added_{name}"] = (evicted - full) / max(tokens, 1)
+        if tokens:  # no token is high-entropy where high_fraction is 0
+            metrics[f"loss_ratio_{name}"] = evicted / full
+            metrics[f"added_{name}"] = (evicted - full) / tokens
     return metrics
 
 
