@@ -40,6 +40,7 @@ def recipe(name: str, model: str, revision: str, arg: str) -> ConfigDict:
     config.data.eval_path = f"data/{name}_eval"
     config.data.prompt_column = "prompt_tokens"
     config.data.traces = 4000
+    config.data.buckets = 4
 
     config.scorer.hidden = 16
     config.scorer.inputs = "both"

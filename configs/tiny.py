@@ -86,6 +86,7 @@ def get_config() -> ConfigDict:
     config.data.column = "input_ids"
     config.data.prompt_column = ""  # of prompt lengths, whose tokens no loss counts
     config.data.traces = 2048
+    config.data.buckets = 1  # lengths that traces are padded to: the longest, half of it, ...
     config.data.strict = False  # rows that can't be used end the run, and are not just named
 
     config.traces = ConfigDict()

@@ -1,6 +1,7 @@
 """Traces: the token sequences that policies are trained and measured on."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import grain
@@ -19,16 +20,22 @@ class Traces:
       token_nt: ids [n, t], int32.
       length_n: tokens of each, int32.
       prompt_n: how many of these are the prompt, which the model did not write, int32.
+      padded_n: width of each one's bucket: the traces of a batch have the same, int32.
       skipped: how many were left out because they are not longer than `B + L`.
     """
 
     token_nt: np.ndarray
     length_n: np.ndarray
     prompt_n: np.ndarray
+    padded_n: np.ndarray
     skipped: int = 0
 
     def __len__(self) -> int:
         return len(self.length_n)
+
+    def rows(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens [b, t] of these traces, no wider than the widest of their buckets, and lengths."""
+        return self.token_nt[ids, : self.padded_n[ids].max()], self.length_n[ids]
 
 
 def collect(
@@ -37,14 +44,18 @@ def collect(
     pad_to: int,
     where: str,
     prompts: Sequence[int] | None = None,
+    buckets: int = 1,
+    at_least: int = 1,
 ) -> Traces:
-    """Keeps the sequences with more than `longer_than` tokens and pads them to one length.
+    """Keeps the sequences with more than `longer_than` tokens and pads them to a few lengths.
 
     Args:
       longer_than: `B + L`; nothing that a token sees is evicted from shorter ones.
-      pad_to: the padded length is rounded up to a multiple of this.
+      pad_to: padded lengths are rounded up to a multiple of this.
       where: names the source in errors.
       prompts: tokens of each sequence's prompt; none when not given.
+      buckets: how many lengths at most: that of the longest trace, half of it, a quarter, ...
+      at_least: buckets with fewer traces, such as a batch has, go into the next longer one.
 
     Raises:
       UserError: no sequence is long enough, or a prompt is as long as its sequence.
@@ -63,10 +74,27 @@ def collect(
             f"{where}: none of the {len(sequences)} traces (longest: {longest} tokens) is longer "
             f"than budget + interval = {longer_than}; use longer traces or a smaller budget"
         )
-    longest = max(len(s) for s in kept)
-    token, length = ledger.pad(kept, -(-longest // pad_to) * pad_to)
+    if buckets < 1:
+        raise UserError(f"data.buckets = {buckets} must be 1 or more")
+    widest = -(-max(len(s) for s in kept) // pad_to) * pad_to
+    token, length = ledger.pad(kept, widest)
     prompt = np.array([prompts[i] for i in chosen], np.int32)
-    return Traces(token, length, prompt, len(sequences) - len(kept))
+    padded = _bucket_widths(length, widest, pad_to, buckets, at_least)
+    return Traces(token, length, prompt, padded, len(sequences) - len(kept))
+
+
+def _bucket_widths(
+    length_n: np.ndarray, widest: int, multiple: int, buckets: int, at_least: int
+) -> np.ndarray:
+    """Width of the bucket of each trace."""
+    widths = sorted({-(-widest // (2**i * multiple)) * multiple for i in range(buckets)})
+    width_n = np.array(widths, np.int32)[np.searchsorted(widths, length_n)]
+    for width, longer in itertools.pairwise(widths):
+        if (width_n == width).sum() < at_least:
+            width_n[width_n == width] = longer
+    while (width_n == widest).sum() < min(at_least, len(width_n)):
+        width_n[width_n == width_n[width_n < widest].max()] = widest
+    return width_n
 
 
 def embedded(
@@ -133,17 +161,28 @@ def _ids(entry) -> np.ndarray | None:
 
 
 def batches(traces: Traces, batch: int, seed: int) -> grain.MapDataset:
-    """Endless shuffled batches; entry `i` is the batch of step `i`, whatever came before.
+    """Endless shuffled batches: entry `i` holds the indices of the traces of batch `i`.
 
-    Returns:
-      A random-access dataset of (token_bt, length_b).
+    The traces of a batch share a bucket; buckets take turns by their numbers of traces.
+
+    Raises:
+      UserError: there are fewer traces than a batch has.
     """
-    rows = batch_rows(traces, batch, seed)
-    return rows.map(lambda row: (traces.token_nt[row], traces.length_n[row]))
-
-
-def batch_rows(traces: Traces, batch: int, seed: int) -> grain.MapDataset:
-    """Which traces these batches consist of: entry `i` holds `batch` indices."""
     if batch > len(traces):
         raise UserError(f"batch = {batch} is larger than the {len(traces)} traces at hand")
-    return grain.MapDataset.range(len(traces)).seed(seed).shuffle().repeat().batch(batch)
+    parts, shares = [], []
+    for width in np.unique(traces.padded_n):
+        ids = np.flatnonzero(traces.padded_n == width)
+        rows = grain.MapDataset.range(len(ids)).seed(seed).shuffle().repeat().batch(batch)
+        parts.append(rows.map(lambda row, ids=ids: ids[row]))
+        shares.append(len(ids) / len(traces))
+    return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, shares)
+
+
+def iterate(batches: grain.MapDataset, state: dict | None = None) -> grain.DatasetIterator:
+    """Goes through the batches, from the start or from where an iterator's `get_state` was."""
+    # Nothing is read ahead: rows lie in memory, and the state is that of the last batch taken.
+    iterator = iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0)))
+    if state is not None:
+        iterator.set_state(state)
+    return iterator

@@ -6,7 +6,7 @@ Low-entropy tokens are the share of them with the lowest full-cache entropy, per
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import flax.struct
 import jax
@@ -125,6 +125,7 @@ def measure(
     batch: int = 32,
     low_share: float = 0.8,
     prompt_b: np.ndarray | None = None,
+    padded_b: np.ndarray | None = None,
 ) -> list[Losses]:
     """Runs every policy and golden eviction over the traces at one budget.
 
@@ -135,6 +136,7 @@ def measure(
       batch: traces at once.
       low_share: of the counted tokens of a trace, this share is called low-entropy.
       prompt_b: tokens of each trace's prompt; without it only `B + L` sets the first to count.
+      padded_b: width that each trace is run at, `t` if not given; those of a width run together.
 
     Returns:
       One `Losses` per policy: full, golden, then `policies` in their order.
@@ -187,34 +189,38 @@ def measure(
         return replay.token_losses(config, params, hidden, token).nll_bt
 
     random = replay.row_keys(key, n)
-    nll = {name: [] for name in ("full", "golden", *policies)}
-    entropy, recalls, regrets = [], [], []
-    for start in range(0, n, batch):
-        rows = np.arange(start, start + batch) % n  # the last batch wraps round, one shape for all
-        token, length = token_bt[rows], length_b[rows]
-        keep = min(batch, n - start)
+    width_b = np.full(n, t) if padded_b is None else padded_b
+    nll = {name: np.zeros((n, t - 1), np.float32) for name in ("full", "golden", *policies)}
+    entropy = np.zeros((n, t - 1), np.float32)
+    shape = (1 + len(names), n, config.layers, config.kv_heads)
+    recalls, regrets = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+    for rows, wanted in _batches(width_b, batch):
+        width = width_b[rows[0]]
+        token, length = token_bt[rows, :width], length_b[rows]
+
+        def put(table, found, wanted=wanted, width=width):
+            table[wanted, : width - 1] = np.asarray(found)[: len(wanted)]
+
         full, gold, recall, regret = golden(params, several, token, length, random[rows])
-        nll["full"].append(np.asarray(full.nll_bt)[:keep])
-        nll["golden"].append(np.asarray(gold.nll_bt)[:keep])
-        entropy.append(np.asarray(full.entropy_bt)[:keep])
-        recalls.append(np.asarray(recall)[:, :keep])
-        regrets.append(np.asarray(regret)[:, :keep])
+        put(nll["full"], full.nll_bt)
+        put(nll["golden"], gold.nll_bt)
+        put(entropy, full.entropy_bt)
+        recalls[:, wanted] = np.asarray(recall)[:, : len(wanted)]
+        regrets[:, wanted] = np.asarray(regret)[:, : len(wanted)]
         chosen = {
             name: OneOf(several, jnp.full(config.layers, i)) for i, name in enumerate(names)
         } | uneven
         for name, policy in chosen.items():
-            one = run(params, policy, token, length, random[rows])
-            nll[name].append(np.asarray(one)[:keep])
+            put(nll[name], run(params, policy, token, length, random[rows]))
 
-    nll = {name: np.concatenate(rows) for name, rows in nll.items()}
-    recall = dict(zip(("golden", *names), np.concatenate(recalls, axis=1), strict=True))
-    regret = dict(zip(("golden", *names), np.concatenate(regrets, axis=1), strict=True))
+    recall = dict(zip(("golden", *names), recalls, strict=True))
+    regret = dict(zip(("golden", *names), regrets, strict=True))
     index = np.arange(t - 1)[None]
     first = np.full(n, budget + interval)
     if prompt_b is not None:
         first = np.maximum(first, prompt_b)
     counted = (index >= first[:, None] - 1) & (index < length_b[:, None] - 1)
-    low = low_entropy(np.concatenate(entropy), counted, low_share)
+    low = low_entropy(entropy, counted, low_share)
     masks = np.stack([counted, low, counted & ~low], axis=-1)  # [n, t - 1, 3]
 
     def sums(x):
@@ -235,6 +241,18 @@ def measure(
         )
         for name, x in nll.items()
     ]
+
+
+def _batches(width_b: np.ndarray, batch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Rows of one width, `batch` at a time, and which of them are new.
+
+    The last of a width are followed by others again: one shape for all of them.
+    """
+    for width in np.unique(width_b):
+        ids = np.flatnonzero(width_b == width)
+        for start in range(0, len(ids), batch):
+            rows = ids[np.arange(start, start + batch) % len(ids)]
+            yield rows, ids[start : start + batch]
 
 
 HEAD = (

@@ -61,7 +61,7 @@ def check_vocabulary(config: ConfigDict, vocabulary: int) -> None:
 
 
 def load_traces(
-    config: ConfigDict, split: str, count: int, budget: int, vocabulary: int
+    config: ConfigDict, split: str, count: int, budget: int, vocabulary: int, at_least: int = 1
 ) -> traces.Traces:
     """Traces of a split (`train` or `eval`), from the config's file or the embedded task.
 
@@ -69,6 +69,7 @@ def load_traces(
       count: how many to take at most.
       budget: traces not longer than this plus the interval are skipped, and counted.
       vocabulary: ids must be below this.
+      at_least: how many must share a length, as a batch does.
     """
     path = config.data.path if split == "train" else config.data.eval_path
     if path:
@@ -86,7 +87,15 @@ def load_traces(
     worst = max((int(s.max()) for s in sequences if len(s)), default=0)
     if worst >= vocabulary:
         raise UserError(f"{where}: token id {worst} is beyond the model's {vocabulary} words")
-    found = traces.collect(sequences, budget + config.interval, config.interval, where, prompts)
+    found = traces.collect(
+        sequences,
+        budget + config.interval,
+        config.interval,
+        where,
+        prompts,
+        config.data.buckets,
+        at_least,
+    )
     if found.skipped:
         say(
             f"{where}: skipped {found.skipped} of {len(sequences)} traces, not longer than "
@@ -127,6 +136,7 @@ def measure_losses(
             jax.random.fold_in(jax.random.key(config.seed), 1),
             config.eval.batch,
             prompt_b=held_out.prompt_n,
+            padded_b=held_out.padded_n,
         )
     return results
 

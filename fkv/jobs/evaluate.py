@@ -358,8 +358,7 @@ def _measure_traces(config, model, named, run, held_out) -> None:
     plots.regret(results, path / "regret.png")
 
     row = int(np.argmax(held_out.length_n))
-    token = jnp.asarray(held_out.token_nt[row : row + 1])
-    length = jnp.asarray(held_out.length_n[row : row + 1])
+    token, length = map(jnp.asarray, held_out.rows(np.array([row])))
     budget = settings.budgets[len(settings.budgets) // 2]
     maps = diagnosis.retention(
         model.config, model.params, named, token, length, budget, config.interval

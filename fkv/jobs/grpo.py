@@ -45,11 +45,13 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     model, model_params = common.load_model(config)
     if answering := _can_answer(config, model):
         common.load_language_model(config)  # a tokenizer that is missing is found out now
-    train = common.load_traces(config, "train", config.data.traces, config.budget, model.vocab_size)
+    train = common.load_traces(
+        config, "train", config.data.traces, config.budget, model.vocab_size, config.grpo.traces
+    )
     held_out = common.load_traces(
         config, "eval", config.eval.traces, max(config.eval.budgets), model.vocab_size
     )
-    order = traces.batch_rows(train, config.grpo.traces, config.seed)
+    batches = traces.batches(train, config.grpo.traces, config.seed)
 
     # ---- state, new or from the newest checkpoint
     may_differ = ("grpo.log_every", "grpo.steps", "grpo.answers", *common.other_jobs("grpo"))
@@ -57,7 +59,9 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     key = jax.random.key(config.seed)
     state = sft.init_state(supervised.params, optimiser)
     reference = supervised.params
+    place = None
     if (saved := run.resume(_with_reference(state, reference))) is not None:
+        place = saved.info["data"]
         reference = saved.state.pop("reference")
         state = sft.TrainState(**saved.state)
         common.say(f"going on from step {saved.step} in {workdir}")
@@ -83,9 +87,10 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     step_fn = parallel.pmap(device_step, constants=3, batched=1)
     full = FullCache(config, model, everywhere, train)
     start, steps = int(state.step), config.grpo.steps
+    order = traces.iterate(batches, place)
     bar = tqdm(range(start, steps), initial=start, total=steps, desc="grpo", mininterval=0.5)
     for step in bar:
-        ids = np.asarray(order[step])
+        ids = next(order)
         batch = _batch(config, settings, train, full, ids, jax.random.fold_in(key, step))
         found = []
         for part in common.parts(batch, parts):
@@ -103,7 +108,7 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
                 refresh=False,
             )
         if done % config.grpo.checkpoint_every == 0 or done == steps:
-            run.save(done, _with_reference(state, reference))
+            run.save(done, _with_reference(state, reference), data=order.get_state())
     bar.close()
 
     # ---- measuring
@@ -186,16 +191,14 @@ class FullCache:
         self._pass = parallel.pmap(device_pass, constants=1, batched=2)
 
     def __call__(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Losses and entropies [n, t - 1] of these traces."""
+        """Losses and entropies [n, t - 1] of these traces, which share a bucket."""
         new = [i for i in ids.tolist() if i not in self._known]
         # Always as many rows, a multiple of the devices, so that one program serves.
         count = -(-self.rows // parallel.device_count()) * parallel.device_count()
         for start in range(0, len(new), count):
             some = new[start : start + count]
             asked = (some * count)[:count]
-            losses, _ = self._pass(
-                self._params, self.found.token_nt[asked], self.found.length_n[asked]
-            )
+            losses, _ = self._pass(self._params, *self.found.rows(np.array(asked)))
             nll, entropy = np.asarray(losses.nll_bt), np.asarray(losses.entropy_bt)
             self._known |= {i: (nll[j], entropy[j]) for j, i in enumerate(some)}
         both = [self._known[i] for i in ids.tolist()]
@@ -204,15 +207,15 @@ class FullCache:
 
 def _batch(config, settings, found: Traces, full: FullCache, ids, key) -> grpo.Batch:
     """The rows of a step: every trace as often as it has rollouts."""
-    nll, entropy = full(ids)
-    index = np.arange(found.token_nt.shape[1] - 1)[None]
+    (token, length), (nll, entropy) = found.rows(ids), full(ids)
+    index = np.arange(token.shape[1] - 1)[None]
     first = np.maximum(config.budget + config.interval, found.prompt_n[ids])[:, None]
-    counted = (index >= first - 1) & (index < found.length_n[ids][:, None] - 1)
+    counted = (index >= first - 1) & (index < length[:, None] - 1)
     repeat = lambda x: np.repeat(x, settings.rollouts, axis=0)  # noqa: E731
     random = replay.row_keys(key, len(ids) * settings.rollouts)
     return grpo.Batch(
-        repeat(found.token_nt[ids]),
-        repeat(found.length_n[ids]),
+        repeat(token),
+        repeat(length),
         repeat(nll),
         repeat(entropy),
         repeat(counted),

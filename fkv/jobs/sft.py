@@ -29,7 +29,9 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     optimiser = sft.accumulated(optimiser, parts)
     rules = {name: policies.get(name) for name in config.eval.policies}
     model, model_params = common.load_model(config)
-    train = common.load_traces(config, "train", config.data.traces, config.budget, model.vocab_size)
+    train = common.load_traces(
+        config, "train", config.data.traces, config.budget, model.vocab_size, config.sft.batch
+    )
     held_out = common.load_traces(
         config, "eval", config.eval.traces, max(config.eval.budgets), model.vocab_size
     )
@@ -40,8 +42,9 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     key = jax.random.key(config.seed)
     params = scorer.init(jax.random.fold_in(key, 0), model, scorer_config)
     state = sft.init_state(params, optimiser)
+    place = None
     if (saved := run.resume(state)) is not None:
-        state = saved.state
+        state, place = saved.state, saved.info["data"]
         common.say(f"going on from step {saved.step} in {workdir}")
 
     # ---- training
@@ -64,11 +67,12 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
 
     step_fn = parallel.pmap(device_step, constants=2, batched=2)
     start, steps = int(state.step), config.sft.steps
+    order = traces.iterate(batches, place)
     bar = tqdm(range(start, steps), initial=start, total=steps, desc="sft", mininterval=0.5)
     pending = None
     for step in bar:
         found = []
-        for part in common.parts(batches[step], parts):
+        for part in common.parts(train.rows(next(order)), parts):
             state, metrics = step_fn(state, everywhere, *part)
             found.append(metrics)
         if pending is not None:  # of the step before, while this one runs
@@ -77,7 +81,7 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
         if (step + 1) % config.sft.checkpoint_every == 0 or step + 1 == steps:
             _report(run, bar, *pending, config)
             pending = None
-            run.save(step + 1, state)
+            run.save(step + 1, state, data=order.get_state())
     bar.close()
 
     # ---- measuring

@@ -1,5 +1,6 @@
 """Traces from files and from the embedded task, and the batches made of them."""
 
+import json
 import re
 from pathlib import Path
 
@@ -196,43 +197,88 @@ def seven():
     return traces.collect(ranges(30, 26, 40, 25, 33, 28, 39), 24, 8, "here")
 
 
-def lengths(batches, steps):
-    """Lengths of the rows (which name them) of these steps' batches, in order."""
-    out = []
-    for step in steps:
-        token, length = batches[step]
-        assert token.shape == (3, 40) and length.shape == (3,)
-        for row, n in zip(token, length, strict=True):
-            assert row.tolist() == [*range(1, n + 1), *[ledger.PAD] * (40 - n)]
-        out.append(length.tolist())
-    return out
+def test_rows_are_the_traces(seven):
+    token, length = seven.rows(np.array([2, 0]))
+    assert token.shape == (2, 40) and length.tolist() == [40, 30]
+    for row, n in zip(token, length, strict=True):
+        assert row.tolist() == [*range(1, n + 1), *[ledger.PAD] * (40 - n)]
+
+
+def in_order(found, steps, batch=3, seed=1):
+    order = traces.batches(found, batch, seed)
+    return [order[step].tolist() for step in steps]
 
 
 def test_a_batch_depends_on_its_step_alone(seven):
-    in_order = lengths(traces.batches(seven, 3, seed=1), range(12))
-    backwards = lengths(traces.batches(seven, 3, seed=1), range(11, -1, -1))
-    assert in_order == backwards[::-1]
-    resumed = iter(traces.batches(seven, 3, seed=1)[5:].to_iter_dataset())
-    assert [next(resumed)[1].tolist() for _ in range(4)] == in_order[5:9]
+    assert in_order(seven, range(12)) == in_order(seven, range(11, -1, -1))[::-1]
 
 
 def test_every_trace_comes_once_an_epoch_in_another_order(seven):
-    rows = [n for batch in lengths(traces.batches(seven, 3, seed=1), range(14)) for n in batch]
+    rows = [i for batch in in_order(seven, range(14)) for i in batch]
     epochs = [rows[i : i + 7] for i in range(0, 42, 7)]
-    assert [sorted(epoch) for epoch in epochs] == [sorted(seven.length_n.tolist())] * 6
+    assert [sorted(epoch) for epoch in epochs] == [list(range(7))] * 6
     assert len(set(map(tuple, epochs))) > 3  # 7! orders
 
 
 def test_seeds_shuffle_differently(seven):
-    orders = {str(lengths(traces.batches(seven, 3, seed=s), range(2))) for s in range(5)}
-    assert len(orders) > 3
+    assert len({str(in_order(seven, range(2), seed=seed)) for seed in range(5)}) > 3
 
 
 def test_a_batch_can_hold_all_traces_and_no_more(seven):
-    _, length = traces.batches(seven, 7, seed=0)[0]
-    assert sorted(length) == sorted(seven.length_n)
+    assert sorted(traces.batches(seven, 7, seed=0)[0]) == list(range(7))
     with pytest.raises(UserError, match=r"^batch = 8 is larger than the 7 traces at hand$"):
         traces.batches(seven, 8, seed=0)
+
+
+# ---- buckets
+
+MIXED = (90, 30, 26, 200, 45, 50, 101, 33, 99, 40, 130, 160)
+
+
+@pytest.mark.parametrize(
+    ("buckets", "at_least", "widths"),
+    [
+        (1, 1, {200: 12}),
+        (2, 1, {200: 3, 104: 9}),
+        (4, 1, {200: 3, 104: 3, 56: 4, 32: 2}),
+        (4, 3, {200: 3, 104: 3, 56: 6}),  # two traces are no batch of three
+        (4, 4, {200: 6, 56: 6}),
+        (2, 4, {200: 12}),  # three of the longest are no batch of four
+        (40, 1, {200: 3, 104: 3, 56: 4, 32: 2}),  # none is longer than an interval only
+    ],
+)
+def test_buckets_halve_and_small_ones_are_joined(buckets, at_least, widths):
+    found = traces.collect(ranges(*MIXED), 24, 8, "here", None, buckets, at_least)
+    width, count = np.unique(found.padded_n, return_counts=True)
+    assert dict(zip(width.tolist(), count.tolist(), strict=True)) == widths
+    assert (found.padded_n >= found.length_n).all()
+    assert found.token_nt.shape == (12, 200)
+
+
+def test_a_batch_comes_from_one_bucket_and_buckets_take_turns():
+    found = traces.collect(ranges(*MIXED), 24, 8, "here", None, 2, 3)
+    batches = in_order(found, range(400))
+    shapes = [found.rows(np.array(batch))[0].shape for batch in batches]
+    assert set(shapes) == {(3, 200), (3, 104)}
+    counts = np.bincount(np.concatenate(batches))
+    assert counts.min() >= 97 and counts.max() <= 103  # 1200 places for 12 traces
+
+
+def test_an_iterator_goes_on_where_another_was():
+    found = traces.collect(ranges(*MIXED), 24, 8, "here", None, 2, 3)
+    batches = traces.batches(found, 3, 1)
+    first = traces.iterate(batches)
+    taken = [next(first).tolist() for _ in range(7)]
+    state = json.loads(json.dumps(first.get_state()))
+    second = traces.iterate(batches, state)
+    rest = [[next(it).tolist() for _ in range(9)] for it in (first, second)]
+    assert rest[0] == rest[1]
+    assert taken + rest[0] == in_order(found, range(16))
+
+
+def test_no_bucket_is_refused():
+    with pytest.raises(UserError, match=r"data.buckets = 0 must be 1 or more"):
+        traces.collect(ranges(30), 24, 8, "here", None, 0)
 
 
 # ---- embedded

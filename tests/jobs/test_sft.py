@@ -38,9 +38,9 @@ def small(model_dir, **changes):
     config.model = model_dir
     config.budget = 16
     config.interval = 8
-    config.task.facts, config.task.hops = (4, 6), (3, 4)
+    config.task.facts, config.task.hops = (2, 8), (1, 6)  # of two buckets, 45 to 106 tokens
     config.task.remarks, config.task.marks = (0, 1), (0, 1)
-    config.data.traces = 16
+    config.data.traces, config.data.buckets = 16, 2
     config.sft.steps, config.sft.batch, config.sft.checkpoint_every = 6, 2, 2
     config.sft.warmup, config.sft.log_every = 1, 1
     config.eval.budgets, config.eval.traces, config.eval.batch = (16, 24), 6, 4
@@ -81,7 +81,15 @@ def test_run_writes_all_that_it_promises(finished):
     assert list((path / "tb").iterdir())
     steps = [json.loads(line)["step"] for line in (path / "metrics.jsonl").open()]
     assert steps == [1, 2, 3, 4, 5, 6]
-    assert checkpoint.latest_step(path) == 6
+    saved = checkpoint.load(path)
+    assert saved.step == 6 and saved.info["data"] == {"next_index": 6}
+
+
+def test_both_lengths_are_trained_on(model_dir, finished):
+    config = small(model_dir)
+    found = common.load_traces(config, "train", 16, 16, len(ledger.VOCABULARY), 2)
+    order = traces.batches(found, config.sft.batch, config.seed)
+    assert {int(found.padded_n[order[i]].max()) for i in range(6)} == {56, 112}
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(model_dir, finished, tmp_path, monkeypatch):
