@@ -61,6 +61,7 @@ def recipe(name: str, model: str, revision: str, arg: str) -> ConfigDict:
     config.grpo.traces = 32
     config.grpo.traces_at_once = 1
     config.grpo.rollouts = 32
+    config.grpo.rollouts_at_once = 4
     config.grpo.learning_rate = 3e-4
     config.grpo.temperature = 1.0
     config.grpo.eta = 1.5

@@ -130,6 +130,7 @@ def get_config() -> ConfigDict:
     config.grpo.traces = 8  # a step
     config.grpo.traces_at_once = 0  # of these, likewise
     config.grpo.rollouts = 16  # of each trace
+    config.grpo.rollouts_at_once = 0  # of all on a device, likewise
     config.grpo.epochs = 1
     config.grpo.learning_rate = 1e-3
     config.grpo.warmup = 10

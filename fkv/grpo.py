@@ -43,6 +43,7 @@ class GRPOConfig:
       clip: of the ratio of probabilities.
       kl_weight, kl_steps: weight of the KL to the supervised scorer, for that many steps.
       log_prob: `plackett_luce`, the law of the draw, or `independent`, as in the released code.
+      rollouts_at_once: how many a device replays at a time, so that they fit; 0 for all.
     """
 
     rollouts: int = 32
@@ -55,6 +56,7 @@ class GRPOConfig:
     kl_weight: float = 0.05
     kl_steps: int = 100
     log_prob: str = "plackett_luce"
+    rollouts_at_once: int = 0
 
     def __post_init__(self):
         for field, known in (("reward", REWARDS), ("log_prob", LOG_PROBS)):
@@ -67,6 +69,8 @@ class GRPOConfig:
             raise UserError(f"grpo.epochs = {self.epochs} must be 1 or more")
         if not 0 <= self.high_fraction < 1:
             raise UserError(f"grpo.high_fraction = {self.high_fraction} must be in [0, 1)")
+        if self.rollouts_at_once < 0:
+            raise UserError(f"grpo.rollouts_at_once = {self.rollouts_at_once} must not be negative")
         if not self.temperature > 0:
             raise UserError(f"grpo.temperature = {self.temperature} must be above 0")
 
@@ -268,6 +272,18 @@ class Sums:
     ratio: Array
     grads: dict
 
+    @classmethod
+    def zero(cls, params: dict) -> "Sums":
+        """Nothing yet, for scorers of such parameters (of all layers or of one)."""
+        lead = params["b2"].shape[:-1]
+        zero = jnp.zeros(lead)
+        return cls(zero, zero, zero, zero, zero, jax.tree.map(jnp.zeros_like, params))
+
+    def plus(self, other: "Sums") -> "Sums":
+        """Both together."""
+        total = jax.tree.map(jnp.add, self, other)
+        return total.replace(ratio=jnp.maximum(self.ratio, other.ratio))
+
 
 def loss_and_grads(
     config: ModelConfig,
@@ -333,19 +349,9 @@ def loss_and_grads(
 
         (loss, (aux, new)), grads = jax.value_and_grad(objective, has_aux=True)(policy.params)
         kl, clipped, entropy, off = aux
-        acc = Sums(
-            acc.loss + loss,
-            acc.kl + kl,
-            acc.clipped + clipped,
-            acc.entropy + entropy,
-            jnp.maximum(acc.ratio, off),
-            jax.tree.map(jnp.add, acc.grads, grads),
-        )
-        return acc, new
+        return acc.plus(Sums(loss, kl, clipped, entropy, off, grads)), new
 
-    zero = jnp.zeros(())
-    one_layer = jax.tree.map(lambda x: jnp.zeros(x.shape[1:]), policy.params)
-    start = Sums(zero, zero, zero, zero, zero, one_layer)
+    start = Sums.zero(jax.tree.map(lambda x: x[0], policy.params))
     _, sums, new = replay.replay(
         config, model_params, token_bt, length_b, policy, budget, interval,
         observe=observe, acc=start,
@@ -377,44 +383,67 @@ def train_step(
       high-entropy tokens, the loss under eviction and with the full cache, and their number.
     """
     rows = batch.token_bt.shape[0]
-    random = jax.vmap(jax.random.wrap_key_data)(batch.random_b)
-    pools, nll = rollout(
-        config,
-        scorer_config,
-        grpo,
-        model_params,
-        state.params,
-        batch.token_bt,
-        batch.length_b,
-        random,
-        budget,
-        interval,
-    )
+    at_once = grpo.rollouts_at_once or rows
+    if rows % at_once:
+        raise UserError(
+            f"grpo.rollouts_at_once = {at_once} must divide the {rows} rollouts of a device"
+        )
+
+    def split(x):
+        return x.reshape(rows // at_once, at_once, *x.shape[1:])
+
+    def roll(part):
+        token, length, random = part
+        return rollout(
+            config,
+            scorer_config,
+            grpo,
+            model_params,
+            state.params,
+            token,
+            length,
+            jax.vmap(jax.random.wrap_key_data)(random),
+            budget,
+            interval,
+        )
+
+    token, length = split(batch.token_bt), split(batch.length_b)
+    pools, nll = jax.lax.map(roll, (token, length, split(batch.random_b)))
+    nll = nll.reshape(batch.full_bt.shape)
     reward = rollout_reward(grpo, nll, batch.full_bt, batch.entropy_bt, batch.counted_bt)
     # A group may lie on several devices.
     everyone = jax.lax.all_gather(reward, axis, tiled=True).reshape(-1, grpo.rollouts)
     advantage = jax.vmap(advantages)(everyone).reshape(-1)
     own = jax.lax.axis_index(axis) * rows
-    advantage = jax.lax.dynamic_slice_in_dim(advantage, own, rows)
+    advantage = split(jax.lax.dynamic_slice_in_dim(advantage, own, rows))
     kl_weight = jnp.where(state.step < grpo.kl_steps, grpo.kl_weight, 0.0)
 
     def update(carry, epoch):
         state, old = carry
-        policy = Recorded(pools, old, state.params, reference, scorer_config)
-        sums, new = loss_and_grads(
-            config,
-            scorer_config,
-            grpo,
-            model_params,
-            policy,
-            epoch == 0,
-            kl_weight,
-            advantage,
-            batch.token_bt,
-            batch.length_b,
-            budget,
-            interval,
-        )
+
+        def gradient(sums, part):
+            pools, old, advantage, token, length = part
+            policy = Recorded(pools, old, state.params, reference, scorer_config)
+            more, new = loss_and_grads(
+                config,
+                scorer_config,
+                grpo,
+                model_params,
+                policy,
+                epoch == 0,
+                kl_weight,
+                advantage,
+                token,
+                length,
+                budget,
+                interval,
+            )
+            # Of a single epoch nobody asks again how likely its drops were.
+            return sums.plus(more), new if grpo.epochs > 1 else old
+
+        parts = (pools, old, advantage, token, length)
+        zero = Sums.zero(state.params)
+        sums, new = jax.lax.scan(gradient, zero, parts)
         off = jax.lax.pmax(sums.ratio, axis)
         sums = jax.tree.map(lambda x: x / rows, jax.lax.pmean(sums, axis))
         updates, opt_state = optimiser.update(sums.grads, state.opt_state, state.params)
@@ -430,7 +459,8 @@ def train_step(
         old = jnp.where(epoch == 0, new, old)
         return (TrainState(state.step, params, opt_state), old), metrics
 
-    empty = jnp.zeros((*pools.shape[:-1], interval))
+    kept = pools.shape[:-1] if grpo.epochs > 1 else (*pools.shape[:2], 1, 1, 1)
+    empty = jnp.zeros((*kept, interval))
     (state, _), metrics = jax.lax.scan(update, (state, empty), jnp.arange(grpo.epochs))
 
     low = split_entropy(batch.entropy_bt, batch.counted_bt, grpo.high_fraction)

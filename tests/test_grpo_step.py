@@ -213,6 +213,20 @@ def test_a_step_moves_the_scorers_and_reports(setup):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(metrics))
 
 
+def test_rollouts_in_parts_are_the_rollouts(setup):
+    # At one epoch nothing is kept of the first, at two the parts must find their own again.
+    for settings in (CONFIG, dataclasses.replace(CONFIG, epochs=1)):
+        whole, told = make_step(setup, settings)
+        parts, metrics = make_step(setup, dataclasses.replace(settings, rollouts_at_once=2))
+        for name, want in told.items():
+            np.testing.assert_allclose(metrics[name], want, rtol=1e-4, atol=1e-6, err_msg=name)
+        for name, want in whole.params.items():
+            got = parts.params[name]
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5, err_msg=name)
+    with pytest.raises(UserError, match=r"grpo.rollouts_at_once = 3 must divide the 8 rollouts"):
+        make_step(setup, dataclasses.replace(CONFIG, rollouts_at_once=3))
+
+
 def test_a_group_without_spread_teaches_nothing(setup):
     # Nothing is beyond this eta, so every reward is zero; and the weight of the KL has ended.
     settings = dataclasses.replace(CONFIG, eta=1e6, kl_weight=10.0, kl_steps=0)
