@@ -32,6 +32,7 @@ def get_config() -> ConfigDict:
     config.dtype = "float32"  # of the language model and its cache
     config.budget = 64
     config.interval = 16
+    config.dry_run = False  # only say what the job would take: memory, operations, time
 
     config.task = ConfigDict()  # inclusive ranges, see fkv.tasks.ledger.Spec
     config.task.facts = (16, 28)

@@ -18,12 +18,13 @@ from absl import flags as absl_flags
 from ml_collections import config_flags
 
 from fkv.errors import UserError
+from fkv.jobs import dry_run
 
 
 def run(
     main: Callable[[ml_collections.ConfigDict, str], None], argv: Sequence[str] | None = None
 ) -> None:
-    """Parse the command line and run `main(config, workdir)`.
+    """Parse the command line and run `main(config, workdir)`, or say what it would take.
 
     A `UserError`, here or in `main`, becomes one line on stderr and exit code 2; any other
     exception keeps its traceback.
@@ -33,7 +34,15 @@ def run(
     """
     use_compilation_cache()
     description = sys.modules[main.__module__].__doc__
-    guard(lambda argv: main(*parse(argv, description)), sys.argv if argv is None else argv)
+
+    def work(argv):
+        config, workdir = parse(argv, description)
+        if config.get("dry_run"):
+            dry_run.run(Path(argv[0]).stem, config)
+        else:
+            main(config, workdir)
+
+    guard(work, sys.argv if argv is None else argv)
 
 
 def guard(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:

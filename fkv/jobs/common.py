@@ -40,6 +40,12 @@ def load_model(config: ConfigDict) -> tuple[ModelConfig, models.Params]:
     return models.load(path, config.dtype, revision(config))
 
 
+def model_config(config: ConfigDict) -> ModelConfig:
+    """What the model's `config.json` says; no weights are read or downloaded."""
+    path = tasks.REASONER if config.model == api.EMBEDDED else config.model
+    return models.read(models.find(path, revision(config), weights=False))
+
+
 def load_language_model(config: ConfigDict) -> api.Model:
     """The same with its tokenizer."""
     return api.load(config.model, config.dtype, revision(config))

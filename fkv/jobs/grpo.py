@@ -1,7 +1,11 @@
 """The reinforcement stage, from a config to a table: improve scorers, save them, measure them."""
 
+import functools
+from collections.abc import Callable
+
 import jax
 import numpy as np
+import optax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -22,14 +26,18 @@ def settings_of(config: ConfigDict) -> grpo.GRPOConfig:
     return grpo.GRPOConfig(**{name: config.grpo[name] for name in fields})
 
 
-def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
-    """Trains (or goes on training) in `workdir`, from the scorers of the run `grpo.scorer`.
+def recipe(
+    config: ConfigDict,
+) -> tuple[grpo.GRPOConfig, int, optax.GradientTransformation, Callable]:
+    """What the config says of a step, apart from the model.
 
-    Writes what the supervised job writes, with both scorers in the table, and what they answer.
+    Returns:
+      The stage's settings, how many parts a step is worked off in, the optimiser, and what makes
+      the per-device step (state, model_params, reference, batch) of a model and its scorers.
+
+    Raises:
+      UserError: the config is wrong.
     """
-    # ---- what can be wrong is found out first
-    cache.check_sizes(config.budget, config.interval)
-    common.check_budgets(config.eval.budgets, config.interval, "eval.budgets")
     settings = settings_of(config)
     rows = config.grpo.traces * settings.rollouts
     at_once = config.grpo.traces_at_once * settings.rollouts
@@ -40,6 +48,31 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
         )
     optimiser = grpo.optimizer(config.grpo.learning_rate, config.grpo.warmup, config.grpo.clip_norm)
     optimiser = sft.accumulated(optimiser, parts)
+
+    def make_step(model, scorer_config):
+        return functools.partial(
+            grpo.train_step,
+            model,
+            scorer_config,
+            settings,
+            optimiser,
+            config.budget,
+            config.interval,
+            parallel.AXIS,
+        )
+
+    return settings, parts, optimiser, make_step
+
+
+def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
+    """Trains (or goes on training) in `workdir`, from the scorers of the run `grpo.scorer`.
+
+    Writes what the supervised job writes, with both scorers in the table, and what they answer.
+    """
+    # ---- what can be wrong is found out first
+    cache.check_sizes(config.budget, config.interval)
+    common.check_budgets(config.eval.budgets, config.interval, "eval.budgets")
+    settings, parts, optimiser, make_step = recipe(config)
     rules = {name: policies.get(name) for name in config.eval.policies}
     supervised = _supervised(config)
     model, model_params = common.load_model(config)
@@ -69,22 +102,7 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     # ---- training
     state, reference, everywhere = parallel.replicate((state, reference, model_params))
 
-    def device_step(state, model_params, reference, batch):
-        return grpo.train_step(
-            model,
-            supervised.config,
-            settings,
-            optimiser,
-            config.budget,
-            config.interval,
-            parallel.AXIS,
-            state,
-            model_params,
-            reference,
-            batch,
-        )
-
-    step_fn = parallel.pmap(device_step, constants=3, batched=1)
+    step_fn = parallel.pmap(make_step(model, supervised.config), constants=3, batched=1)
     full = FullCache(config, model, everywhere, train)
     start, steps = int(state.step), config.grpo.steps
     order = traces.iterate(batches, place)

@@ -1,7 +1,11 @@
 """The supervised stage, from a config to a table: train scorers, save them, measure them."""
 
+import functools
+from collections.abc import Callable
+
 import jax
 import numpy as np
+import optax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -20,13 +24,7 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     # ---- what can be wrong is found out first
     cache.check_sizes(config.budget, config.interval)
     common.check_budgets(config.eval.budgets, config.interval, "eval.budgets")
-    parts = parallel.parts_of(config.sft.batch, config.sft.at_once, "sft.at_once")
-    scorer_config = scorer.ScorerConfig(**config.scorer)
-    loss_config = sft.LossConfig(config.sft.margin, config.sft.weighting)
-    optimiser = sft.optimizer(
-        config.sft.learning_rate, config.sft.warmup, config.sft.steps, config.sft.clip
-    )
-    optimiser = sft.accumulated(optimiser, parts)
+    parts, scorer_config, optimiser, make_step = recipe(config)
     rules = {name: policies.get(name) for name in config.eval.policies}
     model, model_params = common.load_model(config)
     train = common.load_traces(
@@ -50,22 +48,7 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     # ---- training
     state, everywhere = parallel.replicate((state, model_params))
 
-    def device_step(state, model_params, token, length):
-        return sft.train_step(
-            model,
-            scorer_config,
-            loss_config,
-            optimiser,
-            config.budget,
-            config.interval,
-            parallel.AXIS,
-            state,
-            model_params,
-            token,
-            length,
-        )
-
-    step_fn = parallel.pmap(device_step, constants=2, batched=2)
+    step_fn = parallel.pmap(make_step(model), constants=2, batched=2)
     start, steps = int(state.step), config.sft.steps
     order = traces.iterate(batches, place)
     bar = tqdm(range(start, steps), initial=start, total=steps, desc="sft", mininterval=0.5)
@@ -91,6 +74,41 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     common.write_losses(run, results, len(held_out))
     run.close()
     return results
+
+
+def recipe(
+    config: ConfigDict,
+) -> tuple[int, scorer.ScorerConfig, optax.GradientTransformation, Callable]:
+    """What the config says of a step, apart from the model.
+
+    Returns:
+      How many parts a batch is worked off in, the scorers' config, the optimiser, and what makes
+      the per-device step (state, model_params, token, length) of a model.
+
+    Raises:
+      UserError: the config is wrong.
+    """
+    parts = parallel.parts_of(config.sft.batch, config.sft.at_once, "sft.at_once")
+    scorer_config = scorer.ScorerConfig(**config.scorer)
+    loss_config = sft.LossConfig(config.sft.margin, config.sft.weighting)
+    optimiser = sft.optimizer(
+        config.sft.learning_rate, config.sft.warmup, config.sft.steps, config.sft.clip
+    )
+    optimiser = sft.accumulated(optimiser, parts)
+
+    def make_step(model):
+        return functools.partial(
+            sft.train_step,
+            model,
+            scorer_config,
+            loss_config,
+            optimiser,
+            config.budget,
+            config.interval,
+            parallel.AXIS,
+        )
+
+    return parts, scorer_config, optimiser, make_step
 
 
 def _report(run, bar, step, found, config) -> None:

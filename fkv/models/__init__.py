@@ -1,6 +1,6 @@
 """The frozen language models."""
 
-from fkv.models.config import ModelConfig
+from fkv.models.config import ModelConfig, read
 from fkv.models.decoder import Params, embed, finish, init, project, rotate, unembed, unstack
 from fkv.models.loading import find, load, load_judges, save
 
@@ -14,6 +14,7 @@ __all__ = [
     "load",
     "load_judges",
     "project",
+    "read",
     "rotate",
     "save",
     "unembed",

@@ -233,8 +233,12 @@ def _tensors(config: ModelConfig) -> Iterator[_Tensor]:
             yield _Tensor(f"model.layers.{layer}.{name}", shape, ours, layer)
 
 
-def find(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
-    """The directory itself, or that of the downloaded snapshot of a hub id."""
+def find(path_or_hub_id: str | Path, revision: str | None = None, weights: bool = True) -> Path:
+    """The directory itself, or that of the downloaded snapshot of a hub id.
+
+    Args:
+      weights: without them only what describes the model is downloaded.
+    """
     name = str(path_or_hub_id)
     path = Path(name).expanduser()
     if path.is_dir():
@@ -244,7 +248,8 @@ def find(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         raise UserError(f"{path}: no such directory, and not a hub id of the form owner/name")
     try:
-        snapshot = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=_FILES)
+        files = _FILES if weights else ["config.json"]
+        snapshot = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=files)
     except GatedRepoError:
         raise UserError(
             f"{name}: access is gated; accept the terms at https://huggingface.co/{name} "

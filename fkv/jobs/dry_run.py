@@ -1,0 +1,347 @@
+"""What a job would take, before it is run: memory of a device, operations, time at best."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from fkv import api, cache, costs, decoding, grpo, parallel, policies, replay, scorer, sft
+from fkv.errors import UserError
+from fkv.evaluation import tables
+from fkv.jobs import common
+from fkv.jobs import grpo as grpo_job
+from fkv.jobs import sft as sft_job
+from fkv.models import ModelConfig
+from fkv.models.decoder import param_shapes
+from fkv.tasks import ledger
+
+# Of what an accelerator can do at most; what is reached depends on it and on the compiler.
+SHARE = 0.4
+
+
+def run(job: str, config: ConfigDict) -> str:
+    """Prints what `launch.<job>` would take with this config; nothing is allocated or written.
+
+    Raises:
+      UserError: the config is wrong, or nothing is known of this job.
+    """
+    known = {"sft": _sft, "grpo": _grpo, "evaluate": _generation, "traces": _generation}
+    if job not in known:
+        raise UserError(f"launch.{job} has no dry run; {', '.join(known)} have")
+    cache.check_sizes(config.budget, config.interval)
+    model = common.model_config(config)
+    lines = [
+        f"launch.{job}, {config.model}: {costs.parameters(model) / 1e6:,.2f} million parameters in "
+        f"{config.dtype}, B = {config.budget}, L = {config.interval}"
+    ]
+    text = "\n".join([*lines, *known[job](config, model, job)])
+    common.say(text)
+    return text
+
+
+# ---- the stages
+
+
+def _sft(config: ConfigDict, model: ModelConfig, job: str) -> list[str]:
+    parts, scorer_config, optimiser, make_step = sft_job.recipe(config)
+    rows = config.sft.batch // parts // parallel.device_count()
+    state = _state(model, scorer_config, optimiser)
+
+    def needed(tokens):
+        batch = _ints(rows, tokens), _ints(rows)
+        weights = _weights(config, model)
+        found = costs.temporaries(_on_axis(make_step(model), 2, 2), state, weights, *batch)
+        return found + costs.size(batch)
+
+    def operations(tokens):
+        sizes = (scorer.feature_size(model, scorer_config), scorer_config.hidden)
+        trace = costs.sft_trace(model, sizes, tokens, config.budget, config.interval)
+        return trace * config.sft.batch
+
+    what = f"{config.sft.batch} a step, {rows} at once on each of {_devices()}"
+    return _stage(config, model, state, needed, operations, what, config.sft.steps)
+
+
+def _grpo(config: ConfigDict, model: ModelConfig, job: str) -> list[str]:
+    settings, parts, optimiser, make_step = grpo_job.recipe(config)
+    scorer_config = scorer.ScorerConfig(**config.scorer)
+    rows = config.grpo.traces * settings.rollouts // parts // parallel.device_count()
+    state = _state(model, scorer_config, optimiser)
+    step = _on_axis(make_step(model, scorer_config), 3, 1)
+
+    def needed(tokens):
+        per_token = jax.ShapeDtypeStruct((1, rows, tokens - 1), jnp.float32)
+        batch = grpo.Batch(
+            _ints(rows, tokens),
+            _ints(rows),
+            per_token,
+            per_token,
+            jax.ShapeDtypeStruct(per_token.shape, bool),
+            jax.ShapeDtypeStruct((1, rows, 2), jnp.uint32),
+        )
+        weights = _weights(config, model)
+        found = costs.temporaries(step, state, weights, state.params, batch)
+        return found + costs.size(batch)
+
+    def operations(tokens):
+        sizes = (scorer.feature_size(model, scorer_config), scorer_config.hidden)
+        trace = costs.grpo_trace(
+            model,
+            sizes,
+            tokens,
+            config.budget,
+            config.interval,
+            settings.rollouts,
+            settings.epochs,
+        )
+        return trace * config.grpo.traces
+
+    at_once = min(settings.rollouts_at_once or rows, rows)
+    all_rows = config.grpo.traces * settings.rollouts
+    what = f"{all_rows} rollouts a step, {at_once} at once on each of {_devices()}"
+    return _stage(config, model, state, needed, operations, what, config.grpo.steps)
+
+
+def _stage(
+    config: ConfigDict,
+    model: ModelConfig,
+    state: sft.TrainState,
+    needed: Callable[[int], int],
+    operations: Callable[[int], float],
+    what: str,
+    steps: int,
+) -> list[str]:
+    tokens, why = _trace_length(config, model)
+    shorter = max(tokens // 2 // config.interval, 1) * config.interval
+    common.say(f"compiling for traces of {shorter:,} and {tokens:,} tokens")
+    weights, fixed = costs.parameter_bytes(model, config.dtype), costs.size(state)
+    points = [(n, weights + fixed + needed(n)) for n in (shorter, tokens)]
+    total = points[1][1]
+    step = operations(tokens)
+    rows = [
+        ["language model", _gb(weights)],
+        ["scorers and optimiser", _gb(fixed)],
+        ["a step's batch and temporaries", _gb(total - weights - fixed)],
+        ["in all", _gb(total)],
+    ]
+    lines = [
+        f"traces of {tokens:,} tokens ({why}); {what}",
+        "",
+        tables.text(("memory of a device", "GB"), rows),
+        _compiled(config),
+        "",
+        f"a step: {step:.3g} operations, {steps:,} steps",
+        "",
+    ]
+    rows = []
+    for device in costs.DEVICES:
+        best = step / device.flops / parallel.device_count()
+        rows.append(
+            [
+                device.name,
+                f"{device.memory / 1e9:.0f}",
+                "yes" if total <= device.memory * costs.USABLE else "no",
+                f"{costs.largest(points, device.memory, config.interval):,}",
+                f"{best:.3g}",
+                f"{best / SHARE:.3g}",
+                f"{best / SHARE * steps / 3600:.3g}",
+            ]
+        )
+    head = (
+        "device",
+        "GB",
+        "fits",
+        "longest trace",
+        "s a step, at best",
+        "at 40 %",
+        "hours, at 40 %",
+    )
+    return [*lines, tables.text(head, rows), _usable()]
+
+
+def _trace_length(config: ConfigDict, model: ModelConfig) -> tuple[int, str]:
+    """Padded length of the longest trace, and how it is known."""
+    if config.data.path and not Path(config.data.path).exists():
+        tokens = config.traces.new_tokens
+        why = f"traces.new_tokens; there are none at {config.data.path} yet"
+    else:
+        found = common.load_traces(
+            config, "train", config.data.traces, config.budget, model.vocab_size
+        )
+        tokens, why = int(found.padded_n.max()), "the longest there is"
+    if tokens <= config.budget + config.interval:
+        raise UserError(
+            f"traces of {tokens} tokens ({why}) are not longer than budget + interval = "
+            f"{config.budget + config.interval}"
+        )
+    return -(-tokens // config.interval) * config.interval, why
+
+
+# ---- generation
+
+
+def _generation(config: ConfigDict, model: ModelConfig, job: str) -> list[str]:
+    settings = config[job]
+    sampling = decoding.Sampling(settings.temperature, settings.top_k, settings.top_p)
+    prompt, new_tokens = _answer_length(config, model, settings)
+    if job == "traces":
+        cells = [("full", 0, policies.get("full"))]
+    else:
+        cells = _cells(config, model)
+    batch, weights = settings.batch, costs.parameter_bytes(model, config.dtype)
+    common.say(f"compiling for {len(cells)} kinds of cache and two batches")
+    memory, speed = [], []
+    for name, budget, policy in cells:
+        points = []
+        for rows in (max(batch // 2, 1), max(batch // 2, 1) * 2):
+            needed = _generating(config, model, policy, rows, prompt, new_tokens, budget, sampling)
+            points.append((rows, weights + needed))
+        slots = policy.capacity(budget) + config.interval if budget else prompt + new_tokens
+        label = f"{name} {budget or ''}".strip()
+        held = batch * costs.cache_bytes(model, slots, config.dtype, bool(policy.statistics))
+        total = points[1][1] + (points[1][1] - points[0][1]) * (batch - points[1][0]) / points[0][0]
+        memory.append([label, f"{slots:,}", _gb(held), _gb(total)])
+        memory[-1] += [f"{costs.largest(points, d.memory):,}" for d in costs.DEVICES]
+        moved = costs.decode_bytes(model, batch, slots, config.dtype)
+        done = costs.decode_flops(model, batch, slots)
+        best = [max(moved / d.bandwidth, done / d.flops) for d in costs.DEVICES]
+        speed.append([label, f"{moved / 1e9:.2f}", *(f"{batch / s:,.0f}" for s in best)])
+    names = [device.name for device in costs.DEVICES]
+    return [
+        f"{batch} answers at once, prompts of {prompt} and up to {new_tokens:,} new tokens; "
+        f"the language model takes {_gb(weights)} GB",
+        "",
+        "memory of a device in GB, and the largest batch of each",
+        tables.text(("cache", "slots", "caches", "in all", *names), memory),
+        _compiled(config),
+        "",
+        "GB read a step, and tokens a second at best (all slots in use)",
+        tables.text(("cache", "GB", *names), speed),
+        _usable(),
+    ]
+
+
+def _cells(config: ConfigDict, model: ModelConfig) -> list[tuple[str, int, policies.base.Policy]]:
+    """The full cache if asked for, and one policy at every budget: scorers, which need most."""
+    settings, cells = config.evaluate, []
+    common.check_budgets(settings.budgets, config.interval, "evaluate.budgets")
+    if "full" in settings.policies:
+        cells.append(("full", 0, policies.get("full")))
+    rules = [name for name in settings.policies if name != "full"]
+    if settings.scorers:
+        scorer_config = scorer.ScorerConfig(**config.scorer)
+        params = jax.eval_shape(lambda: scorer.init(jax.random.key(0), model, scorer_config))
+        name, policy = "foresight", policies.Foresight(params, scorer_config)
+    elif rules:
+        name, policy = rules[0], policies.get(rules[0])
+    else:
+        return cells
+    return cells + [(name, budget, policy) for budget in settings.budgets]
+
+
+def _answer_length(config: ConfigDict, model: ModelConfig, settings) -> tuple[int, int]:
+    """Padded length of prompts, and the most new tokens."""
+    if config.model == api.EMBEDDED:
+        spec = common.spec(config)
+        longest = max(len(p.prompt) for p in ledger.problems(config.seed, "eval", 0, 64, spec))
+        return _up(longest, config.interval), settings.new_tokens or spec.max_new_tokens()
+    return _up(512, config.interval), settings.new_tokens or 32_768
+
+
+def _generating(config, model, policy, rows, prompt, new_tokens, budget, sampling) -> int:
+    """Bytes of caches and temporaries at the worst time: while reading the prompts, or decoding."""
+    budget = budget or 2 * config.interval
+    keys = jax.eval_shape(lambda: replay.row_keys(jax.random.key(0), rows))
+
+    def prefill(params, policy, token, padding, keys, limit):
+        return decoding.prefill(
+            model, params, policy, token, padding, keys, limit, budget, config.interval,
+            sampling, (0,), new_tokens,
+        )  # fmt: skip
+
+    def decode(params, policy, state):
+        return decoding.decode_chunk(
+            model, params, policy, state, prompt, budget, config.interval, sampling, (0,)
+        )
+
+    token = jax.ShapeDtypeStruct((rows, prompt), jnp.int32)
+    row = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    weights = _weights(config, model)
+    arguments = (weights, policy, token, row, keys, row)
+    state = jax.eval_shape(prefill, *arguments)
+    compiled, caches = costs.size(state.caches), costs.size(_caches(config, state.caches))
+    # While the prompts are read the caches of all layers lie there twice: stacked and apart.
+    reading = costs.temporaries(prefill, *arguments) - compiled + 2 * caches
+    return max(reading, caches + costs.temporaries(decode, weights, policy, state, donate=(2,)))
+
+
+# ---- what they share
+
+
+def _compiling(config: ConfigDict) -> str:
+    """CPUs multiply bfloat16 as float32, in copies of all weights that no accelerator needs."""
+    return "float32" if jax.default_backend() == "cpu" else config.dtype
+
+
+def _compiled(config: ConfigDict) -> str:
+    where = jax.default_backend()
+    if where == "cpu" and config.dtype != "float32":
+        return f"(temporaries as compiled for the CPU in float32: in {config.dtype} less)"
+    return f"(temporaries as compiled for the {where})"
+
+
+def _usable() -> str:
+    return f"({costs.USABLE:.0%} of the memory taken as usable; nothing here was measured)"
+
+
+def _weights(config: ConfigDict, model: ModelConfig):
+    """Shapes of the language model's parameters, as they are compiled."""
+    dtype = jnp.dtype(_compiling(config))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), param_shapes(model))
+
+
+def _caches(config: ConfigDict, caches):
+    """Shapes of caches as they will be: keys and values in the run's dtype."""
+
+    def one(layer):
+        key, value = (
+            jax.ShapeDtypeStruct(x.shape, jnp.dtype(config.dtype))
+            for x in (layer.key_bksd, layer.value_bksd)
+        )
+        return layer.replace(key_bksd=key, value_bksd=value)
+
+    return tuple(one(layer) for layer in caches)
+
+
+def _state(model, scorer_config, optimiser) -> sft.TrainState:
+    """Shapes of the training state."""
+
+    def make():
+        return sft.init_state(scorer.init(jax.random.key(0), model, scorer_config), optimiser)
+
+    return jax.eval_shape(make)
+
+
+def _on_axis(step: Callable, constants: int, batched: int) -> Callable:
+    """One device's program of a mapped step: it speaks to itself alone."""
+    axes = (*[None] * constants, *[0] * batched)
+    return jax.vmap(step, in_axes=axes, out_axes=None, axis_name=parallel.AXIS)
+
+
+def _ints(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((1, *shape), jnp.int32)
+
+
+def _devices() -> str:
+    count = parallel.device_count()
+    return f"{count} device{'s' * (count > 1)}"
+
+
+def _up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.2f}"
