@@ -82,8 +82,8 @@ def recipe(name: str, model: str, revision: str, arg: str) -> ConfigDict:
     config.evaluate.action_temperature = 1.0
     config.evaluate.policies = ("full", *RULES)
     config.evaluate.budgets = (1024, 2048, 4096)
-    config.evaluate.benchmark = "HuggingFaceH4/aime_2024"
-    config.evaluate.split = "train"
+    config.evaluate.benchmark = "aime24"
+    config.evaluate.problems = 0
     config.evaluate.samples = 32
     config.evaluate.new_tokens = 32_768
     config.evaluate.batch = 32

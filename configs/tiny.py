@@ -162,14 +162,16 @@ def get_config() -> ConfigDict:
     config.evaluate.action_temperature = 0.3  # of the last two; what the scorers were trained with
     config.evaluate.policies = ("full", *RULES)
     config.evaluate.budgets = (48, 64, 96)
-    config.evaluate.benchmark = "embedded"  # or a .jsonl or .parquet file, or a hub id
+    # Or aime24, aime25, math500, gsm8k, gpqa; or a .jsonl or .parquet file or a hub id, with its
+    # split, subset and columns in the next fields.
+    config.evaluate.benchmark = "embedded"
     config.evaluate.split = "test"
     config.evaluate.subset = ""
     config.evaluate.question = "problem"
     config.evaluate.answer = "answer"
     config.evaluate.instruction = benchmarks.INSTRUCTION
     config.evaluate.chat = True
-    config.evaluate.problems = 512
+    config.evaluate.problems = 512  # 0 for all of a benchmark
     config.evaluate.samples = 1
     config.evaluate.new_tokens = 0  # as many as the task can need
     config.evaluate.temperature = 0.6

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from fkv import grpo, scorer, sft
+from fkv.data import benchmarks
 from fkv.decoding import Sampling
 from fkv.errors import UserError
 from fkv.jobs.grpo import settings_of
@@ -31,11 +32,12 @@ def test_real_models_have_the_paper_s_settings(name):
     assert scorer.ScorerConfig(**config.scorer) == scorer.ScorerConfig()  # the library's default
     assert sft.LossConfig(config.sft.margin, config.sft.weighting) == sft.LossConfig()
     assert (config.sft.steps, config.sft.batch, config.sft.learning_rate) == (1000, 4, 1e-2)
-    assert settings_of(config) == grpo.GRPOConfig()
+    assert settings_of(config) == grpo.GRPOConfig(rollouts_at_once=4)  # which changes no result
     assert (config.grpo.steps, config.grpo.traces, config.grpo.learning_rate) == (250, 32, 3e-4)
     e = config.evaluate
     assert Sampling(e.temperature, e.top_k, e.top_p) == Sampling(0.6, 20, 0.95)
     assert (e.samples, e.new_tokens, e.action) == (32, 32_768, "sample")
+    assert e.benchmark in benchmarks.KNOWN and e.problems == 0
 
 
 def test_variants_are_budgets():

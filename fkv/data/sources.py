@@ -55,7 +55,7 @@ def open_rows(path: str, split: str, subset: str = "") -> datasets.Dataset:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
             f"{path}: not a .parquet or .jsonl file, and the hub has no such data set or can't be "
-            f"reached ({type(error).__name__}: {reason})"
+            f"reached ({type(error).__name__}: {reason}); a gated one needs `hf auth login`"
         ) from error
 
 

@@ -31,6 +31,16 @@ def last_boxed(text: str) -> str | None:
     return None
 
 
+def check_choice(text: str, reference: str) -> tuple[str, str | None]:
+    """As `Checker.check`, where the answer is a letter: `C`, `(C)`, `C) 4 J` or `\\text{C}`."""
+    answer = last_boxed(text)
+    if answer is None:
+        return NO_ANSWER, None
+    letter = re.match(r"(?:\\\w+\s*\{)?\s*\(?([A-Za-z])(?![A-Za-z])", answer)
+    right = letter is not None and letter[1].upper() == reference
+    return (RIGHT if right else WRONG), answer
+
+
 def _serve(connection) -> None:
     """Answers (answer, reference) with whether they are equal, until the pipe is closed."""
     import math_verify

@@ -1,6 +1,7 @@
 """Evaluation by answers and by loss: every policy at every budget, from a config to tables."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -165,9 +166,11 @@ def _problems(
 ) -> tuple[list[Problem], int]:
     """The problems, and how many tokens an answer may have."""
     settings = config.evaluate
-    if settings.problems < 1 or settings.samples < 1:
-        raise UserError("evaluate.problems and evaluate.samples must be at least 1")
+    if settings.problems < 0 or settings.samples < 1:
+        raise UserError("evaluate.problems must be 0 (all) or more, evaluate.samples at least 1")
     if settings.benchmark == "embedded":
+        if not settings.problems:
+            raise UserError("evaluate.problems must be at least 1: the embedded task has no end")
         common.check_vocabulary(config, model.config.vocab_size)
         spec = common.spec(config)
         found = ledger.problems(config.seed, "eval", 0, settings.problems, spec)
@@ -176,14 +179,10 @@ def _problems(
             for i, p in enumerate(found)
         ], settings.new_tokens or spec.max_new_tokens()
 
-    benchmark = benchmarks.load(
-        settings.benchmark,
-        settings.split,
-        settings.subset,
-        settings.question,
-        settings.answer,
-        settings.instruction,
+    source = benchmarks.known(
+        settings.benchmark, settings.split, settings.subset, settings.question, settings.answer
     )
+    benchmark = benchmarks.load(source, settings.instruction)
     for row, why in benchmark.unusable:
         common.say(f"{settings.benchmark}: row {row} left out, {why}")
     if benchmark.unusable:
@@ -193,10 +192,14 @@ def _problems(
             q.id,
             api.encode(model, q.text, chat=settings.chat),
             q.answer,
-            lambda _, text, reference=q.answer: checker.check(text, reference),
+            functools.partial(_check, math_answers.check_choice if q.choice else checker.check, q),
         )
-        for q in benchmark.questions[: settings.problems]
+        for q in benchmark.questions[: settings.problems or None]
     ], settings.new_tokens or 32_768
+
+
+def _check(check, question: benchmarks.Question, tokens, text: str) -> tuple[str, str | None]:
+    return check(text, question.answer)
 
 
 def _exact(problem: ledger.Problem):

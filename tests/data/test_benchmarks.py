@@ -29,16 +29,20 @@ def write(tmp_path, kind, rows):
     return str(path)
 
 
+def load(path, split="test", subset="", question="problem", answer="answer", **kwargs):
+    return benchmarks.load(benchmarks.known(path, split, subset, question, answer), **kwargs)
+
+
 def refused(match, *args, **kwargs):
     with pytest.raises(UserError, match=match) as raised:
-        benchmarks.load(*args, **kwargs)
+        load(*args, **kwargs)
     assert "\n" not in str(raised.value)
     return str(raised.value)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_a_file_is_read(tmp_path, kind):
-    found = benchmarks.load(write(tmp_path, kind, ROWS))
+    found = load(write(tmp_path, kind, ROWS))
     assert found.unusable == []
     assert [(q.id, q.answer) for q in found.questions] == [("p1", "2"), ("p2", r"\frac{1}{2}")]
     # The paper's instruction, a blank, the question as it is.
@@ -52,20 +56,20 @@ def test_a_file_is_read(tmp_path, kind):
 def test_columns_and_instruction_can_be_others(tmp_path, kind):
     rows = [{"question": "2 * 3?", "solution": 6, "problem": "no"}]  # a number is an answer too
     path = write(tmp_path, kind, rows)
-    found = benchmarks.load(path, question="question", answer="solution", instruction="")
+    found = load(path, question="question", answer="solution", instruction="")
     assert found.questions == [benchmarks.Question("0", "2 * 3?", "6")]
 
 
 def test_rows_without_an_id_are_numbered(tmp_path):
     rows = [{"problem": f"{i}?", "answer": None if i == 1 else str(i)} for i in range(3)]
-    found = benchmarks.load(jsonl(tmp_path / "rows.jsonl", rows))
+    found = load(jsonl(tmp_path / "rows.jsonl", rows))
     assert [(q.id, q.answer) for q in found.questions] == [("0", "0"), ("2", "2")]
 
 
 @pytest.mark.parametrize("ids", [[None, None, "x"], ["x", "y", "x"]])
 def test_no_two_questions_share_an_id(tmp_path, ids):
     rows = [{"problem": "x?", "answer": "3", "id": name} for name in ids]
-    found = benchmarks.load(jsonl(tmp_path / "rows.jsonl", rows))
+    found = load(jsonl(tmp_path / "rows.jsonl", rows))
     assert len({q.id for q in found.questions}) == 3
 
 
@@ -79,7 +83,7 @@ def test_no_two_questions_share_an_id(tmp_path, ids):
 )
 def test_answers_of_gsm8k_are_cut(tmp_path, answer, reference):
     rows = [{"question": "How many?", "answer": answer}]
-    found = benchmarks.load(jsonl(tmp_path / "rows.jsonl", rows), question="question")
+    found = load(jsonl(tmp_path / "rows.jsonl", rows), question="question")
     assert found.questions[0].answer == reference
 
 
@@ -93,7 +97,7 @@ def test_unusable_rows_are_named(tmp_path, kind):
         {"problem": " ", "answer": "3", "id": "p6"},
         ROWS[1],
     ]
-    found = benchmarks.load(write(tmp_path, kind, rows))
+    found = load(write(tmp_path, kind, rows))
     assert [q.id for q in found.questions] == ["p1", "p2"]
     assert found.unusable == [
         (1, "answer is None"), (2, "answer is '  '"), (3, "problem is None"), (4, "problem is ' '"),
@@ -103,7 +107,7 @@ def test_unusable_rows_are_named(tmp_path, kind):
 def test_no_usable_row_is_an_error(tmp_path):
     rows = [{"problem": "x?", "answer": ""}, {"problem": "", "answer": "3"}]
     path = jsonl(tmp_path / "rows.jsonl", rows)
-    refused(r"rows\.jsonl: none of its 2 rows has both problem and answer", path)
+    refused(r"rows\.jsonl: none of its 2 rows has problem and answer", path)
 
 
 def test_a_missing_column_names_those_there_are(tmp_path):
@@ -129,9 +133,46 @@ def test_data_sets_of_the_hub(monkeypatch):
         return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert len(benchmarks.load("HuggingFaceH4/MATH-500").questions) == 2
-    benchmarks.load("openai/gsm8k", "train", "main")
+    assert len(load("HuggingFaceH4/MATH-500").questions) == 2
+    load("openai/gsm8k", "train", "main")
     assert asked == [("HuggingFaceH4/MATH-500", None, "test"), ("openai/gsm8k", "main", "train")]
+
+
+def test_known_names_have_their_columns(monkeypatch):
+    asked = []
+
+    def load_dataset(path, subset, split):
+        asked.append((path, subset, split))
+        return datasets.Dataset.from_list([{"question": "3 + 4?", "answer": "Add.\n#### 7"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    (question,) = load("gsm8k", "ignored", question="ignored").questions
+    assert asked == [("openai/gsm8k", "main", "test")]
+    assert question.text.endswith("3 + 4?") and question.answer == "7" and not question.choice
+
+
+def test_one_of_several_answers_is_chosen_by_its_letter(monkeypatch):
+    rows = [
+        {"Question": f"{i}? ", "Correct Answer": f"right {i}"}
+        | {f"Incorrect Answer {j}": f"wrong {i} {j}" for j in (1, 2, 3)}
+        for i in range(12)
+    ]
+    rows[3]["Incorrect Answer 2"] = ""
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *args, **kwargs: datasets.Dataset.from_list(rows)
+    )
+    found, again = load("gpqa"), load("gpqa")
+    assert found == again
+    assert found.unusable == [(3, "Incorrect Answer 2 is ''")]
+    for question in found.questions:
+        asked, blank, *choices, other, last = question.text.split("\n")
+        assert asked == f"{benchmarks.INSTRUCTION} {question.id}?" and blank == other == ""
+        assert last == "Answer with the letter of the right choice." and question.choice
+        assert [line[:3] for line in choices] == ["A) ", "B) ", "C) ", "D) "]
+        (right,) = (line for line in choices if "right" in line)
+        assert right == f"{question.answer}) right {question.id}"
+        assert len(set(choices)) == 4
+    assert len({question.answer for question in found.questions}) > 2
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from fkv.errors import UserError
-from fkv.evaluation.math_answers import Checker, last_boxed
+from fkv.evaluation.math_answers import Checker, check_choice, last_boxed
 
 TOWER = r"\boxed{9^{9^{9^{9}}}}"  # no computer writes this number out
 
@@ -156,3 +156,23 @@ def test_math_verify_that_cannot_be_loaded(monkeypatch, tmp_path):
     with pytest.raises(UserError, match="pip install math-verify"):
         Checker().check(r"\boxed{1/3}", "3")
     assert children() == before
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (r"\boxed{C}", ("right", "C")),
+        (r"\boxed{c}", ("right", "c")),
+        (r"\boxed{(C)}", ("right", "(C)")),
+        (r"\boxed{C) 4 J}", ("right", "C) 4 J")),
+        (r"\boxed{\text{C}}", ("right", r"\text{C}")),
+        (r"\boxed{\textbf{(C)}}", ("right", r"\textbf{(C)}")),
+        (r"\boxed{B}", ("wrong", "B")),
+        (r"\boxed{Carbon}", ("wrong", "Carbon")),
+        (r"\boxed{4 C}", ("wrong", "4 C")),
+        (r"\boxed{}", ("wrong", "")),
+        ("It is C.", ("no answer", None)),
+    ],
+)
+def test_letters_of_choices(text, found):
+    assert check_choice(text, "C") == found

@@ -22,7 +22,6 @@ def shrink(config, scorer_dir):
     config.grpo.steps, config.grpo.traces, config.grpo.rollouts = 4, 2, 3
     config.grpo.epochs, config.grpo.checkpoint_every, config.grpo.eta = 1, 2, 1e-4
     config.grpo.answers = 0
-    config.data.buckets = 1
     config.eval.budgets, config.eval.policies = (16,), ("random",)
     return config
 

@@ -38,9 +38,9 @@ def small(model_dir, **changes):
     config.model = model_dir
     config.budget = 16
     config.interval = 8
-    config.task.facts, config.task.hops = (2, 8), (1, 6)  # of two buckets, 45 to 106 tokens
+    config.task.facts, config.task.hops = (4, 6), (3, 4)
     config.task.remarks, config.task.marks = (0, 1), (0, 1)
-    config.data.traces, config.data.buckets = 16, 2
+    config.data.traces = 16
     config.sft.steps, config.sft.batch, config.sft.checkpoint_every = 6, 2, 2
     config.sft.warmup, config.sft.log_every = 1, 1
     config.eval.budgets, config.eval.traces, config.eval.batch = (16, 24), 6, 4
@@ -54,11 +54,17 @@ def small(model_dir, **changes):
     return config
 
 
+def uneven(model_dir, **changes):
+    """The same with traces of 45 to 106 tokens, in two buckets."""
+    mixed = dict(task__facts=(2, 8), task__hops=(1, 6), data__buckets=2)
+    return small(model_dir, **mixed, **changes)
+
+
 @pytest.fixture(scope="module")
 def finished(model_dir, tmp_path_factory):
     """A finished run, not to be changed, and its results."""
     path = tmp_path_factory.mktemp("finished")
-    return path, sft.run(small(model_dir), str(path))
+    return path, sft.run(uneven(model_dir), str(path))
 
 
 @pytest.fixture
@@ -86,7 +92,7 @@ def test_run_writes_all_that_it_promises(finished):
 
 
 def test_both_lengths_are_trained_on(model_dir, finished):
-    config = small(model_dir)
+    config = uneven(model_dir)
     found = common.load_traces(config, "train", 16, 16, len(ledger.VOCABULARY), 2)
     order = traces.batches(found, config.sft.batch, config.seed)
     assert {int(found.padded_n[order[i]].max()) for i in range(6)} == {56, 112}
@@ -94,7 +100,7 @@ def test_both_lengths_are_trained_on(model_dir, finished):
 
 def test_interrupted_and_resumed_equals_uninterrupted(model_dir, finished, tmp_path, monkeypatch):
     straight, broken = finished[0], tmp_path
-    config = small(model_dir)
+    config = uneven(model_dir)
 
     save = checkpoint.save
 
@@ -116,7 +122,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(model_dir, finished, tmp_p
 
 
 def test_a_batch_in_parts_is_the_batch(model_dir, finished, tmp_path):
-    sft.run(small(model_dir, sft__at_once=1), str(tmp_path))
+    sft.run(uneven(model_dir, sft__at_once=1), str(tmp_path))
     one, two = (checkpoint.load(path).state for path in (tmp_path, finished[0]))
     assert one["step"] == two["step"] == 6
     for name, x in two["params"].items():
@@ -175,7 +181,7 @@ def test_bad_input_is_refused_before_work_starts(model_dir, tmp_path, change, me
 
 def test_config_that_does_not_fit_the_checkpoint(model_dir, finished_copy):
     with pytest.raises(UserError, match=r"scorer\.hidden: 16 -> 8"):
-        sft.run(small(model_dir, scorer__hidden=8), str(finished_copy))
+        sft.run(uneven(model_dir, scorer__hidden=8), str(finished_copy))
 
 
 def test_truncated_checkpoint_is_named(model_dir, finished_copy):
@@ -183,7 +189,7 @@ def test_truncated_checkpoint_is_named(model_dir, finished_copy):
     largest = max((f for f in files if f.is_file()), key=lambda f: f.stat().st_size)
     os.truncate(largest, largest.stat().st_size // 2)
     with pytest.raises(UserError, match=r"checkpoints/6 \(step 6\) is corrupt"):
-        sft.run(small(model_dir), str(finished_copy))
+        sft.run(uneven(model_dir), str(finished_copy))
 
 
 def test_missing_checkpoint_is_named(tmp_path):
