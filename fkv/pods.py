@@ -63,6 +63,11 @@ class Cluster:
     def chips(self) -> int:
         return int(self.tpu_type.partition("-")[2])
 
+    @property
+    def machines(self) -> int:
+        """Of a slice in GKE, four chips each; each runs a process."""
+        return max(1, self.chips // 4)
+
     def where(self) -> list[str]:
         """Options of xpk and gcloud alike."""
         return [
@@ -88,7 +93,7 @@ class Workload:
     @property
     def command(self) -> str:
         """For a shell that is somewhere else."""
-        return f"cd {HOME} && {shlex.join(self.arguments)}"
+        return f"cd {HOME} && exec {shlex.join(self.arguments)}"  # signals are for Python
 
 
 def check(cluster: Cluster, backend: str, root: str) -> None:
@@ -207,8 +212,6 @@ def xpk_command(workload: Workload, cluster: Cluster) -> list[str]:
 def manifest(workload: Workload, cluster: Cluster) -> dict[str, Any]:
     """The JobSet that this command makes; xpk's own is what counts."""
     accelerator, _, _ = FAMILIES[cluster.family]
-    chips = min(cluster.chips, 4)  # of a machine
-    machines = cluster.chips // chips
     label = {"xpk.google.com/workload": workload.name}
     mounts = [{"name": "dshm-2", "mountPath": "/dev/shm"}]
     volumes: list[dict] = [{"name": "dshm-2", "emptyDir": {"medium": "Memory"}}]
@@ -227,7 +230,7 @@ def manifest(workload: Workload, cluster: Cluster) -> dict[str, Any]:
         "image": cluster.image,
         "securityContext": {"privileged": True},
         "command": ["bash", "-c", _Block(_SCRIPT.replace("COMMAND", workload.command))],
-        "resources": {"limits": {"google.com/tpu": chips}},
+        "resources": {"limits": {"google.com/tpu": cluster.chips // cluster.machines}},
         "volumeMounts": mounts,
     }
     pod |= {
@@ -275,8 +278,8 @@ def manifest(workload: Workload, cluster: Cluster) -> dict[str, Any]:
                     "replicas": cluster.slices,
                     "template": {
                         "spec": {
-                            "parallelism": machines,
-                            "completions": machines,
+                            "parallelism": cluster.machines,
+                            "completions": cluster.machines,
                             "backoffLimit": 0,
                             "podFailurePolicy": {"rules": [fatal]},
                             "template": {"metadata": pod_metadata, "spec": pod},

@@ -14,13 +14,14 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -188,12 +189,7 @@ def _run(points, root, common, show):
         command = point.arguments(root, common)
         print(f"{label}: {point.command(root, common)}", flush=True)
         with contextlib.nullcontext() if show else (path / "log.txt").open("a") as log:
-            code = subprocess.call(
-                [sys.executable, "-m", *command],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=None if show else subprocess.STDOUT,
-            )
+            code = _run_job(command, log)
         seconds = time.monotonic() - start
         if code:
             last = [] if show else (path / "log.txt").read_text(errors="replace").split("\n")
@@ -208,6 +204,31 @@ def _run(points, root, common, show):
         mine.write_text(json.dumps(record, indent=1) + "\n")
         mine.replace(path / DONE)
     return failed
+
+
+def _run_job(arguments: Sequence[str], log: IO | None) -> int:
+    """Exit code of a job; a SIGTERM is passed on to it, and ends the sweep when it has ended."""
+    came = []
+
+    def pass_on(*_):
+        came.append(True)
+        job.terminate()
+
+    with subprocess.Popen(
+        [sys.executable, "-m", *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log and subprocess.STDOUT,
+    ) as job:
+        before = signal.signal(signal.SIGTERM, pass_on)
+        try:
+            code = job.wait()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    if came:
+        print("ended by SIGTERM: run the same command again to go on", flush=True)
+        sys.exit(128 + signal.SIGTERM)
+    return code
 
 
 def _plain(values: Mapping[str, Any]) -> Any:

@@ -103,6 +103,8 @@ def _on_pods(options, points, root, shared):
         slices=options.num_slices,
     )
     pods.check(cluster, options.backend, root)
+    if cluster.machines * cluster.slices > 1:
+        shared = [*shared, "--distributed"]
     again = [*shared, *([f"--job={options.job}"] if options.job else [])]
     label = Path(options.config).stem
     found = pods.workloads(points, root, again, label, cluster.bucket)

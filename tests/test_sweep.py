@@ -2,11 +2,15 @@
 
 import csv
 import json
+import os
 import re
 import runpy
 import shlex
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import ml_collections
@@ -82,11 +86,11 @@ def fake_jobs(monkeypatch):
     """Jobs that write a table at once; those named in the list fail."""
     calls, failing = [], []
 
-    def call(command, stdout, **_):
+    def run_job(command, log):
         name = next(Path(word[10:]) for word in command if word.startswith("--workdir="))
         calls.append(name.name)
-        if stdout is not None:
-            stdout.write("some output\n")
+        if log is not None:
+            log.write("some output\n")
         if name.name in failing:
             return 1
         ratio = 1 + 0.1 * int(name.name[-1])
@@ -96,7 +100,7 @@ def fake_jobs(monkeypatch):
         )
         return 0
 
-    monkeypatch.setattr(subprocess, "call", call)
+    monkeypatch.setattr(sweep, "_run_job", run_job)
     return calls, failing
 
 
@@ -240,6 +244,29 @@ sys.stdin.read()
     assert fake_jobs[0] == ["a2", "a1"]
 
 
+def test_sigterm_goes_to_the_job_and_ends_the_sweep(tmp_path, monkeypatch):
+    job = tmp_path / "job"  # stands in for Python
+    job.write_text(
+        f"#!/bin/sh\ntrap 'echo saved; exit 143' TERM\ntouch {tmp_path}/started\n"
+        "while :; do sleep 0.02; done\n"
+    )
+    job.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(job))
+    before = signal.getsignal(signal.SIGTERM)
+
+    def take_the_machine_away():
+        while not (tmp_path / "started").exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=take_the_machine_away).start()
+    with pytest.raises(SystemExit) as end:
+        sweep.run_local(list(points()), tmp_path / "s", [])
+    assert end.value.code == 143 and signal.getsignal(signal.SIGTERM) is before
+    assert (tmp_path / "s/a1/log.txt").read_text() == "saved\n"
+    assert not (tmp_path / "s/a1" / sweep.DONE).exists() and not (tmp_path / "s/a2").exists()
+
+
 def test_marks_of_done_points_are_data(fake_jobs, tmp_path):
     sweep.run_local([Point("sft", "a1", {"eval.budgets": (16, 32)})], tmp_path, ["--config=x"])
     record = json.loads((tmp_path / "a1" / sweep.DONE).read_text())
@@ -309,7 +336,7 @@ def test_manifests_say_what_the_commands_say():
         (script,) = scripts(document)
         (inner,) = re.findall(r"^\((.*)\) & PID=", script, re.MULTILINE)
         assert inner == options["command"]
-        assert tuple(shlex.split(inner)) == ("cd", "/fkv", "&&", *workload.arguments)
+        assert tuple(shlex.split(inner)) == ("cd", "/fkv", "&&", "exec", *workload.arguments)
         assert SPECIAL in workload.arguments
     job = documents[0]["spec"]["replicatedJobs"][0]
     assert job["template"]["spec"]["parallelism"] == job["template"]["spec"]["completions"] == 4
@@ -354,6 +381,13 @@ def test_a_dry_run_needs_no_cluster(command):
     (script,) = scripts(document)
     assert code == 0 and document["kind"] == "JobSet"
     assert "launch.sweep --config=configs/tiny.py --workdir=runs/sweep_tiny --points=sft" in script
+    assert "--distributed" not in script  # one machine
+    _, out, _ = command(
+        "--config=configs/tiny.py", "--backend=xpk", "--dry_run", "--tpu_type=v6e-8"
+    )
+    (document,) = yaml.safe_load_all(out)
+    (script,) = scripts(document)
+    assert "launch.sweep --config=configs/tiny.py --distributed --workdir" in script
     _, out, _ = command(
         "--config=configs/tiny_ablations.py", "--backend=tpu-vm", "--dry_run", "--tpu_type=v6e-1"
     )
@@ -394,7 +428,9 @@ def test_submitting_runs_xpk_and_says_how_far_it_came(command, monkeypatch, caps
         return codes[len(calls) - 1]
 
     monkeypatch.setattr(subprocess, "call", call)
-    usual = "--config=configs/tiny_ablations.py --backend=xpk --cluster=c --image=i --bucket=runs-of-us"
+    usual = (
+        "--config=configs/tiny_ablations.py --backend=xpk --cluster=c --image=i --bucket=runs-of-us"
+    )
     code, _, error = command(*usual.split(), "--project=p", "--zone=z")
     assert code == 2 and "xpk ended with code 3 at workload fkv-tiny-" in error
     assert "1 of 3 are submitted" in error and len(calls) == 2
