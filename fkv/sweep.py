@@ -192,9 +192,8 @@ def _run(points, root, common, show):
             code = _run_job(command, log)
         seconds = time.monotonic() - start
         if code:
-            last = [] if show else (path / "log.txt").read_text(errors="replace").split("\n")
-            last = [line for line in last if line.strip()][-1:]
-            print(f"{label}: failed with code {code}: {' '.join(last)}", flush=True)
+            last = "" if show else f": {_last_line(path / 'log.txt')}"
+            print(f"{label}: failed with code {code}{last}", flush=True)
             failed.append(point)
             continue
         print(f"{label}: {seconds:.0f} s", flush=True)
@@ -204,6 +203,10 @@ def _run(points, root, common, show):
         mine.write_text(json.dumps(record, indent=1) + "\n")
         mine.replace(path / DONE)
     return failed
+
+
+def _last_line(path):
+    return " ".join(path.read_text(errors="replace").strip().splitlines()[-1:])
 
 
 def _run_job(arguments: Sequence[str], log: IO | None) -> int:

@@ -44,10 +44,10 @@ def main(argv):
         if some is points:  # others may be at work on the rest
             print(f"\n{sweep.write_summary(points, root)}")
         if failed:
+            where = "above" if options.show else f"their log.txt in {root}"
             raise UserError(
                 f"{len(failed)} of {len(some)} points did not finish "
-                f"({', '.join(p.name for p in failed)}): see their log.txt in {root}, "
-                "then run again"
+                f"({', '.join(p.name for p in failed)}): see {where}, then run again"
             )
 
 
