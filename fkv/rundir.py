@@ -5,11 +5,12 @@ import fcntl
 import json
 import math
 import os
+import re
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import ml_collections
@@ -91,13 +92,13 @@ def open_run(
       UserError: `workdir` cannot be written, holds a run with another config, or is in use by
         another process.
     """
-    path = Path(workdir)
+    path = check_path(workdir)
     data = json.loads(json.dumps(config.to_dict()))  # tuples become lists, as in config.json
     if jax.process_index() != 0:
         return Run(path, data)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = _lock(path)
+        held = lock(path)
         _check_config(path / "config.json", data, may_differ)
         write_text(path / "config.json", json.dumps(data, indent=1) + "\n")
         _note_commit(path / "commit.txt")
@@ -106,14 +107,31 @@ def open_run(
             f"cannot write run directory {path}: {error.strerror}; choose another --workdir"
         ) from error
     _trim_metrics(path / "metrics.jsonl")
-    return Run(path, data, _held=lock)
+    return Run(path, data, _held=held)
 
 
-def _lock(path: Path):
-    """Keeps other processes off a directory for as long as this one lives or holds the file."""
-    file = (path / ".lock").open("w")
+def check_path(workdir: str | os.PathLike) -> Path:
+    """Refuses `gs://...` and the like: a run directory is one of the file system."""
+    if match := re.match(r"(\w+)://", os.fspath(workdir)):
+        raise UserError(
+            f"{workdir}: {match[1]}:// is no file system: mount the bucket (gcsfuse; --bucket of "
+            "launch.sweep does) and give the directory where it is"
+        )
+    return Path(workdir)
+
+
+def lock(path: Path, shared: bool = False) -> IO:
+    """Keeps other processes off a directory for as long as this one lives or the file is open.
+
+    Args:
+      shared: let in others that share, too.
+
+    Raises:
+      UserError: another process is at work there.
+    """
+    file = (path / ".lock").open("a+")
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(
             f"another process is at work in {path}: wait for it, or use another --workdir"

@@ -6,6 +6,7 @@ directory of the point NAME, which is then run before.
 """
 
 import collections
+import contextlib
 import csv
 import dataclasses
 import itertools
@@ -13,12 +14,14 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -113,16 +116,63 @@ def check(points: Iterable[Point], jobs: Sequence[str]) -> list[Point]:
     return list(ordered.values())
 
 
+def choose(points: Sequence[Point], names: Sequence[str], root: str | os.PathLike) -> list[Point]:
+    """Some of the points, in their order.
+
+    Raises:
+      UserError: a name is unknown, or a point needs one that is neither among them nor done.
+    """
+    if unknown := [name for name in names if name not in {p.name for p in points}]:
+        known = ", ".join(p.name for p in points)
+        raise UserError(f"--points: there is no {unknown[0]!r} in the sweep; it has {known}")
+    chosen = [point for point in points if point.name in names]
+    for point in chosen:
+        for need in point.needs():
+            if need not in names and not Path(root, need, DONE).exists():
+                raise UserError(
+                    f"sweep point {point.name!r} needs {need!r}, which is not done in {root}: "
+                    "add it to --points"
+                )
+    return chosen
+
+
 def run_local(
-    points: Sequence[Point], root: str | os.PathLike, common: Sequence[str]
+    points: Sequence[Point],
+    root: str | os.PathLike,
+    common: Sequence[str],
+    show: bool = False,
+    alone: bool = True,
 ) -> list[Point]:
     """Runs the points one after the other, each in a process of its own; returns those that failed.
 
     A point that was done before is not run again; one that was interrupted goes on where it
     stopped. The rest goes on without points that need one that failed. What a point prints goes to
     `log.txt` in its directory.
+
+    Args:
+      show: let it through instead, as the many machines of a pod can't write one file.
+      alone: no other sweep may be at work in `root`; otherwise others that said so may, too, on
+        other points: a run directory has one process at a time.
+
+    Raises:
+      UserError: another sweep is at work in `root`, or a point was done with other values.
     """
-    root, failed = str(root), []
+    try:
+        rundir.check_path(root).mkdir(parents=True, exist_ok=True)
+        held = rundir.lock(Path(root), shared=not alone)
+    except OSError as error:
+        raise UserError(
+            f"cannot write sweep directory {root}: {error.strerror}; choose another --workdir"
+        ) from error
+    try:
+        return _run(points, str(root), common, show)
+    finally:
+        with contextlib.suppress(OSError):  # a mounted bucket minds that others made the file, too
+            held.close()
+
+
+def _run(points, root, common, show):
+    failed = []
     done = {p.name for p in points if _is_done(Path(root, p.name), p)}
     for i, point in enumerate(points, 1):
         path = Path(root, point.name)
@@ -138,23 +188,50 @@ def run_local(
         start = time.monotonic()
         command = point.arguments(root, common)
         print(f"{label}: {point.command(root, common)}", flush=True)
-        with (path / "log.txt").open("a") as log:
-            code = subprocess.call(
-                [sys.executable, "-m", *command],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
+        with contextlib.nullcontext() if show else (path / "log.txt").open("a") as log:
+            code = _run_job(command, log)
         seconds = time.monotonic() - start
         if code:
-            last = (path / "log.txt").read_text(errors="replace").strip().splitlines()[-1:]
-            print(f"{label}: failed with code {code}: {' '.join(last)}", flush=True)
+            last = "" if show else f": {_last_line(path / 'log.txt')}"
+            print(f"{label}: failed with code {code}{last}", flush=True)
             failed.append(point)
             continue
         print(f"{label}: {seconds:.0f} s", flush=True)
         record = {"values": _plain(point.values), "job": point.job, "seconds": round(seconds, 1)}
-        rundir.write_text(path / DONE, json.dumps(record, indent=1) + "\n")
+        # All machines of a pod write this: each a file of its own, and then whole.
+        mine = path / f"{DONE}.{uuid.uuid4().hex}"
+        mine.write_text(json.dumps(record, indent=1) + "\n")
+        mine.replace(path / DONE)
     return failed
+
+
+def _last_line(path):
+    return " ".join(path.read_text(errors="replace").strip().splitlines()[-1:])
+
+
+def _run_job(arguments: Sequence[str], log: IO | None) -> int:
+    """Exit code of a job; a SIGTERM is passed on to it, and ends the sweep when it has ended."""
+    came = []
+
+    def pass_on(*_):
+        came.append(True)
+        job.terminate()
+
+    with subprocess.Popen(
+        [sys.executable, "-m", *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log and subprocess.STDOUT,
+    ) as job:
+        before = signal.signal(signal.SIGTERM, pass_on)
+        try:
+            code = job.wait()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    if came:
+        print("ended by SIGTERM: run the same command again to go on", flush=True)
+        sys.exit(128 + signal.SIGTERM)
+    return code
 
 
 def _plain(values: Mapping[str, Any]) -> Any:
@@ -247,10 +324,10 @@ def table(summary: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[st
 
 def write_summary(points: Sequence[Point], root: str | os.PathLike) -> str:
     """Writes `results.csv` (every figure), `summary.csv`, `summary.txt`, `summary.md` and
-    `summary.png`; returns the table as text."""
+    `summary.png`; returns the table as text, and where it is."""
     rows = collect(points, root)
     if not rows:
-        return "no point has figures yet"
+        return f"no point in {root} has figures yet"
     summary = summarise(rows)
     for name, part in (("results", rows), ("summary", summary)):
         body = [list(row.values()) for row in part]
@@ -260,4 +337,4 @@ def write_summary(points: Sequence[Point], root: str | os.PathLike) -> str:
     rundir.write_text(Path(root, "summary.txt"), text + "\n")
     rundir.write_text(Path(root, "summary.md"), tables.markdown(head, body) + "\n")
     plots.sweep(summary, Path(root, "summary.png"))
-    return text
+    return f"{text}\n\nwritten to {root}: results.csv, summary.(csv txt md png)"

@@ -17,6 +17,7 @@ import ml_collections
 from absl import flags as absl_flags
 from ml_collections import config_flags
 
+from fkv import rundir
 from fkv.errors import UserError
 from fkv.jobs import dry_run
 
@@ -60,7 +61,8 @@ def parse(
     """The config, with its overrides, and the run directory that a command line asks for.
 
     Raises:
-      UserError: an option, the config file, or a field of the config is unknown or ill-typed.
+      UserError: an option, the config file, or a field of the config is unknown or ill-typed, or
+        the run directory is none of the file system.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m launch.{Path(argv[0]).stem}",
@@ -82,7 +84,9 @@ def parse(
     config = _load(Path(path), argument)
     _override(config, rest)
     name = "_".join([Path(path).stem, *argument.replace("/", "_").split()])
-    return config, options.workdir or str(Path("runs", f"{Path(argv[0]).stem}_{name}"))
+    workdir = options.workdir or str(Path("runs", f"{Path(argv[0]).stem}_{name}"))
+    rundir.check_path(workdir)
+    return config, workdir
 
 
 def use_compilation_cache() -> None:

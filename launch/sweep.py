@@ -1,56 +1,119 @@
-"""All points of a config's sweep(), one after the other, and a table of what came out.
+"""All points of a config's sweep(), and a table of what came out.
 
---config.key=value sets a field in every point. Run it again to go on: points that are done stay.
+One after the other, or on TPU pods (--backend). --config.key=value sets a field in every point.
+Run it again to go on: points that are done stay. A config without a sweep() is a sweep of one job.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from fkv import sweep
+from fkv import pods, sweep
 from fkv.errors import UserError
 from fkv.jobs import common
 from launch import flags
 
+MAIN_JOB = "sft"
+BACKENDS = ("local", "xpk", "tpu-vm")
+
 
 def main(argv):
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.sweep",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", metavar="configs/x.py", required=True, help="has a sweep()")
-    parser.add_argument("--workdir", help="directory of the sweep (default: runs/sweep_<config>)")
-    parser.add_argument("--dry_run", action="store_true", help="print the commands, run nothing")
-    options, rest = parser.parse_known_args(argv[1:])
-
-    path = Path(options.config.partition(":")[0])
-    module = flags.load_module(path)
-    if not hasattr(module, "sweep"):
-        raise UserError(f"config file {path} has no sweep()")
+    try:
+        options, rest = _parser().parse_known_args(argv[1:])
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error} (see --help)") from error
+    if options.config is None:
+        raise UserError("no config given: add --config=configs/<name>.py")
     shared = [f"--config={options.config}", *rest]
     root = options.workdir or flags.parse([argv[0], *shared])[1]
-    points = sweep.check(module.sweep(), common.JOBS)
+    points = sweep.check(_points(options), common.JOBS)
     for point in points:  # what is wrong with the last is found out before the first runs
         try:
             flags.parse(point.arguments(root, shared))
         except UserError as error:
             raise UserError(f"sweep point {point.name!r}: {error}") from None
-    if options.dry_run:
-        for point in points:
-            print(point.command(root, shared))
-        return
-    failed = sweep.run_local(points, root, shared)
-    print(
-        f"\n{sweep.write_summary(points, root)}\n\nwritten to {root}: "
-        "results.csv, summary.(csv txt md png)"
+    some = sweep.choose(points, options.points.split(","), root) if options.points else points
+    if options.summary:
+        print(sweep.write_summary(points, root))
+    elif options.backend != "local":
+        _on_pods(options, some, root, shared)
+    elif options.dry_run:
+        print("\n".join(point.command(root, shared) for point in some))
+    else:
+        failed = sweep.run_local(some, root, shared, show=options.show, alone=some is points)
+        if some is points:  # others may be at work on the rest
+            print(f"\n{sweep.write_summary(points, root)}")
+        if failed:
+            where = "above" if options.show else f"their log.txt in {root}"
+            raise UserError(
+                f"{len(failed)} of {len(some)} points did not finish "
+                f"({', '.join(p.name for p in failed)}): see {where}, then run again"
+            )
+
+
+def _parser():
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.sweep",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        exit_on_error=False,
     )
-    if failed:
-        raise UserError(
-            f"{len(failed)} of {len(points)} points did not finish "
-            f"({', '.join(p.name for p in failed)}): see their log.txt in {root}, then run again"
-        )
+    add = parser.add_argument
+    add("--config", metavar="configs/x.py", help="has a sweep(), or is the recipe of one job")
+    add("--job", help=f"of a config without a sweep() (default: {MAIN_JOB})")
+    add("--workdir", help="directory of the sweep (default: runs/sweep_<config>)")
+    add("--points", metavar="NAME,NAME", help="these alone; others may run the rest elsewhere")
+    add("--show", action="store_true", help="show what points print; it is not kept in log.txt")
+    add("--summary", action="store_true", help="run nothing, gather what is done")
+    add("--dry_run", action="store_true", help="print what would be run or submitted")
+    add("--backend", choices=BACKENDS, default=BACKENDS[0], help="tpu-vm only prints commands")
+    pod = parser.add_argument_group("on pods")
+    pod.add_argument("--tpu_type", default="v6e-4", help="v5litepod-16, v6e-4 (default)...")
+    pod.add_argument("--num_slices", type=int, default=1, help="of each workload")
+    pod.add_argument("--image", default="", help="Docker image with this clone in /fkv")
+    pod.add_argument("--bucket", default="", help="of Cloud Storage, mounted at /fkv/runs")
+    pod.add_argument("--cluster", default="", help="of GKE, for xpk")
+    pod.add_argument("--project", default="", help="default: that of gcloud config")
+    pod.add_argument("--zone", default="", help="likewise")
+    return parser
+
+
+def _points(options):
+    path = Path(options.config.partition(":")[0])
+    module = flags.load_module(path)
+    if not hasattr(module, "sweep"):
+        job = options.job or MAIN_JOB
+        return [sweep.Point(job, job, {})]
+    if options.job:
+        raise UserError(f"--job={options.job}: {path} has a sweep(), which says what to run")
+    return module.sweep()
+
+
+def _on_pods(options, points, root, shared):
+    # Without a cluster there is still something to look at.
+    stand_in = "my-{}".format if options.dry_run else lambda _: ""
+    cluster = pods.Cluster(
+        tpu_type=options.tpu_type,
+        image=options.image or stand_in("image"),
+        bucket=options.bucket or ("" if Path(root).is_absolute() else stand_in("bucket")),
+        name=options.cluster or stand_in("cluster"),
+        project=options.project,
+        zone=options.zone,
+        slices=options.num_slices,
+    )
+    pods.check(cluster, options.backend, root)
+    if cluster.machines * cluster.slices > 1:
+        shared = [*shared, "--distributed"]
+    again = [*shared, *([f"--job={options.job}"] if options.job else [])]
+    label = Path(options.config).stem
+    found = pods.workloads(points, root, again, label, cluster.bucket)
+    if options.backend == "tpu-vm":
+        print(pods.render_gcloud(found, root, shared, cluster))
+    elif options.dry_run:
+        print(pods.render(found, root, shared, cluster))
+    else:
+        pods.submit(found, cluster)
 
 
 if __name__ == "__main__":

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,10 +14,15 @@ DIM = 8
 BUDGET, INTERVAL = 80, 40  # more queries than the longest window
 
 
+# Compiled whole: one operation after another, that takes many times as long.
+features_fn = jax.jit(scorer.features, static_argnums=0)
+statistics_fn = jax.jit(attention.statistics, static_argnums=4)
+
+
 def view_of(form="windowed", heads=4, kv_heads=2, rows=2):
     view = random_view(1, rows, BUDGET, INTERVAL, heads, kv_heads, 0)
     return view.replace(
-        statistics=attention.statistics(
+        statistics=statistics_fn(
             view.query_blhd,
             view.query_position_bl,
             view.cache.key_bksd,
@@ -40,7 +47,7 @@ def test_features_are_their_definition(form, kv_heads, inputs):
     assert config.statistics == (None if inputs == "kv" else form)
     if config.statistics is None:  # what was not asked for is not looked at
         view = view.replace(statistics=None)
-    feature = scorer.features(config, view)
+    feature = features_fn(config, view)
     group = 4 // kv_heads
     size = {"both": 2 * DIM + 8 * group, "attention": 8 * group, "kv": 2 * DIM}[inputs]
     assert feature.shape == (2, kv_heads, BUDGET, size) and feature.dtype == jnp.float32
@@ -55,7 +62,7 @@ def test_features_are_their_definition(form, kv_heads, inputs):
 def test_the_windows_differ_and_the_reference_has_none():
     def windows(form):
         config = scorer.ScorerConfig(inputs="attention", form=form)
-        feature = scorer.features(config, view_of(form))
+        feature = features_fn(config, view_of(form))
         return [feature[..., 2 * i : 2 * i + 2] for i in (2, 3, 4, 5)]  # all, 16, 8, 32
 
     total, last_16, last_8, last_32 = windows("windowed")
@@ -66,7 +73,7 @@ def test_the_windows_differ_and_the_reference_has_none():
 
 def test_rms_norm_divides_each_part_by_its_rms_over_the_candidates():
     view = view_of()
-    feature = scorer.features(scorer.ScorerConfig(norm="rms"), view)
+    feature = features_fn(scorer.ScorerConfig(norm="rms"), view)
     for row, head in np.ndindex(2, 2):
         x = oracles.features(state_of(view, row, head), BUDGET)
         parts = np.split(x, [DIM, 2 * DIM, *range(18, 32, 2)], axis=1)
@@ -89,7 +96,7 @@ def test_features_of_half_precision_caches_are_float32():
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), view.cache.key_bksd)
     view = view.replace(cache=view.cache.replace(key_bksd=half))
     for norm in scorer.NORMS:
-        feature = scorer.features(scorer.ScorerConfig(inputs="kv", norm=norm), view)
+        feature = features_fn(scorer.ScorerConfig(inputs="kv", norm=norm), view)
         assert feature.dtype == jnp.float32
     rms = jnp.sqrt((feature[..., :DIM] ** 2).mean((-2, -1)))
     np.testing.assert_allclose(rms, 1, rtol=1e-6)  # half precision would miss by 1e-3
@@ -153,7 +160,11 @@ def test_refuses_unknown_settings(field, known):
 def test_refuses_the_reference_form_for_large_groups():
     # The released code's windows are slices of the head axis: the same sums up to 8 heads only.
     config = scorer.ScorerConfig(form="reference")
-    scorer.features(config, view_of("reference", 8, 1))
+
+    def shapes(config, view):
+        return jax.eval_shape(functools.partial(scorer.features, config), view)
+
+    shapes(config, view_of("reference", 8, 1))
     with pytest.raises(UserError, match="at most 8 query heads a group"):
-        scorer.features(config, view_of("reference", 9, 1))
-    scorer.features(scorer.ScorerConfig(), view_of("windowed", 9, 1))
+        shapes(config, view_of("reference", 9, 1))
+    shapes(scorer.ScorerConfig(), view_of("windowed", 9, 1))

@@ -2,14 +2,23 @@
 
 import csv
 import json
+import os
+import re
+import runpy
+import shlex
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
+import ml_collections
 import numpy as np
 import pytest
+import yaml
 
-from fkv import sweep
+from fkv import pods, rundir, sweep
 from fkv.errors import UserError
 from fkv.jobs import common
 from fkv.sweep import Point
@@ -77,9 +86,11 @@ def fake_jobs(monkeypatch):
     """Jobs that write a table at once; those named in the list fail."""
     calls, failing = [], []
 
-    def call(command, **_):
+    def run_job(command, log):
         name = next(Path(word[10:]) for word in command if word.startswith("--workdir="))
         calls.append(name.name)
+        if log is not None:
+            log.write("some output\n")
         if name.name in failing:
             return 1
         ratio = 1 + 0.1 * int(name.name[-1])
@@ -89,7 +100,7 @@ def fake_jobs(monkeypatch):
         )
         return 0
 
-    monkeypatch.setattr(subprocess, "call", call)
+    monkeypatch.setattr(sweep, "_run_job", run_job)
     return calls, failing
 
 
@@ -114,7 +125,7 @@ def test_what_is_done_is_not_run_again_and_failures_stop_what_needs_them(
 
 
 def test_the_summary_is_the_mean_over_seeds(fake_jobs, tmp_path):
-    assert sweep.write_summary(list(points()), tmp_path) == "no point has figures yet"
+    assert "has figures yet" in sweep.write_summary(list(points()), tmp_path)
     sweep.run_local(list(points()), tmp_path, ["--config=x"])
     text = sweep.write_summary(list(points()), tmp_path)
     ratios = np.array([1.1, 1.2, 1.3])
@@ -143,24 +154,117 @@ def sweep():
 """
 
 
-def test_command_line_finds_what_is_wrong_before_anything_runs(tmp_path):
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs `python -m launch.sweep`: its code, what it prints, and its error."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["launch/sweep.py", *arguments])
+        code = 0
+        try:
+            runpy.run_module("launch.sweep", run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+        return (code, *map(str.strip, capsys.readouterr()))
+
+    return run
+
+
+def test_command_line_finds_what_is_wrong_before_anything_runs(tmp_path, command):
     path = tmp_path / "some.py"
     path.write_text(CONFIG)
-    command = [sys.executable, "-m", "launch.sweep", f"--config={path}", f"--workdir={tmp_path}/s"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.strip() == (
-        "error: sweep point 'bad': config.sft has no field 'stepz': did you mean steps?"
-    )
+    options = (f"--config={path}", f"--workdir={tmp_path}/s")
+    wrong = "error: sweep point 'bad': config.sft has no field 'stepz': did you mean steps?"
+    assert command(*options) == (2, "", wrong)
     assert not (tmp_path / "s").exists()
     path.write_text(CONFIG.replace("stepz", "steps"))
-    done = subprocess.run([*command, "--dry_run", "--config.budget=96"], capture_output=True,
-                          text=True)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[1] == (
+    code, out, _ = command(*options, "--dry_run", "--config.budget=96")
+    assert code == 0
+    assert out.splitlines()[1] == (
         f"python -m launch.sft --config={path} --config.budget=96 --workdir={tmp_path}/s/bad "
         "--config.sft.steps=1"
     )
+
+
+def test_a_recipe_without_a_sweep_is_a_sweep_of_one_job(command):
+    _, out, _ = command("--config=configs/tiny.py", "--dry_run")
+    assert out == "python -m launch.sft --config=configs/tiny.py --workdir=runs/sweep_tiny/sft"
+    _, out, _ = command("--config=configs/tiny.py", "--dry_run", "--job=pipeline")
+    assert out.startswith("python -m launch.pipeline ")
+    code, _, error = command("--config=configs/tiny_ablations.py", "--dry_run", "--job=sft")
+    assert code == 2 and "has a sweep(), which says what to run" in error
+
+
+def test_some_points_run_where_the_rest_is_done_elsewhere(fake_jobs, tmp_path, command):
+    path, root = tmp_path / "some.py", tmp_path / "s"
+    path.write_text(
+        "from configs.tiny import get_config\nfrom tests.test_sweep import points as sweep"
+    )
+    options = (f"--config={path}", f"--workdir={root}")
+    code, _, error = command(*options, "--points=b1")
+    assert code == 2 and "point 'b1' needs 'a1', which is not done in" in error
+    code, _, error = command(*options, "--points=a1,c")
+    assert code == 2 and "there is no 'c' in the sweep; it has a1, a2, a3, b1" in error
+    assert fake_jobs[0] == []
+    command(*options, "--points=a1,a2", "--show")
+    command(*options, "--points=b1")
+    assert fake_jobs[0] == ["a1", "a2", "b1"]
+    assert not (root / "a1/log.txt").exists()  # it was shown
+    assert (root / "b1/log.txt").read_text() == "some output\n"
+    assert {p.name for p in (root / "a1").iterdir()} == {"loss_ratio.csv", sweep.DONE}
+    # Others may be at work, so what came out is gathered when asked for.
+    assert not (root / "summary.txt").exists()
+    code, out, _ = command(*options, "--summary")
+    assert code == 0 and "a      foresight" in out and len(fake_jobs[0]) == 3
+    assert (root / "summary.txt").read_text().strip() in out
+    assert len(list(csv.DictReader((root / "results.csv").open()))) == 3 * 2 * 4
+
+
+def test_one_sweep_at_a_time_unless_they_share(fake_jobs, tmp_path):
+    """The lock is a process's own, so another process has to hold it."""
+    script = """
+import fcntl, sys
+file = open(sys.argv[1], "a+")
+fcntl.lockf(file, getattr(fcntl, sys.argv[2]))
+print("held", flush=True)
+sys.stdin.read()
+"""
+    for kind, shares in (("LOCK_EX", False), ("LOCK_SH", True)):
+        with subprocess.Popen(
+            [sys.executable, "-c", script, str(tmp_path / ".lock"), kind],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        ) as other:  # fmt: skip
+            assert other.stdout.readline() == "held\n"
+            with pytest.raises(UserError, match="another process is at work in"):
+                sweep.run_local([Point("sft", "a1", {})], tmp_path, [])
+            if shares:
+                sweep.run_local([Point("sft", "a2", {})], tmp_path, [], alone=False)
+            other.communicate("")
+    sweep.run_local([Point("sft", "a1", {})], tmp_path, [])
+    assert fake_jobs[0] == ["a2", "a1"]
+
+
+def test_sigterm_goes_to_the_job_and_ends_the_sweep(tmp_path, monkeypatch):
+    job = tmp_path / "job"  # stands in for Python
+    job.write_text(
+        f"#!/bin/sh\ntrap 'echo saved; exit 143' TERM\ntouch {tmp_path}/started\n"
+        "while :; do sleep 0.02; done\n"
+    )
+    job.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(job))
+    before = signal.getsignal(signal.SIGTERM)
+
+    def take_the_machine_away():
+        while not (tmp_path / "started").exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=take_the_machine_away).start()
+    with pytest.raises(SystemExit) as end:
+        sweep.run_local(list(points()), tmp_path / "s", [])
+    assert end.value.code == 143 and signal.getsignal(signal.SIGTERM) is before
+    assert (tmp_path / "s/a1/log.txt").read_text() == "saved\n"
+    assert not (tmp_path / "s/a1" / sweep.DONE).exists() and not (tmp_path / "s/a2").exists()
 
 
 def test_marks_of_done_points_are_data(fake_jobs, tmp_path):
@@ -170,3 +274,180 @@ def test_marks_of_done_points_are_data(fake_jobs, tmp_path):
     # The same again is done, though JSON knows no tuples.
     sweep.run_local([Point("sft", "a1", {"eval.budgets": (16, 32)})], tmp_path, ["--config=x"])
     assert fake_jobs[0] == ["a1"]
+
+
+# ---- on pods
+
+CLUSTER = pods.Cluster(
+    tpu_type="v5litepod-16", image="eu-docker.pkg.dev/p/r/fkv:1", bucket="my_bucket", name="pod"
+)
+SPECIAL = """--config.evaluate.policies=("a b", '{x}', "it's $HOME $(date)")"""
+
+
+def some_points():
+    yield Point("sft", "a", {})
+    yield Point("sft", "Long_name.of-a+point_that_goes_on_and_on_1", {"seed": 1})
+    yield Point("sft", "Long_name.of-a-point_that_goes_on_and_on_1", {"seed": 2})
+    yield Point("grpo", "g", {"grpo.scorer": "{sweep}/a"})
+    yield Point("sft", "z", {"seed": 3})
+    yield Point("evaluate", "e", {"evaluate.scorers": ("x={sweep}/g", "y={sweep}/z")})
+
+
+def some_workloads(root="runs/s", bucket="my_bucket"):
+    points = sweep.check(some_points(), common.JOBS)
+    return pods.workloads(points, root, ["--config=configs/x.py", SPECIAL], "2k_config", bucket)
+
+
+def test_points_that_need_each_other_share_a_workload_in_order():
+    first, second, third = some_workloads()
+    assert [p.name for p in first.points] == ["a", "g", "z", "e"]
+    assert "--points=a,g,z,e" in first.arguments
+    assert len(second.points) == len(third.points) == 1
+
+
+def test_names_of_workloads_are_valid_and_tell_sweeps_apart():
+    names = [w.name for w in some_workloads()]
+    for name in names:
+        assert re.fullmatch("[a-z]([-a-z0-9]*[a-z0-9])?", name) and len(name) <= 40
+        assert name.startswith("fkv-2k-config-")
+    assert names == [w.name for w in some_workloads()]  # submitted again
+    others = [w.name for w in some_workloads("runs/t") + some_workloads(bucket="another")]
+    assert len({*names, *others}) == 9
+
+
+def scripts(document):
+    """Every script of a manifest, as bash sees it."""
+    for job in document["spec"]["replicatedJobs"]:
+        for container in job["template"]["spec"]["template"]["spec"]["containers"]:
+            yield container["command"][2]
+
+
+def test_manifests_say_what_the_commands_say():
+    found = some_workloads()
+    text = pods.render(found, "runs/s", ["--config=configs/x.py"], CLUSTER)
+    documents = list(yaml.safe_load_all(text))
+    assert [d["metadata"]["name"] for d in documents] == [w.name for w in found]
+    lines = [line[2:] for line in text.splitlines() if line.startswith("# xpk workload")]
+    for workload, document, line in zip(found, documents, lines, strict=True):
+        options = dict(word[2:].split("=", 1) for word in shlex.split(line) if word[:2] == "--")
+        assert options["workload"] == workload.name and options["cluster"] == "pod"
+        assert options["tpu-type"] == "v5litepod-16" and options["storage"] == "my-bucket"
+        # What arrives after two shells is what was asked for.
+        (script,) = scripts(document)
+        (inner,) = re.findall(r"^\((.*)\) & PID=", script, re.MULTILINE)
+        assert inner == options["command"]
+        assert tuple(shlex.split(inner)) == ("cd", "/fkv", "&&", "exec", *workload.arguments)
+        assert SPECIAL in workload.arguments
+    job = documents[0]["spec"]["replicatedJobs"][0]
+    assert job["template"]["spec"]["parallelism"] == job["template"]["spec"]["completions"] == 4
+    pod = job["template"]["spec"]["template"]["spec"]
+    assert pod["nodeSelector"] == {
+        "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
+        "cloud.google.com/gke-tpu-topology": "4x4",
+    }
+    assert pod["containers"][0]["resources"]["limits"] == {"google.com/tpu": 4}
+    claims = {v["name"]: v.get("persistentVolumeClaim") for v in pod["volumes"]}
+    assert claims["my-bucket-pv"] == {"claimName": "my-bucket-pvc", "readOnly": False}
+    mounts = {m["name"]: m["mountPath"] for m in pod["containers"][0]["volumeMounts"]}
+    assert mounts["my-bucket-pv"] == "/fkv/runs" and {*mounts} == {*claims}
+    # The jobs of a point are there to be read.
+    assert "#   python -m launch.grpo --config=configs/x.py --workdir=runs/s/g" in text
+
+
+def test_tpu_vms_are_made_used_and_deleted():
+    found = some_workloads()
+    text = pods.render_gcloud(found, "runs/s", [], CLUSTER)
+    commands = [
+        shlex.split(line.removesuffix(" &&"))[4:]
+        for line in text.splitlines()
+        if line.startswith("gcloud compute tpus tpu-vm ")
+    ]
+    assert len(commands) == 5 * len(found)
+    create, mount, start, follow, delete = commands[:5]
+    assert [c[1] for c in commands[:5]] == [found[0].name] * 5
+    assert create[0] == "create" and "--accelerator-type=v5litepod-16" in create
+    assert "--version=v2-alpha-tpuv5-lite" in create
+    assert mount[2] == "--worker=all" and "gcsfuse --implicit-dirs my_bucket" in mount[3]
+    assert start[2] == "--worker=all" and follow[2] == "--worker=0"
+    words = shlex.split(start[3].removeprefix("--command="))
+    assert words[words.index(CLUSTER.image) + 1 :] == [*found[0].arguments]
+    assert "--volume=/mnt/runs:/fkv/runs" in words and "--workdir=/fkv" in words
+    assert delete == ["delete", found[0].name, "--quiet"]
+
+
+def test_a_dry_run_needs_no_cluster(command):
+    code, out, _ = command("--config=configs/tiny.py", "--backend=xpk", "--dry_run")
+    (document,) = yaml.safe_load_all(out)
+    (script,) = scripts(document)
+    assert code == 0 and document["kind"] == "JobSet"
+    assert "launch.sweep --config=configs/tiny.py --workdir=runs/sweep_tiny --points=sft" in script
+    assert "--distributed" not in script  # one machine
+    _, out, _ = command(
+        "--config=configs/tiny.py", "--backend=xpk", "--dry_run", "--tpu_type=v6e-8"
+    )
+    (document,) = yaml.safe_load_all(out)
+    (script,) = scripts(document)
+    assert "launch.sweep --config=configs/tiny.py --distributed --workdir" in script
+    _, out, _ = command(
+        "--config=configs/tiny_ablations.py", "--backend=tpu-vm", "--dry_run", "--tpu_type=v6e-1"
+    )
+    assert out.count("tpu-vm create") == 3  # a chain for each seed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--tpu_type=v5litepod-4", "xpk has v5litepod-8, v5litepod-16"),
+        ("--cluster=", "--backend=xpk needs --cluster"),
+        ("--backend=tpu-vm --image=", "--backend=tpu-vm needs --image"),
+        ("--bucket=", "xpk needs --bucket, or a --workdir=/on/a/disk"),
+        ("--bucket=gs://b", "--bucket=gs://b: give its name alone, without gs://"),
+        ("--workdir=elsewhere", "--workdir=elsewhere: with --bucket"),
+        ("--workdir=runs/../x", "--workdir=runs/../x: with --bucket"),
+        ("--workdir=gs://b/x", "gs://b/x/sft: gs:// is no file system: mount the bucket"),
+        ("--num_slices=0", "--num_slices=0: 1 or"),
+        ("--num_slices=a", "argument --num_slices: invalid int value"),
+        ("--backend=slurm", "argument --backend: invalid choice"),
+        ("--claster=x", "unknown option --claster"),
+        ("--job=stf", "point 'stf': no job 'stf'"),
+    ],
+)
+def test_impossible_pods_are_refused_in_one_line(options, message, command, monkeypatch):
+    monkeypatch.setattr(subprocess, "call", None)  # nothing gets that far
+    usual = "--config=configs/tiny.py --backend=xpk --cluster=c --image=i --bucket=runs-of-us"
+    code, out, error = command(*usual.split(), *options.split())
+    assert code == 2 and out == "" and error.count("\n") == 0
+    assert error.startswith("error: ") and message in error
+
+
+def test_submitting_runs_xpk_and_says_how_far_it_came(command, monkeypatch, capsys):
+    calls, codes = [], [0, 3]
+
+    def call(command):
+        calls.append(command)
+        return codes[len(calls) - 1]
+
+    monkeypatch.setattr(subprocess, "call", call)
+    usual = (
+        "--config=configs/tiny_ablations.py --backend=xpk --cluster=c --image=i --bucket=runs-of-us"
+    )
+    code, _, error = command(*usual.split(), "--project=p", "--zone=z")
+    assert code == 2 and "xpk ended with code 3 at workload fkv-tiny-" in error
+    assert "1 of 3 are submitted" in error and len(calls) == 2
+    assert calls[0][:3] == ["xpk", "workload", "create"] and "--project=p" in calls[0]
+
+    def missing(command):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(subprocess, "call", missing)
+    code, _, error = command(*usual.split())
+    assert code == 2 and "xpk is not installed: pip install xpk" in error
+
+
+def test_buckets_are_no_run_directories(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="gs:// is no file system: mount the bucket"):
+        rundir.open_run("gs://b/x", ml_collections.ConfigDict())
+    with pytest.raises(UserError, match="gs:// is no file system: mount the bucket"):
+        sweep.run_local([Point("sft", "a", {})], "gs://b/x", [])
+    assert list(tmp_path.iterdir()) == []

@@ -541,19 +541,22 @@ def command(job, workdir, *overrides):
     return subprocess.run(line, capture_output=True, text=True)
 
 
-def test_command_line_of_evaluate(tmp_path):
+def test_command_line_of_evaluate(finished, tmp_path):
     done = command(
         "evaluate", tmp_path, "evaluate.scorers=()", "evaluate.policies=('full',)",
-        "evaluate.budgets=(16,)", "evaluate.problems=2", "evaluate.batch=2",
-        "evaluate.traces=0", "evaluate.new_tokens=8",
+        "evaluate.budgets=(16,)", "evaluate.problems=5", "evaluate.samples=2", "evaluate.batch=4",
+        "evaluate.traces=0", "evaluate.new_tokens=40",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "pass@1" in done.stdout and "full: 100%" in done.stderr
-    assert len(samples(tmp_path)) == 2
+    assert samples(tmp_path) == samples(finished[0])[:10]
 
 
-def test_command_line_of_generate(tmp_path):
-    done = command("generate", tmp_path, "generate.policy=full", "generate.new_tokens=8")
+def test_command_line_of_generate(scorer_dir, answered, tmp_path):
+    done = command(
+        "generate", tmp_path, "generate.policy=foresight", f"generate.scorer={scorer_dir}",
+        "generate.new_tokens=40",
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    said = (tmp_path / "answer.txt").read_text().strip()
-    assert said and said in done.stdout and "full, B = 16, L = 8" in done.stdout
+    assert (tmp_path / "answer.txt").read_text() == answered[0] + "\n"
+    assert answered[0] in done.stdout and "foresight, B = 16, L = 8" in done.stdout

@@ -18,6 +18,7 @@ from fkv.errors import UserError
 from fkv.jobs import common, sft
 from fkv.models import ModelConfig
 from fkv.tasks import ledger
+from launch import flags
 
 
 @pytest.fixture(scope="module")
@@ -197,24 +198,30 @@ def test_missing_checkpoint_is_named(tmp_path):
         fkv.load_scorer(tmp_path)
 
 
-def test_command_line(model_dir, tmp_path):
-    """The very command of the README, at the smallest size, and its one-line errors."""
-    command = [sys.executable, "-m", "launch.sft", "--config=configs/tiny.py"]
-    done = subprocess.run(
-        [*command, f"--workdir={tmp_path}", "--config.bugdet=3"], capture_output=True, text=True
-    )
-    assert done.returncode == 2
-    assert done.stderr == "error: config has no field 'bugdet': did you mean budget?\n"
+def test_command_line(model_dir, finished, tmp_path):
+    """The very command of the README, at the smallest size: what `run` does, from a shell."""
     overrides = (
         f"model={model_dir}", "budget=16", "interval=8", "task.facts=(4, 6)", "task.hops=(3, 4)",
-        "data.traces=8", "sft.steps=2", "sft.batch=2", "sft.warmup=1", "eval.budgets=(16,)",
-        "eval.traces=4",        "eval.batch=4", "eval.policies=('h2o',)",
+        "task.remarks=(0, 1)", "task.marks=(0, 1)", "data.traces=16", "sft.steps=6", "sft.batch=2",
+        "sft.warmup=1", "sft.log_every=1", "sft.checkpoint_every=2", "eval.budgets=(16, 24)",
+        "eval.traces=6", "eval.batch=4", "eval.policies=('snapkv', 'random')",
     )  # fmt: skip
     done = subprocess.run(
-        [*command, f"--workdir={tmp_path}", *(f"--config.{o}" for o in overrides)],
-        capture_output=True,
-        text=True,
-    )
+        [sys.executable, "-m", "launch.sft", "--config=configs/tiny.py", f"--workdir={tmp_path}",
+         *(f"--config.{o}" for o in overrides)],
+        capture_output=True, text=True,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "golden" in done.stdout and "foresight" in done.stdout
     assert "sft: 100%" in done.stderr
+    for name in ("config.json", "metrics.jsonl", "loss_ratio.csv"):
+        assert (tmp_path / name).read_bytes() == (finished[0] / name).read_bytes(), name
+
+
+def test_errors_of_the_command_line_are_one_line(capsys):
+    command = ["launch/sft.py", "--config=configs/tiny.py", "--config.bugdet=3"]
+    with pytest.raises(SystemExit) as end:
+        flags.guard(lambda argv: sft.run(*flags.parse(argv)), command)
+    assert end.value.code == 2
+    error = "error: config has no field 'bugdet': did you mean budget?\n"
+    assert capsys.readouterr() == ("", error)
