@@ -57,6 +57,7 @@ def load(source: str | os.PathLike, revision: str | None = None) -> tuple[Foresi
     config = saved.info["config"]
     names = ("model", "revision", "budget", "interval")
     about = {name: config[name] for name in names if name in config}
+    about |= {"steps": saved.step, "data": config["data"]["path"] or "the embedded task"}
     return Foresight(saved.state["params"], ScorerConfig(**config["scorer"])), about
 
 

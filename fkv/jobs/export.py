@@ -15,7 +15,8 @@ LAYOUTS = ("fkv", "released")
 def run(config: ConfigDict, workdir: str) -> None:
     """Writes the scorers of `export.scorer` to `workdir`, in the layout `export.layout`.
 
-    `fkv`: safetensors, what they are for, and a model card with the table of losses of the run.
+    `fkv`: safetensors, what they are for, and a model card with the run's tables: losses ± one
+    standard error and, where it has them, answers with their intervals.
     `released`: the base model with the scorers inside, for the PyTorch code of ForesightKV.
     """
     settings = config.export
@@ -26,6 +27,7 @@ def run(config: ConfigDict, workdir: str) -> None:
         path = tasks.REASONER if config.model == EMBEDDED else config.model
         sharing.export_released(policy, models.find(path, common.revision(config)), workdir)
     else:
-        table = Path(settings.scorer, "loss_ratio.md")
-        sharing.export(policy, workdir, about, table.read_text() if table.exists() else "")
+        tables = [Path(settings.scorer, name) for name in ("loss_ratio.md", "answers/accuracy.md")]
+        metrics = "\n\n".join(table.read_text() for table in tables if table.exists())
+        sharing.export(policy, workdir, about, metrics)
     common.say(f"written to {workdir}: fkv.load_scorer({str(workdir)!r}) reads it")

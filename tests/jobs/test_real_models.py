@@ -1,6 +1,7 @@
-"""`configs/r1_qwen.py` from questions to answers, on a small checkpoint of that family."""
+"""The recipes of real models from questions to answers, on small checkpoints of their families."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -14,6 +15,8 @@ from fkv.jobs import evaluate, export, grpo, sft, traces
 from launch import flags
 from tests.models import torch_model
 
+AIME = Path(__file__).parents[3] / "shared" / "data" / "aime24.jsonl"
+RECIPES = {"qwen2": "r1_qwen", "qwen3": "qwen3_1p7b", "llama": "r1_llama"}
 QUESTIONS = [f"What is {a} plus {a * a}? Think before you answer." for a in range(3, 19)]
 TEMPLATE = (
     "{% for m in messages %}<|user|>{{ m['content'] }}{% endfor %}"
@@ -21,10 +24,15 @@ TEMPLATE = (
 )
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
+@pytest.fixture(params=RECIPES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture
+def checkpoint(family, tmp_path_factory):
     """As users have it: from `save_pretrained`, in bfloat16, with a tokenizer trained on text."""
-    path = tmp_path_factory.mktemp("r1")
+    path = tmp_path_factory.mktemp(family)
     inner = tokenizers.Tokenizer(tokenizers.models.BPE())
     inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = tokenizers.decoders.ByteLevel()
@@ -41,15 +49,15 @@ def checkpoint(tmp_path_factory):
         tokenizer_object=inner, eos_token="<|eos|>", chat_template=TEMPLATE
     )
     model = torch_model(
-        "qwen2", vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None, pad_token_id=None, max_position_embeddings=256,
+        family, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None, pad_token_id=None, max_position_embeddings=4096,
     )  # fmt: skip
     model.bfloat16().save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
 
 
-def test_from_questions_to_answers(checkpoint, tmp_path):
+def test_from_questions_to_answers(family, checkpoint, tmp_path):
     rows = [{"problem": q, "answer": "7"} for q in QUESTIONS]
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -64,21 +72,25 @@ def test_from_questions_to_answers(checkpoint, tmp_path):
         ]  # fmt: skip
         command = [
             f"launch/{name}.py",
-            "--config=configs/r1_qwen.py",
+            f"--config=configs/{RECIPES[family]}.py",
             f"--workdir={tmp_path}/{name}",
         ]
         config, workdir = flags.parse([*command, *(f"--config.{v}" for v in (*shared, *values))])
         return job.run(config, workdir)
 
+    benchmark = AIME if AIME.exists() else tmp_path / "questions.jsonl"
     assert launch(traces, "train", "traces.count=8") == 8
     assert launch(traces, "held_out", "traces.count=8", "seed=1") == 8
     for row in pq.read_table(tmp_path / "train" / "traces-000-00000.parquet").to_pylist():
         tokens = fkv.load(checkpoint).tokenizer.decode(row["input_ids"][: row["prompt_tokens"]])
         assert tokens == f"<|user|>{QUESTIONS[int(row['id'])]}<|assistant|>"
 
-    results = launch(sft, "sft", "sft.steps=12")
+    results = launch(sft, "sft", "sft.steps=4", "sft.warmup=1")
     assert [r.policy for r in results] == ["full", "golden", "foresight", "snapkv"]
-    small = ("grpo.steps=2", "grpo.traces=2", "grpo.rollouts=3", "grpo.eta=0.0001")
+    small = (
+        "grpo.steps=2", "grpo.traces=2", "grpo.rollouts=4", "grpo.rollouts_at_once=2",
+        "grpo.eta=0.0001",
+    )  # fmt: skip
     results = launch(grpo, "grpo", *small)
     before, after = (fkv.load_scorer(tmp_path / name) for name in ("sft", "grpo"))
     assert before.config == after.config and before.config.norm == "none"
@@ -86,7 +98,7 @@ def test_from_questions_to_answers(checkpoint, tmp_path):
     assert all(np.isfinite(r.ratio()[0]) for r in results)
 
     answers = launch(
-        evaluate, "evaluate", f"evaluate.benchmark={tmp_path}/questions.jsonl",
+        evaluate, "evaluate", f"evaluate.benchmark={benchmark}",
         f"evaluate.scorers=('sft={tmp_path}/sft', 'grpo={tmp_path}/grpo')",
         "evaluate.policies=('full',)", "evaluate.budgets=(16,)", "evaluate.problems=3",
         "evaluate.samples=2", "evaluate.new_tokens=24", "evaluate.batch=6",
@@ -97,6 +109,9 @@ def test_from_questions_to_answers(checkpoint, tmp_path):
     assert answers[1].evictions > 0
 
     launch(export, "shared", f"export.scorer={tmp_path}/grpo")
+    card = (tmp_path / "shared" / "README.md").read_text()
+    assert f"| data | {tmp_path}/train |" in card and "| steps | 2 |" in card
+    assert "| snapkv | 16 |" in card and "±" in card
     launch(export, "released", f"export.scorer={tmp_path}/grpo", "export.layout=released")
     for name in ("shared", "released"):
         again = fkv.load_scorer(tmp_path / name)

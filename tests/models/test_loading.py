@@ -1,5 +1,8 @@
+import contextlib
 import dataclasses
+import gc
 import json
+import weakref
 from unittest import mock
 
 import huggingface_hub
@@ -436,3 +439,32 @@ def test_config_files_that_are_refused(tmp_path, content, says):
     assert f"{tmp_path / 'config.json'}: no such file" in refusal(read, tmp_path)
     (tmp_path / "config.json").write_bytes(content)
     assert f"{tmp_path / 'config.json'}: {says}" in refusal(read, tmp_path)
+
+
+def test_one_tensor_at_a_time_lies_in_memory_twice(checkpoint, monkeypatch):
+    """What has been read is gone when the next tensor is read."""
+    read_so_far, held = [], []
+
+    class Watched:
+        def __init__(self, file):
+            self.file = file
+
+        def get_tensor(self, name):
+            gc.collect()
+            held.append(sum(reference() is not None for reference in read_so_far))
+            tensor = self.file.get_tensor(name)
+            read_so_far.append(weakref.ref(tensor))
+            return tensor
+
+    inner = loading._open
+
+    @contextlib.contextmanager
+    def watched(path):
+        with inner(path) as file:
+            yield Watched(file)
+
+    stored = loading._stored(checkpoint)
+    monkeypatch.setattr(loading, "_stored", lambda directory: stored)
+    monkeypatch.setattr(loading, "_open", watched)
+    loading.load(checkpoint, "bfloat16")
+    assert len(held) == len(list(loading._tensors(QWEN3))) and max(held) <= 1
