@@ -251,7 +251,7 @@ def _answer_length(config: ConfigDict, model: ModelConfig, settings) -> tuple[in
 
 
 def _generating(config, model, policy, rows, prompt, new_tokens, budget, sampling) -> int:
-    """Bytes of caches and temporaries at the worst time: while reading the prompts, or decoding."""
+    """Bytes of caches and temporaries at the worst time, which is while the prompts are read."""
     budget = budget or 2 * config.interval
     keys = jax.eval_shape(lambda: replay.row_keys(jax.random.key(0), rows))
 
@@ -261,20 +261,14 @@ def _generating(config, model, policy, rows, prompt, new_tokens, budget, samplin
             sampling, (0,), new_tokens,
         )  # fmt: skip
 
-    def decode(params, policy, state):
-        return decoding.decode_chunk(
-            model, params, policy, state, prompt, budget, config.interval, sampling, (0,)
-        )
-
     token = jax.ShapeDtypeStruct((rows, prompt), jnp.int32)
     row = jax.ShapeDtypeStruct((rows,), jnp.int32)
     weights = _weights(config, model)
     arguments = (weights, policy, token, row, keys, row)
     state = jax.eval_shape(prefill, *arguments)
     compiled, caches = costs.size(state.caches), costs.size(_caches(config, state.caches))
-    # While the prompts are read the caches of all layers lie there twice: stacked and apart.
-    reading = costs.temporaries(prefill, *arguments) - compiled + 2 * caches
-    return max(reading, caches + costs.temporaries(decode, weights, policy, state, donate=(2,)))
+    # The caches of all layers lie there twice then: stacked, and apart.
+    return costs.temporaries(prefill, *arguments) - compiled + 2 * caches
 
 
 # ---- what they share
