@@ -69,6 +69,18 @@ def test_refuses_another_config(tmp_path):
     )
 
 
+def test_checkpoints_of_another_config_are_refused(tmp_path):
+    run = rundir.open_run(tmp_path, make_config())
+    run.save(1, {"w": np.ones(2)})
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"not JSON .* delete it, as the checkpoints know"):
+        rundir.open_run(tmp_path, make_config())
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match=r"another config \(lr: 0.01 -> 0.02\): use another"):
+        rundir.open_run(tmp_path, make_config(lr=0.02))
+    assert rundir.open_run(tmp_path, make_config()).resume({"w": np.ones(2)}).step == 1
+
+
 def test_harmless_fields_may_change(tmp_path):
     rundir.open_run(tmp_path, make_config())
     config = make_config()

@@ -15,7 +15,7 @@ from fkv.errors import UserError
 from fkv.evaluation import loss_ratio, plots
 from fkv.models import ModelConfig
 from fkv.policies.base import Policy
-from fkv.rundir import Run
+from fkv.rundir import Run, write_text
 from fkv.tasks import ledger
 
 JOBS = (
@@ -134,9 +134,9 @@ def measure_losses(
 def write_losses(run: Run, results: Sequence[loss_ratio.Losses], measured: int) -> None:
     """Loss ratios as text, Markdown, CSV and picture; prints the table."""
     table = loss_ratio.table(results)
-    (run.path / "loss_ratio.txt").write_text(table + "\n")
-    (run.path / "loss_ratio.md").write_text(loss_ratio.markdown(results) + "\n")
-    (run.path / "loss_ratio.csv").write_text(loss_ratio.csv(results))
+    write_text(run.path / "loss_ratio.txt", table + "\n")
+    write_text(run.path / "loss_ratio.md", loss_ratio.markdown(results) + "\n")
+    write_text(run.path / "loss_ratio.csv", loss_ratio.csv(results))
     title = f"loss under eviction, {measured} held-out traces, ± 2 standard errors"
     plots.loss_ratios(results, run.path / "loss_ratio.png", title)
     say(f"\n{table}\n\nwritten to {run.path}: loss_ratio.(txt md csv png)")

@@ -21,7 +21,7 @@ from fkv.errors import UserError
 from fkv.evaluation import accuracy, diagnosis, math_answers, plots, tables
 from fkv.jobs import common
 from fkv.policies.base import Policy
-from fkv.rundir import Run, open_run
+from fkv.rundir import Run, open_run, write_text, writing
 from fkv.tasks import ledger
 
 # What a run may be asked for more of; everything else must stay as it was.
@@ -157,7 +157,7 @@ def _check_provenance(path: Path, provenance: dict) -> None:
                 f"{path.parent} holds answers of another scorer {name!r} (from "
                 f"{old[name]['from']}): use another --workdir, or another name for this one"
             )
-    path.write_text(json.dumps({**old, **provenance}, indent=1) + "\n")
+    write_text(path, json.dumps({**old, **provenance}, indent=1) + "\n")
 
 
 def _problems(
@@ -274,7 +274,7 @@ class _Samples:
                     "use another --workdir"
                 )
         if whole != text:
-            path.write_text(whole)
+            write_text(path, whole)
         self._keys = {self._key(row) for row in self.rows}
 
     def __contains__(self, key) -> bool:
@@ -286,7 +286,7 @@ class _Samples:
 
     def add(self, rows) -> None:
         rows = list(rows)
-        with self.path.open("a") as file:
+        with writing(self.path), self.path.open("a") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
             file.flush()
             os.fsync(file.fileno())
@@ -297,15 +297,15 @@ class _Samples:
 def _write_answers(run: Run, found: Sequence[accuracy.Accuracy], rows: Sequence[dict]) -> None:
     body = [accuracy.cells(result) for result in found]
     table = tables.text(accuracy.HEAD, body)
-    (run.path / "accuracy.txt").write_text(table + "\n")
-    (run.path / "accuracy.md").write_text(tables.markdown(accuracy.HEAD, body) + "\n")
+    write_text(run.path / "accuracy.txt", table + "\n")
+    write_text(run.path / "accuracy.md", tables.markdown(accuracy.HEAD, body) + "\n")
     numbers = [
         [r.policy, r.budget, r.right_pn.size, r.pass_at_1, *r.interval(), r.tokens, r.truncated,
          r.evictions, r.lost, r.gained]
         for r in found
     ]  # fmt: skip
     head = ["policy", "budget", "answers", "pass_at_1", "low", "high", *accuracy.HEAD[4:]]
-    (run.path / "accuracy.csv").write_text(tables.comma_separated(head, numbers))
+    write_text(run.path / "accuracy.csv", tables.comma_separated(head, numbers))
 
     right = {(r["problem"], r["sample"]) for r in rows if _is(r, "full") and _right(r)}
     worse = [
@@ -315,7 +315,7 @@ def _write_answers(run: Run, found: Sequence[accuracy.Accuracy], rows: Sequence[
         if not _is(r, "full") and not _right(r) and (r["problem"], r["sample"]) in right
     ]  # fmt: skip
     head = ["policy", "budget", "problem", "sample", "verdict", "answer", "reference"]
-    (run.path / "regressions.csv").write_text(tables.comma_separated(head, worse))
+    write_text(run.path / "regressions.csv", tables.comma_separated(head, worse))
     plots.accuracy(found, run.path / "accuracy.png")
     common.say(f"\n{table}\n")
     idle = sorted({r.budget for r in found if r.budget and not r.evictions})
@@ -353,7 +353,7 @@ def _measure_traces(config, model, named, run, held_out) -> None:
     )
     common.write_losses(run, results, len(held_out))
     path = run.path
-    (path / "diagnosis.csv").write_text(diagnosis.csv(results))
+    write_text(path / "diagnosis.csv", diagnosis.csv(results))
     plots.loss_by_position(results, path / "loss_by_position.png")
     plots.regret(results, path / "regret.png")
 

@@ -19,7 +19,7 @@ from fkv.api import Model
 from fkv.data import sources
 from fkv.errors import UserError
 from fkv.jobs import common
-from fkv.rundir import open_run
+from fkv.rundir import open_run, writing
 from fkv.tasks import ledger
 
 # What a run may be asked for more of.
@@ -188,11 +188,9 @@ def _write(path: Path, rows: Sequence[dict], settings: dict) -> None:
     columns = [pa.array([row[f.name] for row in rows], f.type) for f in SCHEMA]
     table = pa.table(columns, schema=SCHEMA.with_metadata(about))
     temporary = path.with_name(path.name + ".tmp")
-    try:
+    with writing(path):
         pq.write_table(table, temporary)
         os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _done(path: Path) -> tuple[set[tuple[str, int]], int]:

@@ -170,12 +170,19 @@ def test_config_that_does_not_fit_the_checkpoint(model_dir, finished_copy):
         sft.run(small(model_dir, scorer__hidden=8), str(finished_copy))
 
 
-def test_truncated_checkpoint_is_named(model_dir, finished_copy):
+def test_a_damaged_checkpoint_costs_its_steps_only(model_dir, finished, finished_copy, capsys):
     files = (finished_copy / "checkpoints" / "6" / "state").rglob("*")
     largest = max((f for f in files if f.is_file()), key=lambda f: f.stat().st_size)
     os.truncate(largest, largest.stat().st_size // 2)
-    with pytest.raises(UserError, match=r"checkpoints/6 \(step 6\) is corrupt"):
-        sft.run(small(model_dir), str(finished_copy))
+    with pytest.raises(UserError, match=r"checkpoints/6 is damaged .* run the job that made it"):
+        fkv.load_scorer(finished_copy)
+    sft.run(small(model_dir), str(finished_copy))
+    said = capsys.readouterr().out
+    assert "checkpoints/6 is damaged" in said and "going on from step 4 in" in said
+    for name in ("metrics.jsonl", "loss_ratio.csv"):
+        assert (finished_copy / name).read_bytes() == (finished[0] / name).read_bytes(), name
+    one, two = (checkpoint.load(path).state for path in (finished[0], finished_copy))
+    jax.tree.map(np.testing.assert_array_equal, one, two)
 
 
 def test_missing_checkpoint_is_named(tmp_path):
