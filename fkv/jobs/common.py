@@ -9,7 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from fkv import api, cache, models, tasks
+from fkv import api, cache, models, preemption, tasks
 from fkv.data import traces
 from fkv.errors import UserError
 from fkv.evaluation import loss_ratio, plots
@@ -152,6 +152,13 @@ def mean_metrics(found: Sequence[dict]) -> dict:
     """Mean over the parts of a step, on the host."""
     found = jax.device_get(list(found))
     return jax.tree.map(lambda *x: np.mean(x, axis=0), *found) if len(found) > 1 else found[0]
+
+
+def preempted(run: Run, bar: tqdm, step: int) -> preemption.Preempted:
+    """To be raised once `step` is saved; closes what is open."""
+    bar.close()
+    run.close()
+    return preemption.Preempted(f"step {step} is saved in {run.path}")
 
 
 def check_finite(metrics: dict, step: int, workdir: str | Path) -> None:

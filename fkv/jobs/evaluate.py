@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from fkv import api, decoding, policies
+from fkv import api, decoding, policies, preemption
 from fkv.api import Model
 from fkv.data import benchmarks
 from fkv.data.traces import Traces
@@ -76,7 +76,7 @@ def run(config: ConfigDict, workdir: str) -> list[accuracy.Accuracy]:
     for budget in settings.budgets:
         cells += [(name, budget, policy) for name, policy in named.items()]
     longest = max(len(p.prompt) for p in problems)
-    with checker:
+    with checker, preemption.noticed() as asked_to_end:
         for name, budget, policy in cells:
             todo = [
                 (i, j)
@@ -94,6 +94,10 @@ def run(config: ConfigDict, workdir: str) -> list[accuracy.Accuracy]:
                 )
                 samples.add({"policy": name, "budget": budget, **row} for row in rows)
                 bar.update(len(part))
+                if asked_to_end():
+                    bar.close()
+                    run.close()
+                    raise preemption.Preempted(f"{len(samples.rows)} answers are in {workdir}")
             bar.close()
 
     wanted = {(name, budget) for name, budget, _ in cells}

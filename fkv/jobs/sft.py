@@ -5,7 +5,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from fkv import cache, parallel, policies, scorer, sft
+from fkv import cache, parallel, policies, preemption, scorer, sft
 from fkv.data import traces
 from fkv.evaluation import loss_ratio
 from fkv.jobs import common
@@ -66,18 +66,22 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     start, steps = int(state.step), config.sft.steps
     bar = tqdm(range(start, steps), initial=start, total=steps, desc="sft", mininterval=0.5)
     pending = None
-    for step in bar:
-        found = []
-        for part in common.parts(batches[step], parts):
-            state, metrics = step_fn(state, everywhere, *part)
-            found.append(metrics)
-        if pending is not None:  # of the step before, while this one runs
-            _report(run, bar, *pending, config)
-        pending = (step + 1, found)
-        if (step + 1) % config.sft.checkpoint_every == 0 or step + 1 == steps:
-            _report(run, bar, *pending, config)
-            pending = None
-            run.save(step + 1, state)
+    with preemption.noticed() as asked_to_end:
+        for step in bar:
+            found = []
+            for part in common.parts(batches[step], parts):
+                state, metrics = step_fn(state, everywhere, *part)
+                found.append(metrics)
+            if pending is not None:  # of the step before, while this one runs
+                _report(run, bar, *pending, config)
+            pending = (step + 1, found)
+            end = parallel.anywhere(asked_to_end())
+            if (step + 1) % config.sft.checkpoint_every == 0 or step + 1 == steps or end:
+                _report(run, bar, *pending, config)
+                pending = None
+                run.save(step + 1, state)
+            if end:
+                raise common.preempted(run, bar, step + 1)
     bar.close()
 
     # ---- measuring

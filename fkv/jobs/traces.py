@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from fkv import api, decoding, policies
+from fkv import api, decoding, policies, preemption
 from fkv.api import Model
 from fkv.data import sources
 from fkv.errors import UserError
@@ -86,21 +86,27 @@ def run(config: ConfigDict, workdir: str) -> int:
     total = len(questions) * samples
     bar = tqdm(total=total, initial=total - len(todo), desc="traces", mininterval=0.5)
     written = truncated = tokens = 0
-    for n, part in enumerate(batches):
-        if n % count == index:
-            if settings.response:
-                answers = [question.response for question, _, _ in part]
-            else:
-                answers = _sample(config, model, part, sampling, new_tokens, width)
-            rows = [
-                _row(config, model, question, sample, answer)
-                for (question, _, sample), answer in zip(part, answers, strict=True)
-            ]
-            _write(run.path / f"traces-{index:03d}-{files + n:05d}.parquet", rows, run.config)
-            written += len(rows)
-            truncated += sum(row["truncated"] for row in rows)
-            tokens += sum(row["tokens"] for row in rows)
-        bar.update(len(part))
+    with preemption.noticed() as asked_to_end:
+        for n, part in enumerate(batches):
+            if n % count == index:
+                if settings.response:
+                    answers = [question.response for question, _, _ in part]
+                else:
+                    answers = _sample(config, model, part, sampling, new_tokens, width)
+                rows = [
+                    _row(config, model, question, sample, answer)
+                    for (question, _, sample), answer in zip(part, answers, strict=True)
+                ]
+                _write(run.path / f"traces-{index:03d}-{files + n:05d}.parquet", rows, run.config)
+                written += len(rows)
+                truncated += sum(row["truncated"] for row in rows)
+                tokens += sum(row["tokens"] for row in rows)
+            bar.update(len(part))
+            # Hosts need not agree: each has written what it has answered.
+            if asked_to_end() and n + 1 < len(batches):
+                bar.close()
+                run.close()
+                raise preemption.Preempted(f"{len(done) + written} traces are in {workdir}")
     bar.close()
     common.say(
         f"{written} traces of {tokens / max(written, 1):.0f} tokens written to {workdir}, "

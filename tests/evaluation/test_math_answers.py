@@ -1,5 +1,6 @@
 """What counts as an answer, and a checker that nothing in an answer can stop."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -9,6 +10,7 @@ import time
 import pytest
 
 from fkv.errors import UserError
+from fkv.evaluation import math_answers
 from fkv.evaluation.math_answers import Checker, last_boxed
 
 TOWER = r"\boxed{9^{9^{9^{9}}}}"  # no computer writes this number out
@@ -138,6 +140,23 @@ def test_a_crash_is_survived():
         assert checker.check(r"\boxed{6/2}", "3") == ("right", "6/2")
         assert checker.check(r"\boxed{6/2}", "4") == ("wrong", "6/2")
     assert children() == before
+
+
+def test_it_does_not_outlive_a_killed_parent():
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=math_answers._serve, args=(theirs, -9.0), daemon=True)
+    process.start()
+    theirs.close()
+    assert ours.recv_bytes() == b"ready"
+    # Those that go to a whole group of processes are the parent's to heed.
+    os.kill(process.pid, signal.SIGTERM)
+    os.kill(process.pid, signal.SIGINT)
+    ours.send_bytes(json.dumps(["6/2", "3"]).encode())
+    assert ours.recv_bytes() == b"true"
+    ours.send_bytes(json.dumps(["9^{9^{9^{9}}}", "3"]).encode())  # for ever, and nobody waits
+    process.join(30)
+    assert process.exitcode == -signal.SIGALRM
 
 
 def test_no_process_before_it_is_needed_and_none_after():

@@ -16,7 +16,7 @@ import pytest
 import tokenizers
 import transformers
 
-from fkv import api, decoding, models, policies
+from fkv import api, decoding, models, policies, preemption
 from fkv.errors import UserError
 from fkv.evaluation import loss_ratio
 from fkv.jobs import evaluate, generate, sft
@@ -212,6 +212,15 @@ def test_interrupted_and_resumed_equals_uninterrupted(finished, scorer_dir, tmp_
     assert one == two
     for name in TABLES:
         assert (finished[0] / name).read_bytes() == (path / name).read_bytes(), name
+
+
+def test_sigterm_ends_it_after_the_part_at_hand(
+    finished, scorer_dir, tmp_path, fake_model, sigterm_in
+):
+    sigterm_in(decoding, "generate", 2)
+    with pytest.raises(preemption.Preempted, match="143"):
+        evaluate.run(recipe(scorer_dir), str(tmp_path))
+    assert len(samples(tmp_path)) == 8 and len(fake_model) == 2
 
 
 def test_nothing_is_answered_twice(finished_copy, scorer_dir, fake_model):

@@ -12,7 +12,7 @@ import pytest
 
 import fkv
 from configs import tiny
-from fkv import checkpoint, models
+from fkv import checkpoint, models, preemption
 from fkv.data import traces
 from fkv.errors import UserError
 from fkv.jobs import common, sft
@@ -84,21 +84,19 @@ def test_run_writes_all_that_it_promises(finished):
     assert checkpoint.latest_step(path) == 6
 
 
-def test_interrupted_and_resumed_equals_uninterrupted(model_dir, finished, tmp_path, monkeypatch):
+def test_interrupted_and_resumed_equals_uninterrupted(
+    model_dir, finished, tmp_path, sigterm_in, capsys
+):
     straight, broken = finished[0], tmp_path
     config = small(model_dir)
 
-    save = checkpoint.save
-
-    def save_and_die(run_dir, step, *args, **kwargs):
-        save(run_dir, step, *args, **kwargs)
-        if step == 4:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(checkpoint, "save", save_and_die)
-    with pytest.raises(KeyboardInterrupt):
+    sigterm_in(common, "parts", 3)  # once a step
+    with pytest.raises(preemption.Preempted) as ended:
         sft.run(config, str(broken))
-    monkeypatch.undo()
+    assert ended.value.code == 143  # as a process that SIGTERM has ended: there is more to do
+    assert f"step 3 is saved in {broken}; run the same command again" in capsys.readouterr().out
+    assert checkpoint.latest_step(broken) == 3
+    sigterm_in.undo()
     sft.run(config, str(broken))
 
     for name in ("metrics.jsonl", "loss_ratio.csv", "loss_ratio.txt"):
