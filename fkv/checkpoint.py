@@ -4,6 +4,7 @@
 on any device layout), `info.json` and `sha256.json` (the checksum of every other file).
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -52,11 +53,13 @@ def save(
     root = _root(run_dir)
     temporary, final = root / f"{step}.tmp", root / str(step)
     writer = jax.process_index() == 0
+    leaves = _flatten(state)
     try:
         if writer:
             _delete(root.glob("*.tmp"))  # what a killed save left
+            _ask_for_room(temporary, leaves)
         with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(temporary / "state", traverse_util.unflatten_dict(_flatten(state)))
+            checkpointer.save(temporary / "state", traverse_util.unflatten_dict(leaves))
             checkpointer.wait_until_finished()
         if writer:
             (temporary / "info.json").write_text(json.dumps(info, indent=1))
@@ -242,6 +245,27 @@ def _damage(path: Path) -> str:
     if not checksums:
         return "sha256.json names no file"
     return f"{', '.join(names)}: not what was written" if names else ""
+
+
+def _ask_for_room(folder: Path, leaves: dict[tuple[str, ...], np.ndarray]) -> None:
+    """Makes the folder, and sure that these arrays fit on its disk.
+
+    Orbax notices a full disk, too, but says so in hundreds of lines.
+
+    Raises:
+      OSError: they don't.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if not hasattr(os, "posix_fallocate"):
+        return
+    files = 4096 * (16 + len(leaves))  # what Orbax writes around the arrays
+    with (folder / "room").open("wb") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, sum(x.nbytes for x in leaves.values()) + files)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+    (folder / "room").unlink()
 
 
 def _refusal(error: Exception) -> str | None:

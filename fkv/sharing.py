@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 import fkv
 from fkv import checkpoint, models, rundir
@@ -106,9 +106,7 @@ def export(
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
     params = {name: np.ascontiguousarray(x, np.float32) for name, x in policy.params.items()}
-    temporary = path / f"{WEIGHTS}.tmp"
-    save_file(params, temporary, {"format": "fkv"})
-    os.replace(temporary, path / WEIGHTS)
+    loading.write_tensors(path / WEIGHTS, params, "fkv")
     data = {"fkv": fkv.__version__, "scorer": dataclasses.asdict(policy.config), **about}
     rundir.write_text(path / ABOUT, json.dumps(data, indent=1) + "\n")
     rundir.write_text(path / CARD, _card(data, metrics))
@@ -189,7 +187,7 @@ def export_released(policy: Foresight, model: str | os.PathLike, directory: str 
             "feature_norm.bias": np.zeros(params["w1"].shape[2], np.float32),
         }.items():
             tensors[loading.JUDGE.format(layer) + name] = np.ascontiguousarray(x)
-    save_file(tensors, temporary / _JUDGES, {"format": "pt"})
+    loading.write_tensors(temporary / _JUDGES, tensors, "pt")
     places = {n: _BASE if f == "model.safetensors" else f for n, f in places.items()}
     places |= dict.fromkeys(tensors, _JUDGES)
     size += sum(x.nbytes for x in tensors.values())

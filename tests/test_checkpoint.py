@@ -1,7 +1,10 @@
 """Checkpoints: exact round trips, misfits named, damage found."""
 
+import contextlib
+import errno
 import os
 import re
+import resource
 import shutil
 from pathlib import Path
 
@@ -113,6 +116,48 @@ def test_a_killed_save_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     assert checkpoint.load(tmp_path).step == 1
     checkpoint.save(tmp_path, 3, {"x": np.zeros(3)}, {})
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["1", "3"]
+
+
+@contextlib.contextmanager
+def small_files_only(limit: int):
+    """No file may grow beyond `limit` bytes; Python ignores the signal that would end it."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def no_room(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("where", ["arrays", "asked before", "info.json"])
+def test_a_disk_without_room(tmp_path, monkeypatch, where):
+    checkpoint.save(tmp_path, 1, {"x": np.ones(3)}, {})
+    state = {"x": np.random.default_rng(0).random(40_000)}
+    reason = "File too large" if where == "arrays" else "No space left on device"
+    refused = (
+        f"checkpoint of step 2 can't be written to {tmp_path}/checkpoints ({reason}): make room or "
+        "mend that, and run the same command again; it goes on from step 1"
+    )
+    with monkeypatch.context() as patch, contextlib.ExitStack() as limits:
+        if where == "arrays":
+            limits.enter_context(small_files_only(100_000))
+        elif where == "asked before":
+            patch.setattr(os, "posix_fallocate", no_room)
+            patch.setattr(checkpoint.ocp, "StandardCheckpointer", None)  # Orbax isn't even called
+        else:
+            patch.setattr(Path, "write_text", no_room)
+        with pytest.raises(UserError) as error:
+            checkpoint.save(tmp_path, 2, state, {})
+    assert str(error.value) == refused
+    # What was there still is, and nothing else: half a checkpoint takes room, too.
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["1"]
+    assert checkpoint.restore(tmp_path, {"x": np.ones(3)}).step == 1
+    checkpoint.save(tmp_path, 2, state, {})
+    np.testing.assert_array_equal(checkpoint.load(tmp_path).state["x"], state["x"])
 
 
 def test_names_the_path_of_a_missing_checkpoint(tmp_path):

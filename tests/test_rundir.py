@@ -131,6 +131,26 @@ def test_names_a_bad_line_and_a_bad_directory(tmp_path):
         rundir.open_run(tmp_path, make_config())
 
 
+def test_a_full_disk_is_one_line(tmp_path):
+    """/dev/full takes nothing."""
+    run = rundir.open_run(tmp_path, make_config())
+    run.log(1, {"loss": 1.0})
+    (tmp_path / "metrics.jsonl").rename(tmp_path / "kept")
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    advice = r"\(No space left on device\): make room .* run the same command again"
+    with pytest.raises(UserError, match=rf"cannot write {tmp_path}/metrics.jsonl {advice}"):
+        run.log(2, {"loss": 1.0})
+    (tmp_path / "kept").replace(tmp_path / "metrics.jsonl")
+
+    before = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json.tmp").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=rf"cannot write {tmp_path}/config.json {advice}"):
+        rundir.open_run(tmp_path, make_config())
+    assert (tmp_path / "config.json").read_text() == before
+    (tmp_path / "config.json.tmp").unlink()
+    assert len(metrics_of(rundir.open_run(tmp_path, make_config()))) == 1
+
+
 def test_only_process_0_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(rundir.jax, "process_index", lambda: 1)
     run = rundir.open_run(tmp_path / "run", make_config())
