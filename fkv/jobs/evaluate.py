@@ -13,13 +13,13 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from fkv import api, decoding, policies, preemption
+from fkv import api, decoding, parallel, policies, preemption
 from fkv.api import Model
 from fkv.data import benchmarks
 from fkv.data.traces import Traces
 from fkv.errors import UserError
 from fkv.evaluation import accuracy, diagnosis, math_answers, plots, tables
-from fkv.jobs import common
+from fkv.jobs import common, fields
 from fkv.policies.base import Policy
 from fkv.rundir import Run, open_run, write_text, writing
 from fkv.tasks import ledger
@@ -58,6 +58,7 @@ def run(config: ConfigDict, workdir: str) -> list[accuracy.Accuracy]:
     or samples. Writes `samples.jsonl`, `accuracy.{txt,md,csv}`, `regressions.csv`, and from the
     traces `loss_ratio.*`, `diagnosis.csv` and pictures.
     """
+    fields.check(config, "evaluate")
     settings = config.evaluate
     common.check_budgets(settings.budgets, config.interval, "evaluate.budgets")
     sampling = decoding.Sampling(settings.temperature, settings.top_k, settings.top_p)
@@ -94,7 +95,7 @@ def run(config: ConfigDict, workdir: str) -> list[accuracy.Accuracy]:
                 )
                 samples.add({"policy": name, "budget": budget, **row} for row in rows)
                 bar.update(len(part))
-                if asked_to_end():
+                if parallel.anywhere(asked_to_end()):
                     bar.close()
                     run.close()
                     raise preemption.Preempted(f"{len(samples.rows)} answers are in {workdir}")
@@ -169,8 +170,6 @@ def _problems(
 ) -> tuple[list[Problem], int]:
     """The problems, and how many tokens an answer may have."""
     settings = config.evaluate
-    if settings.problems < 1 or settings.samples < 1:
-        raise UserError("evaluate.problems and evaluate.samples must be at least 1")
     if settings.benchmark == "embedded":
         common.check_vocabulary(config, model.config.vocab_size)
         spec = common.spec(config)

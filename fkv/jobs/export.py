@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 from fkv import models, sharing, tasks
 from fkv.api import EMBEDDED
 from fkv.errors import UserError
-from fkv.jobs import common
+from fkv.jobs import common, fields
 
 LAYOUTS = ("fkv", "released")
 
@@ -18,6 +18,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     `fkv`: safetensors, what they are for, and a model card with the table of losses of the run.
     `released`: the base model with the scorers inside, for the PyTorch code of ForesightKV.
     """
+    fields.check(config, "export")
     settings = config.export
     if settings.layout not in LAYOUTS:
         raise UserError(f"export.layout = {settings.layout!r} must be one of {', '.join(LAYOUTS)}")

@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 from fkv import api, policies
 from fkv import cache as kv
 from fkv.errors import UserError
-from fkv.jobs import common
+from fkv.jobs import common, fields
 from fkv.rundir import open_run, write_text
 from fkv.tasks import ledger
 
@@ -18,6 +18,7 @@ def run(config: ConfigDict, workdir: str) -> str:
     Returns:
       The answer.
     """
+    fields.check(config, "generate")
     settings = config.generate
     kv.check_sizes(config.budget, config.interval)
     if settings.scorer:

@@ -10,7 +10,7 @@ from fkv.data import traces
 from fkv.data.traces import Traces
 from fkv.errors import UserError
 from fkv.evaluation import loss_ratio
-from fkv.jobs import common, evaluate
+from fkv.jobs import common, evaluate, fields
 from fkv.models import ModelConfig
 from fkv.rundir import open_run
 from fkv.tasks import ledger
@@ -28,6 +28,7 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     Writes what the supervised job writes, with both scorers in the table, and what they answer.
     """
     # ---- what can be wrong is found out first
+    fields.check(config, "grpo")
     cache.check_sizes(config.budget, config.interval)
     common.check_budgets(config.eval.budgets, config.interval, "eval.budgets")
     settings = settings_of(config)

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from fkv import decoding, models, parallel, policies, preemption, pretrain, replay
 from fkv.errors import UserError
-from fkv.jobs import common
+from fkv.jobs import common, fields
 from fkv.models import ModelConfig
 from fkv.rundir import open_run
 from fkv.tasks import ledger
@@ -45,6 +45,7 @@ def run(config: ConfigDict, workdir: str) -> float:
     Returns:
       The share of held-out problems that it answers right with the full cache.
     """
+    fields.check(config, "pretrain")
     plan = stages(config)
     ends = np.cumsum([steps for steps, _, _ in plan])
     total = int(ends[-1])

@@ -8,7 +8,7 @@ from tqdm import tqdm
 from fkv import cache, parallel, policies, preemption, scorer, sft
 from fkv.data import traces
 from fkv.evaluation import loss_ratio
-from fkv.jobs import common
+from fkv.jobs import common, fields
 from fkv.rundir import open_run
 
 
@@ -18,6 +18,7 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     Writes checkpoints, metrics and `loss_ratio.{txt,md,csv,png}` there.
     """
     # ---- what can be wrong is found out first
+    fields.check(config, "sft")
     cache.check_sizes(config.budget, config.interval)
     common.check_budgets(config.eval.budgets, config.interval, "eval.budgets")
     parts = parallel.parts_of(config.sft.batch, config.sft.at_once, "sft.at_once")

@@ -18,7 +18,7 @@ from fkv import api, decoding, policies, preemption
 from fkv.api import Model
 from fkv.data import sources
 from fkv.errors import UserError
-from fkv.jobs import common
+from fkv.jobs import common, fields
 from fkv.rundir import open_run, writing
 from fkv.tasks import ledger
 
@@ -62,11 +62,8 @@ def run(config: ConfigDict, workdir: str) -> int:
     Returns:
       How many traces this process wrote.
     """
+    fields.check(config, "traces")
     settings = config.traces
-    if settings.samples < 1 or settings.count < 0 or settings.batch < 1:
-        raise UserError(
-            "traces.samples and traces.batch must be at least 1, traces.count 0 or more"
-        )
     sampling = decoding.Sampling(settings.temperature, settings.top_k, settings.top_p)
     model = common.load_language_model(config)
     questions, new_tokens = _questions(config, model)

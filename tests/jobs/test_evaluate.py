@@ -330,7 +330,6 @@ def test_other_settings_or_scorers_are_not_mixed(scorer_dir, finished_copy, tmp_
         (dict(evaluate__action="best"), "action = 'best' must be one of top, sample, multinomial"),
         (dict(evaluate__temperature=-1.0), r"temperature = -1\.0"),
         (dict(evaluate__top_p=0.0), r"top_p = 0\.0"),
-        (dict(evaluate__problems=0), r"evaluate\.problems and evaluate\.samples"),
         (dict(evaluate__benchmark="gone.jsonl"), "gone.jsonl: no such file"),
         (dict(model="nowhere/at/all"), "nowhere/at/all"),
     ],

@@ -136,7 +136,7 @@ def test_the_model_answers_questions_of_a_file(word_model, answered, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(samples=0), "samples and traces.batch must be at least 1"),
+        (dict(samples=0), "traces.samples = 0 must be a whole number from 1"),
         (dict(questions="none.jsonl"), "none.jsonl: no such file"),
         (dict(temperature=-1.0), "temperature = -1.0"),
     ],
