@@ -164,11 +164,11 @@ def _check_config(path: Path, new: dict[str, Any], may_differ: Sequence[str]) ->
     old = checkpoint.newest_info(path.parent).get("config")
     if path.exists():
         try:
-            old = json.loads(path.read_text())
-        except ValueError as error:
+            old = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
             advice = "delete it, as the checkpoints know the config, too; or " if old else ""
             raise UserError(
-                f"{path} is not JSON ({error}): {advice}use another --workdir"
+                f"{path} is not the JSON of a config ({error}): {advice}use another --workdir"
             ) from error
     if old is None:
         return
@@ -225,12 +225,12 @@ def _trim_metrics(path: Path, last_step: float = math.inf) -> None:
     kept = []
     for number, line in enumerate(lines, 1):
         try:
-            step = json.loads(line)["step"]
+            stays = json.loads(line)["step"] <= last_step
         except (ValueError, TypeError, KeyError) as error:
             if number == len(lines):
                 break
             raise UserError(f"{path}, line {number} is not a record: delete that line") from error
-        if step <= last_step:
+        if stays:
             kept.append(line + "\n")
     if lines:
         write_text(path, "".join(kept))

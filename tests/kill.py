@@ -143,7 +143,9 @@ def prepare(home: Path, stages: Sequence[str]) -> None:
         Stage("sft", home, ["sft.steps=2"]).finish(home / "supervised")
 
 
-def kill_one(stage: Stage, where: Path, chance: random.Random, count: Count) -> bool:
+def kill_one(
+    stage: Stage, where: Path, chance: random.Random, count: Count, patience: float
+) -> bool:
     """Starts the command and kills it; False if it was done before the moment came."""
     kind = chance.choices(("early", "saving", "any"), (1, 6, 5))[0]
     before, left_over = stage.progress(where), unfinished(where / "run")
@@ -153,7 +155,7 @@ def kill_one(stage: Stage, where: Path, chance: random.Random, count: Count) -> 
     else:
         while process.poll() is None and stage.progress(where) <= before:
             time.sleep(0.002)
-        wait(process, chance.uniform(0.0, 1.5))
+        wait(process, chance.uniform(0.0, patience))
         if kind == "saving":
             while process.poll() is None and not unfinished(where / "run") - left_over:
                 time.sleep(0.0003)
@@ -240,13 +242,13 @@ def compare(straight: Path, broken: Path, count: Count) -> None:
             count.differ += int(wrong)
 
 
-def torture(stage: Stage, kills: int, chance: random.Random) -> Count:
+def torture(stage: Stage, kills: int, chance: random.Random, patience: float) -> Count:
     """Runs a stage undisturbed, then with so many kills, and compares."""
     count, root = Count(stage.name), stage.home / stage.name
     stage.finish(root / "straight")
     while count.kills < kills:
         where = root / f"broken_{count.runs}"
-        while count.kills < kills and kill_one(stage, where, chance, count):
+        while count.kills < kills and kill_one(stage, where, chance, count, patience):
             print(f"{stage.name}: kill {count.kills} of {kills}", flush=True)
             if chance.random() < 0.25:
                 count.damaged += damage(where / "run", chance)
@@ -257,16 +259,26 @@ def torture(stage: Stage, kills: int, chance: random.Random) -> Count:
 
 
 def run(
-    stages: Sequence[str], kills: int, seed: int, home: Path, overrides: Sequence[str] = ()
+    stages: Sequence[str],
+    kills: int,
+    seed: int,
+    home: Path,
+    overrides: Sequence[str] = (),
+    patience: float = 1.5,
 ) -> list[Count]:
-    """So many kills in all, spread over the stages; `overrides` are set in each."""
+    """So many kills in all, spread over the stages.
+
+    Args:
+      overrides: fields that are set in each.
+      patience: a process is killed within so many seconds from its first step on.
+    """
     home.mkdir(parents=True, exist_ok=True)
     prepare(home, stages)
     found = []
     for i, name in enumerate(stages):
         share = kills // len(stages) + (i < kills % len(stages))
         stage = Stage(name, home, overrides)
-        found.append(torture(stage, share, random.Random(f"{seed} {name}")))
+        found.append(torture(stage, share, random.Random(f"{seed} {name}"), patience))
     return found
 
 

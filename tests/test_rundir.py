@@ -73,7 +73,7 @@ def test_checkpoints_of_another_config_are_refused(tmp_path):
     run = rundir.open_run(tmp_path, make_config())
     run.save(1, {"w": np.ones(2)})
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"not JSON .* delete it, as the checkpoints know"):
+    with pytest.raises(UserError, match=r"not the JSON .* delete it, as the checkpoints know"):
         rundir.open_run(tmp_path, make_config())
     (tmp_path / "config.json").unlink()
     with pytest.raises(UserError, match=r"another config \(lr: 0.01 -> 0.02\): use another"):
@@ -121,14 +121,16 @@ def test_resuming_forgets_later_metrics(tmp_path):
 
 def test_names_a_bad_line_and_a_bad_directory(tmp_path):
     rundir.open_run(tmp_path, make_config())
-    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\noops\n{"step": 1}\n')
-    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2 is not a record"):
-        rundir.open_run(tmp_path, make_config())
+    for line in ("oops", "[]", "3", "{}", '{"step": "two"}', '{"step": null}'):
+        (tmp_path / "metrics.jsonl").write_text(f'{{"step": 0}}\n{line}\n{{"step": 1}}\n')
+        with pytest.raises(UserError, match=r"metrics\.jsonl, line 2 is not a record"):
+            rundir.open_run(tmp_path, make_config())
     with pytest.raises(UserError, match=r"cannot write run directory .*: Not a directory"):
         rundir.open_run(tmp_path / "config.json" / "run", make_config())
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config\.json is not JSON"):
-        rundir.open_run(tmp_path, make_config())
+    for text in ("", "{", "[1]", "3", "null"):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UserError, match=r"config\.json is not the JSON"):
+            rundir.open_run(tmp_path, make_config())
 
 
 def test_a_full_disk_is_one_line(tmp_path):

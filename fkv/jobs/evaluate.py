@@ -155,12 +155,19 @@ def _policies(config: ConfigDict) -> tuple[dict[str, Policy], dict]:
 
 def _check_provenance(path: Path, provenance: dict) -> None:
     """Refuses to mix answers of different scorers; new names may come in."""
-    old = json.loads(path.read_text()) if path.exists() else {}
+    try:
+        old = json.loads(path.read_text()) if path.exists() else {}
+        before = {name: (one["sha256"], one["from"]) for name, one in old.items()}
+    except (ValueError, AttributeError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{path}: not what an evaluation writes ({error!r}): use another --workdir"
+        ) from error
     for name, one in provenance.items():
-        if name in old and old[name]["sha256"] != one["sha256"]:
+        sha256, place = before.get(name, (one["sha256"], ""))
+        if sha256 != one["sha256"]:
             raise UserError(
-                f"{path.parent} holds answers of another scorer {name!r} (from "
-                f"{old[name]['from']}): use another --workdir, or another name for this one"
+                f"{path.parent} holds answers of another scorer {name!r} (from {place}): use "
+                "another --workdir, or another name for this one"
             )
     write_text(path, json.dumps({**old, **provenance}, indent=1) + "\n")
 

@@ -35,6 +35,7 @@ SCHEMA = pa.schema(
         ("source", pa.string()),
     ]
 )
+KEYS = pa.schema([SCHEMA.field(name) for name in ("id", "sample")])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,9 +202,12 @@ def _done(path: Path) -> tuple[set[tuple[str, int]], int]:
     done, last = set(), -1
     for file in sorted(path.glob("traces-*.parquet")):
         try:
-            table = pq.read_table(file, columns=["id", "sample"])
+            table = pq.read_table(file, schema=KEYS)
+            if any(column.null_count for column in table.columns):
+                raise pa.ArrowInvalid("rows without id or sample")
         except (OSError, pa.ArrowException) as error:
-            raise UserError(f"{file} can't be read ({error}): delete it, and run again") from error
+            reason = str(error).strip().split("\n")[0]
+            raise UserError(f"{file} can't be read ({reason}): delete it, and run again") from error
         ids, samples = table.column("id").to_pylist(), table.column("sample").to_pylist()
         done |= set(zip(ids, samples, strict=True))
         last = max(last, int(file.stem.rpartition("-")[2]))
