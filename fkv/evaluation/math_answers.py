@@ -7,6 +7,7 @@ runs in a process of its own that is killed at a deadline and started anew.
 import json
 import logging
 import multiprocessing
+import os
 import re
 import signal
 import threading
@@ -35,9 +36,7 @@ def last_boxed(text: str) -> str | None:
 
 def _serve(connection, deadline: float) -> None:
     """Answers (answer, reference) with whether they are equal, until the pipe is closed."""
-    # Ctrl-C and a scheduler's SIGTERM go to all processes of a group: it is the other's to end.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.setsid()  # Ctrl-C is the other's to heed
     import math_verify
 
     # It warns that timeouts are off; they are ours, those of math-verify rest on signals.
@@ -113,17 +112,20 @@ class Checker:
         if answer == reference.strip():
             return RIGHT, answer
         with self._lock:
-            if self._process is not None and not self._process.is_alive():
-                self.close()
-            if self._process is None:
-                self._start()
-            try:
-                self._ours.send_bytes(json.dumps([answer, reference]).encode())
-                if not self._ours.poll(self.deadline):
+            # A scheduler's SIGTERM ends the process, too: only what crashes it twice has failed.
+            for _ in range(2):
+                if self._process is not None and not self._process.is_alive():
                     self.close()
-                    return TIMEOUT, answer
-                verdict = self._ours.recv_bytes()
-            except (EOFError, BrokenPipeError, ConnectionResetError):  # it crashed
-                self.close()
-                return FAILED, answer
-        return {b"true": RIGHT, b"false": WRONG}.get(verdict, FAILED), answer
+                if self._process is None:
+                    self._start()
+                try:
+                    self._ours.send_bytes(json.dumps([answer, reference]).encode())
+                    if not self._ours.poll(self.deadline):
+                        self.close()
+                        return TIMEOUT, answer
+                    verdict = self._ours.recv_bytes()
+                except (EOFError, BrokenPipeError, ConnectionResetError):  # it crashed
+                    self.close()
+                else:
+                    return {b"true": RIGHT, b"false": WRONG}.get(verdict, FAILED), answer
+        return FAILED, answer
