@@ -4,9 +4,11 @@
 on any device layout), `info.json` and `sha256.json` (the checksum of every other file).
 """
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,6 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
+from fkv import parallel
 from fkv.errors import UserError
 
 
@@ -34,38 +37,69 @@ def save(
 ) -> None:
     """Save `state` at `step`, all or nothing, and delete all but the newest `keep` checkpoints.
 
+    Damaged checkpoints do not count among these; they go when they are older than the oldest kept.
     Every process calls this; process 0 writes.
 
     Args:
       state: any pytree of non-empty arrays and numbers, the same on every device. PRNG keys go in
         as their data (`jax.random.key_data`).
       info: JSON data kept beside the state: `{"config": ...}`, the position in the data, ...
+
+    Raises:
+      UserError: the file system refused to write, say because the disk is full.
     """
     if keep < 1:
         raise UserError(f"cannot keep {keep} checkpoints: keep at least 1")
     root = _root(run_dir)
     temporary, final = root / f"{step}.tmp", root / str(step)
     writer = jax.process_index() == 0
-    if writer:
-        _delete(root.glob("*.tmp"))  # what a killed save left
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(temporary / "state", traverse_util.unflatten_dict(_flatten(state)))
-        checkpointer.wait_until_finished()
-    if writer:
-        (temporary / "info.json").write_text(json.dumps(info, indent=1))
-        files = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
-        checksums = {str(path.relative_to(temporary)): _sha256(path) for path in files}
-        (temporary / "sha256.json").write_text(json.dumps(checksums, indent=1))
-        if final.exists():
-            final.rename(root / f"{step}.old.tmp")
-        temporary.rename(final)
-        _delete([*root.glob("*.tmp"), *(root / str(old) for old in _steps(run_dir)[:-keep])])
+    leaves = _flatten(state)
+    try:
+        if writer:
+            _delete(root.glob("*.tmp"))  # what a killed save left
+            _ask_for_room(temporary, leaves)
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(temporary / "state", traverse_util.unflatten_dict(leaves))
+            checkpointer.wait_until_finished()
+        if writer:
+            (temporary / "info.json").write_text(json.dumps(info, indent=1))
+            files = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
+            checksums = {str(path.relative_to(temporary)): _sha256(path) for path in files}
+            (temporary / "sha256.json").write_text(json.dumps(checksums, indent=1))
+            if final.exists():
+                final.rename(root / f"{step}.old.tmp")
+            temporary.rename(final)
+            intact = [old for old in _steps(run_dir) if old == step or not _damage(root / str(old))]
+            oldest = intact[-keep:][0]
+            outdated = [root / str(old) for old in _steps(run_dir) if old < oldest]
+            _delete([*root.glob("*.tmp"), *outdated])
+    except Exception as error:
+        reason = _refusal(error)
+        if reason is None:
+            raise
+        if writer:
+            shutil.rmtree(temporary, ignore_errors=True)  # half a checkpoint takes room, too
+        before = latest_step(run_dir)
+        raise UserError(
+            f"checkpoint of step {step} can't be written to {root} ({reason}): make room or mend "
+            "that, and run the same command again; it goes on from "
+            + ("the start" if before is None else f"step {before}")
+        ) from error
     ocp.multihost.sync_global_processes("fkv.checkpoint.save")
 
 
 def latest_step(run_dir: str | os.PathLike) -> int | None:
     """The newest step that was saved, or None."""
     return max(_steps(run_dir), default=None)
+
+
+def newest_info(run_dir: str | os.PathLike) -> dict[str, Any]:
+    """The JSON data of the newest intact checkpoint; none if there is no such checkpoint."""
+    for step in reversed(_steps(run_dir)):
+        path = _root(run_dir) / str(step)
+        if not _damage(path):
+            return json.loads((path / "info.json").read_text())
+    return {}
 
 
 def load(run_dir: str | os.PathLike, step: int | None = None) -> Checkpoint:
@@ -75,35 +109,41 @@ def load(run_dir: str | os.PathLike, step: int | None = None) -> Checkpoint:
     the entries of a list or tuple under "0", "1", ...
 
     Raises:
-      UserError: there is no such checkpoint, or it is corrupt.
+      UserError: there is no such checkpoint, or it is damaged. There is no falling back to an older
+        one: whoever asks for what a run has learned would get something else.
     """
     steps = _steps(run_dir)
     if not steps:
-        raise UserError(
-            f"no checkpoint in {_root(run_dir)}: give the --workdir of a run that has saved one"
-        )
+        raise _none(run_dir)
     step = steps[-1] if step is None else step
     if step not in steps:
         raise UserError(f"no checkpoint of step {step} in {_root(run_dir)}, only of {steps}")
     path = _root(run_dir) / str(step)
-    _verify(path)
+    if damage := _damage(path):
+        raise UserError(
+            f"checkpoint {path} is damaged ({damage}): run the job that made it again, with the "
+            "same --workdir; it goes on from the newest that is intact"
+        )
     with ocp.StandardCheckpointer() as checkpointer:
         state = checkpointer.restore(path / "state")
     return Checkpoint(step, state, json.loads((path / "info.json").read_text()))
 
 
 def restore(run_dir: str | os.PathLike, target: Any, step: int | None = None) -> Checkpoint:
-    """Read the checkpoint of `step`, by default the newest, into the structure of `target`.
+    """Read the checkpoint of `step`, by default the newest intact, into the structure of `target`.
+
+    Damaged checkpoints that are passed over are named in a line of warning each. Every process
+    calls this; process 0 decides which checkpoint it is.
 
     Args:
       target: a pytree of arrays, `jax.ShapeDtypeStruct`s or Python numbers; only its structure,
         shapes and dtypes matter. Where it holds a Python number, so does the result.
 
     Raises:
-      UserError: there is no such checkpoint, it is corrupt, or it differs from `target`; the
+      UserError: there is no such checkpoint, none is intact, or it differs from `target`; the
         message names the first leaf that does.
     """
-    step, state, info = load(run_dir, step)
+    step, state, info = load(run_dir, _newest_intact(run_dir) if step is None else step)
     saved = _flatten(state)
     paths_leaves, treedef = jax.tree.flatten_with_path(target)
     wanted = {_names(path): leaf for path, leaf in paths_leaves}
@@ -120,6 +160,36 @@ def restore(run_dir: str | os.PathLike, target: Any, step: int | None = None) ->
         for name, leaf in wanted.items()
     ]
     return Checkpoint(step, jax.tree.unflatten(treedef, leaves), info)
+
+
+def _newest_intact(run_dir: str | os.PathLike) -> int:
+    """The newest step whose checkpoint is intact; names those that are not."""
+    found = -1
+    damaged = []
+    if jax.process_index() == 0:
+        for step in reversed(_steps(run_dir)):
+            path = _root(run_dir) / str(step)
+            if not (damage := _damage(path)):
+                found = step
+                break
+            damaged.append(f"{path} is damaged ({damage})")
+        for line in damaged if found >= 0 else ():
+            print(f"warning: checkpoint {line}: going on from step {found}", flush=True)
+    found = parallel.of_first(found)
+    if found < 0:
+        if not _steps(run_dir):
+            raise _none(run_dir)
+        raise UserError(
+            f"no checkpoint in {_root(run_dir)} is intact ({'; '.join(damaged)}): delete this "
+            "folder to start anew, or use another --workdir"
+        )
+    return found
+
+
+def _none(run_dir: str | os.PathLike) -> UserError:
+    return UserError(
+        f"no checkpoint in {_root(run_dir)}: give the --workdir of a run that has saved one"
+    )
 
 
 def _root(run_dir: str | os.PathLike) -> Path:
@@ -159,16 +229,48 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _verify(path: Path) -> None:
+def _damage(path: Path) -> str:
+    """What is wrong with a checkpoint; empty if it is intact."""
     # Orbax notices some damage but not a flipped bit in an array, so every file is compared with
     # its checksum before Orbax reads any.
     try:
         checksums = json.loads((path / "sha256.json").read_text())
-        damaged = [name for name, sha in checksums.items() if _sha256(path / name) != sha]
-    except (OSError, ValueError, AttributeError) as error:
-        damaged = [str(error)]
-    if damaged or not checksums:
-        raise UserError(
-            f"checkpoint {path} (step {path.name}) is corrupt ({', '.join(damaged)}): delete this "
-            "folder to go on from the checkpoint before it, or start anew in another --workdir"
-        )
+        names = [name for name, sha in checksums.items() if _sha256(path / name) != sha]
+    except OSError as error:
+        missing = Path(error.filename or path)
+        name = missing.relative_to(path) if missing.is_relative_to(path) else missing
+        return f"{name}: {error.strerror or error}"
+    except (ValueError, AttributeError) as error:
+        return f"sha256.json: {' '.join(str(error).split())}"
+    if not checksums:
+        return "sha256.json names no file"
+    return f"{', '.join(names)}: not what was written" if names else ""
+
+
+def _ask_for_room(folder: Path, leaves: dict[tuple[str, ...], np.ndarray]) -> None:
+    """Makes the folder, and sure that these arrays fit on its disk.
+
+    Orbax notices a full disk, too, but says so in hundreds of lines.
+
+    Raises:
+      OSError: they don't.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if not hasattr(os, "posix_fallocate"):
+        return
+    files = 4096 * (16 + len(leaves))  # what Orbax writes around the arrays
+    with (folder / "room").open("wb") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, sum(x.nbytes for x in leaves.values()) + files)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+    (folder / "room").unlink()
+
+
+def _refusal(error: Exception) -> str | None:
+    """What the file system said, if it was the file system; Orbax wraps it in errors of its own."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return os.strerror(int(code[1])) if code else None

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from fkv.errors import UserError
 
@@ -46,6 +47,20 @@ def pmap(step: Callable[..., tuple[Any, Any]], constants: int, batched: int) -> 
 def gather(tree: Any) -> Any:
     """Inside a mapped step: the rows of all devices, in order."""
     return jax.tree.map(lambda x: jax.lax.all_gather(x, AXIS, tiled=True), tree)
+
+
+def anywhere(flag: bool) -> bool:
+    """Whether the flag is set in any process; all of them call this and get the same answer."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(np.asarray(flag)).any())
+
+
+def of_first(number: int) -> int:
+    """The number of process 0; all of them call this."""
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.broadcast_one_to_all(np.asarray(number)))
 
 
 def check_batch(batch: int) -> None:

@@ -1,5 +1,6 @@
 """The directory of a run: its config, its commit, its metrics and its checkpoints."""
 
+import contextlib
 import dataclasses
 import fcntl
 import json
@@ -35,7 +36,7 @@ class Run:
     _held: Any = None
 
     def resume(self, target: Any) -> checkpoint.Checkpoint | None:
-        """Restore the newest checkpoint into the structure of `target`; None if there is none.
+        """Restore the newest intact checkpoint into the structure of `target`, if there is any.
 
         Metrics of later steps (of all steps, if there is no checkpoint) are forgotten, since those
         steps will run again.
@@ -43,13 +44,15 @@ class Run:
         Raises:
           UserError: see `checkpoint.restore`.
         """
-        last_step = checkpoint.latest_step(self.path)
-        restored = None if last_step is None else checkpoint.restore(self.path, target, last_step)
+        restored = None
+        if checkpoint.latest_step(self.path) is not None:
+            restored = checkpoint.restore(self.path, target)
         if jax.process_index() == 0:
-            last_step = -1 if last_step is None else last_step
+            last_step = -1 if restored is None else restored.step
             _trim_metrics(self.path / "metrics.jsonl", last_step)
             # TensorBoard reads the old event files too, and hides what the purge step tells it to.
-            self._board = _open_board(self.path, purge_step=last_step + 1)
+            with writing(self.path / "tb"):
+                self._board = _Board(self.path / "tb", purge_step=last_step + 1)
         return restored
 
     def save(self, step: int, state: Any, *, keep: int = 2, **info: Any) -> None:
@@ -65,13 +68,13 @@ class Run:
         if jax.process_index() != 0:
             return
         record = {"step": int(step), **_plain(metrics)}
-        with (self.path / "metrics.jsonl").open("a") as file:
+        path = self.path / "metrics.jsonl"
+        with writing(path), path.open("a") as file:
             file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._board = self._board or _open_board(self.path)
-        for name in metrics:
-            if isinstance(record[name], int | float):
-                self._board.add_scalar(name, record[name], int(step))
-        self._board.flush()
+        scalars = {name: record[name] for name in metrics if isinstance(record[name], int | float)}
+        with writing(self.path / "tb"):
+            self._board = self._board or _Board(self.path / "tb")
+            self._board.add(int(step), scalars)
 
     def close(self) -> None:
         """Close the TensorBoard file."""
@@ -89,8 +92,8 @@ def open_run(
         because no result depends on them; `config.json` takes their newest values.
 
     Raises:
-      UserError: `workdir` cannot be written, holds a run with another config, or is in use by
-        another process.
+      UserError: `workdir` cannot be written, holds a run (or checkpoints) of another config, or is
+        in use by another process.
     """
     path = check_path(workdir)
     data = json.loads(json.dumps(config.to_dict()))  # tuples become lists, as in config.json
@@ -141,23 +144,53 @@ def lock(path: Path, shared: bool = False) -> IO:
     return file
 
 
-def _open_board(path: Path, purge_step: int | None = None):
-    import tensorboardX  # slow where torch is installed, which it imports
+class _Board:
+    """TensorBoard's file of events, written at once.
 
-    # The suffix keeps two openings within one second from sharing a file.
-    suffix = f".{time.time_ns()}"
-    return tensorboardX.SummaryWriter(
-        str(path / "tb"), purge_step=purge_step, filename_suffix=suffix
-    )
+    The thread with which tensorboardX's `SummaryWriter` writes ends on a full disk, and the run
+    would wait for it for ever.
+    """
+
+    def __init__(self, path: Path, purge_step: int | None = None):
+        # Slow where torch is installed, which tensorboardX imports.
+        from tensorboardX import event_file_writer, summary
+        from tensorboardX.proto import event_pb2
+
+        self._scalar, self._event = summary.scalar, event_pb2.Event
+        path.mkdir(exist_ok=True)
+        # The suffix keeps two openings within one second from sharing a file.
+        self._file = event_file_writer.EventsWriter(str(path / "events"), f".{time.time_ns()}")
+        if purge_step is not None:
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._write(step=purge_step, session_log=start)
+        self._file.flush()
+
+    def add(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Writes one step's values."""
+        for name, value in scalars.items():
+            self._write(step=step, summary=self._scalar(name, value))
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, **fields) -> None:
+        self._file.write_event(self._event(wall_time=time.time(), **fields))
 
 
 def _check_config(path: Path, new: dict[str, Any], may_differ: Sequence[str]) -> None:
-    if not path.exists():
+    old = checkpoint.newest_info(path.parent).get("config")
+    if path.exists():
+        try:
+            old = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            advice = "delete it, as the checkpoints know the config, too; or " if old else ""
+            raise UserError(
+                f"{path} is not the JSON of a config ({error}): {advice}use another --workdir"
+            ) from error
+    if old is None:
         return
-    try:
-        old_fields = dict(_fields(json.loads(path.read_text())))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}): use another --workdir") from error
+    old_fields = dict(_fields(old))
     new_fields = dict(_fields(new))
     differing = [
         f"{name}: {old_fields.get(name, 'absent')} -> {new_fields.get(name, 'absent')}"
@@ -210,22 +243,39 @@ def _trim_metrics(path: Path, last_step: float = math.inf) -> None:
     kept = []
     for number, line in enumerate(lines, 1):
         try:
-            step = json.loads(line)["step"]
+            stays = json.loads(line)["step"] <= last_step
         except (ValueError, TypeError, KeyError) as error:
             if number == len(lines):
                 break
             raise UserError(f"{path}, line {number} is not a record: delete that line") from error
-        if step <= last_step:
+        if stays:
             kept.append(line + "\n")
     if lines:
         write_text(path, "".join(kept))
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all.
+
+    Raises:
+      UserError: the file system refuses, say because the disk is full.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    with writing(path):
+        temporary.write_text(text)
+        os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Names the file that is written within, should the file system refuse."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path} ({error.strerror or error}): make room or mend that, and run the "
+            "same command again; it goes on where it stopped"
+        ) from error
 
 
 def _plain(value: Any) -> Any:

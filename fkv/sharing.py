@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 import fkv
 from fkv import checkpoint, models, rundir
@@ -54,11 +54,16 @@ def load(source: str | os.PathLike, revision: str | None = None) -> tuple[Foresi
         directory = models.find(str(source), revision)
         return _shared(directory) if _is_shared(directory) else _released(directory)
     saved = checkpoint.load(path)
-    config = saved.info["config"]
+    try:
+        config = saved.info["config"]
+        policy = Foresight(saved.state["params"], ScorerConfig(**config["scorer"]))
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: its checkpoints hold no scorers (no {error})") from error
+    _check_shapes(f"{path}: its checkpoints", policy.params)
     names = ("model", "revision", "budget", "interval")
     about = {name: config[name] for name in names if name in config}
     about |= {"steps": saved.step, "data": config["data"]["path"] or "the embedded task"}
-    return Foresight(saved.state["params"], ScorerConfig(**config["scorer"])), about
+    return policy, about
 
 
 def _is_shared(path: Path) -> bool:
@@ -70,19 +75,30 @@ def _shared(path: Path) -> tuple[Foresight, dict]:
         about = json.loads((path / ABOUT).read_text())
         config = ScorerConfig(**about["scorer"])
         params = load_file(path / WEIGHTS)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise UserError(f"{path}: these scorers can't be read ({error})") from error
+    _check_shapes(f"{path / WEIGHTS}:", params)
+    return Foresight(params, config), about
+
+
+def _check_shapes(where: str, params: Mapping[str, Any]) -> None:
+    """Refuses what is not the parameters of scorers."""
     wanted = {"w1": 4, "b1": 3, "w2": 3, "b2": 2}
-    found = {name: x.ndim for name, x in params.items()}
-    if found != wanted or any(
-        x.shape[:2] != params["w1"].shape[:2] or x.dtype != np.float32 for x in params.values()
-    ):
-        shapes = {name: f"{x.dtype}{list(x.shape)}" for name, x in params.items()}
+    arrays = all(isinstance(x, np.ndarray) for x in params.values())
+    if (
+        not arrays
+        or {name: x.ndim for name, x in params.items()} != wanted
+        or any(x.shape[:2] != params["w1"].shape[:2] or x.dtype != np.float32
+               for x in params.values())
+    ):  # fmt: skip
+        shapes = {
+            name: f"{x.dtype}{list(x.shape)}" if isinstance(x, np.ndarray) else "a group"
+            for name, x in params.items()
+        }
         raise UserError(
-            f"{path / WEIGHTS}: {shapes} are not the float32 w1 [y, k, f, o], b1 [y, k, o], "
+            f"{where} {shapes} are not the float32 w1 [y, k, f, o], b1 [y, k, o], "
             "w2 [y, k, o] and b2 [y, k] of a scorer"
         )
-    return Foresight(params, config), about
 
 
 def _released(path: Path) -> tuple[Foresight, dict]:
@@ -107,9 +123,7 @@ def export(
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
     params = {name: np.ascontiguousarray(x, np.float32) for name, x in policy.params.items()}
-    temporary = path / f"{WEIGHTS}.tmp"
-    save_file(params, temporary, {"format": "fkv"})
-    os.replace(temporary, path / WEIGHTS)
+    loading.write_tensors(path / WEIGHTS, params, "fkv")
     data = {"fkv": fkv.__version__, "scorer": dataclasses.asdict(policy.config), **about}
     rundir.write_text(path / ABOUT, json.dumps(data, indent=1) + "\n")
     rundir.write_text(path / CARD, _card(data, metrics))
@@ -190,7 +204,7 @@ def export_released(policy: Foresight, model: str | os.PathLike, directory: str 
             "feature_norm.bias": np.zeros(params["w1"].shape[2], np.float32),
         }.items():
             tensors[loading.JUDGE.format(layer) + name] = np.ascontiguousarray(x)
-    save_file(tensors, temporary / _JUDGES, {"format": "pt"})
+    loading.write_tensors(temporary / _JUDGES, tensors, "pt")
     places = {n: _BASE if f == "model.safetensors" else f for n, f in places.items()}
     places |= dict.fromkeys(tensors, _JUDGES)
     size += sum(x.nbytes for x in tensors.values())

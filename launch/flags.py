@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import errno
 import importlib.util
 import inspect
 import os
@@ -47,12 +48,22 @@ def run(
 
 
 def guard(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:
-    """Call `main(argv)`; a `UserError` becomes one line on stderr and exit code 2."""
+    """Call `main(argv)`; a `UserError` becomes one line on stderr and exit code 2.
+
+    So does a disk without room, wherever it is met.
+    """
     try:
         main(argv)
     except UserError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+        message = str(error)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        message = f"{error}: make room, and run the same command again; it goes on where it stopped"
+    else:
+        return
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    sys.exit(2)
 
 
 def parse(

@@ -1,6 +1,7 @@
 """Strict numerics for every test, and the fixtures that several share."""
 
 import os
+import signal
 from pathlib import Path
 
 import jax
@@ -44,3 +45,28 @@ def forget_programs():
     """Frees what a module compiled: a process may not map more than 65,530 pieces of memory."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def sigterm_in(monkeypatch):
+    """A function that has SIGTERM come in a certain call of a function; undo it by `undo()`."""
+
+    def unnoticed(*_):
+        raise AssertionError("SIGTERM came, and nobody was listening")
+
+    before = signal.signal(signal.SIGTERM, unnoticed)
+
+    def install(module, name: str, call: int) -> None:
+        real, calls = getattr(module, name), []
+
+        def called(*args, **kwargs):
+            calls.append(name)
+            if len(calls) == call:
+                signal.raise_signal(signal.SIGTERM)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, called)
+
+    install.undo = monkeypatch.undo
+    yield install
+    signal.signal(signal.SIGTERM, before)

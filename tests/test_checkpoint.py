@@ -1,5 +1,10 @@
 """Checkpoints: exact round trips, misfits named, damage found."""
 
+import contextlib
+import errno
+import os
+import re
+import resource
 import shutil
 from pathlib import Path
 
@@ -113,6 +118,48 @@ def test_a_killed_save_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["1", "3"]
 
 
+@contextlib.contextmanager
+def small_files_only(limit: int):
+    """No file may grow beyond `limit` bytes; Python ignores the signal that would end it."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def no_room(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("where", ["arrays", "asked before", "info.json"])
+def test_a_disk_without_room(tmp_path, monkeypatch, where):
+    checkpoint.save(tmp_path, 1, {"x": np.ones(3)}, {})
+    state = {"x": np.random.default_rng(0).random(40_000)}
+    reason = "File too large" if where == "arrays" else "No space left on device"
+    refused = (
+        f"checkpoint of step 2 can't be written to {tmp_path}/checkpoints ({reason}): make room or "
+        "mend that, and run the same command again; it goes on from step 1"
+    )
+    with monkeypatch.context() as patch, contextlib.ExitStack() as limits:
+        if where == "arrays":
+            limits.enter_context(small_files_only(100_000))
+        elif where == "asked before":
+            patch.setattr(os, "posix_fallocate", no_room)
+            patch.setattr(checkpoint.ocp, "StandardCheckpointer", None)  # Orbax isn't even called
+        else:
+            patch.setattr(Path, "write_text", no_room)
+        with pytest.raises(UserError) as error:
+            checkpoint.save(tmp_path, 2, state, {})
+    assert str(error.value) == refused
+    # What was there still is, and nothing else: half a checkpoint takes room, too.
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["1"]
+    assert checkpoint.restore(tmp_path, {"x": np.ones(3)}).step == 1
+    checkpoint.save(tmp_path, 2, state, {})
+    np.testing.assert_array_equal(checkpoint.load(tmp_path).state["x"], state["x"])
+
+
 def test_names_the_path_of_a_missing_checkpoint(tmp_path):
     assert checkpoint.latest_step(tmp_path / "nowhere") is None
     with pytest.raises(UserError, match=f"no checkpoint in {tmp_path}/nowhere/checkpoints"):
@@ -132,7 +179,7 @@ def test_finds_damage_in_any_file(saved, tmp_path):
     shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
     files = [p for p in (tmp_path / "checkpoints/10").rglob("*") if p.is_file()]
     assert {"info.json", "sha256.json", "manifest.ocdbt"} <= {p.name for p in files}
-    message = f"checkpoint {tmp_path}/checkpoints/10 .step 10. is corrupt .*: delete this folder"
+    message = f"checkpoint {tmp_path}/checkpoints/10 is damaged .*: run the job that made it again"
     for path in files:
         sound = path.read_bytes()
         for damaged in damage_cases(path):
@@ -145,3 +192,59 @@ def test_finds_damage_in_any_file(saved, tmp_path):
             checkpoint.load(tmp_path)
         path.write_bytes(sound)
     assert checkpoint.load(tmp_path).step == 10
+
+
+def arrays_of(folder: Path) -> Path:
+    """The largest file of arrays in a checkpoint."""
+    return max((folder / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
+
+
+def flip_a_bit(folder: Path) -> None:
+    data = bytearray(arrays_of(folder).read_bytes())
+    data[len(data) // 2] ^= 1
+    arrays_of(folder).write_bytes(data)
+
+
+def cut_short(folder: Path) -> None:
+    os.truncate(arrays_of(folder), arrays_of(folder).stat().st_size // 2)
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (flip_a_bit, "/d/.*: not what was written"),
+        (cut_short, "/d/.*: not what was written"),
+        (lambda folder: (folder / "sha256.json").unlink(), "sha256.json: No such file"),
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys, damage, told):
+    root = tmp_path / "checkpoints"
+    for step in (2, 4, 6):
+        checkpoint.save(tmp_path, step, {"x": np.arange(step)}, {"at": step}, keep=3)
+    damage(root / "6")
+    step, state, info = checkpoint.restore(tmp_path, {"x": np.arange(4)})
+    assert (step, info, state["x"].tolist()) == (4, {"at": 4}, [0, 1, 2, 3])
+    (warning,) = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(
+        rf"warning: checkpoint {root}/6 is damaged \(.*{told}.*\): going on from step 4", warning
+    )
+    # What was asked for, by the number of its step or for use, is not silently another one.
+    for call in (lambda: checkpoint.restore(tmp_path, {}, 6), lambda: checkpoint.load(tmp_path)):
+        with pytest.raises(UserError, match="checkpoints/6 is damaged"):
+            call()
+
+    # It does not count among those to keep, nor is it in the way when its step comes again.
+    checkpoint.save(tmp_path, 5, {"x": np.arange(5)}, {}, keep=2)
+    assert sorted(p.name for p in root.iterdir()) == ["4", "5", "6"]
+    checkpoint.save(tmp_path, 6, {"x": np.arange(6)}, {}, keep=2)
+    assert sorted(p.name for p in root.iterdir()) == ["5", "6"]
+    assert checkpoint.load(tmp_path).step == 6
+
+
+def test_when_no_checkpoint_is_intact_all_are_named(tmp_path):
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, {"x": np.ones(3)}, {})
+    for step in (1, 2):
+        flip_a_bit(tmp_path / "checkpoints" / str(step))
+    with pytest.raises(UserError, match=r"is intact .*/2 is damaged .*/1 is damaged .* delete"):
+        checkpoint.restore(tmp_path, {"x": np.ones(3)})

@@ -116,6 +116,20 @@ def test_user_errors_are_one_line(capsys, compilation_cache):
     assert capsys.readouterr().err == "error: the trace is too short for 10 steps\n"
 
 
+def test_a_full_disk_is_one_line(capsys):
+    def main(argv):
+        Path("/dev/full").write_text("no room here")
+
+    with pytest.raises(SystemExit) as stopped:
+        flags.guard(main, [])
+    assert stopped.value.code == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: [Errno 28] No space left on device: make room, and run")
+    assert told.count("\n") == 1
+    with pytest.raises(FileNotFoundError):
+        flags.guard(lambda argv: Path("nowhere/at/all").write_text(""), [])
+
+
 def test_a_job_in_its_own_process():
     """Nothing but the job's own output on success; other exceptions keep their traceback."""
     Path("job.py").write_text(

@@ -69,6 +69,18 @@ def test_refuses_another_config(tmp_path):
     )
 
 
+def test_checkpoints_of_another_config_are_refused(tmp_path):
+    run = rundir.open_run(tmp_path, make_config())
+    run.save(1, {"w": np.ones(2)})
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"not the JSON .* delete it, as the checkpoints know"):
+        rundir.open_run(tmp_path, make_config())
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match=r"another config \(lr: 0.01 -> 0.02\): use another"):
+        rundir.open_run(tmp_path, make_config(lr=0.02))
+    assert rundir.open_run(tmp_path, make_config()).resume({"w": np.ones(2)}).step == 1
+
+
 def test_harmless_fields_may_change(tmp_path):
     rundir.open_run(tmp_path, make_config())
     config = make_config()
@@ -109,14 +121,36 @@ def test_resuming_forgets_later_metrics(tmp_path):
 
 def test_names_a_bad_line_and_a_bad_directory(tmp_path):
     rundir.open_run(tmp_path, make_config())
-    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\noops\n{"step": 1}\n')
-    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2 is not a record"):
-        rundir.open_run(tmp_path, make_config())
+    for line in ("oops", "[]", "3", "{}", '{"step": "two"}', '{"step": null}'):
+        (tmp_path / "metrics.jsonl").write_text(f'{{"step": 0}}\n{line}\n{{"step": 1}}\n')
+        with pytest.raises(UserError, match=r"metrics\.jsonl, line 2 is not a record"):
+            rundir.open_run(tmp_path, make_config())
     with pytest.raises(UserError, match=r"cannot write run directory .*: Not a directory"):
         rundir.open_run(tmp_path / "config.json" / "run", make_config())
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config\.json is not JSON"):
+    for text in ("", "{", "[1]", "3", "null"):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UserError, match=r"config\.json is not the JSON"):
+            rundir.open_run(tmp_path, make_config())
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    """/dev/full takes nothing."""
+    run = rundir.open_run(tmp_path, make_config())
+    run.log(1, {"loss": 1.0})
+    (tmp_path / "metrics.jsonl").rename(tmp_path / "kept")
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    advice = r"\(No space left on device\): make room .* run the same command again"
+    with pytest.raises(UserError, match=rf"cannot write {tmp_path}/metrics.jsonl {advice}"):
+        run.log(2, {"loss": 1.0})
+    (tmp_path / "kept").replace(tmp_path / "metrics.jsonl")
+
+    before = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json.tmp").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=rf"cannot write {tmp_path}/config.json {advice}"):
         rundir.open_run(tmp_path, make_config())
+    assert (tmp_path / "config.json").read_text() == before
+    (tmp_path / "config.json.tmp").unlink()
+    assert len(metrics_of(rundir.open_run(tmp_path, make_config()))) == 1
 
 
 def test_only_process_0_writes(tmp_path, monkeypatch):

@@ -4,9 +4,12 @@ Text written by a language model is untrusted and can make a parser run for ever
 runs in a process of its own that is killed at a deadline and started anew.
 """
 
+import json
 import logging
 import multiprocessing
+import os
 import re
+import signal
 import threading
 
 from fkv.errors import UserError
@@ -41,24 +44,30 @@ def check_choice(text: str, reference: str) -> tuple[str, str | None]:
     return (RIGHT if right else WRONG), answer
 
 
-def _serve(connection) -> None:
+def _serve(connection, deadline: float) -> None:
     """Answers (answer, reference) with whether they are equal, until the pipe is closed."""
+    os.setsid()  # Ctrl-C is the other's to heed
     import math_verify
 
     # It warns that timeouts are off; they are ours, those of math-verify rest on signals.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
-    connection.send("ready")
+    # JSON, as unpickling what comes from a process that reads untrusted text would be trusting it.
+    connection.send_bytes(b"ready")
     while True:
         try:
-            answer, reference = connection.recv()
+            answer, reference = json.loads(connection.recv_bytes())
         except EOFError:
             return
+        # Should the other have been killed meanwhile, nobody else is there to end this.
+        signal.setitimer(signal.ITIMER_REAL, deadline + 10)
         try:
             gold = math_verify.parse(f"\\boxed{{{reference}}}", parsing_timeout=None)
             found = math_verify.parse(f"\\boxed{{{answer}}}", parsing_timeout=None)
-            connection.send(bool(math_verify.verify(gold, found, timeout_seconds=None)))
-        except Exception as error:  # whatever the parser of untrusted text raises
-            connection.send(f"{type(error).__name__}: {error}")
+            equal = bool(math_verify.verify(gold, found, timeout_seconds=None))
+        except Exception:  # whatever the parser of untrusted text raises
+            equal = None
+        connection.send_bytes(json.dumps(equal).encode())
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 class Checker:
@@ -79,11 +88,13 @@ class Checker:
 
     def _start(self) -> None:
         self._ours, theirs = self._context.Pipe()
-        self._process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
+        self._process = self._context.Process(
+            target=_serve, args=(theirs, self.deadline), daemon=True
+        )
         self._process.start()
         theirs.close()
         try:
-            started = self._ours.poll(120) and self._ours.recv() == "ready"
+            started = self._ours.poll(120) and self._ours.recv_bytes() == b"ready"
         except EOFError:
             started = False
         if not started:
@@ -111,19 +122,20 @@ class Checker:
         if answer == reference.strip():
             return RIGHT, answer
         with self._lock:
-            if self._process is not None and not self._process.is_alive():
-                self.close()
-            if self._process is None:
-                self._start()
-            try:
-                self._ours.send((answer, reference))
-                if not self._ours.poll(self.deadline):
+            # A scheduler's SIGTERM ends the process, too: only what crashes it twice has failed.
+            for _ in range(2):
+                if self._process is not None and not self._process.is_alive():
                     self.close()
-                    return TIMEOUT, answer
-                equal = self._ours.recv()
-            except (EOFError, BrokenPipeError, ConnectionResetError):  # it crashed
-                self.close()
-                return FAILED, answer
-        if isinstance(equal, str):
-            return FAILED, answer
-        return (RIGHT if equal else WRONG), answer
+                if self._process is None:
+                    self._start()
+                try:
+                    self._ours.send_bytes(json.dumps([answer, reference]).encode())
+                    if not self._ours.poll(self.deadline):
+                        self.close()
+                        return TIMEOUT, answer
+                    verdict = self._ours.recv_bytes()
+                except (EOFError, BrokenPipeError, ConnectionResetError):  # it crashed
+                    self.close()
+                else:
+                    return {b"true": RIGHT, b"false": WRONG}.get(verdict, FAILED), answer
+        return FAILED, answer

@@ -12,7 +12,7 @@ from fkv import cache as kv
 from fkv import decoding, policies, replay
 from fkv.errors import UserError
 from fkv.evaluation import tables
-from fkv.jobs import common
+from fkv.jobs import common, fields
 from fkv.models import ModelConfig
 from fkv.rundir import open_run
 
@@ -26,6 +26,7 @@ def run(config: ConfigDict, workdir: str) -> list[dict]:
     Returns:
       One record per policy, as written to `benchmark.json`.
     """
+    fields.check(config, "benchmark")
     settings = config.benchmark
     kv.check_sizes(config.budget, config.interval)
     if settings.new_tokens < 2 * config.interval:

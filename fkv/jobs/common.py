@@ -9,13 +9,13 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from fkv import api, cache, models, tasks
+from fkv import api, cache, models, preemption, tasks
 from fkv.data import traces
 from fkv.errors import UserError
 from fkv.evaluation import loss_ratio, plots
 from fkv.models import ModelConfig
 from fkv.policies.base import Policy
-from fkv.rundir import Run
+from fkv.rundir import Run, write_text
 from fkv.tasks import ledger
 
 JOBS = (
@@ -150,9 +150,9 @@ def measure_losses(
 def write_losses(run: Run, results: Sequence[loss_ratio.Losses], measured: int) -> None:
     """Loss ratios as text, Markdown, CSV and picture; prints the table."""
     table = loss_ratio.table(results)
-    (run.path / "loss_ratio.txt").write_text(table + "\n")
-    (run.path / "loss_ratio.md").write_text(loss_ratio.markdown(results) + "\n")
-    (run.path / "loss_ratio.csv").write_text(loss_ratio.csv(results))
+    write_text(run.path / "loss_ratio.txt", table + "\n")
+    write_text(run.path / "loss_ratio.md", loss_ratio.markdown(results) + "\n")
+    write_text(run.path / "loss_ratio.csv", loss_ratio.csv(results))
     title = f"loss under eviction, {measured} held-out traces, ± 2 standard errors"
     plots.loss_ratios(results, run.path / "loss_ratio.png", title)
     say(f"\n{table}\n\nwritten to {run.path}: loss_ratio.(txt md csv png)")
@@ -168,6 +168,13 @@ def mean_metrics(found: Sequence[dict]) -> dict:
     """Mean over the parts of a step, on the host."""
     found = jax.device_get(list(found))
     return jax.tree.map(lambda *x: np.mean(x, axis=0), *found) if len(found) > 1 else found[0]
+
+
+def preempted(run: Run, bar: tqdm, step: int) -> preemption.Preempted:
+    """To be raised once `step` is saved; closes what is open."""
+    bar.close()
+    run.close()
+    return preemption.Preempted(f"step {step} is saved in {run.path}")
 
 
 def check_finite(metrics: dict, step: int, workdir: str | Path) -> None:

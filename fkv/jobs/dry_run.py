@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from fkv import api, cache, costs, decoding, grpo, parallel, policies, replay, scorer, sft
 from fkv.errors import UserError
 from fkv.evaluation import tables
-from fkv.jobs import common
+from fkv.jobs import common, fields
 from fkv.jobs import grpo as grpo_job
 from fkv.jobs import sft as sft_job
 from fkv.models import ModelConfig
@@ -30,6 +30,7 @@ def run(job: str, config: ConfigDict) -> str:
     known = {"sft": _sft, "grpo": _grpo, "evaluate": _generation, "traces": _generation}
     if job not in known:
         raise UserError(f"launch.{job} has no dry run; {', '.join(known)} have")
+    fields.check(config, job)
     cache.check_sizes(config.budget, config.interval)
     model = common.model_config(config)
     lines = [

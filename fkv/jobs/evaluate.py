@@ -14,15 +14,15 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from fkv import api, decoding, policies
+from fkv import api, decoding, parallel, policies, preemption
 from fkv.api import Model
 from fkv.data import benchmarks
 from fkv.data.traces import Traces
 from fkv.errors import UserError
 from fkv.evaluation import accuracy, diagnosis, math_answers, plots, tables
-from fkv.jobs import common
+from fkv.jobs import common, fields
 from fkv.policies.base import Policy
-from fkv.rundir import Run, open_run
+from fkv.rundir import Run, open_run, write_text, writing
 from fkv.tasks import ledger
 
 # What a run may be asked for more of; everything else must stay as it was.
@@ -59,6 +59,7 @@ def run(config: ConfigDict, workdir: str) -> list[accuracy.Accuracy]:
     or samples. Writes `samples.jsonl`, `accuracy.{txt,md,csv}`, `regressions.csv`, and from the
     traces `loss_ratio.*`, `diagnosis.csv` and pictures.
     """
+    fields.check(config, "evaluate")
     settings = config.evaluate
     common.check_budgets(settings.budgets, config.interval, "evaluate.budgets")
     sampling = decoding.Sampling(settings.temperature, settings.top_k, settings.top_p)
@@ -77,7 +78,7 @@ def run(config: ConfigDict, workdir: str) -> list[accuracy.Accuracy]:
     for budget in settings.budgets:
         cells += [(name, budget, policy) for name, policy in named.items()]
     longest = max(len(p.prompt) for p in problems)
-    with checker:
+    with checker, preemption.noticed() as asked_to_end:
         for name, budget, policy in cells:
             todo = [
                 (i, j)
@@ -95,6 +96,10 @@ def run(config: ConfigDict, workdir: str) -> list[accuracy.Accuracy]:
                 )
                 samples.add({"policy": name, "budget": budget, **row} for row in rows)
                 bar.update(len(part))
+                if parallel.anywhere(asked_to_end()):
+                    bar.close()
+                    run.close()
+                    raise preemption.Preempted(f"{len(samples.rows)} answers are in {workdir}")
             bar.close()
 
     wanted = {(name, budget) for name, budget, _ in cells}
@@ -151,14 +156,21 @@ def _policies(config: ConfigDict) -> tuple[dict[str, Policy], dict]:
 
 def _check_provenance(path: Path, provenance: dict) -> None:
     """Refuses to mix answers of different scorers; new names may come in."""
-    old = json.loads(path.read_text()) if path.exists() else {}
+    try:
+        old = json.loads(path.read_text()) if path.exists() else {}
+        before = {name: (one["sha256"], one["from"]) for name, one in old.items()}
+    except (ValueError, AttributeError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{path}: not what an evaluation writes ({error!r}): use another --workdir"
+        ) from error
     for name, one in provenance.items():
-        if name in old and old[name]["sha256"] != one["sha256"]:
+        sha256, place = before.get(name, (one["sha256"], ""))
+        if sha256 != one["sha256"]:
             raise UserError(
-                f"{path.parent} holds answers of another scorer {name!r} (from "
-                f"{old[name]['from']}): use another --workdir, or another name for this one"
+                f"{path.parent} holds answers of another scorer {name!r} (from {place}): use "
+                "another --workdir, or another name for this one"
             )
-    path.write_text(json.dumps({**old, **provenance}, indent=1) + "\n")
+    write_text(path, json.dumps({**old, **provenance}, indent=1) + "\n")
 
 
 def _problems(
@@ -166,8 +178,6 @@ def _problems(
 ) -> tuple[list[Problem], int]:
     """The problems, and how many tokens an answer may have."""
     settings = config.evaluate
-    if settings.problems < 0 or settings.samples < 1:
-        raise UserError("evaluate.problems must be 0 (all) or more, evaluate.samples at least 1")
     if settings.benchmark == "embedded":
         if not settings.problems:
             raise UserError("evaluate.problems must be at least 1: the embedded task has no end")
@@ -277,7 +287,7 @@ class _Samples:
                     "use another --workdir"
                 )
         if whole != text:
-            path.write_text(whole)
+            write_text(path, whole)
         self._keys = {self._key(row) for row in self.rows}
 
     def __contains__(self, key) -> bool:
@@ -289,7 +299,7 @@ class _Samples:
 
     def add(self, rows) -> None:
         rows = list(rows)
-        with self.path.open("a") as file:
+        with writing(self.path), self.path.open("a") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
             file.flush()
             os.fsync(file.fileno())
@@ -300,15 +310,15 @@ class _Samples:
 def _write_answers(run: Run, found: Sequence[accuracy.Accuracy], rows: Sequence[dict]) -> None:
     body = [accuracy.cells(result) for result in found]
     table = tables.text(accuracy.HEAD, body)
-    (run.path / "accuracy.txt").write_text(table + "\n")
-    (run.path / "accuracy.md").write_text(tables.markdown(accuracy.HEAD, body) + "\n")
+    write_text(run.path / "accuracy.txt", table + "\n")
+    write_text(run.path / "accuracy.md", tables.markdown(accuracy.HEAD, body) + "\n")
     numbers = [
         [r.policy, r.budget, r.right_pn.size, r.pass_at_1, *r.interval(), r.tokens, r.truncated,
          r.evictions, r.lost, r.gained]
         for r in found
     ]  # fmt: skip
     head = ["policy", "budget", "answers", "pass_at_1", "low", "high", *accuracy.HEAD[4:]]
-    (run.path / "accuracy.csv").write_text(tables.comma_separated(head, numbers))
+    write_text(run.path / "accuracy.csv", tables.comma_separated(head, numbers))
 
     right = {(r["problem"], r["sample"]) for r in rows if _is(r, "full") and _right(r)}
     worse = [
@@ -318,7 +328,7 @@ def _write_answers(run: Run, found: Sequence[accuracy.Accuracy], rows: Sequence[
         if not _is(r, "full") and not _right(r) and (r["problem"], r["sample"]) in right
     ]  # fmt: skip
     head = ["policy", "budget", "problem", "sample", "verdict", "answer", "reference"]
-    (run.path / "regressions.csv").write_text(tables.comma_separated(head, worse))
+    write_text(run.path / "regressions.csv", tables.comma_separated(head, worse))
     plots.accuracy(found, run.path / "accuracy.png")
     common.say(f"\n{table}\n")
     idle = sorted({r.budget for r in found if r.budget and not r.evictions})
@@ -356,7 +366,7 @@ def _measure_traces(config, model, named, run, held_out) -> None:
     )
     common.write_losses(run, results, len(held_out))
     path = run.path
-    (path / "diagnosis.csv").write_text(diagnosis.csv(results))
+    write_text(path / "diagnosis.csv", diagnosis.csv(results))
     plots.loss_by_position(results, path / "loss_by_position.png")
     plots.regret(results, path / "regret.png")
 

@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 from fkv import models, sharing, tasks
 from fkv.api import EMBEDDED
 from fkv.errors import UserError
-from fkv.jobs import common
+from fkv.jobs import common, fields
 
 LAYOUTS = ("fkv", "released")
 
@@ -19,6 +19,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     standard error and, where it has them, answers with their intervals.
     `released`: the base model with the scorers inside, for the PyTorch code of ForesightKV.
     """
+    fields.check(config, "export")
     settings = config.export
     if settings.layout not in LAYOUTS:
         raise UserError(f"export.layout = {settings.layout!r} must be one of {', '.join(LAYOUTS)}")

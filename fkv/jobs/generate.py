@@ -7,8 +7,8 @@ from ml_collections import ConfigDict
 from fkv import api, policies
 from fkv import cache as kv
 from fkv.errors import UserError
-from fkv.jobs import common
-from fkv.rundir import open_run
+from fkv.jobs import common, fields
+from fkv.rundir import open_run, write_text
 from fkv.tasks import ledger
 
 
@@ -18,6 +18,7 @@ def run(config: ConfigDict, workdir: str) -> str:
     Returns:
       The answer.
     """
+    fields.check(config, "generate")
     settings = config.generate
     kv.check_sizes(config.budget, config.interval)
     if settings.scorer:
@@ -58,7 +59,7 @@ def run(config: ConfigDict, workdir: str) -> str:
             one = end.value
             break
     seconds = time.perf_counter() - start
-    (run.path / "answer.txt").write_text(one.text + "\n")
+    write_text(run.path / "answer.txt", one.text + "\n")
     common.say(
         f"\n\n{settings.policy}, B = {config.budget}, L = {config.interval}: {len(ids)} + "
         f"{len(one.tokens)} tokens{', cut off' if one.truncated else ''}, {one.evictions} "

@@ -9,12 +9,12 @@ import optax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from fkv import api, cache, grpo, parallel, policies, replay, scorer, sft
+from fkv import api, cache, grpo, parallel, policies, preemption, replay, scorer, sft
 from fkv.data import traces
 from fkv.data.traces import Traces
 from fkv.errors import UserError
 from fkv.evaluation import loss_ratio
-from fkv.jobs import common, evaluate
+from fkv.jobs import common, evaluate, fields
 from fkv.models import ModelConfig
 from fkv.rundir import open_run
 from fkv.tasks import ledger
@@ -70,6 +70,7 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     Writes what the supervised job writes, with both scorers in the table, and what they answer.
     """
     # ---- what can be wrong is found out first
+    fields.check(config, "grpo")
     cache.check_sizes(config.budget, config.interval)
     common.check_budgets(config.eval.budgets, config.interval, "eval.budgets")
     settings, parts, optimiser, make_step = recipe(config)
@@ -107,26 +108,30 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     start, steps = int(state.step), config.grpo.steps
     order = traces.iterate(batches, place)
     bar = tqdm(range(start, steps), initial=start, total=steps, desc="grpo", mininterval=0.5)
-    for step in bar:
-        ids = next(order)
-        batch = _batch(config, settings, train, full, ids, jax.random.fold_in(key, step))
-        found = []
-        for part in common.parts(batch, parts):
-            state, metrics = step_fn(state, everywhere, reference, part)
-            found.append(metrics)
-        metrics = _with_ratios(common.mean_metrics(found))
-        _check(metrics, step + 1, ids, workdir)
-        done = step + 1
-        if done % config.grpo.log_every == 0 or done == steps:
-            run.log(done, _flat(metrics))
-            bar.set_postfix(
-                reward=f"{metrics['reward']:.4f}",
-                low=f"{metrics['added_low']:.4f}",
-                entropy=f"{metrics['entropy'][-1]:.2f}",
-                refresh=False,
-            )
-        if done % config.grpo.checkpoint_every == 0 or done == steps:
-            run.save(done, _with_reference(state, reference), data=order.get_state())
+    with preemption.noticed() as asked_to_end:
+        for step in bar:
+            ids = next(order)
+            batch = _batch(config, settings, train, full, ids, jax.random.fold_in(key, step))
+            found = []
+            for part in common.parts(batch, parts):
+                state, metrics = step_fn(state, everywhere, reference, part)
+                found.append(metrics)
+            metrics = _with_ratios(common.mean_metrics(found))
+            _check(metrics, step + 1, ids, workdir)
+            done = step + 1
+            if done % config.grpo.log_every == 0 or done == steps:
+                run.log(done, _flat(metrics))
+                bar.set_postfix(
+                    reward=f"{metrics['reward']:.4f}",
+                    low=f"{metrics['added_low']:.4f}",
+                    entropy=f"{metrics['entropy'][-1]:.2f}",
+                    refresh=False,
+                )
+            end = parallel.anywhere(asked_to_end())
+            if done % config.grpo.checkpoint_every == 0 or done == steps or end:
+                run.save(done, _with_reference(state, reference), data=order.get_state())
+            if end:
+                raise common.preempted(run, bar, done)
     bar.close()
 
     # ---- measuring

@@ -5,7 +5,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from fkv.errors import UserError
-from fkv.jobs import common, evaluate, grpo, pretrain, sft
+from fkv.jobs import common, evaluate, fields, grpo, pretrain, sft
 
 STAGES = {"pretrain": pretrain.run, "sft": sft.run, "grpo": grpo.run, "evaluate": evaluate.run}
 
@@ -17,7 +17,10 @@ def run(config: ConfigDict, workdir: str) -> None:
     says otherwise than the config. Done stages are opened again and not repeated, an interrupted
     one goes on where it stopped.
     """
-    for stage, part in plan(config, workdir).items():
+    stages = plan(config, workdir)
+    for stage, part in stages.items():  # what is wrong with the last is found out before the first
+        fields.check(part, stage)
+    for stage, part in stages.items():
         common.say(f"---- {stage} ({workdir}/{stage})")
         STAGES[stage](part, f"{workdir}/{stage}")
 
@@ -28,6 +31,7 @@ def plan(config: ConfigDict, workdir: str) -> dict[str, ConfigDict]:
     Raises:
       UserError: a stage is unknown, comes twice or too early, or is changed where it is not named.
     """
+    fields.check(config, "pipeline")
     stages, changes = config.pipeline.stages, config.pipeline.changes
     for stage in (*stages, *changes):
         if stage not in STAGES:

@@ -9,9 +9,9 @@ import optax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from fkv import decoding, models, policies, pretrain, replay
+from fkv import decoding, models, parallel, policies, preemption, pretrain, replay
 from fkv.errors import UserError
-from fkv.jobs import common
+from fkv.jobs import common, fields
 from fkv.models import ModelConfig
 from fkv.rundir import open_run
 from fkv.tasks import ledger
@@ -45,6 +45,7 @@ def run(config: ConfigDict, workdir: str) -> float:
     Returns:
       The share of held-out problems that it answers right with the full cache.
     """
+    fields.check(config, "pretrain")
     plan = stages(config)
     ends = np.cumsum([steps for steps, _, _ in plan])
     total = int(ends[-1])
@@ -84,23 +85,27 @@ def run(config: ConfigDict, workdir: str) -> float:
         common.say(f"going on from step {start} in {workdir}")
 
     bar = tqdm(range(start, total), initial=start, total=total, desc="pretrain", mininterval=1)
-    for step in bar:
-        stage = int(np.searchsorted(ends, step, side="right"))
-        _, batch, spec = plan[stage]
-        problems = ledger.problems(config.seed, f"pretrain {step}", 0, batch, spec)
-        token, length = ledger.pad([p.tokens for p in problems], spec.max_tokens())
-        prompt = np.array([len(p.prompt) for p in problems])
-        state["params"], state["opt_state"], loss, accuracy = pretrain.train_step(
-            state["params"], state["opt_state"], model, optimizer, token, prompt, length
-        )
-        done = step + 1
-        if done % settings.log_every == 0 or done == total:
-            metrics = {"loss": float(loss), "accuracy": float(accuracy), "stage": stage}
-            common.check_finite(metrics, done, workdir)
-            run.log(done, metrics)
-            bar.set_postfix(loss=f"{loss:.4f}", accuracy=f"{accuracy:.3f}", refresh=False)
-        if done % settings.checkpoint_every == 0 or done == total:
-            run.save(done, state)
+    with preemption.noticed() as asked_to_end:
+        for step in bar:
+            stage = int(np.searchsorted(ends, step, side="right"))
+            _, batch, spec = plan[stage]
+            problems = ledger.problems(config.seed, f"pretrain {step}", 0, batch, spec)
+            token, length = ledger.pad([p.tokens for p in problems], spec.max_tokens())
+            prompt = np.array([len(p.prompt) for p in problems])
+            state["params"], state["opt_state"], loss, accuracy = pretrain.train_step(
+                state["params"], state["opt_state"], model, optimizer, token, prompt, length
+            )
+            done = step + 1
+            if done % settings.log_every == 0 or done == total:
+                metrics = {"loss": float(loss), "accuracy": float(accuracy), "stage": stage}
+                common.check_finite(metrics, done, workdir)
+                run.log(done, metrics)
+                bar.set_postfix(loss=f"{loss:.4f}", accuracy=f"{accuracy:.3f}", refresh=False)
+            end = parallel.anywhere(asked_to_end())
+            if done % settings.checkpoint_every == 0 or done == total or end:
+                run.save(done, state)
+            if end:
+                raise common.preempted(run, bar, done)
     bar.close()
 
     params = jax.device_get(state["params"])

@@ -9,10 +9,10 @@ import optax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from fkv import cache, parallel, policies, scorer, sft
+from fkv import cache, parallel, policies, preemption, scorer, sft
 from fkv.data import traces
 from fkv.evaluation import loss_ratio
-from fkv.jobs import common
+from fkv.jobs import common, fields
 from fkv.rundir import open_run
 
 
@@ -22,6 +22,7 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     Writes checkpoints, metrics and `loss_ratio.{txt,md,csv,png}` there.
     """
     # ---- what can be wrong is found out first
+    fields.check(config, "sft")
     cache.check_sizes(config.budget, config.interval)
     common.check_budgets(config.eval.budgets, config.interval, "eval.budgets")
     parts, scorer_config, optimiser, make_step = recipe(config)
@@ -53,18 +54,22 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     order = traces.iterate(batches, place)
     bar = tqdm(range(start, steps), initial=start, total=steps, desc="sft", mininterval=0.5)
     pending = None
-    for step in bar:
-        found = []
-        for part in common.parts(train.rows(next(order)), parts):
-            state, metrics = step_fn(state, everywhere, *part)
-            found.append(metrics)
-        if pending is not None:  # of the step before, while this one runs
-            _report(run, bar, *pending, config)
-        pending = (step + 1, found)
-        if (step + 1) % config.sft.checkpoint_every == 0 or step + 1 == steps:
-            _report(run, bar, *pending, config)
-            pending = None
-            run.save(step + 1, state, data=order.get_state())
+    with preemption.noticed() as asked_to_end:
+        for step in bar:
+            found = []
+            for part in common.parts(train.rows(next(order)), parts):
+                state, metrics = step_fn(state, everywhere, *part)
+                found.append(metrics)
+            if pending is not None:  # of the step before, while this one runs
+                _report(run, bar, *pending, config)
+            pending = (step + 1, found)
+            end = parallel.anywhere(asked_to_end())
+            if (step + 1) % config.sft.checkpoint_every == 0 or step + 1 == steps or end:
+                _report(run, bar, *pending, config)
+                pending = None
+                run.save(step + 1, state, data=order.get_state())
+            if end:
+                raise common.preempted(run, bar, step + 1)
     bar.close()
 
     # ---- measuring

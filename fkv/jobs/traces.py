@@ -14,12 +14,12 @@ import pyarrow.parquet as pq
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from fkv import api, decoding, policies
+from fkv import api, decoding, policies, preemption
 from fkv.api import Model
 from fkv.data import sources
 from fkv.errors import UserError
-from fkv.jobs import common
-from fkv.rundir import open_run
+from fkv.jobs import common, fields
+from fkv.rundir import open_run, writing
 from fkv.tasks import ledger
 
 # What a run may be asked for more of.
@@ -35,6 +35,7 @@ SCHEMA = pa.schema(
         ("source", pa.string()),
     ]
 )
+KEYS = pa.schema([SCHEMA.field(name) for name in ("id", "sample")])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,11 +63,8 @@ def run(config: ConfigDict, workdir: str) -> int:
     Returns:
       How many traces this process wrote.
     """
+    fields.check(config, "traces")
     settings = config.traces
-    if settings.samples < 1 or settings.count < 0 or settings.batch < 1:
-        raise UserError(
-            "traces.samples and traces.batch must be at least 1, traces.count 0 or more"
-        )
     sampling = decoding.Sampling(settings.temperature, settings.top_k, settings.top_p)
     model = common.load_language_model(config)
     questions, new_tokens = _questions(config, model)
@@ -86,21 +84,27 @@ def run(config: ConfigDict, workdir: str) -> int:
     total = len(questions) * samples
     bar = tqdm(total=total, initial=total - len(todo), desc="traces", mininterval=0.5)
     written = truncated = tokens = 0
-    for n, part in enumerate(batches):
-        if n % count == index:
-            if settings.response:
-                answers = [question.response for question, _, _ in part]
-            else:
-                answers = _sample(config, model, part, sampling, new_tokens, width)
-            rows = [
-                _row(config, model, question, sample, answer)
-                for (question, _, sample), answer in zip(part, answers, strict=True)
-            ]
-            _write(run.path / f"traces-{index:03d}-{files + n:05d}.parquet", rows, run.config)
-            written += len(rows)
-            truncated += sum(row["truncated"] for row in rows)
-            tokens += sum(row["tokens"] for row in rows)
-        bar.update(len(part))
+    with preemption.noticed() as asked_to_end:
+        for n, part in enumerate(batches):
+            if n % count == index:
+                if settings.response:
+                    answers = [question.response for question, _, _ in part]
+                else:
+                    answers = _sample(config, model, part, sampling, new_tokens, width)
+                rows = [
+                    _row(config, model, question, sample, answer)
+                    for (question, _, sample), answer in zip(part, answers, strict=True)
+                ]
+                _write(run.path / f"traces-{index:03d}-{files + n:05d}.parquet", rows, run.config)
+                written += len(rows)
+                truncated += sum(row["truncated"] for row in rows)
+                tokens += sum(row["tokens"] for row in rows)
+            bar.update(len(part))
+            # Hosts need not agree: each has written what it has answered.
+            if asked_to_end() and n + 1 < len(batches):
+                bar.close()
+                run.close()
+                raise preemption.Preempted(f"{len(done) + written} traces are in {workdir}")
     bar.close()
     common.say(
         f"{written} traces of {tokens / max(written, 1):.0f} tokens written to {workdir}, "
@@ -188,11 +192,9 @@ def _write(path: Path, rows: Sequence[dict], settings: dict) -> None:
     columns = [pa.array([row[f.name] for row in rows], f.type) for f in SCHEMA]
     table = pa.table(columns, schema=SCHEMA.with_metadata(about))
     temporary = path.with_name(path.name + ".tmp")
-    try:
+    with writing(path):
         pq.write_table(table, temporary)
         os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _done(path: Path) -> tuple[set[tuple[str, int]], int]:
@@ -200,9 +202,12 @@ def _done(path: Path) -> tuple[set[tuple[str, int]], int]:
     done, last = set(), -1
     for file in sorted(path.glob("traces-*.parquet")):
         try:
-            table = pq.read_table(file, columns=["id", "sample"])
+            table = pq.read_table(file, schema=KEYS)
+            if any(column.null_count for column in table.columns):
+                raise pa.ArrowInvalid("rows without id or sample")
         except (OSError, pa.ArrowException) as error:
-            raise UserError(f"{file} can't be read ({error}): delete it, and run again") from error
+            reason = str(error).strip().split("\n")[0]
+            raise UserError(f"{file} can't be read ({reason}): delete it, and run again") from error
         ids, samples = table.column("id").to_pylist(), table.column("sample").to_pylist()
         done |= set(zip(ids, samples, strict=True))
         last = max(last, int(file.stem.rpartition("-")[2]))

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -166,8 +167,25 @@ def save(directory: str | Path, config: ModelConfig, params: Params) -> None:
         tensors[t.name] = np.ascontiguousarray(tensor)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    write_tensors(directory / "model.safetensors", tensors, "pt")
     (directory / "config.json").write_text(json.dumps(description, indent=2) + "\n")
+
+
+def write_tensors(path: Path, tensors: dict[str, np.ndarray], kind: str) -> None:
+    """Writes a safetensors file whole or not at all; `kind` says for whom it is (`pt`, `fkv`).
+
+    Raises:
+      UserError: the file system refuses, say because the disk is full.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        save_file(tensors, temporary, metadata={"format": kind})
+        os.replace(temporary, path)
+    except (SafetensorError, OSError) as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"cannot write {path} ({error}): make room or mend that, and run the same command again"
+        ) from error
 
 
 def load_judges(path_or_hub_id: str | Path, revision: str | None = None) -> dict[str, np.ndarray]:

@@ -1,5 +1,6 @@
 """What counts as an answer, and a checker that nothing in an answer can stop."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -9,6 +10,7 @@ import time
 import pytest
 
 from fkv.errors import UserError
+from fkv.evaluation import math_answers
 from fkv.evaluation.math_answers import Checker, check_choice, last_boxed
 
 TOWER = r"\boxed{9^{9^{9^{9}}}}"  # no computer writes this number out
@@ -133,11 +135,54 @@ def test_a_crash_is_survived():
         checker.check(r"\boxed{1/3}", "3")
         (pid,) = children() - before
         os.kill(pid, signal.SIGKILL)
-        verdict, answer = checker.check(r"\boxed{6/2}", "3")
-        assert verdict in ("right", "failed") and answer == "6/2"
+        assert checker.check(r"\boxed{6/2}", "3") == ("right", "6/2")
         assert checker.check(r"\boxed{6/2}", "3") == ("right", "6/2")
         assert checker.check(r"\boxed{6/2}", "4") == ("wrong", "6/2")
     assert children() == before
+
+
+def test_a_signal_is_not_taken_for_a_wrong_answer(monkeypatch):
+    """One that comes while the answer is being checked; but what crashes it twice has failed."""
+    before, times = children(), []
+    with Checker(deadline=60.0) as checker:
+        checker.check(r"\boxed{1/3}", "3")
+        poll = checker._ours.poll.__func__
+
+        def killed_once(ours, seconds):
+            if len(times) < 1:
+                times.append(seconds)
+                checker._process.terminate()
+                checker._process.join()
+            return poll(ours, seconds)
+
+        monkeypatch.setattr(type(checker._ours), "poll", killed_once)
+        assert checker.check(r"\boxed{6/2}", "4") == ("wrong", "6/2") and times
+
+        def killed(ours, seconds):
+            if seconds == checker.deadline:  # and not while it starts
+                checker._process.terminate()
+                checker._process.join()
+            return poll(ours, seconds)
+
+        monkeypatch.setattr(type(checker._ours), "poll", killed)
+        assert checker.check(r"\boxed{6/2}", "3") == ("failed", "6/2")
+    assert children() == before
+
+
+def test_it_does_not_outlive_a_killed_parent():
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=math_answers._serve, args=(theirs, -9.0), daemon=True)
+    process.start()
+    theirs.close()
+    assert ours.recv_bytes() == b"ready"
+    assert os.getpgid(process.pid) != os.getpgid(0)  # Ctrl-C goes to a group of processes
+    ours.send_bytes(json.dumps(["6/2", "3"]).encode())
+    assert ours.recv_bytes() == b"true"
+    ours.send_bytes(json.dumps(["9^{9^{9^{9}}}", "3"]).encode())  # for ever, and nobody waits
+    process.join(30)
+    process.kill()
+    assert process.exitcode == -signal.SIGALRM
 
 
 def test_no_process_before_it_is_needed_and_none_after():

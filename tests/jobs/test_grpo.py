@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import fkv
-from fkv import checkpoint, grpo
+from fkv import checkpoint, grpo, preemption
 from fkv.errors import UserError
+from fkv.jobs import common, sft
 from fkv.jobs import grpo as job
-from fkv.jobs import sft
 from tests.jobs.test_sft import model_dir, small
 
 __all__ = ["model_dir"]  # a fixture
@@ -65,20 +65,14 @@ def test_run_writes_all_that_it_promises(finished, supervised):
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(
-    model_dir, supervised, finished, tmp_path, monkeypatch
+    model_dir, supervised, finished, tmp_path, sigterm_in
 ):
     config = shrink(small(model_dir), supervised)
-    save = checkpoint.save
-
-    def save_and_die(run_dir, step, *args, **kwargs):
-        save(run_dir, step, *args, **kwargs)
-        if step == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(checkpoint, "save", save_and_die)
-    with pytest.raises(KeyboardInterrupt):
+    sigterm_in(common, "parts", 3)  # once a step
+    with pytest.raises(preemption.Preempted):
         job.run(config, str(tmp_path))
-    monkeypatch.undo()
+    assert checkpoint.latest_step(tmp_path) == 3
+    sigterm_in.undo()
     job.run(config, str(tmp_path))
     for name in ("metrics.jsonl", "loss_ratio.csv"):
         assert (tmp_path / name).read_bytes() == (finished[0] / name).read_bytes(), name

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from configs import tiny
-from fkv import checkpoint, models, pretrain, tasks
+from fkv import checkpoint, models, preemption, pretrain, tasks
 from fkv.errors import UserError
 from fkv.jobs import pretrain as job
 from fkv.tasks import ledger
@@ -30,21 +30,15 @@ def small(**changes):
     return config
 
 
-def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, monkeypatch):
+def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, sigterm_in):
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     job.run(small(), str(straight))
 
-    save = checkpoint.save
-
-    def save_and_die(run_dir, step, *args, **kwargs):
-        save(run_dir, step, *args, **kwargs)
-        if step == 4:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(checkpoint, "save", save_and_die)
-    with pytest.raises(KeyboardInterrupt):
+    sigterm_in(pretrain, "train_step", 5)
+    with pytest.raises(preemption.Preempted):
         job.run(small(), str(broken))
-    monkeypatch.undo()
+    assert checkpoint.latest_step(broken) == 5
+    sigterm_in.undo()
     job.run(small(), str(broken))
 
     for name in ("metrics.jsonl", "model/model.safetensors", "model/config.json"):

@@ -12,7 +12,7 @@ import pytest
 
 import fkv
 from configs import tiny
-from fkv import checkpoint, models
+from fkv import checkpoint, models, preemption
 from fkv.data import traces
 from fkv.errors import UserError
 from fkv.jobs import common, sft
@@ -99,21 +99,19 @@ def test_both_lengths_are_trained_on(model_dir, finished):
     assert {int(found.padded_n[order[i]].max()) for i in range(6)} == {56, 112}
 
 
-def test_interrupted_and_resumed_equals_uninterrupted(model_dir, finished, tmp_path, monkeypatch):
+def test_interrupted_and_resumed_equals_uninterrupted(
+    model_dir, finished, tmp_path, sigterm_in, capsys
+):
     straight, broken = finished[0], tmp_path
     config = uneven(model_dir)
 
-    save = checkpoint.save
-
-    def save_and_die(run_dir, step, *args, **kwargs):
-        save(run_dir, step, *args, **kwargs)
-        if step == 4:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(checkpoint, "save", save_and_die)
-    with pytest.raises(KeyboardInterrupt):
+    sigterm_in(common, "parts", 3)  # once a step
+    with pytest.raises(preemption.Preempted) as ended:
         sft.run(config, str(broken))
-    monkeypatch.undo()
+    assert ended.value.code == 143  # as a process that SIGTERM has ended: there is more to do
+    assert f"step 3 is saved in {broken}; run the same command again" in capsys.readouterr().out
+    assert checkpoint.latest_step(broken) == 3
+    sigterm_in.undo()
     sft.run(config, str(broken))
 
     for name in ("metrics.jsonl", "loss_ratio.csv", "loss_ratio.txt"):
@@ -185,12 +183,19 @@ def test_config_that_does_not_fit_the_checkpoint(model_dir, finished_copy):
         sft.run(uneven(model_dir, scorer__hidden=8), str(finished_copy))
 
 
-def test_truncated_checkpoint_is_named(model_dir, finished_copy):
+def test_a_damaged_checkpoint_costs_its_steps_only(model_dir, finished, finished_copy, capsys):
     files = (finished_copy / "checkpoints" / "6" / "state").rglob("*")
     largest = max((f for f in files if f.is_file()), key=lambda f: f.stat().st_size)
     os.truncate(largest, largest.stat().st_size // 2)
-    with pytest.raises(UserError, match=r"checkpoints/6 \(step 6\) is corrupt"):
-        sft.run(uneven(model_dir), str(finished_copy))
+    with pytest.raises(UserError, match=r"checkpoints/6 is damaged .* run the job that made it"):
+        fkv.load_scorer(finished_copy)
+    sft.run(uneven(model_dir), str(finished_copy))
+    said = capsys.readouterr().out
+    assert "checkpoints/6 is damaged" in said and "going on from step 4 in" in said
+    for name in ("metrics.jsonl", "loss_ratio.csv"):
+        assert (finished_copy / name).read_bytes() == (finished[0] / name).read_bytes(), name
+    one, two = (checkpoint.load(path).state for path in (finished[0], finished_copy))
+    jax.tree.map(np.testing.assert_array_equal, one, two)
 
 
 def test_missing_checkpoint_is_named(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 
 import fkv
 from configs import tiny
-from fkv import decoding
+from fkv import decoding, preemption
 from fkv.data import traces as data
 from fkv.errors import UserError
 from fkv.jobs import traces
@@ -66,20 +66,12 @@ def test_what_is_written_is_what_training_reads(finished):
     assert prompts == [r["prompt_tokens"] for r in rows(finished)]
 
 
-def test_interrupted_and_resumed_equals_uninterrupted(finished, tmp_path, monkeypatch):
-    real, calls = decoding.generate, []
-
-    def once(*args, **kwargs):
-        if calls:
-            raise KeyboardInterrupt
-        calls.append(1)
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(decoding, "generate", once)
-    with pytest.raises(KeyboardInterrupt):
+def test_interrupted_and_resumed_equals_uninterrupted(finished, tmp_path, sigterm_in):
+    sigterm_in(decoding, "generate", 1)
+    with pytest.raises(preemption.Preempted):
         traces.run(recipe(), str(tmp_path))
-    assert len(rows(tmp_path)) == 4
-    monkeypatch.setattr(decoding, "generate", real)
+    assert len(rows(tmp_path)) == 4  # the part at hand has been finished
+    sigterm_in.undo()
     assert traces.run(recipe(), str(tmp_path)) == 1
     assert rows(tmp_path) == rows(finished)
     assert traces.run(recipe(), str(tmp_path)) == 0
@@ -144,7 +136,7 @@ def test_the_model_answers_questions_of_a_file(word_model, answered, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(samples=0), "samples and traces.batch must be at least 1"),
+        (dict(samples=0), "traces.samples = 0 must be a whole number from 1"),
         (dict(questions="none.jsonl"), "none.jsonl: no such file"),
         (dict(temperature=-1.0), "temperature = -1.0"),
     ],

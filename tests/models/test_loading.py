@@ -18,6 +18,7 @@ from fkv.errors import UserError
 from fkv.models import ModelConfig, loading
 from fkv.models.config import from_hf, read
 from tests.models import SMALL, full_logits, random_params, tokens, torch_logits, torch_model
+from tests.test_checkpoint import small_files_only
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 LLAMA3 = {
@@ -195,6 +196,14 @@ def test_save_refuses_what_no_config_describes(tmp_path):
     with pytest.raises(AssertionError, match="shapes"):
         models.save(tmp_path / "new", QWEN3, random_params(dataclasses.replace(QWEN3, layers=1)))
     assert not (tmp_path / "new").exists()
+
+
+def test_save_without_room_leaves_what_is_there(checkpoint):
+    with small_files_only(10_000):
+        message = refusal(models.save, checkpoint, QWEN3, random_params(QWEN3))
+    assert f"cannot write {checkpoint}/model.safetensors (" in message
+    assert "File too large" in message and "make room" in message
+    assert_equal(models.load(checkpoint)[1], random_params(QWEN3))
 
 
 # Refusals of a checkpoint.

@@ -1,0 +1,231 @@
+"""What each field of a config may be; every job checks its own before it loads anything.
+
+How fields must fit one another (a budget and its interval, a batch and the devices), and which
+names there are, is seen to where they are used.
+"""
+
+import dataclasses
+import math
+import numbers
+import reprlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from fkv.errors import UserError
+from fkv.scorer import ScorerConfig
+from fkv.tasks import ledger
+
+
+class Kind(NamedTuple):
+    """What a field may be: in words, and a function that says whether a value is that."""
+
+    said: str
+    fits: Callable[[Any], bool]
+
+
+def whole(least: int, most: int = 2**31 - 1) -> Kind:
+    """Whole numbers of a range, inclusive."""
+
+    def fits(value):
+        integral = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        return integral and least <= value <= most
+
+    return Kind(f"a whole number from {least} to {most}", fits)
+
+
+def number(least: float, most: float = math.inf, above: bool = False) -> Kind:
+    """Finite numbers of a range, inclusive; `above` leaves out the least."""
+
+    def fits(value):
+        if not isinstance(value, numbers.Real) or isinstance(value, bool):
+            return False
+        return math.isfinite(value) and least <= value <= most and not (above and value == least)
+
+    said = f"a number {'above' if above else 'of at least'} {least:g}"
+    return Kind(said + (f" and at most {most:g}" if most < math.inf else ""), fits)
+
+
+def several(kind: Kind, what: str, count: int | None = None) -> Kind:
+    """Tuples of a kind, of `count` entries if it is given."""
+
+    def fits(value):
+        sized = isinstance(value, tuple | list) and count in (None, len(value))
+        return sized and all(map(kind.fits, value))
+
+    return Kind(what, fits)
+
+
+TEXT = Kind("text", lambda value: isinstance(value, str))
+SWITCH = Kind("True or False", lambda value: isinstance(value, bool))
+NAMES = several(TEXT, "a tuple of text")
+SIZES = several(whole(1), "a tuple of whole numbers from 1")
+RANGE = several(whole(0), "a range (low, high) of whole numbers", 2)
+POSITIVE = number(0, above=True)
+_SAMPLING = {"temperature": number(0), "top_k": whole(0), "top_p": number(0, 1, above=True)}
+
+
+def _in(group: str, fields: Mapping[str, Kind]) -> dict[str, Kind]:
+    return {f"{group}.{name}": kind for name, kind in fields.items()}
+
+
+def _those(kind: Kind, names: str) -> dict[str, Kind]:
+    return dict.fromkeys(names.split(), kind)
+
+
+_TASK = _those(RANGE, " ".join(field.name for field in dataclasses.fields(ledger.Spec)))
+_STAGE = {**_TASK, **_those(whole(1), "steps batch")}
+FIELDS = {
+    "seed": whole(0, 2**32 - 1),
+    **_those(TEXT, "model revision dtype"),
+    **_those(whole(1), "budget interval"),
+    **_in("task", _TASK),
+    **_in(
+        "pretrain",
+        {
+            **_in(
+                "model",
+                _those(whole(1), "width layers heads kv_heads head_dim mlp_width max_positions"),
+            ),
+            **_those(POSITIVE, "qk_gain learning_rate clip"),
+            **_those(whole(1), "log_every checkpoint_every eval_problems eval_batch"),
+            "warmup": whole(0),
+            "cycles": SIZES,
+            **_those(number(0), "weight_decay temperature"),
+        },
+    ),
+    **_in(
+        "data",
+        {
+            **_those(TEXT, "path eval_path column prompt_column"),
+            **_those(whole(1), "traces buckets"),
+        },
+    ),
+    "data.strict": SWITCH,
+    **_in(
+        "traces",
+        {
+            **_those(TEXT, "questions split subset question response instruction"),
+            "chat": SWITCH,
+            **_those(whole(0), "count new_tokens"),
+            **_those(whole(1), "samples batch"),
+            **_SAMPLING,
+        },
+    ),
+    **_in("scorer", {"hidden": whole(1), **_those(TEXT, "inputs norm form")}),
+    **_in(
+        "sft",
+        {
+            **_those(whole(1), "steps batch log_every checkpoint_every"),
+            **_those(whole(0), "at_once warmup"),
+            **_those(POSITIVE, "learning_rate clip"),
+            "margin": number(0),
+            "weighting": TEXT,
+        },
+    ),
+    **_in(
+        "grpo",
+        {
+            **_those(TEXT, "scorer reward log_prob"),
+            **_those(whole(1), "steps traces epochs log_every checkpoint_every"),
+            "rollouts": whole(2),
+            **_those(whole(0), "traces_at_once rollouts_at_once warmup kl_steps answers"),
+            **_those(POSITIVE, "learning_rate clip_norm temperature clip"),
+            **_those(number(0), "eta kl_weight"),
+            "high_fraction": number(0, 1),
+        },
+    ),
+    **_in(
+        "eval",
+        {"budgets": SIZES, **_those(whole(1), "traces batch"), "policies": NAMES},
+    ),
+    **_in(
+        "evaluate",
+        {
+            **_those(NAMES, "scorers policies"),
+            **_those(TEXT, "action benchmark split subset question answer instruction"),
+            "action_temperature": POSITIVE,
+            "budgets": SIZES,
+            "chat": SWITCH,
+            **_those(whole(1), "samples batch"),
+            **_those(whole(0), "problems new_tokens traces"),
+            **_SAMPLING,
+            "deadline": number(0, 86_400, above=True),
+        },
+    ),
+    "pipeline.stages": NAMES,
+    **_in(
+        "benchmark",
+        {"policies": NAMES, **_those(whole(1), "batch prompt new_tokens repeats")},
+    ),
+    **_in("export", _those(TEXT, "scorer layout")),
+    **_in(
+        "generate",
+        {
+            **_those(TEXT, "prompt policy scorer"),
+            "new_tokens": whole(1),
+            "chat": SWITCH,
+            **_SAMPLING,
+        },
+    ),
+}
+_MODEL = ("seed", "model", "revision", "dtype", "budget", "interval", "task")
+USED = {
+    "pretrain": ("seed", "budget", "interval", "task", "pretrain"),
+    "traces": (*_MODEL, "traces"),
+    "sft": (*_MODEL, "data", "scorer", "sft", "eval"),
+    "grpo": (*_MODEL, "data", "scorer", "grpo", "eval", "evaluate"),
+    "evaluate": (*_MODEL, "data", "eval", "evaluate"),
+    "pipeline": ("pipeline.stages",),
+    "benchmark": (*_MODEL, "benchmark"),
+    "export": ("model", "revision", "export"),
+    "generate": (*_MODEL, "generate"),
+}
+# Groups that are handed on as they are, so that a field too many is an error.
+_CLOSED = {
+    "task": _TASK,
+    "scorer": [field.name for field in dataclasses.fields(ScorerConfig)],
+}
+
+
+def check(config: ConfigDict, job: str) -> None:
+    """Refuses a config in which a field of the job is missing, or is not what it may be.
+
+    Raises:
+      UserError: the message names the first such field.
+    """
+    for used in USED[job]:
+        if used == "task" and "task" not in config:
+            continue  # traces and questions are from files
+        if used in _CLOSED:
+            _check_names(used, config.get(used, {}), _CLOSED[used])
+        for name, kind in FIELDS.items():
+            if name == used or name.startswith(f"{used}."):
+                _check(name, _value(config, name), kind)
+    if job == "pretrain":
+        stages = _value(config, "pretrain.stages")
+        for stage in stages:
+            where = f"pretrain.stages.{stage}"
+            _check_names(where, stages[stage], _STAGE)
+            for name in ("steps", "batch", *stages[stage]):
+                _check(f"{where}.{name}", _value(config, f"{where}.{name}"), _STAGE[name])
+
+
+def _check(name: str, value: Any, kind: Kind) -> None:
+    if not kind.fits(value):
+        raise UserError(f"{name} = {reprlib.repr(value)} must be {kind.said}")
+
+
+def _check_names(group: str, fields: Iterable[str], known: Iterable[str]) -> None:
+    if unknown := sorted(set(fields) - set(known)):
+        raise UserError(f"config.{group} has no field {unknown[0]!r}: there are {', '.join(known)}")
+
+
+def _value(config: ConfigDict, name: str) -> Any:
+    value = config
+    for part in name.split("."):
+        if not isinstance(value, ConfigDict) or part not in value:
+            raise UserError(f"config has no field {name}: configs/tiny.py has all there are")
+        value = value[part]
+    return value

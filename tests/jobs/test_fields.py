@@ -1,0 +1,171 @@
+"""Bad values in every field of every job: one line that names the field, before anything is loaded.
+
+The bad values follow from the kind of value that the recipe has, and not from `fkv.jobs.fields`.
+"""
+
+import math
+
+import pytest
+from ml_collections import ConfigDict
+
+from configs import qwen3_4b, r1_qwen, tiny
+from fkv import api, models
+from fkv.errors import UserError
+from fkv.jobs import (
+    benchmark,
+    common,
+    evaluate,
+    export,
+    fields,
+    generate,
+    grpo,
+    pipeline,
+    pretrain,
+    sft,
+    traces,
+)
+
+RUN = {
+    "pretrain": pretrain.run, "traces": traces.run, "sft": sft.run, "grpo": grpo.run,
+    "evaluate": evaluate.run, "benchmark": benchmark.run, "export": export.run,
+    "generate": generate.run,
+}  # fmt: skip
+TOP = ("seed", "model", "dtype", "budget", "interval", "task")
+GROUPS = {
+    "pretrain": ("seed", "budget", "interval", "task", "pretrain"),
+    "traces": (*TOP, "traces"),
+    "sft": (*TOP, "data", "scorer", "sft", "eval"),
+    "grpo": (*TOP, "data", "scorer", "grpo", "eval"),
+    "evaluate": (*TOP, "data", "eval", "evaluate"),
+    "benchmark": (*TOP, "benchmark"),
+    "export": ("model", "export"),
+    "generate": (*TOP, "generate"),
+}
+# Where zero means something; elsewhere it is refused, too.
+ZERO = {
+    "seed", "pretrain.warmup", "pretrain.weight_decay", "pretrain.temperature", "traces.count",
+    "traces.new_tokens", "traces.temperature", "traces.top_k", "sft.at_once", "sft.warmup",
+    "sft.margin", "grpo.traces_at_once", "grpo.warmup", "grpo.eta", "grpo.high_fraction",
+    "grpo.kl_weight", "grpo.kl_steps", "grpo.answers", "evaluate.new_tokens", "evaluate.traces",
+    "evaluate.temperature", "evaluate.top_k", "generate.temperature", "generate.top_k",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_loaded(monkeypatch):
+    def loaded(*_):
+        raise AssertionError("a model is being loaded")
+
+    for module, name in (
+        (models, "load"), (api, "load"), (api, "load_scorer"), (common, "load_model"),
+        (common, "load_language_model"), (models, "init"), (models, "find"),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, loaded)
+
+
+def leaves(config, prefix=""):
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def bad_values(name, value):
+    """What a field of this kind can't be."""
+    yield None
+    if isinstance(value, bool):
+        yield from (2, "yes")
+    elif isinstance(value, int | float):
+        yield from ("many", (1,), math.nan, math.inf, -math.inf, -1, True)
+        if isinstance(value, int):
+            yield from (1.5, 2**40, -(2**63), 10**400)
+        if name not in ZERO:
+            yield 0
+    elif isinstance(value, str):
+        yield from (3, ("a",))
+    else:
+        yield from (5, "many", (None,), (*value, None), ((1,),))
+        if all(isinstance(entry, int) for entry in value):
+            yield from ((-1, 2), ("a", "b"), (2.5, 3.5), (1, 2**40))
+
+
+def put(config, name, value):
+    *path, leaf = name.split(".")
+    for part in path:
+        config = config[part]
+    if leaf in config:
+        del config[leaf]  # and with it the type that is asked for
+    config[leaf] = value
+
+
+@pytest.mark.parametrize("job", RUN)
+def test_bad_values_are_refused_by_name(job, tmp_path):
+    config, tried = tiny.get_config(), 0
+    for name, value in list(leaves(config)):
+        if name.split(".")[0] not in GROUPS[job]:
+            continue
+        for bad in bad_values(name, value):
+            put(config, name, bad)
+            try:
+                with pytest.raises(UserError) as refused:
+                    RUN[job](config, str(tmp_path / "run"))
+            except BaseException as error:
+                raise AssertionError(f"{name} = {bad!r:.40}: {error!r:.200}") from error
+            message = str(refused.value)
+            assert name in message and "\n" not in message and len(message) < 300, message
+            tried += 1
+        put(config, name, value)
+    assert tried >= 9 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("job", RUN)
+def test_missing_fields_are_named(job, tmp_path):
+    for group in GROUPS[job]:
+        config = tiny.get_config()
+        if not isinstance(config[group], ConfigDict) or group == "task":
+            continue
+        name = next(name for name, _ in leaves(config[group]))
+        *path, leaf = f"{group}.{name}".split(".")
+        parent = config
+        for part in path:
+            parent = parent[part]
+        del parent[leaf]
+        with pytest.raises(UserError, match=rf"{group}\.{name}"):
+            RUN[job](config, str(tmp_path / "run"))
+        del config[group]
+        with pytest.raises(UserError, match=rf"config has no field {group}\."):
+            RUN[job](config, str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("job", "group", "message"),
+    [
+        ("sft", "scorer", "config.scorer has no field 'colour': there are hidden, inputs"),
+        ("sft", "task", "config.task has no field 'colour': there are facts, hops"),
+        ("pretrain", "pretrain.stages.b", r"config.pretrain.stages.b has no field 'colour'"),
+    ],
+)
+def test_fields_too_many_are_named(job, group, message, tmp_path):
+    config = tiny.get_config()
+    put(config, f"{group}.colour", 3)
+    with pytest.raises(UserError, match=message):
+        RUN[job](config, str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("config", [tiny.get_config(), r1_qwen.get_config(), qwen3_4b.get_config()])
+def test_the_recipes_pass(config):
+    for job in fields.USED:
+        if job != "pretrain" or "pretrain" in config:
+            fields.check(config, job)
+
+
+def test_a_pipeline_is_checked_whole_before_it_starts(tmp_path, monkeypatch):
+    def started(*_):
+        raise AssertionError("a stage has started")
+
+    monkeypatch.setattr(pipeline, "STAGES", dict.fromkeys(pipeline.STAGES, started))
+    config = tiny.get_config()
+    config.pipeline.changes.evaluate.evaluate.problems = 0
+    with pytest.raises(UserError, match=r"evaluate\.problems = 0 must be a whole number from 1"):
+        pipeline.run(config, str(tmp_path))
