@@ -46,7 +46,8 @@ ZERO = {
     "seed", "pretrain.warmup", "pretrain.weight_decay", "pretrain.temperature", "traces.count",
     "traces.new_tokens", "traces.temperature", "traces.top_k", "sft.at_once", "sft.warmup",
     "sft.margin", "grpo.traces_at_once", "grpo.warmup", "grpo.eta", "grpo.high_fraction",
-    "grpo.kl_weight", "grpo.kl_steps", "grpo.answers", "evaluate.new_tokens", "evaluate.traces",
+    "grpo.kl_weight", "grpo.kl_steps", "grpo.answers", "grpo.rollouts_at_once",
+    "evaluate.problems", "evaluate.new_tokens", "evaluate.traces",
     "evaluate.temperature", "evaluate.top_k", "generate.temperature", "generate.top_k",
 }  # fmt: skip
 
