@@ -167,6 +167,6 @@ def test_a_pipeline_is_checked_whole_before_it_starts(tmp_path, monkeypatch):
 
     monkeypatch.setattr(pipeline, "STAGES", dict.fromkeys(pipeline.STAGES, started))
     config = tiny.get_config()
-    config.pipeline.changes.evaluate.evaluate.problems = 0
-    with pytest.raises(UserError, match=r"evaluate\.problems = 0 must be a whole number from 1"):
+    config.pipeline.changes.evaluate.evaluate.samples = 0
+    with pytest.raises(UserError, match=r"evaluate\.samples = 0 must be a whole number from 1"):
         pipeline.run(config, str(tmp_path))
