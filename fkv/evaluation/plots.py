@@ -282,3 +282,25 @@ def sweep(summary: Sequence[Mapping], path: str | Path) -> None:
     figure.legend(handles.values(), handles.keys(), loc="outside right", fontsize="x-small")
     figure.suptitle("mean over the points of a group, ± 2 standard errors")
     figure.savefig(path, dpi=120)
+
+
+def cache_memory(
+    bytes_per_token: int, slots: int, tokens: int, path: str | Path, title: str
+) -> None:
+    """Bytes of a full cache and of one with so many slots against its tokens; writes a PNG."""
+    figure, axes = _subplots(1, 1, (7, 4))
+    axis = axes[0, 0]
+    held = np.linspace(0, tokens, 257)
+    scale = bytes_per_token / 2**20
+    axis.plot(held, scale * held, color=COLOURS["full"], linewidth=2, label="full cache")
+    axis.plot(
+        held, np.full(len(held), scale * slots), color=LEARNED["foresight"], linewidth=2,
+        label=f"bounded, B + L = {slots}",
+    )  # fmt: skip
+    axis.set_title(title)
+    axis.set_xlabel("tokens read and written")
+    axis.set_ylabel("keys and values (MiB)")
+    axis.margins(x=0)
+    axis.set_ylim(0)
+    axis.legend(loc="upper left")
+    figure.savefig(path, dpi=120)
