@@ -47,7 +47,8 @@ def retention(
       token_bt, length_b: one trace, [1, t] and [1].
 
     Returns:
-      For each name, bool [layers, KV heads, chunks, t]: held when the chunk's queries ran.
+      For each name, bool [layers, KV heads, chunks, t]: held when the chunk's queries ran. The
+      full cache holds all that has come.
     """
     if token_bt.shape[0] != 1:
         raise ValueError(f"retention is drawn for one trace, not {token_bt.shape[0]}")
@@ -71,7 +72,29 @@ def retention(
     golden, _, _ = jax.jit(replay.golden_policy, static_argnums=(0, 4, 5))(
         config, params, token_bt, length_b, budget, interval
     )
-    return {name: held(p) for name, p in {"golden": golden, **policies}.items() if p.evicts}
+    chunks = -(-t // interval)
+    come = np.arange(t)[None] < np.minimum(interval * (1 + np.arange(chunks)), length_b[0])[:, None]
+    everything = np.broadcast_to(come, (config.layers, config.kv_heads, chunks, t))
+    return {
+        name: held(p) if p.evicts else everything
+        for name, p in {"golden": golden, **policies}.items()
+    }
+
+
+def lookups(score_tq: np.ndarray, interval: int, share: float = 0.3) -> np.ndarray:
+    """Where a head reads one token from afar: these are what eviction can break.
+
+    Args:
+      score_tq: full-cache attention of one head from every query, of `block_scores` at interval 1.
+      share: of the attention of the query, at least this much is on the one key.
+
+    Returns:
+      Queries and keys [n, 2], the key being more than `2 * interval` tokens older.
+    """
+    key, query = np.nonzero(score_tq >= share)
+    far = query - key > 2 * interval
+    order = np.argsort(query[far], kind="stable")
+    return np.stack([query[far], key[far]], axis=-1)[order]
 
 
 def block_scores(

@@ -5,45 +5,68 @@ from pathlib import Path
 
 import numpy as np
 
-from fkv import policies
 from fkv.evaluation.accuracy import Accuracy
 from fkv.evaluation.loss_ratio import Losses
 
 PANELS = (("all tokens", 0), ("low-entropy tokens, added nats", 1), ("high-entropy tokens", 2))
 
+# A policy has the same colour in every picture.
+COLOURS = {
+    "full": "gray",
+    "golden": "black",
+    "rkv": "tab:orange",
+    "snapkv": "tab:blue",
+    "h2o": "tab:green",
+    "streaming_llm": "tab:brown",
+    "keydiff": "tab:cyan",
+    "tova": "tab:olive",
+    "lagkv": "gold",
+    "knorm": "darkseagreen",
+    "expected_attention": "slateblue",
+    "pyramid": "navy",
+    "ada": "skyblue",
+    "random": "silver",
+}
+# What is learned goes by any name.
+LEARNED = {"foresight": "crimson", "supervised": "crimson", "grpo": "darkviolet"}
+OTHERS = ("crimson", "darkviolet", "deeppink", "maroon", "indigo")
 
-def _pyplot():
-    import matplotlib  # takes a second, and only jobs that draw need it
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+def _subplots(rows: int, columns: int, size: tuple[float, float], **settings):
+    """A figure and its axes [rows, columns], without pyplot: a notebook keeps its own backend."""
+    from matplotlib.figure import Figure  # takes a second, and only jobs that draw need it
 
-    return pyplot
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **settings)
 
 
 def _styles(names: Sequence[str]) -> dict[str, dict]:
     """A colour and line for each policy: golden apart, what is learned strong."""
-    styles = {}
+    styles, variants = {}, {}
+    free = [c for c in OTHERS if c not in {LEARNED.get(name) for name in names}]
     for name in names:
         kind = name.partition(":")[0]
-        rule = kind in policies.names() and kind != "foresight"
-        i = len(styles)
+        if kind == "golden":
+            styles[name] = {"color": "black", "linestyle": "--", "linewidth": 1.6}
+            continue
+        colour = COLOURS.get(kind) or LEARNED.get(kind)
+        if colour is None:
+            colour = free.pop(0) if free else "crimson"
+        variant = variants[colour] = variants.get(colour, -1) + 1  # of a rule with other settings
         styles[name] = {
-            "color": f"C{i % 10}",
-            "linestyle": "-" if i < 10 else "-.",
-            "linewidth": 1.3 if rule else 2.6,
+            "color": colour,
+            "linestyle": ("-", "--", "-.", ":")[variant % 4],
+            "linewidth": 1.3 if kind in COLOURS else 2.6,
         }
-    if "golden" in styles:
-        styles["golden"] = {"color": "black", "linestyle": "--", "linewidth": 1.6}
     return styles
 
 
 def loss_ratios(results: Sequence[Losses], path: str | Path, title: str) -> None:
     """Loss ratio against budget, a line per policy with two standard errors; writes a PNG."""
-    plt = _pyplot()
     names = [n for n in dict.fromkeys(r.policy for r in results) if n != "full"]
     styles = _styles(names)
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
+    figure, axes = _subplots(1, 3, (14, 4.2))
+    axes = axes[0]
     for axis, (label, kind) in zip(axes, PANELS, strict=True):
         for name in names:
             rows = sorted((r for r in results if r.policy == name), key=lambda r: r.budget)
@@ -66,13 +89,12 @@ def loss_ratios(results: Sequence[Losses], path: str | Path, title: str) -> None
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right", fontsize="small")
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def accuracy(results: Sequence[Accuracy], path: str | Path) -> None:
     """pass@1 against budget with 95 % intervals, the full cache as a band; writes a PNG."""
-    plt = _pyplot()
-    figure, axis = plt.subplots(figsize=(8.5, 4.8), layout="constrained")
+    figure, axes = _subplots(1, 1, (8.5, 4.8))
+    axis = axes[0, 0]
     for r in results:
         if not r.budget:
             low, high = r.interval()
@@ -94,22 +116,19 @@ def accuracy(results: Sequence[Accuracy], path: str | Path) -> None:
             capsize=3,
             **style,
         )
+    axis.set_title("answers right, with 95 % intervals over problems")
     axis.set_xlabel("budget (KV pairs per head)")
     axis.set_ylabel("pass@1, %")
     axis.set_ylim(0, 102)
     axis.set_xticks(sorted({r.budget for r in results if r.budget}))
     figure.legend(loc="outside right", fontsize="small")
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def loss_by_position(results: Sequence[Losses], path: str | Path, bins: int = 16) -> None:
     """Nats added by eviction against position, a panel per budget; writes a PNG."""
-    plt = _pyplot()
     budgets = sorted({r.budget for r in results})
-    figure, axes = plt.subplots(
-        1, len(budgets), figsize=(4.5 * len(budgets), 4.2), layout="constrained", squeeze=False
-    )
+    figure, axes = _subplots(1, len(budgets), (4.5 * len(budgets), 4.2))
     for axis, budget in zip(axes[0], budgets, strict=True):
         rows = [r for r in results if r.budget == budget and r.policy != "full"]
         styles = _styles([r.policy for r in rows])
@@ -123,25 +142,21 @@ def loss_by_position(results: Sequence[Losses], path: str | Path, bins: int = 16
             mean = np.where(count, total / np.maximum(count, 1), np.nan)
             axis.plot((edges[:-1] + edges[1:]) / 2, mean, label=r.policy, **styles[r.policy])
         axis.axhline(0, color="gray", linewidth=1, linestyle=":")
-        axis.set_title(f"B = {budget}")
-        axis.set_xlabel("position")
-    axes[0][0].set_ylabel("added nats per token")
+        axis.set_title(f"loss added by eviction, B = {budget}")
+        axis.set_xlabel("position (tokens)")
+    axes[0][0].set_ylabel("nats per token")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right", fontsize="small")
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def regret(results: Sequence[Losses], path: str | Path) -> None:
     """Regret against golden per layer and KV head, a panel per policy and budget; writes a PNG."""
-    plt = _pyplot()
     shown = [r for r in results if r.regret_nyk is not None and r.policy != "golden"]
     if not shown:  # budgets shared unevenly can't be compared with golden
         return
     names, budgets = list(dict.fromkeys(r.policy for r in shown)), sorted({r.budget for r in shown})
-    figure, axes = plt.subplots(
-        len(budgets), len(names), figsize=(1.7 * len(names) + 1, 1.9 * len(budgets)),
-        layout="constrained", squeeze=False,
-    )  # fmt: skip
+    size = (1.7 * len(names) + 1, 1.9 * len(budgets))
+    figure, axes = _subplots(len(budgets), len(names), size)
     top = max(r.regret_nyk.mean(0).max() for r in shown)
     for r in shown:
         axis = axes[budgets.index(r.budget)][names.index(r.policy)]
@@ -153,7 +168,6 @@ def regret(results: Sequence[Losses], path: str | Path) -> None:
     figure.supylabel("layer", fontsize="small")
     figure.colorbar(image, ax=axes, label="attention lost per eviction")
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def retention(held: Mapping[str, np.ndarray], path: str | Path, title: str) -> None:
@@ -162,12 +176,9 @@ def retention(held: Mapping[str, np.ndarray], path: str | Path, title: str) -> N
     Args:
       held: from `diagnosis.retention`.
     """
-    plt = _pyplot()
     layers = next(iter(held.values())).shape[0]
-    figure, axes = plt.subplots(
-        len(held), layers, figsize=(4 * layers, 1.5 * len(held) + 0.8), layout="constrained",
-        squeeze=False, sharex=True, sharey=True,
-    )  # fmt: skip
+    size = (4 * layers, 1.5 * len(held) + 0.8)
+    figure, axes = _subplots(len(held), layers, size, sharex=True, sharey=True)
     for row, (name, one) in zip(axes, held.items(), strict=True):
         for layer, axis in enumerate(row):
             axis.imshow(one[layer].mean(0), vmin=0, vmax=1, cmap="Greens", aspect="auto",
@@ -177,21 +188,59 @@ def retention(held: Mapping[str, np.ndarray], path: str | Path, title: str) -> N
     figure.supylabel("chunk", fontsize="small")
     figure.suptitle(title, fontsize="medium")
     figure.savefig(path, dpi=120)
-    plt.close(figure)
+
+
+def lookups(
+    held: Mapping[str, np.ndarray],
+    lookup_n2: np.ndarray,
+    path: str | Path,
+    title: str,
+    prompt: int = 0,
+) -> None:
+    """What one head holds over time, and which of its look-ups find their token; writes a PNG.
+
+    Args:
+      held: for each policy, bool [chunks, t], as `diagnosis.retention` has it for each head.
+      lookup_n2: queries and keys of the head, from `diagnosis.lookups`.
+      prompt: tokens of the prompt, whose end is marked by a dotted line.
+    """
+    columns = min(4, len(held))
+    rows = -(-len(held) // columns)
+    size = (3.6 * columns, 3.2 * rows + 0.6)
+    figure, axes = _subplots(rows, columns, size, sharex=True, sharey=True)
+    query, key = lookup_n2.T
+    for axis, (name, one) in zip(axes.flat, held.items(), strict=False):
+        chunks, t = one.shape
+        interval = -(-t // chunks)
+        axis.imshow(
+            one, vmin=0, vmax=3, cmap="Greys", aspect="auto", interpolation="nearest",
+            extent=(0, t, chunks * interval, 0),
+        )  # fmt: skip
+        found = one[query // interval, key]
+        axis.plot(key[found], query[found], "o", markersize=4, color="tab:blue", label="found")
+        axis.plot(key[~found], query[~found], "x", markersize=6, color="red", label="gone")
+        if prompt:
+            axis.axhline(prompt, color="black", linewidth=0.8, linestyle=":")
+        axis.set_title(f"{name}: {found.sum()} of {len(found)} found", fontsize="medium")
+    for axis in axes.flat[len(held) :]:
+        axis.set_visible(False)
+    axes[0, 0].legend(loc="upper right", fontsize="small", title="look-ups")
+    figure.supxlabel("position of the key (tokens); gray where it is held")
+    figure.supylabel("position of the query (tokens)")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
 
 
 def attention_patterns(patterns: Mapping[str, np.ndarray], interval: int, path: str | Path) -> None:
     """Attention that single tokens receive over time, a panel per pattern; writes a PNG."""
-    plt = _pyplot()
-    figure, axes = plt.subplots(1, len(patterns), figsize=(13, 3.6), layout="constrained")
-    for axis, (name, rows) in zip(axes, patterns.items(), strict=True):
+    figure, axes = _subplots(1, len(patterns), (13, 3.6))
+    for axis, (name, rows) in zip(axes[0], patterns.items(), strict=True):
         for row in rows:
             axis.plot(interval * np.arange(len(row)), row, marker=".")
         axis.set_title(f"{name}{'' if len(rows) else ': no such token'}")
-        axis.set_xlabel("position of the queries")
-    axes[0].set_ylabel("attention, mean of a block")
+        axis.set_xlabel("position of the queries (tokens)")
+    axes[0, 0].set_ylabel("attention, mean of a block")
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def sweep(summary: Sequence[Mapping], path: str | Path) -> None:
@@ -201,11 +250,10 @@ def sweep(summary: Sequence[Mapping], path: str | Path) -> None:
       summary: from `fkv.sweep.summarise`; policies that say the same in every group (rules, the
         full cache) are shown once.
     """
-    plt = _pyplot()
+    from matplotlib import colormaps
+
     figures = [f for f in dict.fromkeys(row["figure"] for row in summary) if f != "overlap"]
-    figure, axes = plt.subplots(
-        1, len(figures), figsize=(5 * len(figures) + 3, 5), layout="constrained", squeeze=False
-    )
+    figure, axes = _subplots(1, len(figures), (5 * len(figures) + 3, 5))
     handles = {}  # one colour a line, the same in every panel
     for axis, name in zip(axes[0], figures, strict=True):
         lines, seen = {}, set()
@@ -224,7 +272,7 @@ def sweep(summary: Sequence[Mapping], path: str | Path) -> None:
                 [row["budget"] for row in rows],
                 values,
                 yerr=np.nan_to_num([2 * row["se"] for row in rows]),
-                color=plt.get_cmap("tab20")(index % 20),
+                color=colormaps["tab20"](index % 20),
                 marker="os^vD"[index // 20 % 5],
                 markersize=4,
                 capsize=3,
@@ -234,4 +282,25 @@ def sweep(summary: Sequence[Mapping], path: str | Path) -> None:
     figure.legend(handles.values(), handles.keys(), loc="outside right", fontsize="x-small")
     figure.suptitle("mean over the points of a group, ± 2 standard errors")
     figure.savefig(path, dpi=120)
-    plt.close(figure)
+
+
+def cache_memory(
+    bytes_per_token: int, slots: int, tokens: int, path: str | Path, title: str
+) -> None:
+    """Bytes of a full cache and of one with so many slots against its tokens; writes a PNG."""
+    figure, axes = _subplots(1, 1, (7, 4))
+    axis = axes[0, 0]
+    held = np.linspace(0, tokens, 257)
+    scale = bytes_per_token / 2**20
+    axis.plot(held, scale * held, color=COLOURS["full"], linewidth=2, label="full cache")
+    axis.plot(
+        held, np.full(len(held), scale * slots), color=LEARNED["foresight"], linewidth=2,
+        label=f"bounded, B + L = {slots}",
+    )  # fmt: skip
+    axis.set_title(title)
+    axis.set_xlabel("tokens read and written")
+    axis.set_ylabel("keys and values (MiB)")
+    axis.margins(x=0)
+    axis.set_ylim(0)
+    axis.legend(loc="upper left")
+    figure.savefig(path, dpi=120)

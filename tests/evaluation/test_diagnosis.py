@@ -53,12 +53,12 @@ def held_by(drops):
 
 
 def test_as_much_is_held_as_fits(held):
-    assert list(held) == ["golden", "h2o", "random"]  # the full cache drops nothing
+    assert list(held) == ["golden", "full", "h2o", "random"]
     for name, one in held.items():
         assert one.shape == (2, 2, CHUNKS, PADDED) and one.dtype == bool
         for chunk in range(CHUNKS):
             before, after = seen_before(chunk), seen_before(chunk + 1)
-            count = min(before, BUDGET) + after - before
+            count = min(before, LENGTH if name == "full" else BUDGET) + after - before
             assert (one[:, :, chunk].sum(-1) == count).all(), (name, chunk)
             # The chunk attends to itself, and to nothing that is still to come.
             assert one[:, :, chunk, before:after].all() and not one[:, :, chunk, after:].any()
@@ -250,8 +250,47 @@ def test_retention_is_drawn(held, tmp_path, drawn):
     plots.retention(held, tmp_path / "a.png", "a title")
     check_png(tmp_path / "a.png")
     images = [args[0] for kind, args, _ in drawn if kind == "imshow"]
-    assert len(images) == 3 * 2  # policies and layers
-    np.testing.assert_array_equal(images[2], held["h2o"][0].mean(0))
+    assert len(images) == 4 * 2  # policies and layers
+    np.testing.assert_array_equal(images[4], held["h2o"][0].mean(0))
+
+
+def test_lookups_are_far_and_strong():
+    score = np.zeros((60, 60))  # keys, queries
+    score[3, 40], score[20, 37], score[21, 37], score[5, 50] = 0.6, 0.3, 0.9, 0.29
+    # 37 - 21 is not more than two intervals of eight.
+    assert diagnosis.lookups(score, 8).tolist() == [[37, 20], [40, 3]]
+    assert diagnosis.lookups(score, 8, share=0.2).tolist() == [[37, 20], [40, 3], [50, 5]]
+
+
+def test_lookups_are_drawn(held, tmp_path, drawn):
+    one = {name: maps[0, 0] for name, maps in held.items()}
+    lookup = np.array([[40, 1], [40, 9], [60, 2]])
+    plots.lookups(one, lookup, tmp_path / "a.png", "a title", prompt=20)
+    check_png(tmp_path / "a.png")
+    lines = [(kw["label"], args) for kind, args, kw in drawn if kind == "plot"]
+    for i, name in enumerate(one):
+        there = [one[name][query // INTERVAL, key] for query, key in lookup]
+        for (label, (x, y, _)), want in zip(lines[2 * i : 2 * i + 2], (True, False), strict=True):
+            assert label == ("found" if want else "gone")
+            shown = [row for row, found in zip(lookup, there, strict=True) if found == want]
+            assert np.stack([y, x], axis=-1).tolist() == [row.tolist() for row in shown]
+
+
+def test_memory_is_drawn(tmp_path, drawn):
+    plots.cache_memory(2**20, 48, 512, tmp_path / "a.png", "a title")
+    check_png(tmp_path / "a.png")
+    (x, full), (_, bounded) = (args for kind, args, _ in drawn if kind == "plot")
+    np.testing.assert_allclose(full, x)  # one MiB a token
+    assert set(bounded) == {48}
+
+
+def test_a_policy_has_one_colour_in_all_pictures():
+    few = plots._styles(["snapkv", "grpo"])
+    many = plots._styles(["golden", "rkv", "rkv:mix=0.05", "mine", "supervised", "grpo", "snapkv"])
+    assert all(few[name]["color"] == many[name]["color"] for name in few)
+    assert len({(s["color"], s["linestyle"]) for s in many.values()}) == len(many)
+    assert many["rkv"]["color"] == many["rkv:mix=0.05"]["color"]
+    assert set(policies.names()) <= {*plots.COLOURS, *plots.LEARNED, "forced"}
 
 
 def test_attention_patterns_are_drawn(tmp_path, drawn):

@@ -1,0 +1,86 @@
+"""The notebooks of `colab`, run as a browser runs them, in their trial mode."""
+
+import base64
+import json
+import re
+from pathlib import Path
+
+import jax
+import nbclient
+import nbformat
+import pytest
+import tokenizers
+import transformers
+
+from fkv import models
+from fkv.models import ModelConfig
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
+PICTURES = {"see_eviction_think": 4, "train_your_own_scorer": 1, "your_model": 1}
+
+
+def read(path):
+    return nbformat.read(path, as_version=4)
+
+
+def save_babbler(path):
+    """A small random model that speaks bytes."""
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    inner.train_from_iterator(
+        [],
+        tokenizers.trainers.BpeTrainer(
+            special_tokens=["<|eos|>"],
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|eos|>")
+    tokenizer.save_pretrained(path)
+    config = ModelConfig(
+        "qwen3", len(tokenizer), 16, 2, 2, 1, 8, 16, qk_norm=True, tied_embeddings=True
+    )
+    models.save(path, config, jax.device_get(models.init(jax.random.key(0), config)))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs(path, tmp_path, monkeypatch):
+    monkeypatch.setenv("FKV_FAST", "1")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    if path.stem == "your_model":
+        save_babbler(tmp_path / "babbler")
+        monkeypatch.setenv("FKV_MODEL", str(tmp_path / "babbler"))
+    book = read(path)
+    nbclient.NotebookClient(
+        book, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
+    outputs = [output for cell in book.cells for output in cell.get("outputs", ())]
+    pictures = [o.data["image/png"] for o in outputs if "image/png" in o.get("data", {})]
+    assert len(pictures) == PICTURES[path.stem]
+    assert all(base64.b64decode(p).startswith(b"\x89PNG") for p in pictures)
+    said = "".join(o.text for o in outputs if o.output_type == "stream")
+    shown = "".join(o.data["text/html"] for o in outputs if "text/html" in o.get("data", {}))
+    if path.stem == "see_eviction_think":
+        assert "<b>full</b>: right" in shown and "<b>foresight</b>" in shown
+    elif path.stem == "your_model":
+        assert "babbles" in said and re.search(r"rkv: \d+ tokens, [1-9]\d* evictions", said)
+    else:
+        assert "my-scorers" in said and "scorer.safetensors" in said
+
+
+def test_notebooks_are_stored_clean():
+    assert [path.stem for path in NOTEBOOKS] == sorted(PICTURES)
+    readme, install = (ROOT / "README.md").read_text(), set()
+    for path in NOTEBOOKS:
+        book = read(path)
+        nbformat.validate(book)
+        assert json.loads(path.read_text())["nbformat"] == 4
+        assert all(not cell.get("outputs") for cell in book.cells)
+        assert all(re.fullmatch(r"[a-z-]+", cell.id) for cell in book.cells)
+        install.add(next(cell.source for cell in book.cells if cell.id == "install"))
+        assert f"colab/{path.name}" in readme
+    (source,) = install  # the same in each
+    address = re.search(r'REPOSITORY = "https://github.com/([^"]+)"', source)[1]
+    assert readme.count(f"colab.research.google.com/github/{address}/blob/") == len(NOTEBOOKS)
