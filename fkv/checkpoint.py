@@ -18,6 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
+from fkv import parallel
 from fkv.errors import UserError
 
 
@@ -34,7 +35,7 @@ def save(
 ) -> None:
     """Save `state` at `step`, all or nothing, and delete all but the newest `keep` checkpoints.
 
-    Every process calls this; process 0 writes.
+    Every process calls this with the same state; process 0 writes, the others wait for it.
 
     Args:
       state: any pytree of non-empty arrays and numbers, the same on every device. PRNG keys go in
@@ -43,24 +44,37 @@ def save(
     """
     if keep < 1:
         raise UserError(f"cannot keep {keep} checkpoints: keep at least 1")
+    if parallel.first():
+        _write(run_dir, step, state, info, keep)
+    parallel.barrier(f"checkpoint of step {step} in {run_dir}")
+
+
+def _write(run_dir: str | os.PathLike, step: int, state: Any, info: dict, keep: int) -> None:
     root = _root(run_dir)
     temporary, final = root / f"{step}.tmp", root / str(step)
-    writer = jax.process_index() == 0
-    if writer:
-        _delete(root.glob("*.tmp"))  # what a killed save left
-    with ocp.StandardCheckpointer() as checkpointer:
+    _delete(root.glob("*.tmp"))  # what a killed save left
+    with _checkpointer() as checkpointer:
         checkpointer.save(temporary / "state", traverse_util.unflatten_dict(_flatten(state)))
         checkpointer.wait_until_finished()
-    if writer:
-        (temporary / "info.json").write_text(json.dumps(info, indent=1))
-        files = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
-        checksums = {str(path.relative_to(temporary)): _sha256(path) for path in files}
-        (temporary / "sha256.json").write_text(json.dumps(checksums, indent=1))
-        if final.exists():
-            final.rename(root / f"{step}.old.tmp")
-        temporary.rename(final)
-        _delete([*root.glob("*.tmp"), *(root / str(old) for old in _steps(run_dir)[:-keep])])
-    ocp.multihost.sync_global_processes("fkv.checkpoint.save")
+    (temporary / "info.json").write_text(json.dumps(info, indent=1))
+    files = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
+    checksums = {str(path.relative_to(temporary)): _sha256(path) for path in files}
+    (temporary / "sha256.json").write_text(json.dumps(checksums, indent=1))
+    if final.exists():
+        final.rename(root / f"{step}.old.tmp")
+    temporary.rename(final)
+    _delete([*root.glob("*.tmp"), *(root / str(old) for old in _steps(run_dir)[:-keep])])
+
+
+def _checkpointer() -> ocp.StandardCheckpointer:
+    """Of this process alone: a run's state is the same on all, and needs no one else."""
+    if jax.process_count() == 1:
+        return ocp.StandardCheckpointer()
+    index = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"process_{index}"
+    )
+    return ocp.StandardCheckpointer(multiprocessing_options=alone)
 
 
 def latest_step(run_dir: str | os.PathLike) -> int | None:
@@ -87,7 +101,7 @@ def load(run_dir: str | os.PathLike, step: int | None = None) -> Checkpoint:
         raise UserError(f"no checkpoint of step {step} in {_root(run_dir)}, only of {steps}")
     path = _root(run_dir) / str(step)
     _verify(path)
-    with ocp.StandardCheckpointer() as checkpointer:
+    with _checkpointer() as checkpointer:
         state = checkpointer.restore(path / "state")
     return Checkpoint(step, state, json.loads((path / "info.json").read_text()))
 

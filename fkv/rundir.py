@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import ml_collections
+import numpy as np
 
 import fkv
-from fkv import checkpoint
+from fkv import checkpoint, parallel
 from fkv.errors import UserError
 
 
@@ -43,9 +43,11 @@ class Run:
           UserError: see `checkpoint.restore`.
         """
         last_step = checkpoint.latest_step(self.path)
-        restored = None if last_step is None else checkpoint.restore(self.path, target, last_step)
-        if jax.process_index() == 0:
-            last_step = -1 if last_step is None else last_step
+        last_step = -1 if last_step is None else last_step
+        # A shared file system may show it to one process earlier than to another.
+        last_step = int(parallel.total(np.array(last_step if parallel.first() else 0)))
+        restored = None if last_step < 0 else checkpoint.restore(self.path, target, last_step)
+        if parallel.first():
             _trim_metrics(self.path / "metrics.jsonl", last_step)
             # TensorBoard reads the old event files too, and hides what the purge step tells it to.
             self._board = _open_board(self.path, purge_step=last_step + 1)
@@ -61,7 +63,7 @@ class Run:
         Values may be numbers, arrays, strings, or lists and dicts of them. NaN and infinity, which
         JSON cannot express, become null.
         """
-        if jax.process_index() != 0:
+        if not parallel.first():
             return
         record = {"step": int(step), **_plain(metrics)}
         with (self.path / "metrics.jsonl").open("a") as file:
@@ -73,15 +75,18 @@ class Run:
         self._board.flush()
 
     def close(self) -> None:
-        """Close the TensorBoard file."""
+        """Close the TensorBoard file, and wait for the other processes."""
         if self._board is not None:
             self._board.close()
+        parallel.barrier(f"end of the run in {self.path}")
 
 
 def open_run(
     workdir: str | os.PathLike, config: ml_collections.ConfigDict, may_differ: Sequence[str] = ()
 ) -> Run:
     """Create the run directory `workdir`, or open it again to go on with the same config.
+
+    Every process calls this; process 0 creates it.
 
     Args:
       may_differ: dotted names of fields, or of groups of fields, that may change between openings
@@ -93,8 +98,20 @@ def open_run(
     """
     path = Path(workdir)
     data = json.loads(json.dumps(config.to_dict()))  # tuples become lists, as in config.json
-    if jax.process_index() != 0:
-        return Run(path, data)
+    parallel.barrier(f"start of the run in {path}")
+    lock = wrong = None
+    if parallel.first():
+        try:
+            lock = _create(path, data, may_differ)
+        except UserError as error:
+            wrong = error
+    if parallel.anywhere(wrong is not None):
+        raise wrong or UserError(f"process 0 can't open {path}: see what it said")
+    return Run(path, data, _held=lock)
+
+
+def _create(path: Path, data: dict[str, Any], may_differ: Sequence[str]):
+    """What process 0 does to open a run directory; returns its lock."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = _lock(path)
@@ -106,7 +123,7 @@ def open_run(
             f"cannot write run directory {path}: {error.strerror}; choose another --workdir"
         ) from error
     _trim_metrics(path / "metrics.jsonl")
-    return Run(path, data, _held=lock)
+    return lock
 
 
 def _lock(path: Path):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from fkv import models, replay
+from fkv import models, parallel, replay
 from fkv.evaluation import tables
 from fkv.models import ModelConfig
 from fkv.policies.base import Policy, View, common_statistics
@@ -128,6 +128,8 @@ def measure(
 ) -> list[Losses]:
     """Runs every policy and golden eviction over the traces at one budget.
 
+    Several processes take turns, and all get the results.
+
     Args:
       policies: by the name to report; `full` and `golden` are always added.
       token_bt, length_b: right-padded traces, each longer than `B + L`.
@@ -187,34 +189,38 @@ def measure(
         return replay.token_losses(config, params, hidden, token).nll_bt
 
     random = replay.row_keys(key, n)
-    nll = {name: [] for name in ("full", "golden", *policies)}
-    entropy, recalls, regrets = [], [], []
-    for start in range(0, n, batch):
+    nll = {name: np.zeros((n, t - 1), np.float32) for name in ("full", "golden", *policies)}
+    entropy = np.zeros((n, t - 1), np.float32)
+    recall = np.zeros((1 + len(several), n, config.layers, config.kv_heads), np.float32)
+    regret = np.zeros_like(recall)
+    turn = range(jax.process_index() * batch, n, jax.process_count() * batch)
+    for start in turn:  # what is left at zero is filled in by others
         rows = np.arange(start, start + batch) % n  # the last batch wraps round, one shape for all
         token, length = token_bt[rows], length_b[rows]
         keep = min(batch, n - start)
-        full, gold, recall, regret = golden(params, several, token, length, random[rows])
-        nll["full"].append(np.asarray(full.nll_bt)[:keep])
-        nll["golden"].append(np.asarray(gold.nll_bt)[:keep])
-        entropy.append(np.asarray(full.entropy_bt)[:keep])
-        recalls.append(np.asarray(recall)[:, :keep])
-        regrets.append(np.asarray(regret)[:, :keep])
+        here = slice(start, start + keep)
+        full, gold, *both = golden(params, several, token, length, random[rows])
+        nll["full"][here] = np.asarray(full.nll_bt)[:keep]
+        nll["golden"][here] = np.asarray(gold.nll_bt)[:keep]
+        entropy[here] = np.asarray(full.entropy_bt)[:keep]
+        recall[:, here], regret[:, here] = (np.asarray(x)[:, :keep] for x in both)
         chosen = {
             name: OneOf(several, jnp.full(config.layers, i)) for i, name in enumerate(names)
         } | uneven
         for name, policy in chosen.items():
             one = run(params, policy, token, length, random[rows])
-            nll[name].append(np.asarray(one)[:keep])
+            nll[name][here] = np.asarray(one)[:keep]
 
-    nll = {name: np.concatenate(rows) for name, rows in nll.items()}
-    recall = dict(zip(("golden", *names), np.concatenate(recalls, axis=1), strict=True))
-    regret = dict(zip(("golden", *names), np.concatenate(regrets, axis=1), strict=True))
+    *found, entropy, recall, regret = parallel.total([*nll.values(), entropy, recall, regret])
+    nll = dict(zip(nll, found, strict=True))
+    recall = dict(zip(("golden", *names), recall, strict=True))
+    regret = dict(zip(("golden", *names), regret, strict=True))
     index = np.arange(t - 1)[None]
     first = np.full(n, budget + interval)
     if prompt_b is not None:
         first = np.maximum(first, prompt_b)
     counted = (index >= first[:, None] - 1) & (index < length_b[:, None] - 1)
-    low = low_entropy(np.concatenate(entropy), counted, low_share)
+    low = low_entropy(entropy, counted, low_share)
     masks = np.stack([counted, low, counted & ~low], axis=-1)  # [n, t - 1, 3]
 
     def sums(x):

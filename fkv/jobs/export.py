@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from fkv import models, sharing, tasks
+from fkv import models, parallel, sharing, tasks
 from fkv.api import EMBEDDED
 from fkv.errors import UserError
 from fkv.jobs import common
@@ -21,6 +21,8 @@ def run(config: ConfigDict, workdir: str) -> None:
     settings = config.export
     if settings.layout not in LAYOUTS:
         raise UserError(f"export.layout = {settings.layout!r} must be one of {', '.join(LAYOUTS)}")
+    if not parallel.first():
+        return
     policy, about = sharing.load(settings.scorer)
     if settings.layout == "released":
         path = tasks.REASONER if config.model == EMBEDDED else config.model

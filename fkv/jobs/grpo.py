@@ -3,7 +3,6 @@
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from fkv import api, cache, grpo, parallel, policies, replay, scorer, sft
 from fkv.data import traces
@@ -33,7 +32,8 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     settings = settings_of(config)
     rows = config.grpo.traces * settings.rollouts
     at_once = config.grpo.traces_at_once * settings.rollouts
-    parts = parallel.parts_of(rows, at_once, "grpo.traces_at_once")
+    mesh = parallel.make_mesh(config.model_axis)
+    parts = parallel.parts_of(rows, at_once, "grpo.traces_at_once", mesh)
     if parts > 1 and settings.epochs > 1:
         raise UserError(
             "grpo.epochs must be 1 where a step is worked off in parts (traces_at_once)"
@@ -42,7 +42,7 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     optimiser = sft.accumulated(optimiser, parts)
     rules = {name: policies.get(name) for name in config.eval.policies}
     supervised = _supervised(config)
-    model, model_params = common.load_model(config)
+    model, model_params = common.load_model(config, "process")
     if answering := _can_answer(config, model):
         common.load_language_model(config)  # a tokenizer that is missing is found out now
     train = common.load_traces(config, "train", config.data.traces, config.budget, model.vocab_size)
@@ -63,7 +63,8 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
         common.say(f"going on from step {saved.step} in {workdir}")
 
     # ---- training
-    state, reference, everywhere = parallel.replicate((state, reference, model_params))
+    state, reference = parallel.replicate((state, reference), mesh)
+    everywhere = parallel.view(model_params, mesh)
 
     def device_step(state, model_params, reference, batch):
         return grpo.train_step(
@@ -80,10 +81,12 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
             batch,
         )
 
-    step_fn = parallel.pmap(device_step, constants=3, batched=1)
-    full = FullCache(config, model, everywhere, train)
+    step_fn = parallel.pmap(device_step, mesh, constants=3, batched=1)
+    full = FullCache(config, model, everywhere, train, mesh)
     start, steps = int(state.step), config.grpo.steps
-    bar = tqdm(range(start, steps), initial=start, total=steps, desc="grpo", mininterval=0.5)
+    bar = common.progress(
+        range(start, steps), initial=start, total=steps, desc="grpo", mininterval=0.5
+    )
     for step in bar:
         ids = np.asarray(order[step])
         batch = _batch(config, settings, train, full, ids, jax.random.fold_in(key, step))
@@ -108,10 +111,11 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
 
     # ---- measuring
     learned = {
-        "supervised": policies.Foresight(reference, supervised.config),
-        "grpo": policies.Foresight(state.params, supervised.config),
+        "supervised": policies.Foresight(jax.device_get(reference), supervised.config),
+        "grpo": policies.Foresight(jax.device_get(state.params), supervised.config),
     }
-    results = common.measure_losses(config, model, model_params, {**learned, **rules}, held_out)
+    copy = parallel.view(model_params, parallel.make_mesh(config.model_axis, "copy"))
+    results = common.measure_losses(config, model, copy, {**learned, **rules}, held_out)
     common.write_losses(run, results, len(held_out))
     run.close()
     if answering:
@@ -171,8 +175,11 @@ def _supervised(config: ConfigDict) -> policies.Foresight:
 class FullCache:
     """Losses and entropies of the full cache, computed once a trace and kept on the host."""
 
-    def __init__(self, config: ConfigDict, model: ModelConfig, params, found: Traces):
-        self.found, self.rows = found, config.grpo.traces_at_once or config.grpo.traces
+    def __init__(self, config: ConfigDict, model: ModelConfig, params, found: Traces, mesh):
+        self.found = found
+        # Always as many rows, a multiple of the devices, so that one program serves.
+        rows, each = config.grpo.traces_at_once or config.grpo.traces, parallel.device_count(mesh)
+        self.rows = -(-rows // each) * each
         self._known: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._params = params
 
@@ -183,16 +190,14 @@ class FullCache:
             losses = replay.token_losses(model, params, hidden, token)
             return parallel.gather(losses), ()
 
-        self._pass = parallel.pmap(device_pass, constants=1, batched=2)
+        self._pass = parallel.pmap(device_pass, mesh, constants=1, batched=2)
 
     def __call__(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Losses and entropies [n, t - 1] of these traces."""
         new = [i for i in ids.tolist() if i not in self._known]
-        # Always as many rows, a multiple of the devices, so that one program serves.
-        count = -(-self.rows // parallel.device_count()) * parallel.device_count()
-        for start in range(0, len(new), count):
-            some = new[start : start + count]
-            asked = (some * count)[:count]
+        for start in range(0, len(new), self.rows):
+            some = new[start : start + self.rows]
+            asked = (some * self.rows)[: self.rows]
             losses, _ = self._pass(
                 self._params, self.found.token_nt[asked], self.found.length_n[asked]
             )

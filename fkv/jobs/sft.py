@@ -3,7 +3,6 @@
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from fkv import cache, parallel, policies, scorer, sft
 from fkv.data import traces
@@ -20,7 +19,8 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     # ---- what can be wrong is found out first
     cache.check_sizes(config.budget, config.interval)
     common.check_budgets(config.eval.budgets, config.interval, "eval.budgets")
-    parts = parallel.parts_of(config.sft.batch, config.sft.at_once, "sft.at_once")
+    mesh = parallel.make_mesh(config.model_axis)
+    parts = parallel.parts_of(config.sft.batch, config.sft.at_once, "sft.at_once", mesh)
     scorer_config = scorer.ScorerConfig(**config.scorer)
     loss_config = sft.LossConfig(config.sft.margin, config.sft.weighting)
     optimiser = sft.optimizer(
@@ -28,7 +28,7 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     )
     optimiser = sft.accumulated(optimiser, parts)
     rules = {name: policies.get(name) for name in config.eval.policies}
-    model, model_params = common.load_model(config)
+    model, model_params = common.load_model(config, "process")
     train = common.load_traces(config, "train", config.data.traces, config.budget, model.vocab_size)
     held_out = common.load_traces(
         config, "eval", config.eval.traces, max(config.eval.budgets), model.vocab_size
@@ -45,7 +45,7 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
         common.say(f"going on from step {saved.step} in {workdir}")
 
     # ---- training
-    state, everywhere = parallel.replicate((state, model_params))
+    state, everywhere = parallel.replicate(state, mesh), parallel.view(model_params, mesh)
 
     def device_step(state, model_params, token, length):
         return sft.train_step(
@@ -62,9 +62,11 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
             length,
         )
 
-    step_fn = parallel.pmap(device_step, constants=2, batched=2)
+    step_fn = parallel.pmap(device_step, mesh, constants=2, batched=2)
     start, steps = int(state.step), config.sft.steps
-    bar = tqdm(range(start, steps), initial=start, total=steps, desc="sft", mininterval=0.5)
+    bar = common.progress(
+        range(start, steps), initial=start, total=steps, desc="sft", mininterval=0.5
+    )
     pending = None
     for step in bar:
         found = []
@@ -81,9 +83,10 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     bar.close()
 
     # ---- measuring
-    learned = policies.Foresight(state.params, scorer_config)
+    learned = policies.Foresight(jax.device_get(state.params), scorer_config)
     policies_by_name = {"foresight": learned, **rules}
-    results = common.measure_losses(config, model, model_params, policies_by_name, held_out)
+    copy = parallel.view(model_params, parallel.make_mesh(config.model_axis, "copy"))
+    results = common.measure_losses(config, model, copy, policies_by_name, held_out)
     common.write_losses(run, results, len(held_out))
     run.close()
     return results
