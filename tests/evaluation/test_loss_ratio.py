@@ -36,16 +36,34 @@ def model():
     return oracles.make_model(heads=4, kv_heads=2)
 
 
+def in_turns(measure):
+    """What two processes find, of which each does every second batch."""
+    parts = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss_ratio.jax, "process_count", lambda: 2)
+        patch.setattr(loss_ratio.parallel, "total", lambda tree: parts.append(tree) or tree)
+        for index in (0, 1):
+            patch.setattr(loss_ratio.jax, "process_index", lambda index=index: index)
+            measure()
+        patch.setattr(loss_ratio.parallel, "total", lambda _: jax.tree.map(np.add, *parts))
+        patch.setattr(loss_ratio.jax, "process_index", lambda: 9)  # whose turn never comes
+        return measure()
+
+
 @pytest.fixture(scope="module")
 def measured(model):
-    """Results by batch size: one that does not divide the traces, one larger than them."""
+    """Results by batch size: one that does not divide the traces, one larger than them.
+
+    The first are those of two processes.
+    """
     token, length = map(np.asarray, oracles.make_tokens(model[0], LENGTHS))
-    return {
-        batch: loss_ratio.measure(
+
+    def measure(batch):
+        return loss_ratio.measure(
             *model, POLICIES, token, length, BUDGET, INTERVAL, jax.random.key(1), batch
         )
-        for batch in (2, 7)
-    }
+
+    return {2: in_turns(lambda: measure(2)), 7: measure(7)}
 
 
 def lowest(positions, score):
