@@ -109,20 +109,34 @@ def pmap(step: Callable[..., tuple[Any, Any]], mesh: Mesh, constants: int, batch
     Returns:
       The step over whole batches [devices * b, ...], the same on every process.
     """
-    # An axis left out is XLA's: it follows how the weights are split.
-    mapped = jax.shard_map(
-        step,
-        mesh=mesh,
-        in_specs=(*[PartitionSpec()] * constants, *[PartitionSpec(AXIS)] * batched),
-        out_specs=PartitionSpec(),
-        axis_names={AXIS} if mesh.shape[MODEL] > 1 else {AXIS, MODEL},
-        check_vma=False,
-    )
+    if device_count(mesh) == 1 and mesh.size > 1:
+        mapped = _alone(step, constants, batched)
+    else:
+        mapped = jax.shard_map(
+            step,
+            mesh=mesh,
+            in_specs=(*[PartitionSpec()] * constants, *[PartitionSpec(AXIS)] * batched),
+            out_specs=PartitionSpec(),
+            # An axis left out is XLA's: it follows how the weights are split.
+            axis_names={AXIS} if mesh.shape[MODEL] > 1 else {AXIS, MODEL},
+            check_vma=False,
+        )
     mapped = jax.jit(mapped, out_shardings=NamedSharding(mesh, PartitionSpec()))
     rows = NamedSharding(mesh, PartitionSpec(AXIS))
 
     def call(*args):
         return mapped(*args[:constants], *jax.tree.map(lambda x: _put(x, rows), args[constants:]))
+
+    return call
+
+
+def _alone(step, constants, batched):
+    """The step where `data` is one device: XLA can't leave out the other axis beside such a one."""
+    in_axes = (*[None] * constants, *[0] * batched)
+    mapped = jax.vmap(step, in_axes, out_axes=None, axis_name=AXIS)
+
+    def call(*args):
+        return mapped(*args[:constants], *jax.tree.map(lambda x: x[None], args[constants:]))
 
     return call
 

@@ -41,7 +41,7 @@ mesh = parallel.make_mesh(model_axis)
 copies = parallel.device_count(mesh)
 parallel.check_batch(8, mesh)
 try:
-    parallel.check_batch(6, mesh)
+    parallel.check_batch(7, mesh)
 except UserError as error:
     print(f"said: {error}")
 
@@ -126,7 +126,7 @@ for name, x in {**state.params, **metrics}.items():
     found[f"grpo_{name}"] = np.asarray(x)
 
 # ---- decoding by one copy
-if not several:
+if copies == 1:
     params = parallel.view(own, parallel.make_mesh(model_axis, "copy"))
     policy = policies.Foresight(jax.device_get(state.params), rules)
     prompts = [np.arange(30) % 7, np.arange(13) % 11]
@@ -234,9 +234,10 @@ def runs(tmp_path_factory):
     scorers = scorer.init(jax.random.key(0), config, scorer.ScorerConfig())
     np.savez(path / "scorers.npz", **scorers)
     one = start(SCRIPT, path, path / "one.npz", 1)
-    mesh = start(SCRIPT, path, path / "mesh.npz", 2, devices=4)
-    printed = {"one": finish(one), "mesh": finish(mesh)}
-    several = start(SCRIPT, path, path / "several.npz", 1, "several", devices=2, processes=2)
+    four = start(SCRIPT, path, path / "four.npz", 1, devices=4)
+    shared = start(SCRIPT, path, path / "shared.npz", 2, devices=2)
+    printed = {"one": finish(one), "four": finish(four), "shared": finish(shared)}
+    several = start(SCRIPT, path, path / "several.npz", 2, "several", devices=2, processes=2)
     while not (path / "waited").exists() and several[0].poll() is None:
         time.sleep(0.1)
     several[-1].send_signal(signal.SIGCONT)
@@ -244,11 +245,11 @@ def runs(tmp_path_factory):
     return {n: (dict(np.load(path / f"{n}.npz")), said) for n, said in printed.items()}
 
 
-@pytest.mark.parametrize("layout", ["mesh", "several"])
+@pytest.mark.parametrize("layout", ["four", "shared", "several"])
 def test_any_layout_of_devices_does_what_one_device_does(runs, layout):
-    """Two copies of a model that two devices share each, and two processes of two devices."""
+    """Four copies of the model, one that two devices share, and two processes with such a one."""
     one, several = runs["one"][0], runs[layout][0]
-    assert one.keys() - several.keys() == ({"tokens"} if layout == "several" else set())
+    assert one.keys() - several.keys() == (set() if layout == "shared" else {"tokens"})
     assert {"loss_2", "overlap_2", "grad_norm_2", "grpo_w1", "grpo_loss"} <= several.keys()
     assert one["step_2"] == several["step_2"] == 3
     for name, x in several.items():
@@ -261,9 +262,10 @@ def test_any_layout_of_devices_does_what_one_device_does(runs, layout):
 
 
 def test_refuses_a_batch_that_the_devices_can_not_share(runs):
-    assert runs["one"][1] == [[]]
+    assert runs["one"][1] == runs["shared"][1] == [[]]
+    assert runs["four"][1] == [["batch = 7 can't be split over 4 devices; use a multiple of 4"]]
     assert runs["several"][1][0][0] == (
-        "batch = 6 can't be split over 4 devices; use a multiple of 4"
+        "batch = 7 can't be split over 4 devices, 2 to a copy of the model; use a multiple of 2"
     )
 
 
