@@ -216,7 +216,7 @@ def finish(started):
     printed = []
     try:
         for process in started:
-            out, errors = process.communicate(timeout=300)
+            out, errors = process.communicate(timeout=600)
             assert process.returncode == 0, errors
             printed.append(re.findall("said: (.*)", out))  # Gloo prints too
     finally:

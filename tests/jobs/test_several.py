@@ -1,14 +1,15 @@
 """The jobs in several processes: what is computed is faked, who writes what is not."""
 
 import hashlib
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fkv import checkpoint, decoding, grpo, sft
-from fkv.evaluation import loss_ratio
+from fkv import checkpoint, decoding, grpo, rundir, sft
+from fkv.evaluation import loss_ratio, plots
 from fkv.jobs import grpo as grpo_job
 from fkv.jobs import sft as sft_job
 from fkv.jobs import traces
@@ -69,6 +70,9 @@ def run_jobs(root):
         patch.setattr(sft, "train_step", fake_sft)
         patch.setattr(grpo, "train_step", fake_grpo)
         patch.setattr(loss_ratio, "measure", fake_measure)
+        for picture in ("loss_ratios", "accuracy"):
+            patch.setattr(plots, picture, lambda results, path, *title: path.touch())
+        patch.setattr(rundir, "_open_board", mock.MagicMock())
         recipe = test_sft.small("embedded", eval__policies=("random",))
         sft_job.run(recipe, str(root / "sft"))
         patch.setattr(checkpoint, "save", save_and_stop)
