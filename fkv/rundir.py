@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import ml_collections
-import numpy as np
 
 import fkv
 from fkv import checkpoint, parallel
@@ -42,12 +41,11 @@ class Run:
         Raises:
           UserError: see `checkpoint.restore`.
         """
-        last_step = checkpoint.latest_step(self.path)
-        last_step = -1 if last_step is None else last_step
         # A shared file system may show it to one process earlier than to another.
-        last_step = int(parallel.total(np.array(last_step if parallel.first() else 0)))
-        restored = None if last_step < 0 else checkpoint.restore(self.path, target, last_step)
+        last_step = parallel.share([checkpoint.latest_step(self.path)])[0]
+        restored = None if last_step is None else checkpoint.restore(self.path, target, last_step)
         if parallel.first():
+            last_step = -1 if last_step is None else last_step
             _trim_metrics(self.path / "metrics.jsonl", last_step)
             # TensorBoard reads the old event files too, and hides what the purge step tells it to.
             self._board = _open_board(self.path, purge_step=last_step + 1)

@@ -21,8 +21,14 @@ def run(config: ConfigDict, workdir: str) -> None:
     settings = config.export
     if settings.layout not in LAYOUTS:
         raise UserError(f"export.layout = {settings.layout!r} must be one of {', '.join(LAYOUTS)}")
-    if not parallel.first():
-        return
+    if parallel.first():
+        _write(config, workdir)
+    parallel.barrier("end of the export")
+    common.say(f"written to {workdir}: fkv.load_scorer({str(workdir)!r}) reads it")
+
+
+def _write(config: ConfigDict, workdir: str) -> None:
+    settings = config.export
     policy, about = sharing.load(settings.scorer)
     if settings.layout == "released":
         path = tasks.REASONER if config.model == EMBEDDED else config.model
@@ -30,4 +36,3 @@ def run(config: ConfigDict, workdir: str) -> None:
     else:
         table = Path(settings.scorer, "loss_ratio.md")
         sharing.export(policy, workdir, about, table.read_text() if table.exists() else "")
-    common.say(f"written to {workdir}: fkv.load_scorer({str(workdir)!r}) reads it")

@@ -104,9 +104,8 @@ def run(config: ConfigDict, workdir: str) -> int:
     bar.close()
     # One may have more to say than the others.
     parallel.barrier("traces, after the last is written", seconds=12 * parallel.DEADLINE)
-    all_written, truncated, tokens = (
-        int(x) for x in parallel.total(np.array([written, truncated, tokens]))
-    )
+    counts = parallel.share([[written, truncated, tokens]])
+    all_written, truncated, tokens = map(sum, zip(*counts, strict=True))
     common.say(
         f"{all_written} traces of {tokens / max(all_written, 1):.0f} tokens written to {workdir}, "
         f"{truncated} of them cut off; {len(done)} were there"
