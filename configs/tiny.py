@@ -30,6 +30,7 @@ def get_config() -> ConfigDict:
     config.model = "embedded"  # or a Hugging Face directory or hub id
     config.revision = ""  # branch, tag or commit of a hub id
     config.dtype = "float32"  # of the language model and its cache
+    config.model_axis = 1  # devices that share one copy of the language model
     config.budget = 64
     config.interval = 16
     config.dry_run = False  # only say what the job would take: memory, operations, time

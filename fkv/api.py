@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from fkv import decoding, models, policies, sharing, tasks
@@ -63,6 +64,7 @@ def load(
     path_or_hub_id: str | Path = EMBEDDED,
     dtype: DTypeLike | None = None,
     revision: str | None = None,
+    mesh: Mesh | None = None,
 ) -> Model:
     """Loads a Qwen3, Qwen2 or Llama model and its tokenizer.
 
@@ -71,13 +73,14 @@ def load(
         that is shipped.
       dtype: float32, bfloat16 or float16; None keeps the stored one.
       revision: branch, tag or commit on the hub.
+      mesh: devices that the decoder is split over, see `models.load`; by default it has one.
 
     Raises:
       UserError: the model is absent, damaged or not supported.
     """
     path = tasks.REASONER if str(path_or_hub_id) == EMBEDDED else path_or_hub_id
     directory = models.find(path, revision)
-    config, params = models.load(directory, dtype)
+    config, params = models.load(directory, dtype, mesh=mesh)
     tokenizer = _tokenizer(directory)
     return Model(config, params, tokenizer, _stop(directory, tokenizer), str(path_or_hub_id))
 

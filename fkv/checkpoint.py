@@ -38,7 +38,7 @@ def save(
     """Save `state` at `step`, all or nothing, and delete all but the newest `keep` checkpoints.
 
     Damaged checkpoints do not count among these; they go when they are older than the oldest kept.
-    Every process calls this; process 0 writes.
+    Every process calls this with the same state; process 0 writes, the others wait for it.
 
     Args:
       state: any pytree of non-empty arrays and numbers, the same on every device. PRNG keys go in
@@ -50,42 +50,60 @@ def save(
     """
     if keep < 1:
         raise UserError(f"cannot keep {keep} checkpoints: keep at least 1")
+    wrong = None
+    if parallel.first():
+        try:
+            _write(run_dir, step, state, info, keep)
+        except UserError as error:
+            wrong = error
+    parallel.barrier(f"checkpoint of step {step} in {run_dir}")
+    if parallel.anywhere(wrong is not None):
+        raise wrong or UserError(f"process 0 can't save step {step} in {run_dir}: see its log")
+
+
+def _write(run_dir: str | os.PathLike, step: int, state: Any, info: dict, keep: int) -> None:
     root = _root(run_dir)
     temporary, final = root / f"{step}.tmp", root / str(step)
-    writer = jax.process_index() == 0
     leaves = _flatten(state)
     try:
-        if writer:
-            _delete(root.glob("*.tmp"))  # what a killed save left
-            _ask_for_room(temporary, leaves)
-        with ocp.StandardCheckpointer() as checkpointer:
+        _delete(root.glob("*.tmp"))  # what a killed save left
+        _ask_for_room(temporary, leaves)
+        with _checkpointer() as checkpointer:
             checkpointer.save(temporary / "state", traverse_util.unflatten_dict(leaves))
             checkpointer.wait_until_finished()
-        if writer:
-            (temporary / "info.json").write_text(json.dumps(info, indent=1))
-            files = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
-            checksums = {str(path.relative_to(temporary)): _sha256(path) for path in files}
-            (temporary / "sha256.json").write_text(json.dumps(checksums, indent=1))
-            if final.exists():
-                final.rename(root / f"{step}.old.tmp")
-            temporary.rename(final)
-            intact = [old for old in _steps(run_dir) if old == step or not _damage(root / str(old))]
-            oldest = intact[-keep:][0]
-            outdated = [root / str(old) for old in _steps(run_dir) if old < oldest]
-            _delete([*root.glob("*.tmp"), *outdated])
+        (temporary / "info.json").write_text(json.dumps(info, indent=1))
+        files = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
+        checksums = {str(path.relative_to(temporary)): _sha256(path) for path in files}
+        (temporary / "sha256.json").write_text(json.dumps(checksums, indent=1))
+        if final.exists():
+            final.rename(root / f"{step}.old.tmp")
+        temporary.rename(final)
+        intact = [old for old in _steps(run_dir) if old == step or not _damage(root / str(old))]
+        oldest = intact[-keep:][0]
+        outdated = [root / str(old) for old in _steps(run_dir) if old < oldest]
+        _delete([*root.glob("*.tmp"), *outdated])
     except Exception as error:
         reason = _refusal(error)
         if reason is None:
             raise
-        if writer:
-            shutil.rmtree(temporary, ignore_errors=True)  # half a checkpoint takes room, too
+        shutil.rmtree(temporary, ignore_errors=True)  # half a checkpoint takes room, too
         before = latest_step(run_dir)
         raise UserError(
             f"checkpoint of step {step} can't be written to {root} ({reason}): make room or mend "
             "that, and run the same command again; it goes on from "
             + ("the start" if before is None else f"step {before}")
         ) from error
-    ocp.multihost.sync_global_processes("fkv.checkpoint.save")
+
+
+def _checkpointer() -> ocp.StandardCheckpointer:
+    """Of this process alone: a run's state is the same on all, and needs no one else."""
+    if jax.process_count() == 1:
+        return ocp.StandardCheckpointer()
+    index = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"process_{index}"
+    )
+    return ocp.StandardCheckpointer(multiprocessing_options=alone)
 
 
 def latest_step(run_dir: str | os.PathLike) -> int | None:
@@ -124,7 +142,7 @@ def load(run_dir: str | os.PathLike, step: int | None = None) -> Checkpoint:
             f"checkpoint {path} is damaged ({damage}): run the job that made it again, with the "
             "same --workdir; it goes on from the newest that is intact"
         )
-    with ocp.StandardCheckpointer() as checkpointer:
+    with _checkpointer() as checkpointer:
         state = checkpointer.restore(path / "state")
     return Checkpoint(step, state, json.loads((path / "info.json").read_text()))
 
@@ -166,7 +184,7 @@ def _newest_intact(run_dir: str | os.PathLike) -> int:
     """The newest step whose checkpoint is intact; names those that are not."""
     found = -1
     damaged = []
-    if jax.process_index() == 0:
+    if parallel.first():
         for step in reversed(_steps(run_dir)):
             path = _root(run_dir) / str(step)
             if not (damage := _damage(path)):
@@ -175,7 +193,7 @@ def _newest_intact(run_dir: str | os.PathLike) -> int:
             damaged.append(f"{path} is damaged ({damage})")
         for line in damaged if found >= 0 else ():
             print(f"warning: checkpoint {line}: going on from step {found}", flush=True)
-    found = parallel.of_first(found)
+    found, damaged = parallel.share([[found, damaged]])[0]
     if found < 0:
         if not _steps(run_dir):
             raise _none(run_dir)

@@ -1,45 +1,142 @@
-"""Mapping over devices; the only file that names them."""
+"""Mapping over devices and processes; the only file that names them.
 
-from collections.abc import Callable
+A mesh of devices has two axes. The rows of a batch are split over `data`; steps speak to each other
+over it, in `lax.pmean` and its like. The devices along `model` share one copy of the language
+model: its weights are split by heads, by the width of the MLP and by vocabulary, and XLA finds out
+what that means for a step. A copy never leaves its process.
+"""
+
+import json
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fkv.errors import UserError
 
 AXIS = "data"
+MODEL = "model"
+DEADLINE = 1800.0  # seconds that a process waits for the others, unless said
+
+# ---- devices
 
 
-def device_count() -> int:
-    """Devices that a batch is split over."""
-    return jax.local_device_count()
+def make_mesh(model_axis: int = 1, span: str = "all") -> Mesh:
+    """Devices as [data, model].
+
+    Args:
+      model_axis: devices that share one copy of the language model.
+      span: `all` the devices, those of this `process`, or those of its first `copy` of the model.
+
+    Raises:
+      UserError: the devices of a process can't be shared out so.
+    """
+    each = jax.local_device_count()
+    if model_axis < 1 or each % model_axis:
+        raise UserError(
+            f"model_axis = {model_axis} must divide the {each} devices of a process: a copy of the "
+            "language model is shared by devices of one process"
+        )
+    devices = jax.devices() if span == "all" else jax.local_devices()
+    devices = sorted(devices, key=lambda device: (device.process_index, device.id))
+    rows = np.reshape(devices, (-1, model_axis))
+    axis_types = (jax.sharding.AxisType.Auto,) * 2
+    return Mesh(rows[:1] if span == "copy" else rows, (AXIS, MODEL), axis_types=axis_types)
 
 
-def replicate(tree: Any) -> Any:
+def device_count(mesh: Mesh) -> int:
+    """Parts that a batch is split into: copies of the language model."""
+    return mesh.shape[AXIS]
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
     """Copies a pytree to every device, as `pmap` returns it: its first call compiles for good."""
-    devices = jax.make_mesh((device_count(),), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
-    return jax.device_put(tree, jax.NamedSharding(devices, jax.P()))
+    return jax.tree.map(lambda x: _put(x, NamedSharding(mesh, PartitionSpec())), tree)
 
 
-def pmap(step: Callable[..., tuple[Any, Any]], constants: int, batched: int) -> Callable:
+def sharding(name: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    """How a parameter of the language model lies on a mesh.
+
+    Args:
+      name: as in `fkv.models.decoder`; its last letters name its last axes.
+
+    Raises:
+      UserError: the KV heads can't be shared out evenly.
+    """
+    parts = mesh.shape[MODEL]
+    letters = name.rpartition("_")[2]
+    axes = [None] * len(shape)
+    for i, letter in enumerate(letters, len(shape) - len(letters)):
+        if letter == "k" and shape[i] % parts:
+            raise UserError(
+                f"model_axis = {parts} must divide the {shape[i]} KV heads of the language model"
+            )
+        if letter in "hkfv" and shape[i] % parts == 0:
+            axes[i] = MODEL
+    return NamedSharding(mesh, PartitionSpec(*axes))
+
+
+def view(params: Any, mesh: Mesh) -> Any:
+    """A language model that lies on all devices of this process, as arrays of another mesh.
+
+    Nothing is copied.
+
+    Args:
+      mesh: of any span.
+    """
+
+    def one(x):
+        shards = [part.data for part in x.addressable_shards if part.device in mesh.local_devices]
+        there = NamedSharding(mesh, x.sharding.spec)
+        return jax.make_array_from_single_device_arrays(x.shape, there, shards)
+
+    return jax.tree.map(one, params)
+
+
+def pmap(step: Callable[..., tuple[Any, Any]], mesh: Mesh, constants: int, batched: int):
     """Maps a per-device step over the axis `data`.
 
     Args:
-      step: of `constants` arguments that every device gets whole, then `batched` arguments that
-        are split along their first axis, one part a device. Its results must be the same on every
-        device: it speaks to the others by collectives over `AXIS`.
+      step: of `constants` arguments that every device gets whole (or its part of a language model),
+        then `batched` arguments that are split along their first axis, one part a device. Its
+        results must be the same on every device: it speaks to the others by collectives over
+        `AXIS`.
 
     Returns:
-      The step over whole batches [devices * b, ...].
+      The step over whole batches [devices * b, ...], the same on every process.
     """
-    mapped = jax.pmap(
-        step, axis_name=AXIS, in_axes=(*[None] * constants, *[0] * batched), out_axes=None
-    )
+    if device_count(mesh) == 1 and mesh.size > 1:
+        mapped = _alone(step, constants, batched)
+    else:
+        mapped = jax.shard_map(
+            step,
+            mesh=mesh,
+            in_specs=(*[PartitionSpec()] * constants, *[PartitionSpec(AXIS)] * batched),
+            out_specs=PartitionSpec(),
+            # An axis left out is XLA's: it follows how the weights are split.
+            axis_names={AXIS} if mesh.shape[MODEL] > 1 else {AXIS, MODEL},
+            check_vma=False,
+        )
+    mapped = jax.jit(mapped, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    rows = NamedSharding(mesh, PartitionSpec(AXIS))
 
     def call(*args):
-        return mapped(*args[:constants], *jax.tree.map(_split, args[constants:]))
+        return mapped(*args[:constants], *jax.tree.map(lambda x: _put(x, rows), args[constants:]))
+
+    return call
+
+
+def _alone(step, constants, batched):
+    """The step where `data` is one device: XLA can't leave out the other axis beside such a one."""
+    in_axes = (*[None] * constants, *[0] * batched)
+    mapped = jax.vmap(step, in_axes, out_axes=None, axis_name=AXIS)
+
+    def call(*args):
+        return mapped(*args[:constants], *jax.tree.map(lambda x: x[None], args[constants:]))
 
     return call
 
@@ -49,29 +146,17 @@ def gather(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.lax.all_gather(x, AXIS, tiled=True), tree)
 
 
-def anywhere(flag: bool) -> bool:
-    """Whether the flag is set in any process; all of them call this and get the same answer."""
-    if jax.process_count() == 1:
-        return flag
-    return bool(multihost_utils.process_allgather(np.asarray(flag)).any())
-
-
-def of_first(number: int) -> int:
-    """The number of process 0; all of them call this."""
-    if jax.process_count() == 1:
-        return number
-    return int(multihost_utils.broadcast_one_to_all(np.asarray(number)))
-
-
-def check_batch(batch: int) -> None:
+def check_batch(batch: int, mesh: Mesh) -> None:
     """Refuses a batch that can't be split evenly."""
-    if batch % device_count():
+    if batch % device_count(mesh):
+        shared = f", {mesh.shape[MODEL]} to a copy of the model" if mesh.shape[MODEL] > 1 else ""
         raise UserError(
-            f"batch = {batch} can't be split over {device_count()} devices; use a multiple of that"
+            f"batch = {batch} can't be split over {mesh.size} devices{shared}; use a multiple of "
+            f"{device_count(mesh)}"
         )
 
 
-def parts_of(batch: int, at_once: int, field: str) -> int:
+def parts_of(batch: int, at_once: int, field: str, mesh: Mesh) -> int:
     """How many parts a batch is worked off in.
 
     Args:
@@ -84,10 +169,70 @@ def parts_of(batch: int, at_once: int, field: str) -> int:
     at_once = at_once or batch
     if at_once < 0 or batch % at_once:
         raise UserError(f"{field}: {at_once} rows at once must divide the batch of {batch}")
-    check_batch(at_once)
+    check_batch(at_once, mesh)
     return batch // at_once
 
 
-def _split(x):
-    devices = device_count()
-    return np.reshape(x, (devices, x.shape[0] // devices, *x.shape[1:]))
+def _put(x: Any, where: NamedSharding) -> jax.Array:
+    """A host array on devices, of which this process sees to its own."""
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
+
+
+# ---- processes
+
+
+def first() -> bool:
+    """Whether this is the process that writes and prints."""
+    return jax.process_index() == 0
+
+
+def anywhere(flag: bool) -> bool:
+    """Whether the flag is set on any process; all of them have to ask."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+def total(tree: Any) -> Any:
+    """Sums over the processes of a pytree of host arrays; of one process, the tree itself."""
+    if jax.process_count() == 1:
+        return tree
+    return jax.tree.map(lambda x: x.sum(0), multihost_utils.process_allgather(tree))
+
+
+def share(rows: list) -> list:
+    """The lists of all processes, one after the other, of what JSON can say."""
+    if jax.process_count() == 1:
+        return rows
+    text = np.frombuffer(json.dumps(rows).encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.array(len(text)))
+    text = np.pad(text, (0, lengths.max() - len(text)))
+    texts = multihost_utils.process_allgather(text)
+    pairs = zip(texts, lengths, strict=True)
+    return [row for text, n in pairs for row in json.loads(text[:n].tobytes())]
+
+
+def barrier(name: str, seconds: float = DEADLINE) -> None:
+    """Waits until every process is here.
+
+    Args:
+      name: says in errors where they were to meet.
+
+    Raises:
+      UserError: some did not come in time; the message names them.
+    """
+    if jax.process_count() == 1:
+        return
+    from jax._src import distributed  # the public barrier has no deadline
+
+    try:
+        distributed.global_state.client.wait_at_barrier(f"fkv {name}", round(seconds * 1000))
+    except jax.errors.JaxRuntimeError as error:
+        if "DEADLINE_EXCEEDED" not in str(error):
+            raise
+        missing = ", ".join(re.findall(r"^(\d+)$", str(error), re.MULTILINE))
+        raise UserError(
+            f"{name}: waited {seconds:g} s for process {missing or '?'} of {jax.process_count()}: "
+            "see its log, then start all of them again"
+        ) from None

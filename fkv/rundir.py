@@ -13,11 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-import jax
 import ml_collections
 
 import fkv
-from fkv import checkpoint
+from fkv import checkpoint, parallel
 from fkv.errors import UserError
 
 
@@ -47,7 +46,7 @@ class Run:
         restored = None
         if checkpoint.latest_step(self.path) is not None:
             restored = checkpoint.restore(self.path, target)
-        if jax.process_index() == 0:
+        if parallel.first():
             last_step = -1 if restored is None else restored.step
             _trim_metrics(self.path / "metrics.jsonl", last_step)
             # TensorBoard reads the old event files too, and hides what the purge step tells it to.
@@ -65,7 +64,7 @@ class Run:
         Values may be numbers, arrays, strings, or lists and dicts of them. NaN and infinity, which
         JSON cannot express, become null.
         """
-        if jax.process_index() != 0:
+        if not parallel.first():
             return
         record = {"step": int(step), **_plain(metrics)}
         path = self.path / "metrics.jsonl"
@@ -77,15 +76,18 @@ class Run:
             self._board.add(int(step), scalars)
 
     def close(self) -> None:
-        """Close the TensorBoard file."""
+        """Close the TensorBoard file, and wait for the other processes."""
         if self._board is not None:
             self._board.close()
+        parallel.barrier(f"end of the run in {self.path}")
 
 
 def open_run(
     workdir: str | os.PathLike, config: ml_collections.ConfigDict, may_differ: Sequence[str] = ()
 ) -> Run:
     """Create the run directory `workdir`, or open it again to go on with the same config.
+
+    Every process calls this; process 0 creates it.
 
     Args:
       may_differ: dotted names of fields, or of groups of fields, that may change between openings
@@ -97,8 +99,20 @@ def open_run(
     """
     path = check_path(workdir)
     data = json.loads(json.dumps(config.to_dict()))  # tuples become lists, as in config.json
-    if jax.process_index() != 0:
-        return Run(path, data)
+    parallel.barrier(f"start of the run in {path}")
+    lock = wrong = None
+    if parallel.first():
+        try:
+            lock = _create(path, data, may_differ)
+        except UserError as error:
+            wrong = error
+    if parallel.anywhere(wrong is not None):
+        raise wrong or UserError(f"process 0 can't open {path}: see what it said")
+    return Run(path, data, _held=lock)
+
+
+def _create(path: Path, data: dict[str, Any], may_differ: Sequence[str]):
+    """What process 0 does to open a run directory; returns its lock."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         held = lock(path)
@@ -110,7 +124,7 @@ def open_run(
             f"cannot write run directory {path}: {error.strerror}; choose another --workdir"
         ) from error
     _trim_metrics(path / "metrics.jsonl")
-    return Run(path, data, _held=held)
+    return held
 
 
 def check_path(workdir: str | os.PathLike) -> Path:

@@ -22,6 +22,8 @@ from fkv import rundir
 from fkv.errors import UserError
 from fkv.jobs import dry_run
 
+DISTRIBUTED = "--distributed"
+
 
 def run(
     main: Callable[[ml_collections.ConfigDict, str], None], argv: Sequence[str] | None = None
@@ -37,14 +39,43 @@ def run(
     use_compilation_cache()
     description = sys.modules[main.__module__].__doc__
 
-    def work(argv):
+    def start(argv):
         config, workdir = parse(argv, description)
+        if DISTRIBUTED in argv or os.environ.get("JAX_COORDINATOR_ADDRESS"):
+            join()
         if config.get("dry_run"):
             dry_run.run(Path(argv[0]).stem, config)
         else:
             main(config, workdir)
 
-    guard(work, sys.argv if argv is None else argv)
+    guard(start, sys.argv if argv is None else argv)
+
+
+def join() -> None:
+    """Make this process one of several, before JAX looks for devices.
+
+    TPU pods, Slurm, Open MPI and Kubernetes say who is who; elsewhere $JAX_COORDINATOR_ADDRESS
+    (host:port of process 0), $JAX_NUM_PROCESSES and $JAX_PROCESS_ID do.
+
+    Raises:
+      UserError: nobody says so, or the others can't be reached.
+    """
+    numbers = {}
+    for field in ("num_processes", "process_id"):
+        value = os.environ.get(f"JAX_{field.upper()}")
+        if value is not None and not value.isdigit():
+            raise UserError(f"JAX_{field.upper()} = {value!r} must be a number")
+        numbers[field] = value and int(value)
+    # The jobs see to SIGTERM themselves.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(**numbers, shutdown_timeout_seconds=60)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"the processes can't join ({str(error).strip().splitlines()[0]}): where JAX does not "
+            "find out by itself, set JAX_COORDINATOR_ADDRESS=host:port of process 0, "
+            "JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+        ) from error
 
 
 def guard(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:
@@ -85,6 +116,9 @@ def parse(
     )
     parser.add_argument("--config", metavar="configs/x.py[:arg]", help="the recipe of the run")
     parser.add_argument("--workdir", help="run directory (default: runs/<job>_<config>)")
+    parser.add_argument(
+        DISTRIBUTED, action="store_true", help="this process is one of several, each on its host"
+    )
     try:
         options, rest = parser.parse_known_args(argv[1:])
     except argparse.ArgumentError as error:

@@ -20,18 +20,15 @@ def make_model(family="qwen3", heads=4, kv_heads=2, layers=2, seed=0, **fields):
     Returns:
       The config and its parameters.
     """
+    sizes = dict(vocab_size=37, width=32, head_dim=8, mlp_width=24)
     config = ModelConfig(
         family=family,
-        vocab_size=37,
-        width=32,
         layers=layers,
         heads=heads,
         kv_heads=kv_heads,
-        head_dim=8,
-        mlp_width=24,
         qk_norm=family == "qwen3",
         qkv_bias=family == "qwen2",
-        **fields,
+        **{**sizes, **fields},
     )
     rng = np.random.default_rng(seed)
 

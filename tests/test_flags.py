@@ -130,6 +130,36 @@ def test_a_full_disk_is_one_line(capsys):
         flags.guard(lambda argv: Path("nowhere/at/all").write_text(""), [])
 
 
+def test_processes_join_when_asked_to(monkeypatch, capsys, compilation_cache):
+    """By a flag where JAX finds out who is who, or by what the environment says."""
+    joined = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **given: joined.append(given))
+
+    def run(*arguments, **environment):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        flags.run(lambda config, workdir: None, ["sft.py", "--config=configs/toy.py", *arguments])
+
+    def refused(*arguments, **environment):
+        with pytest.raises(SystemExit):
+            run(*arguments, **environment)
+        return capsys.readouterr().err
+
+    run()
+    assert joined == []
+    run("--distributed")
+    assert joined[0]["num_processes"] is joined[0]["process_id"] is None
+    run(JAX_COORDINATOR_ADDRESS="host:1234", JAX_NUM_PROCESSES="2", JAX_PROCESS_ID="1")
+    assert joined[1]["num_processes"] == 2 and joined[1]["process_id"] == 1
+    assert refused(JAX_PROCESS_ID="x") == "error: JAX_PROCESS_ID = 'x' must be a number\n"
+
+    def nobody(**given):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", nobody)
+    assert "set JAX_COORDINATOR_ADDRESS=host:port" in refused(JAX_PROCESS_ID="1")
+
+
 def test_a_job_in_its_own_process():
     """Nothing but the job's own output on success; other exceptions keep their traceback."""
     Path("job.py").write_text(

@@ -187,7 +187,7 @@ def make_step(setup, settings=CONFIG, learning_rate=1e-2, **changes):
             state, params, reference, batch,
         )  # fmt: skip
 
-    step = parallel.pmap(device_step, constants=3, batched=1)
+    step = parallel.pmap(device_step, parallel.make_mesh(), constants=3, batched=1)
     state = sft.init_state(scorers, optimiser)
     return step(state, params, scorers, batch.replace(**changes))
 

@@ -153,14 +153,6 @@ def test_a_full_disk_is_one_line(tmp_path):
     assert len(metrics_of(rundir.open_run(tmp_path, make_config()))) == 1
 
 
-def test_only_process_0_writes(tmp_path, monkeypatch):
-    monkeypatch.setattr(rundir.jax, "process_index", lambda: 1)
-    run = rundir.open_run(tmp_path / "run", make_config())
-    run.log(0, {"loss": 1.0})
-    assert run.resume({"w": np.ones(1)}) is None
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_commit_of_the_source(tmp_path, monkeypatch):
     def git(*arguments):
         identity = ["-c", "user.name=a", "-c", "user.email=a@b"]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from fkv import models, replay
+from fkv import models, parallel, replay
 from fkv.evaluation import tables
 from fkv.models import ModelConfig
 from fkv.policies.base import Policy, View, common_statistics
@@ -129,6 +129,8 @@ def measure(
 ) -> list[Losses]:
     """Runs every policy and golden eviction over the traces at one budget.
 
+    Several processes take turns, and all get the results.
+
     Args:
       policies: by the name to report; `full` and `golden` are always added.
       token_bt, length_b: right-padded traces, each longer than `B + L`.
@@ -194,7 +196,10 @@ def measure(
     entropy = np.zeros((n, t - 1), np.float32)
     shape = (1 + len(names), n, config.layers, config.kv_heads)
     recalls, regrets = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-    for rows, wanted in _batches(width_b, batch):
+    turns = enumerate(_batches(width_b, batch))
+    for turn, (rows, wanted) in turns:  # what is left at zero is filled in by others
+        if turn % jax.process_count() != jax.process_index():
+            continue
         width = width_b[rows[0]]
         token, length = token_bt[rows, :width], length_b[rows]
 
@@ -213,6 +218,8 @@ def measure(
         for name, policy in chosen.items():
             put(nll[name], run(params, policy, token, length, random[rows]))
 
+    *found, entropy, recalls, regrets = parallel.total([*nll.values(), entropy, recalls, regrets])
+    nll = dict(zip(nll, found, strict=True))
     recall = dict(zip(("golden", *names), recalls, strict=True))
     regret = dict(zip(("golden", *names), regrets, strict=True))
     index = np.arange(t - 1)[None]

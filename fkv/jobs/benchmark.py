@@ -9,7 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from fkv import cache as kv
-from fkv import decoding, policies, replay
+from fkv import decoding, parallel, policies, replay
 from fkv.errors import UserError
 from fkv.evaluation import tables
 from fkv.jobs import common, fields
@@ -62,9 +62,10 @@ def run(config: ConfigDict, workdir: str) -> list[dict]:
         "prompt": settings.prompt,
         "repeats": settings.repeats,
     }
-    (run.path / "benchmark.json").write_text(
-        json.dumps({"about": about, "records": records}, indent=1) + "\n"
-    )
+    if parallel.first():
+        (run.path / "benchmark.json").write_text(
+            json.dumps({"about": about, "records": records}, indent=1) + "\n"
+        )
     lengths = list(records[0]["ms_per_token"])
     head = ["policy", "tokens/s", *(f"ms at {n}" for n in lengths), "last / first", "compile s"]
     rows = [
@@ -78,7 +79,8 @@ def run(config: ConfigDict, workdir: str) -> list[dict]:
         for r in records
     ]
     table = tables.text(head, rows)
-    (run.path / "benchmark.txt").write_text(table + "\n")
+    if parallel.first():
+        (run.path / "benchmark.txt").write_text(table + "\n")
     common.say(
         f"\nbatch {settings.batch}, B = {config.budget}, L = {config.interval}, "
         f"{settings.prompt} prompt tokens, {device.device_kind}; medians of {settings.repeats}\n"

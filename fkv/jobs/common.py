@@ -3,13 +3,14 @@
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from fkv import api, cache, models, preemption, tasks
+from fkv import api, cache, models, parallel, preemption, tasks
 from fkv.data import traces
 from fkv.errors import UserError
 from fkv.evaluation import loss_ratio, plots
@@ -25,8 +26,8 @@ JOBS = (
 
 
 def other_jobs(job: str) -> tuple[str, ...]:
-    """Groups of the config that have no say in this job: they may change when it goes on."""
-    return tuple(name for name in JOBS if name != job)
+    """Parts of the config that have no say in this job: they may change when it goes on."""
+    return ("model_axis", *(name for name in JOBS if name != job))
 
 
 def spec(config: ConfigDict) -> ledger.Spec:
@@ -34,10 +35,15 @@ def spec(config: ConfigDict) -> ledger.Spec:
     return ledger.Spec(**{name: tuple(bounds) for name, bounds in config.task.items()})
 
 
-def load_model(config: ConfigDict) -> tuple[ModelConfig, models.Params]:
-    """The frozen language model, the embedded one by its name."""
+def load_model(config: ConfigDict, span: str = "copy") -> tuple[ModelConfig, models.Params]:
+    """The frozen language model, the embedded one by its name.
+
+    Args:
+      span: the devices it lies on, see `parallel.make_mesh`: one copy, or those of this process.
+    """
     path = tasks.REASONER if config.model == api.EMBEDDED else config.model
-    return models.load(path, config.dtype, revision(config))
+    mesh = parallel.make_mesh(config.model_axis, span)
+    return models.load(path, config.dtype, revision(config), mesh)
 
 
 def model_config(config: ConfigDict) -> ModelConfig:
@@ -47,8 +53,9 @@ def model_config(config: ConfigDict) -> ModelConfig:
 
 
 def load_language_model(config: ConfigDict) -> api.Model:
-    """The same with its tokenizer."""
-    return api.load(config.model, config.dtype, revision(config))
+    """One copy with its tokenizer."""
+    mesh = parallel.make_mesh(config.model_axis, "copy")
+    return api.load(config.model, config.dtype, revision(config), mesh)
 
 
 def revision(config: ConfigDict) -> str | None:
@@ -130,7 +137,7 @@ def measure_losses(
     """Loss ratios of policies on held-out traces, at `eval.budgets` unless said."""
     say(f"measuring on {len(held_out)} held-out traces")
     results = []
-    for budget in tqdm(budgets or config.eval.budgets, desc="budgets"):
+    for budget in progress(budgets or config.eval.budgets, desc="budgets"):
         results += loss_ratio.measure(
             model,
             params,
@@ -149,6 +156,8 @@ def measure_losses(
 
 def write_losses(run: Run, results: Sequence[loss_ratio.Losses], measured: int) -> None:
     """Loss ratios as text, Markdown, CSV and picture; prints the table."""
+    if not parallel.first():
+        return
     table = loss_ratio.table(results)
     write_text(run.path / "loss_ratio.txt", table + "\n")
     write_text(run.path / "loss_ratio.md", loss_ratio.markdown(results) + "\n")
@@ -187,5 +196,11 @@ def check_finite(metrics: dict, step: int, workdir: str | Path) -> None:
 
 
 def say(message: str) -> None:
-    """Prints for the person who watches."""
-    print(message, flush=True, file=sys.stdout)
+    """Prints for the person who watches; of several processes, the first does."""
+    if parallel.first():
+        print(message, flush=True, file=sys.stdout)
+
+
+def progress(*args: Any, **kwargs: Any) -> tqdm:
+    """A progress bar, likewise."""
+    return tqdm(*args, **kwargs, disable=not parallel.first())

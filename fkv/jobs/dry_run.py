@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from fkv import api, cache, costs, decoding, grpo, parallel, policies, replay, scorer, sft
@@ -46,8 +47,9 @@ def run(job: str, config: ConfigDict) -> str:
 
 
 def _sft(config: ConfigDict, model: ModelConfig, job: str) -> list[str]:
-    parts, scorer_config, optimiser, make_step = sft_job.recipe(config)
-    rows = config.sft.batch // parts // parallel.device_count()
+    mesh = parallel.make_mesh(config.model_axis)
+    parts, scorer_config, optimiser, make_step = sft_job.recipe(config, mesh)
+    rows = config.sft.batch // parts // parallel.device_count(mesh)
     state = _state(model, scorer_config, optimiser)
 
     def needed(tokens):
@@ -61,14 +63,15 @@ def _sft(config: ConfigDict, model: ModelConfig, job: str) -> list[str]:
         trace = costs.sft_trace(model, sizes, tokens, config.budget, config.interval)
         return trace * config.sft.batch
 
-    what = f"{config.sft.batch} a step, {rows} at once on each of {_devices()}"
-    return _stage(config, model, state, needed, operations, what, config.sft.steps)
+    what = f"{config.sft.batch} a step, {rows} at once on each of {_devices(mesh)}"
+    return _stage(config, model, state, needed, operations, what, config.sft.steps, mesh)
 
 
 def _grpo(config: ConfigDict, model: ModelConfig, job: str) -> list[str]:
-    settings, parts, optimiser, make_step = grpo_job.recipe(config)
+    mesh = parallel.make_mesh(config.model_axis)
+    settings, parts, optimiser, make_step = grpo_job.recipe(config, mesh)
     scorer_config = scorer.ScorerConfig(**config.scorer)
-    rows = config.grpo.traces * settings.rollouts // parts // parallel.device_count()
+    rows = config.grpo.traces * settings.rollouts // parts // parallel.device_count(mesh)
     state = _state(model, scorer_config, optimiser)
     step = _on_axis(make_step(model, scorer_config), 3, 1)
 
@@ -101,8 +104,8 @@ def _grpo(config: ConfigDict, model: ModelConfig, job: str) -> list[str]:
 
     at_once = min(settings.rollouts_at_once or rows, rows)
     all_rows = config.grpo.traces * settings.rollouts
-    what = f"{all_rows} rollouts a step, {at_once} at once on each of {_devices()}"
-    return _stage(config, model, state, needed, operations, what, config.grpo.steps)
+    what = f"{all_rows} rollouts a step, {at_once} at once on each of {_devices(mesh)}"
+    return _stage(config, model, state, needed, operations, what, config.grpo.steps, mesh)
 
 
 def _stage(
@@ -113,11 +116,13 @@ def _stage(
     operations: Callable[[int], float],
     what: str,
     steps: int,
+    mesh: Mesh,
 ) -> list[str]:
     tokens, why = _trace_length(config, model)
     shorter = max(tokens // 2 // config.interval, 1) * config.interval
     common.say(f"compiling for traces of {shorter:,} and {tokens:,} tokens")
-    weights, fixed = costs.parameter_bytes(model, config.dtype), costs.size(state)
+    weights = costs.parameter_bytes(model, config.dtype) // config.model_axis
+    fixed = costs.size(state)
     points = [(n, weights + fixed + needed(n)) for n in (shorter, tokens)]
     total = points[1][1]
     step = operations(tokens)
@@ -138,7 +143,7 @@ def _stage(
     ]
     rows = []
     for device in costs.DEVICES:
-        best = step / device.flops / parallel.device_count()
+        best = step / device.flops / mesh.size
         rows.append(
             [
                 device.name,
@@ -191,7 +196,8 @@ def _generation(config: ConfigDict, model: ModelConfig, job: str) -> list[str]:
         cells = [("full", 0, policies.get("full"))]
     else:
         cells = _cells(config, model)
-    batch, weights = settings.batch, costs.parameter_bytes(model, config.dtype)
+    batch = settings.batch
+    weights = costs.parameter_bytes(model, config.dtype) // config.model_axis
     common.say(f"compiling for {len(cells)} kinds of cache and two batches")
     memory, speed = [], []
     for name, budget, policy in cells:
@@ -329,9 +335,11 @@ def _ints(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((1, *shape), jnp.int32)
 
 
-def _devices() -> str:
-    count = parallel.device_count()
-    return f"{count} device{'s' * (count > 1)}"
+def _devices(mesh: Mesh) -> str:
+    """Those that share a copy of the model count as one."""
+    count, shared = parallel.device_count(mesh), mesh.size // parallel.device_count(mesh)
+    each = f" group{'s' * (count > 1)} of {shared}" if shared > 1 else ""
+    return f"{count}{each} device{'s' * (mesh.size > 1)}"
 
 
 def _up(n: int, multiple: int) -> int:

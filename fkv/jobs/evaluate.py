@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from fkv import api, decoding, parallel, policies, preemption
 from fkv.api import Model
@@ -56,8 +55,9 @@ def run(config: ConfigDict, workdir: str) -> list[accuracy.Accuracy]:
     """Answers with every policy at every budget, and measures losses on held-out traces.
 
     Goes on where it stopped; adds to what is there when asked for more policies, budgets, problems
-    or samples. Writes `samples.jsonl`, `accuracy.{txt,md,csv}`, `regressions.csv`, and from the
-    traces `loss_ratio.*`, `diagnosis.csv` and pictures.
+    or samples. Several processes take a batch each, and all of them know all answers. Writes
+    `samples.jsonl`, `accuracy.{txt,md,csv}`, `regressions.csv`, and from the traces `loss_ratio.*`,
+    `diagnosis.csv` and pictures.
     """
     fields.check(config, "evaluate")
     settings = config.evaluate
@@ -87,15 +87,20 @@ def run(config: ConfigDict, workdir: str) -> list[accuracy.Accuracy]:
                 if (name, budget, problems[i].id, j) not in samples
             ]
             label = f"{name} {budget or ''}".strip()
-            bar = tqdm(total=len(problems) * settings.samples, desc=label, mininterval=0.5)
-            bar.update(bar.total - len(todo))
-            for start in range(0, len(todo), settings.batch):
-                part = todo[start : start + settings.batch]
+            total = len(problems) * settings.samples
+            bar = common.progress(
+                total=total, initial=total - len(todo), desc=label, mininterval=0.5
+            )
+            several = settings.batch * jax.process_count()
+            for start in range(0, len(todo), several):
+                at = start + settings.batch * jax.process_index()
+                part = todo[at : at + settings.batch]
                 rows = _answer(
                     config, model, policy, budget, problems, part, sampling, new_tokens, longest
                 )
+                rows = parallel.share(rows)
                 samples.add({"policy": name, "budget": budget, **row} for row in rows)
-                bar.update(len(part))
+                bar.update(len(rows))
                 if parallel.anywhere(asked_to_end()):
                     bar.close()
                     run.close()
@@ -170,7 +175,8 @@ def _check_provenance(path: Path, provenance: dict) -> None:
                 f"{path.parent} holds answers of another scorer {name!r} (from {place}): use "
                 "another --workdir, or another name for this one"
             )
-    write_text(path, json.dumps({**old, **provenance}, indent=1) + "\n")
+    if parallel.first():
+        write_text(path, json.dumps({**old, **provenance}, indent=1) + "\n")
 
 
 def _problems(
@@ -225,6 +231,8 @@ def _answer(
     config, model, policy, budget, problems, part, sampling, new_tokens, width
 ) -> list[dict]:
     """Answers one batch; rows of `samples.jsonl`, without policy and budget."""
+    if not part:
+        return []
     empty = config.evaluate.batch - len(part)  # all batches have one shape, and one program
     rows = [*part, *[part[0]] * empty]
     budget = budget or config.interval * 2  # the full cache has none
@@ -265,7 +273,10 @@ def _answer(
 
 
 class _Samples:
-    """`samples.jsonl`: what has been answered, a line each, written batch by batch."""
+    """`samples.jsonl`: what has been answered, a line each, written batch by batch.
+
+    Every process holds the same; the first writes.
+    """
 
     def __init__(self, path: Path, interval: int):
         self.path, self.rows = path, []
@@ -286,7 +297,7 @@ class _Samples:
                     f"{path}, line {number} is of interval {row['interval']}, not {interval}: "
                     "use another --workdir"
                 )
-        if whole != text:
+        if whole != text and parallel.first():
             write_text(path, whole)
         self._keys = {self._key(row) for row in self.rows}
 
@@ -299,15 +310,18 @@ class _Samples:
 
     def add(self, rows) -> None:
         rows = list(rows)
-        with writing(self.path), self.path.open("a") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
-            file.flush()
-            os.fsync(file.fileno())
+        if parallel.first():
+            with writing(self.path), self.path.open("a") as file:
+                file.write("".join(json.dumps(row) + "\n" for row in rows))
+                file.flush()
+                os.fsync(file.fileno())
         self.rows += rows
         self._keys |= {self._key(row) for row in rows}
 
 
 def _write_answers(run: Run, found: Sequence[accuracy.Accuracy], rows: Sequence[dict]) -> None:
+    if not parallel.first():
+        return
     body = [accuracy.cells(result) for result in found]
     table = tables.text(accuracy.HEAD, body)
     write_text(run.path / "accuracy.txt", table + "\n")
@@ -365,6 +379,8 @@ def _measure_traces(config, model, named, run, held_out) -> None:
         config, model.config, model.params, named, held_out, settings.budgets
     )
     common.write_losses(run, results, len(held_out))
+    if not parallel.first():
+        return
     path = run.path
     write_text(path / "diagnosis.csv", diagnosis.csv(results))
     plots.loss_by_position(results, path / "loss_by_position.png")

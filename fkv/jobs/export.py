@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from fkv import models, sharing, tasks
+from fkv import models, parallel, sharing, tasks
 from fkv.api import EMBEDDED
 from fkv.errors import UserError
 from fkv.jobs import common, fields
@@ -23,6 +23,14 @@ def run(config: ConfigDict, workdir: str) -> None:
     settings = config.export
     if settings.layout not in LAYOUTS:
         raise UserError(f"export.layout = {settings.layout!r} must be one of {', '.join(LAYOUTS)}")
+    if parallel.first():
+        _write(config, workdir)
+    parallel.barrier("end of the export")
+    common.say(f"written to {workdir}: fkv.load_scorer({str(workdir)!r}) reads it")
+
+
+def _write(config: ConfigDict, workdir: str) -> None:
+    settings = config.export
     policy, about = sharing.load(settings.scorer)
     if settings.layout == "released":
         path = tasks.REASONER if config.model == EMBEDDED else config.model
@@ -31,4 +39,3 @@ def run(config: ConfigDict, workdir: str) -> None:
         tables = [Path(settings.scorer, name) for name in ("loss_ratio.md", "answers/accuracy.md")]
         metrics = "\n\n".join(table.read_text() for table in tables if table.exists())
         sharing.export(policy, workdir, about, metrics)
-    common.say(f"written to {workdir}: fkv.load_scorer({str(workdir)!r}) reads it")

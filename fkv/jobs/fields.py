@@ -79,7 +79,8 @@ _STAGE = {**_TASK, **_those(whole(1), "steps batch")}
 FIELDS = {
     "seed": whole(0, 2**32 - 1),
     **_those(TEXT, "model revision dtype"),
-    **_those(whole(1), "budget interval"),
+    **_those(whole(1), "budget interval model_axis"),
+    "dry_run": SWITCH,
     **_in("task", _TASK),
     **_in(
         "pretrain",
@@ -170,7 +171,7 @@ FIELDS = {
         },
     ),
 }
-_MODEL = ("seed", "model", "revision", "dtype", "budget", "interval", "task")
+_MODEL = ("seed", "model", "revision", "dtype", "model_axis", "budget", "interval", "task")
 USED = {
     "pretrain": ("seed", "budget", "interval", "task", "pretrain"),
     "traces": (*_MODEL, "traces"),

@@ -4,7 +4,7 @@ import time
 
 from ml_collections import ConfigDict
 
-from fkv import api, policies
+from fkv import api, parallel, policies
 from fkv import cache as kv
 from fkv.errors import UserError
 from fkv.jobs import common, fields
@@ -54,12 +54,15 @@ def run(config: ConfigDict, workdir: str) -> str:
     )
     while True:
         try:
-            print(next(pieces), end="", flush=True)
+            piece = next(pieces)
+            if parallel.first():
+                print(piece, end="", flush=True)
         except StopIteration as end:
             one = end.value
             break
     seconds = time.perf_counter() - start
-    write_text(run.path / "answer.txt", one.text + "\n")
+    if parallel.first():
+        write_text(run.path / "answer.txt", one.text + "\n")
     common.say(
         f"\n\n{settings.policy}, B = {config.budget}, L = {config.interval}: {len(ids)} + "
         f"{len(one.tokens)} tokens{', cut off' if one.truncated else ''}, {one.evictions} "

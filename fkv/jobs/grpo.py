@@ -6,8 +6,8 @@ from collections.abc import Callable
 import jax
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from fkv import api, cache, grpo, parallel, policies, preemption, replay, scorer, sft
 from fkv.data import traces
@@ -27,7 +27,7 @@ def settings_of(config: ConfigDict) -> grpo.GRPOConfig:
 
 
 def recipe(
-    config: ConfigDict,
+    config: ConfigDict, mesh: Mesh
 ) -> tuple[grpo.GRPOConfig, int, optax.GradientTransformation, Callable]:
     """What the config says of a step, apart from the model.
 
@@ -41,7 +41,7 @@ def recipe(
     settings = settings_of(config)
     rows = config.grpo.traces * settings.rollouts
     at_once = config.grpo.traces_at_once * settings.rollouts
-    parts = parallel.parts_of(rows, at_once, "grpo.traces_at_once")
+    parts = parallel.parts_of(rows, at_once, "grpo.traces_at_once", mesh)
     if parts > 1 and settings.epochs > 1:
         raise UserError(
             "grpo.epochs must be 1 where a step is worked off in parts (traces_at_once)"
@@ -73,10 +73,11 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     fields.check(config, "grpo")
     cache.check_sizes(config.budget, config.interval)
     common.check_budgets(config.eval.budgets, config.interval, "eval.budgets")
-    settings, parts, optimiser, make_step = recipe(config)
+    mesh = parallel.make_mesh(config.model_axis)
+    settings, parts, optimiser, make_step = recipe(config, mesh)
     rules = {name: policies.get(name) for name in config.eval.policies}
     supervised = _supervised(config)
-    model, model_params = common.load_model(config)
+    model, model_params = common.load_model(config, "process")
     if answering := _can_answer(config, model):
         common.load_language_model(config)  # a tokenizer that is missing is found out now
     train = common.load_traces(
@@ -101,13 +102,16 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
         common.say(f"going on from step {saved.step} in {workdir}")
 
     # ---- training
-    state, reference, everywhere = parallel.replicate((state, reference, model_params))
+    state, reference = parallel.replicate((state, reference), mesh)
+    everywhere = parallel.view(model_params, mesh)
 
-    step_fn = parallel.pmap(make_step(model, supervised.config), constants=3, batched=1)
-    full = FullCache(config, model, everywhere, train)
+    step_fn = parallel.pmap(make_step(model, supervised.config), mesh, constants=3, batched=1)
+    full = FullCache(config, model, everywhere, train, mesh)
     start, steps = int(state.step), config.grpo.steps
     order = traces.iterate(batches, place)
-    bar = tqdm(range(start, steps), initial=start, total=steps, desc="grpo", mininterval=0.5)
+    bar = common.progress(
+        range(start, steps), initial=start, total=steps, desc="grpo", mininterval=0.5
+    )
     with preemption.noticed() as asked_to_end:
         for step in bar:
             ids = next(order)
@@ -136,10 +140,11 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
 
     # ---- measuring
     learned = {
-        "supervised": policies.Foresight(reference, supervised.config),
-        "grpo": policies.Foresight(state.params, supervised.config),
+        "supervised": policies.Foresight(jax.device_get(reference), supervised.config),
+        "grpo": policies.Foresight(jax.device_get(state.params), supervised.config),
     }
-    results = common.measure_losses(config, model, model_params, {**learned, **rules}, held_out)
+    copy = parallel.view(model_params, parallel.make_mesh(config.model_axis, "copy"))
+    results = common.measure_losses(config, model, copy, {**learned, **rules}, held_out)
     common.write_losses(run, results, len(held_out))
     run.close()
     if answering:
@@ -199,8 +204,11 @@ def _supervised(config: ConfigDict) -> policies.Foresight:
 class FullCache:
     """Losses and entropies of the full cache, computed once a trace and kept on the host."""
 
-    def __init__(self, config: ConfigDict, model: ModelConfig, params, found: Traces):
-        self.found, self.rows = found, config.grpo.traces_at_once or config.grpo.traces
+    def __init__(self, config: ConfigDict, model: ModelConfig, params, found: Traces, mesh):
+        self.found = found
+        # Always as many rows, a multiple of the devices, so that one program serves.
+        rows, each = config.grpo.traces_at_once or config.grpo.traces, parallel.device_count(mesh)
+        self.rows = -(-rows // each) * each
         self._known: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._params = params
 
@@ -211,16 +219,14 @@ class FullCache:
             losses = replay.token_losses(model, params, hidden, token)
             return parallel.gather(losses), ()
 
-        self._pass = parallel.pmap(device_pass, constants=1, batched=2)
+        self._pass = parallel.pmap(device_pass, mesh, constants=1, batched=2)
 
     def __call__(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Losses and entropies [n, t - 1] of these traces, which share a bucket."""
         new = [i for i in ids.tolist() if i not in self._known]
-        # Always as many rows, a multiple of the devices, so that one program serves.
-        count = -(-self.rows // parallel.device_count()) * parallel.device_count()
-        for start in range(0, len(new), count):
-            some = new[start : start + count]
-            asked = (some * count)[:count]
+        for start in range(0, len(new), self.rows):
+            some = new[start : start + self.rows]
+            asked = (some * self.rows)[: self.rows]
             losses, _ = self._pass(self._params, *self.found.rows(np.array(asked)))
             nll, entropy = np.asarray(losses.nll_bt), np.asarray(losses.entropy_bt)
             self._known |= {i: (nll[j], entropy[j]) for j, i in enumerate(some)}

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from fkv import decoding, models, parallel, policies, preemption, pretrain, replay
 from fkv.errors import UserError
@@ -41,6 +40,8 @@ def stages(config: ConfigDict) -> list[tuple[int, int, ledger.Spec]]:
 
 def run(config: ConfigDict, workdir: str) -> float:
     """Trains the reasoner in `workdir`, writes it to `workdir/model`, and has it answer.
+
+    It is small: one device trains it, and several processes do the same.
 
     Returns:
       The share of held-out problems that it answers right with the full cache.
@@ -84,7 +85,9 @@ def run(config: ConfigDict, workdir: str) -> float:
         start, state = saved.step, jax.tree.map(jnp.asarray, saved.state)
         common.say(f"going on from step {start} in {workdir}")
 
-    bar = tqdm(range(start, total), initial=start, total=total, desc="pretrain", mininterval=1)
+    bar = common.progress(
+        range(start, total), initial=start, total=total, desc="pretrain", mininterval=1
+    )
     with preemption.noticed() as asked_to_end:
         for step in bar:
             stage = int(np.searchsorted(ends, step, side="right"))
@@ -109,8 +112,9 @@ def run(config: ConfigDict, workdir: str) -> float:
     bar.close()
 
     params = jax.device_get(state["params"])
-    models.save(Path(workdir) / "model", model, params)
-    ledger.tokenizer().save_pretrained(Path(workdir) / "model")
+    if parallel.first():
+        models.save(Path(workdir) / "model", model, params)
+        ledger.tokenizer().save_pretrained(Path(workdir) / "model")
     right, error = answers(config, model, params)
     run.log(total, {"answers": right, "answers_se": error})
     run.close()

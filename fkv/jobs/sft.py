@@ -6,8 +6,8 @@ from collections.abc import Callable
 import jax
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from fkv import cache, parallel, policies, preemption, scorer, sft
 from fkv.data import traces
@@ -25,9 +25,10 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     fields.check(config, "sft")
     cache.check_sizes(config.budget, config.interval)
     common.check_budgets(config.eval.budgets, config.interval, "eval.budgets")
-    parts, scorer_config, optimiser, make_step = recipe(config)
+    mesh = parallel.make_mesh(config.model_axis)
+    parts, scorer_config, optimiser, make_step = recipe(config, mesh)
     rules = {name: policies.get(name) for name in config.eval.policies}
-    model, model_params = common.load_model(config)
+    model, model_params = common.load_model(config, "process")
     train = common.load_traces(
         config, "train", config.data.traces, config.budget, model.vocab_size, config.sft.batch
     )
@@ -47,12 +48,14 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
         common.say(f"going on from step {saved.step} in {workdir}")
 
     # ---- training
-    state, everywhere = parallel.replicate((state, model_params))
+    state, everywhere = parallel.replicate(state, mesh), parallel.view(model_params, mesh)
 
-    step_fn = parallel.pmap(make_step(model), constants=2, batched=2)
+    step_fn = parallel.pmap(make_step(model), mesh, constants=2, batched=2)
     start, steps = int(state.step), config.sft.steps
     order = traces.iterate(batches, place)
-    bar = tqdm(range(start, steps), initial=start, total=steps, desc="sft", mininterval=0.5)
+    bar = common.progress(
+        range(start, steps), initial=start, total=steps, desc="sft", mininterval=0.5
+    )
     pending = None
     with preemption.noticed() as asked_to_end:
         for step in bar:
@@ -73,16 +76,17 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     bar.close()
 
     # ---- measuring
-    learned = policies.Foresight(state.params, scorer_config)
+    learned = policies.Foresight(jax.device_get(state.params), scorer_config)
     policies_by_name = {"foresight": learned, **rules}
-    results = common.measure_losses(config, model, model_params, policies_by_name, held_out)
+    copy = parallel.view(model_params, parallel.make_mesh(config.model_axis, "copy"))
+    results = common.measure_losses(config, model, copy, policies_by_name, held_out)
     common.write_losses(run, results, len(held_out))
     run.close()
     return results
 
 
 def recipe(
-    config: ConfigDict,
+    config: ConfigDict, mesh: Mesh
 ) -> tuple[int, scorer.ScorerConfig, optax.GradientTransformation, Callable]:
     """What the config says of a step, apart from the model.
 
@@ -93,7 +97,7 @@ def recipe(
     Raises:
       UserError: the config is wrong.
     """
-    parts = parallel.parts_of(config.sft.batch, config.sft.at_once, "sft.at_once")
+    parts = parallel.parts_of(config.sft.batch, config.sft.at_once, "sft.at_once", mesh)
     scorer_config = scorer.ScorerConfig(**config.scorer)
     loss_config = sft.LossConfig(config.sft.margin, config.sft.weighting)
     optimiser = sft.optimizer(

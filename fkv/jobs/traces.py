@@ -12,9 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
-from fkv import api, decoding, policies, preemption
+from fkv import api, decoding, parallel, policies, preemption
 from fkv.api import Model
 from fkv.data import sources
 from fkv.errors import UserError
@@ -57,8 +56,8 @@ def run(config: ConfigDict, workdir: str) -> int:
     """Samples answers with the full cache, or takes those of a column, and writes them as traces.
 
     `workdir` gets Parquet files, one a batch, each whole or not there, of `SCHEMA`: set `data.path`
-    to it and `data.prompt_column` to `prompt_tokens`. Goes on where it stopped; several hosts take
-    turns and write files of their own.
+    to it and `data.prompt_column` to `prompt_tokens`. Goes on where it stopped; several processes
+    take turns and write files of their own.
 
     Returns:
       How many traces this process wrote.
@@ -71,6 +70,7 @@ def run(config: ConfigDict, workdir: str) -> int:
     run = open_run(workdir, config, may_differ=MAY_DIFFER)
 
     done, files = _done(run.path)
+    parallel.barrier("traces, before the first is written")  # what is done is the same to all
     samples = 1 if settings.response else settings.samples
     todo = [
         (question, i, j)
@@ -82,7 +82,7 @@ def run(config: ConfigDict, workdir: str) -> int:
     width = max(len(q.prompt) for q in questions)
     batches = [todo[i : i + settings.batch] for i in range(0, len(todo), settings.batch)]
     total = len(questions) * samples
-    bar = tqdm(total=total, initial=total - len(todo), desc="traces", mininterval=0.5)
+    bar = common.progress(total=total, initial=total - len(todo), desc="traces", mininterval=0.5)
     written = truncated = tokens = 0
     with preemption.noticed() as asked_to_end:
         for n, part in enumerate(batches):
@@ -106,8 +106,12 @@ def run(config: ConfigDict, workdir: str) -> int:
                 run.close()
                 raise preemption.Preempted(f"{len(done) + written} traces are in {workdir}")
     bar.close()
+    # One may have more to say than the others.
+    parallel.barrier("traces, after the last is written", seconds=12 * parallel.DEADLINE)
+    counts = parallel.share([[written, truncated, tokens]])
+    all_written, truncated, tokens = map(sum, zip(*counts, strict=True))
     common.say(
-        f"{written} traces of {tokens / max(written, 1):.0f} tokens written to {workdir}, "
+        f"{all_written} traces of {tokens / max(all_written, 1):.0f} tokens written to {workdir}, "
         f"{truncated} of them cut off; {len(done)} were there"
     )
     run.close()

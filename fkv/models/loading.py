@@ -17,10 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from fkv import parallel
 from fkv.errors import UserError
 from fkv.models.config import ARCHITECTURES, ModelConfig, from_hf, read
 from fkv.models.decoder import Params, param_shapes
@@ -82,9 +84,12 @@ class _Stored(NamedTuple):
 
 
 def load(
-    path_or_hub_id: str | Path, dtype: DTypeLike | None = None, revision: str | None = None
+    path_or_hub_id: str | Path,
+    dtype: DTypeLike | None = None,
+    revision: str | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[ModelConfig, Params]:
-    """Loads a Qwen3, Qwen2 or Llama checkpoint tensor by tensor onto the default device.
+    """Loads a Qwen3, Qwen2 or Llama checkpoint tensor by tensor.
 
     Args:
       path_or_hub_id: a directory with `config.json` and `model.safetensors` or its shards, or the
@@ -92,6 +97,8 @@ def load(
       dtype: float32, bfloat16 or float16; None keeps the stored one (the widest where a
         checkpoint mixes them, so that the parameters always have one dtype).
       revision: branch, tag or commit on the hub.
+      mesh: devices of this process, from `parallel.make_mesh`; every device gets its part of each
+        tensor and no more. Without it all goes to the default device.
 
     Returns:
       The config and the parameters as laid out in `fkv.models.decoder`.
@@ -121,28 +128,49 @@ def load(
     if dtype is None:
         dtype = jnp.result_type(*{jnp.dtype(_DTYPES[stored[name].dtype]) for name in names})
 
-    shapes = param_shapes(config)["layers"]
-    params = {"layers": {name: jnp.zeros(leaf.shape, dtype) for name, leaf in shapes.items()}}
+    shapes = param_shapes(config)
+    flat = {**shapes, **shapes["layers"]}
+    flat.pop("layers")
+    place = dict.fromkeys(flat)  # of the default device
+    if mesh is not None:
+        place = {name: parallel.sharding(name, leaf.shape, mesh) for name, leaf in flat.items()}
+    layers = {
+        name: jnp.zeros(leaf.shape, dtype, device=place[name])
+        for name, leaf in shapes["layers"].items()
+    }
+    params = {"layers": layers}
     for path in sorted({stored[name].path for name in names}):
         with _open(path) as file:
             for t in tensors:
                 if stored[t.name].path != path:
                     continue
-                tensor = file.get_tensor(t.name)
+                ours = place[t.ours]
+                tensor = jax.device_put(file.get_tensor(t.name), _as_stored(t, ours))
                 if t.layer is None:
-                    params[t.ours] = jnp.asarray(tensor, dtype)
+                    params[t.ours] = tensor.astype(dtype)
                 else:
-                    stack = _insert(params["layers"][t.ours], tensor, t.layer)
+                    stack = _insert(layers[t.ours], tensor, t.layer, ours)
                     # Reading runs ahead of the device: without waiting the host fills up.
-                    params["layers"][t.ours] = stack.block_until_ready()
+                    layers[t.ours] = stack.block_until_ready()
     return config, params
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _insert(stack: Array, tensor: Array, layer: Array) -> Array:
+def _as_stored(tensor: _Tensor, ours: NamedSharding | None) -> NamedSharding | None:
+    """How a tensor of a checkpoint is cut, so that its parts are those of our parameter."""
+    if ours is None or tensor.layer is None:
+        return ours
+    axes, inputs = ours.spec[1:], _LAYER[tensor.ours][1]
+    # Where several of our axes are one there, the first is the one that may be cut.
+    stored = (axes[inputs], axes[0]) if inputs else axes[:1]
+    return NamedSharding(ours.mesh, PartitionSpec(*stored))
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnames="place")
+def _insert(stack: Array, tensor: Array, layer: Array, place: NamedSharding | None) -> Array:
     """Writes one tensor of a checkpoint into its row of the stacked parameter, in place."""
     row = tensor.T.reshape(stack.shape[1:]).astype(stack.dtype)
-    return jax.lax.dynamic_update_index_in_dim(stack, row, layer, 0)
+    stack = jax.lax.dynamic_update_index_in_dim(stack, row, layer, 0)
+    return stack if place is None else jax.lax.with_sharding_constraint(stack, place)
 
 
 def save(directory: str | Path, config: ModelConfig, params: Params) -> None:

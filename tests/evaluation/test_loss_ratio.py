@@ -36,21 +36,36 @@ def model():
     return oracles.make_model(heads=4, kv_heads=2)
 
 
+def in_turns(measure):
+    """What two processes find, of which each does every second batch."""
+    parts = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss_ratio.jax, "process_count", lambda: 2)
+        patch.setattr(loss_ratio.parallel, "total", lambda tree: parts.append(tree) or tree)
+        for index in (0, 1):
+            patch.setattr(loss_ratio.jax, "process_index", lambda index=index: index)
+            measure()
+        patch.setattr(loss_ratio.parallel, "total", lambda _: jax.tree.map(np.add, *parts))
+        patch.setattr(loss_ratio.jax, "process_index", lambda: 9)  # whose turn never comes
+        return measure()
+
+
 @pytest.fixture(scope="module")
 def measured(model):
     """Results by batch size: one that does not divide the traces, one larger than them.
 
-    In batches of 2 the short traces run at a width of their own.
+    The first are those of two processes, and the short traces run at a width of their own there.
     """
     token, length = map(np.asarray, oracles.make_tokens(model[0], LENGTHS))
-    widths = {2: np.where(length > 32, token.shape[1], 32), 7: None}
-    return {
-        batch: loss_ratio.measure(
+
+    def measure(batch, width=None):
+        return loss_ratio.measure(
             *model, POLICIES, token, length, BUDGET, INTERVAL, jax.random.key(1), batch,
             padded_b=width,
-        )
-        for batch, width in widths.items()
-    }  # fmt: skip
+        )  # fmt: skip
+
+    width = np.where(length > 32, token.shape[1], 32)
+    return {2: in_turns(lambda: measure(2, width)), 7: measure(7)}
 
 
 def lowest(positions, score):

@@ -79,19 +79,6 @@ def test_interrupted_and_resumed_equals_uninterrupted(finished, tmp_path, sigter
         traces.run(recipe(temperature=1.0), str(tmp_path))
 
 
-def test_hosts_take_turns(finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(traces.jax, "process_count", lambda: 2)
-    written = 0
-    for index in (0, 1):
-        # Each of them starts with an empty directory of its own, as if both ran at once.
-        monkeypatch.setattr(traces, "_done", lambda path: (set(), 0))
-        monkeypatch.setattr(traces.jax, "process_index", lambda index=index: index)
-        written += traces.run(recipe(), str(tmp_path))
-    assert written == 5
-    key = lambda row: int(row["id"])  # noqa: E731
-    assert sorted(rows(tmp_path), key=key) == rows(finished)
-
-
 @pytest.fixture
 def answered(tmp_path):
     found = [

@@ -1,0 +1,122 @@
+"""The jobs in several processes: what is computed is faked, who writes what is not."""
+
+import hashlib
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fkv import checkpoint, decoding, grpo, rundir, sft
+from fkv.evaluation import loss_ratio, plots
+from fkv.jobs import grpo as grpo_job
+from fkv.jobs import sft as sft_job
+from fkv.jobs import traces
+from tests.jobs import test_grpo, test_sft, test_traces
+from tests.test_parallel import finish, start
+
+
+def fake_decoding(config, params, policy, prompts, keys, new_tokens, *args):
+    """Tokens that depend on prompt, key and limit alone."""
+    found = []
+    for prompt, key, n in zip(prompts, jax.random.key_data(keys), args[-1], strict=True):
+        seed = hashlib.sha256(np.asarray(key).tobytes() + prompt.tobytes()).digest()
+        rng = np.random.default_rng(list(seed))
+        found.append(rng.integers(3, config.vocab_size, n).astype(np.int32))
+    return found
+
+
+def moved(state, token, axis):
+    """The state after a step that all rows of all devices have a say in."""
+    shift = jax.lax.psum(token.sum(), axis) / 1e5
+    params = jax.tree.map(lambda x: x + shift, state.params)
+    return state.replace(step=state.step + 1, params=params), shift
+
+
+def fake_sft(config, scorer, loss, optimiser, budget, interval, axis, state, params, token, length):
+    state, shift = moved(state, token, axis)
+    layers = jnp.full(config.layers, shift)
+    return state, dict(loss=layers, overlap=layers, grad_norm=shift)
+
+
+def fake_grpo(
+    config, scorer, settings, optimiser, budget, interval, axis, state, params, reference, batch
+):
+    state, shift = moved(state, batch.token_bt, axis)
+    kinds = [f"{x}_{y}" for x in ("evicted", "full", "tokens") for y in ("low", "high")]
+    return state, {"reward": shift, "entropy": shift[None], **dict.fromkeys(kinds, 1 + shift)}
+
+
+def fake_measure(config, params, named, token, length, budget, interval, *args, **kwargs):
+    sums = np.outer(length, [1.0, 2.0, 3.0])
+    return [
+        loss_ratio.Losses(name, budget, interval, sums * (1 + i), sums, sums)
+        for i, name in enumerate(named)
+    ]
+
+
+def run_jobs(root):
+    """The supervised job and the reinforcement stage with its answers, stopped once; traces."""
+    save = checkpoint.save
+
+    def save_and_stop(run_dir, step, *args, **kwargs):
+        save(run_dir, step, *args, **kwargs)
+        if step == 2:
+            raise InterruptedError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoding, "generate", fake_decoding)
+        patch.setattr(sft, "train_step", fake_sft)
+        patch.setattr(grpo, "train_step", fake_grpo)
+        patch.setattr(loss_ratio, "measure", fake_measure)
+        for picture in ("loss_ratios", "accuracy"):
+            patch.setattr(plots, picture, lambda results, path, *title: path.touch())
+        patch.setattr(rundir, "_open_board", mock.MagicMock())
+        recipe = test_sft.small("embedded", eval__policies=("random",))
+        sft_job.run(recipe, str(root / "sft"))
+        patch.setattr(checkpoint, "save", save_and_stop)
+        recipe = test_grpo.shrink(recipe, root / "sft")
+        recipe.grpo.answers, recipe.evaluate.batch, recipe.evaluate.new_tokens = 5, 2, 8
+        with pytest.raises(InterruptedError):
+            grpo_job.run(recipe, str(root / "grpo"))
+        patch.setattr(checkpoint, "save", save)
+        grpo_job.run(recipe, str(root / "grpo"))
+        return traces.run(test_traces.recipe(batch=2), str(root / "traces"))
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from launch import flags
+
+flags.join()
+from tests.jobs.test_several import run_jobs
+
+print("said:", run_jobs(Path(sys.argv[1])))
+"""
+
+
+def test_two_processes_write_what_one_does(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    started = start(SCRIPT, two, processes=2)
+    assert run_jobs(one) == 5
+    assert finish(started) == [["3"], ["2"]]  # traces written by each
+
+    def files(root):
+        found = (path.relative_to(root) for path in root.rglob("*") if path.is_file())
+        return {path for path in found if not {"tb", "state"} & set(path.parts)}
+
+    def whole(root):
+        return {path for path in files(root) if path.suffix != ".parquet"}
+
+    assert whole(one) == whole(two)
+    for path in whole(one):
+        if path.suffix in (".jsonl", ".csv", ".md", ".txt"):
+            assert (one / path).read_text().replace(str(one), str(two)) == (two / path).read_text()
+    for job in ("sft", "grpo"):
+        states = (checkpoint.load(root / job).state for root in (one, two))
+        jax.tree.map(np.testing.assert_array_equal, *states)
+    rows = [sorted(test_traces.rows(root / "traces"), key=lambda r: r["id"]) for root in (one, two)]
+    assert rows[0] == rows[1]
+    assert len(list((two / "traces").glob("traces-001-*"))) == 1
