@@ -285,7 +285,7 @@ def run(
 
 def table(found: Sequence[Count]) -> str:
     """In Markdown, with the sums."""
-    head = ["stage", "runs", "kills", "of them before the first step", "in a save",
+    head = ["stage", "runs", "kills", "before another step was done", "in a save",
             "checkpoints damaged", "bytes compared", "bytes that differ"]  # fmt: skip
     rows = [list(map(str, dataclasses.astuple(count))) for count in found]
     columns = [dataclasses.astuple(count)[1:] for count in found]
