@@ -80,7 +80,6 @@ FIELDS = {
     "seed": whole(0, 2**32 - 1),
     **_those(TEXT, "model revision dtype"),
     **_those(whole(1), "budget interval model_axis"),
-    "dry_run": SWITCH,
     **_in("task", _TASK),
     **_in(
         "pretrain",

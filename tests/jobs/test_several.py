@@ -72,7 +72,7 @@ def run_jobs(root):
         patch.setattr(loss_ratio, "measure", fake_measure)
         for picture in ("loss_ratios", "accuracy"):
             patch.setattr(plots, picture, lambda results, path, *title: path.touch())
-        patch.setattr(rundir, "_open_board", mock.MagicMock())
+        patch.setattr(rundir, "_Board", mock.MagicMock())
         recipe = test_sft.small("embedded", eval__policies=("random",))
         sft_job.run(recipe, str(root / "sft"))
         patch.setattr(checkpoint, "save", save_and_stop)

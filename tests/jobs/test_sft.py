@@ -206,9 +206,10 @@ def test_missing_checkpoint_is_named(tmp_path):
 def test_command_line(model_dir, finished, tmp_path):
     """The very command of the README, at the smallest size: what `run` does, from a shell."""
     overrides = (
-        f"model={model_dir}", "budget=16", "interval=8", "task.facts=(4, 6)", "task.hops=(3, 4)",
-        "task.remarks=(0, 1)", "task.marks=(0, 1)", "data.traces=16", "sft.steps=6", "sft.batch=2",
-        "sft.warmup=1", "sft.log_every=1", "sft.checkpoint_every=2", "eval.budgets=(16, 24)",
+        f"model={model_dir}", "budget=16", "interval=8", "task.facts=(2, 8)", "task.hops=(1, 6)",
+        "task.remarks=(0, 1)", "task.marks=(0, 1)", "data.traces=16", "data.buckets=2",
+        "sft.steps=6", "sft.batch=2", "sft.warmup=1", "sft.log_every=1",
+        "sft.checkpoint_every=2", "eval.budgets=(16, 24)",
         "eval.traces=6", "eval.batch=4", "eval.policies=('snapkv', 'random')",
     )  # fmt: skip
     done = subprocess.run(
