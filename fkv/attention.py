@@ -51,9 +51,11 @@ def attend(q_bqhd: Array, k_bksd: Array, v_bksd: Array, visible_bkqs: Array) -> 
     top = jax.lax.stop_gradient(x.max(-1, keepdims=True))
     p = jnp.exp(x - top)
     total = p.sum(-1)
-    out = einsum_f32("bkgqs,bksd->bqkgd", p.astype(v_bksd.dtype), v_bksd)
-    out = out / jnp.moveaxis(total, -1, 1)[..., None]
-    return out.reshape(q_bqhd.shape).astype(v_bksd.dtype), top[..., 0] + jnp.log(total)
+    # Heads first: asked for queries first, XLA on the CPU transposes the cache before multiplying.
+    out = einsum_f32("bkgqs,bksd->bkgqd", p.astype(v_bksd.dtype), v_bksd) / total[..., None]
+    return jnp.moveaxis(out, 3, 1).reshape(q_bqhd.shape).astype(v_bksd.dtype), top[
+        ..., 0
+    ] + jnp.log(total)
 
 
 def full_attention(

@@ -36,8 +36,12 @@ def spec(config: ConfigDict) -> ledger.Spec:
 
 def load_model(config: ConfigDict) -> tuple[ModelConfig, models.Params]:
     """The frozen language model, the embedded one by its name."""
-    path = tasks.REASONER if config.model == api.EMBEDDED else config.model
-    return models.load(path, config.dtype, revision(config))
+    return models.load(model_path(config), config.dtype, revision(config))
+
+
+def model_path(config: ConfigDict) -> str | Path:
+    """The model's directory or hub id."""
+    return tasks.REASONER if config.model == api.EMBEDDED else config.model
 
 
 def load_language_model(config: ConfigDict) -> api.Model:

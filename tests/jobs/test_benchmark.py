@@ -1,57 +1,207 @@
-"""The benchmark's bookkeeping; what it measures is not for tests."""
+"""The benchmark's bookkeeping and formulas; what it measures is not for tests."""
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
+from fkv import decoding, models, policies, scorer
 from fkv.errors import UserError
+from fkv.evaluation import throughput
 from fkv.jobs import benchmark
+from fkv.models import ModelConfig
 from tests.jobs.test_sft import model_dir, small
 
 __all__ = ["model_dir"]  # a fixture
 
+SHAPE = ModelConfig("qwen3", 50, 8, 3, 4, 2, 4, 16, qk_norm=True, tied_embeddings=True)
+
 
 def shrink(model_dir, **changes):
     config = small(model_dir)
-    config.benchmark.policies = ("full", "h2o")
-    config.benchmark.batch, config.benchmark.prompt = 2, 11
-    config.benchmark.new_tokens, config.benchmark.repeats = 40, 2
-    config.benchmark.update(changes)
+    s = config.benchmark
+    s.policies, s.budgets, s.batches, s.lengths = ("full", "h2o"), (16,), (2,), (40, 64)
+    s.new_tokens, s.repeats, s.growth_tokens = 8, 2, 40
+    s.label_lengths, s.step_length, s.step_rollouts = (40, 48), 40, 2
+    s.largest_from, s.largest_limit = 2, 3
+    s.update(changes)
     return config
 
 
-def test_every_policy_is_timed(model_dir, tmp_path, capsys):
-    records = benchmark.run(shrink(model_dir), str(tmp_path))
-    written = json.loads((tmp_path / "benchmark.json").read_text())
-    assert [r["policy"] for r in records] == ["full", "h2o"]
-    assert [r["policy"] for r in written["records"]] == ["full", "h2o"]
-    assert written["about"]["batch"] == 2 and written["about"]["backend"] == "cpu"
-    for r in records:
-        assert list(r["ms_per_token"]) == [16, 40]  # no 1024 is reached: the first and the last
-        assert r["tokens_per_s"] > 0 and r["compile_s"] > 0
-        assert r["growth_low"] <= r["growth"] <= r["growth_high"]
-    assert "h2o" in (tmp_path / "benchmark.txt").read_text()
-    assert "medians of 2" in capsys.readouterr().out
+@pytest.fixture(scope="module")
+def measured(model_dir, tmp_path_factory):
+    """A benchmark of every section that needs no other environment."""
+    path = tmp_path_factory.mktemp("benchmark")
+    throughput_peaks, throughput.peaks = throughput.peaks, lambda *_: throughput.Peaks(1e9, 1e9, "")
+    try:
+        return path, benchmark.run(shrink(model_dir), str(path))
+    finally:
+        throughput.peaks = throughput_peaks
 
 
-def test_a_record_is_of_the_chunks_it_names():
-    class Config:
-        interval = 512
+def test_every_section_is_measured_and_written(measured):
+    path, found = measured
+    written = json.loads((path / "benchmark.json").read_text())
+    assert written.pop("about")["backend"] == "cpu" and written == found
+    arms = [(r["policy"], r["budget"], r["batch"], r["length"]) for r in found["decode"]]
+    assert arms == [(*p, 2, n) for n in (40, 64) for p in (("full", 0), ("h2o", 16))]
+    # One repeat's first chunk warms up; slots are those of the cache.
+    assert [r["slots"] for r in found["decode"]] == [40, 24, 64, 24]
+    for r in found["decode"]:
+        assert r["tokens_per_s_low"] <= r["tokens_per_s"] <= r["tokens_per_s_high"]
+        assert r["ms_p50"] <= r["ms_p99"] and r["roofline"] > 0 and r["compile_s"] > 0
+        assert (r["eviction"] > 0) == (r["policy"] == "h2o")
+    full, h2o = found["decode"][2:]
+    assert full["program_bytes"] > h2o["program_bytes"] > 0
+    assert [r["length"] for r in found["labels"]] == [40, 48]
+    assert [(r["step"], r["rows"]) for r in found["steps"]] == [("supervised", 1), ("grpo", 2)]
+    assert [r["batch"] for r in found["largest_batch"]] == [3, 3]
+    assert all(r["limited"] and r["length"] == 64 for r in found["largest_batch"])
+    assert list(found["growth"][0]["ms_per_token"]) == ["16", "40"]
+    for r in (*found["prefill"], *found["labels"], *found["steps"]):
+        assert r["mfu"] > 0 and r["seconds_low"] <= r["seconds"] <= r["seconds_high"]
+    for suffix in ("txt", "md"):
+        text = (path / f"benchmark.{suffix}").read_text()
+        assert all(section.title in text for n, section in benchmark.SECTIONS.items() if n in found)
+    for name in ("decode.png", "labels.png"):
+        assert (path / name).read_bytes().startswith(b"\x89PNG")
 
-        class benchmark:
-            batch = 4
 
+def test_what_does_not_fit_is_said(model_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(throughput, "peaks", lambda *_: throughput.Peaks(1e9, 1e9, ""))
+    config = shrink(model_dir, sections=("decode", "largest_batch"), lengths=(1024,), batches=(64,))
+    # Room for the evicted caches of two rows, and for no full cache of 1024 slots.
+    config.benchmark.memory_gib = 150_000 / 2**30
+    found = benchmark.run(config, str(tmp_path))
+    assert [r["fits"] for r in found["decode"]] == [False, False]
+    assert [(r["policy"], r["batch"], r["limited"]) for r in found["largest_batch"]] == [
+        ("h2o", 3, True)
+    ]
+    assert "does not fit" in (tmp_path / "benchmark.txt").read_text()
+
+
+@pytest.mark.parametrize("best", [0, 1, 5, 7, 8, 9, 31, 64, 100])
+@pytest.mark.parametrize("start", [1, 8, 64])
+def test_search_for_the_largest(best, start):
+    tried = []
+
+    def fits(batch):
+        tried.append(batch)
+        return batch <= best
+
+    assert benchmark.largest(fits, start, 64, 0.0) == min(best, 64)
+    assert len(tried) == len(set(tried)) <= 14 and max(tried) <= 64
+    near = benchmark.largest(lambda batch: batch <= best, start, 64, 0.25)
+    assert min(best, 64) / 1.25 <= near <= min(best, 64)
+
+
+@pytest.mark.parametrize("name", ["full", "h2o", "ada"])
+def test_a_made_up_state_is_one_of_decoding(name):
+    """As prefill leaves it: the same structure, as many entries, the newest position."""
+    policy = policies.get(name)
+    arm = benchmark.Arm(name, 16 if policy.evicts else 0, 2, 96)
+    state = benchmark.made_up_state(SHAPE, policy, arm, 8, 3, "float32", jax.random.key(0))
+    params = models.init(jax.random.key(0), SHAPE)
+    real, width = decoding._start(
+        SHAPE, params, policy, [np.arange(50) % 50] * 2, state.key_b, 40, 16, 8,
+        decoding.Sampling(0.0), (), 64,
+    )  # fmt: skip
+    if not policy.evicts:  # whose cache has room for prompt and answer: 64 + 32 slots here
+        real, width = decoding._start(
+            SHAPE, params, policy, [np.arange(64) % 50] * 2, state.key_b, 32, 16, 8,
+            decoding.Sampling(0.0), (),
+        )  # fmt: skip
+    shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
+    assert shapes(real) == shapes(state)
+    assert width == 64 == state.position_b[0] and real.chunk == state.chunk
+    newest = state.caches[0].position_bks.max((1, 2))
+    assert newest.tolist() == [63, 63]
+    held = (state.caches[0].position_bks >= 0).sum(-1)
+    assert (held == (64 if name == "full" else state.caches[0].position_bks.shape[-1] - 8)).all()
+
+
+def test_formulas_by_hand():
+    # Per layer: queries and output 8 x 16 each, keys and values 8 x 8 each, MLP three of 8 x 16.
+    weights = 3 * (2 * 128 + 2 * 64 + 3 * 128)
+    assert throughput.layer_weights(SHAPE) == weights
+    norms = 3 * (8 + 8 + 4 + 4) + 8
+    assert throughput.parameters(SHAPE) == weights + norms + 50 * 8
+    # 3 layers, 2 KV heads, 10 slots: key and value of 4 numbers each, and a position.
+    assert throughput.cache_bytes(SHAPE, 10, "float32") == 3 * 2 * 10 * (2 * 4 * 4 + 4)
+    assert throughput.cache_bytes(SHAPE, 10, "bfloat16") == 3 * 2 * 10 * (2 * 4 * 2 + 4)
+    total = 4 * throughput.parameters(SHAPE) + 5 * throughput.cache_bytes(SHAPE, 10, "float32")
+    assert throughput.decode_bytes(SHAPE, 5, 10, "float32") == total
+    attended = 3 * 4 * (2 * 4 * 10 + 2 * 4 * 10)  # layers, heads: q k and p v
+    assert throughput.decode_flops(SHAPE, 5, 10) == 5 * (2 * (weights + 400) + attended)
+    assert throughput.pass_flops(SHAPE, 20, 10) == 20 * (2 * weights + attended)
+    assert throughput.pass_flops(SHAPE, 20) == 20 * (2 * weights + attended)  # 10 on average
+    assert throughput.label_flops(SHAPE, 20) == 20 * (2 * weights + attended) + 3 * 4 * 4 * 400
+    rules = scorer.ScorerConfig(hidden=2)
+    # 24 tokens, B = 8, L = 4: evictions after 12, 16, 20 and 24.
+    scored = 2 * 3 * 2 * 8 * (2 * (2 * 4 + 8 * 2) + 2) * 4
+    looked = 2 * 3 * 4 * 4 * 24 * 12
+    evicted = throughput.pass_flops(SHAPE, 24, 12)
+    want = throughput.label_flops(SHAPE, 24) + evicted + looked + 2 * scored
+    assert throughput.sft_flops(SHAPE, rules, 24, 8, 4) == want
+    want = 3 * (evicted + looked) + scored + 2 * 3 * scored + 2 * 24 * 400
+    assert throughput.grpo_flops(SHAPE, rules, 24, 8, 4, epochs=2) == want
+
+
+def test_roofline_is_set_by_what_takes_longer():
+    peaks = throughput.Peaks(100.0, 10.0, "")
+    assert peaks.roofline(200, 5) == (2.0, "compute")
+    assert peaks.roofline(200, 50) == (5.0, "memory")
+    assert throughput.peaks("H100", "bfloat16").bandwidth == 3.35e12
+    with pytest.raises(UserError, match="must be one of measured, H200, H100"):
+        throughput.peaks("abacus", "bfloat16")
+
+
+def test_known_shapes_are_those_of_the_models():
+    # Billions of parameters as their cards say, without Qwen3's embedding counted twice.
+    sizes = {name: throughput.parameters(shape) / 1e9 for name, shape in throughput.SHAPES.items()}
+    assert sizes == pytest.approx(
+        {
+            "Qwen/Qwen3-4B": 4.022,
+            "Qwen/Qwen3-1.7B": 1.721,
+            "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": 7.616,
+            "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": 8.030,
+            "random-100m": 0.0934,
+        },
+        rel=2e-3,
+    )
+    assert throughput.shape_of("Qwen/Qwen3-4B", 2).layers == 2
+    for name, layers, message in [
+        ("nowhere", 0, "no directory with a config.json; shapes known by name are Qwen/Qwen3-4B"),
+        ("Qwen/Qwen3-4B", 37, r"benchmark.layers = 37 must be 0 \(all\) to 36"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            throughput.shape_of(name, layers)
+
+
+def test_growth_is_of_the_chunks_it_names():
     # 64 chunks after the first, the second repeat twice as slow and both slower as they go.
     seconds = np.array([[1.0], [2.0]]) * np.linspace(1, 3, 63)[None]
-    record = benchmark._record(Config, "x", seconds, 0.5)
-    assert list(record["ms_per_token"]) == [1024, 2048, 4096, 8192, 16384, 32768]
+    record = benchmark._growth_record(benchmark.Arm("x", 64, 4, 0), seconds, 512)
+    assert list(record["ms_per_token"]) == ["1024", "2048", "4096", "8192", "16384", "32768"]
     assert record["growth"] == pytest.approx(3, rel=0.05)
-    assert record["ms_per_token"][1024] == pytest.approx(1.5e3 / 512, rel=0.05)
-    assert record["tokens_per_s"] == pytest.approx(4 * 512 / np.median(seconds))
+    assert record["ms_per_token"]["1024"] == pytest.approx(1.5e3 / 512, rel=0.05)
 
 
-def test_too_few_tokens_are_refused(model_dir, tmp_path):
-    with pytest.raises(UserError, match=r"benchmark.new_tokens = 15 must be at least 2 L"):
-        benchmark.run(shrink(model_dir, new_tokens=15), str(tmp_path / "run"))
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sections": ("decoding",)}, "benchmark.sections has 'decoding'; known sections are"),
+        ({"growth_tokens": 15}, "benchmark.growth_tokens = 15 must be at least 2 L"),
+        ({"lengths": (23,)}, "benchmark.lengths: 23 must be at least 24"),
+        ({"budgets": (20,)}, "benchmark.budgets: budget = 20 must be a multiple"),
+        ({"policies": ("no",)}, "policy 'no' is not known"),
+        ({"label_lengths": (24,)}, "the longest trace has 24 tokens"),
+        ({"layers": 1}, "benchmark.layers is for benchmark.random_weights = True"),
+        ({"repeats": 0}, "benchmark.repeats and benchmark.new_tokens must be at least 1"),
+    ],
+)
+def test_what_can_not_be_measured_is_refused(model_dir, tmp_path, change, message):
+    with pytest.raises(UserError, match=message):
+        benchmark.run(shrink(model_dir, **change), str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
