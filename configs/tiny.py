@@ -205,6 +205,7 @@ def get_config() -> ConfigDict:
     config.benchmark.growth_tokens = 4096  # generated in one go
     config.benchmark.growth_batch = 1
     config.benchmark.prefill_batches = (1,)
+    config.benchmark.prefill_lengths = (2048,)
     config.benchmark.label_lengths = (512, 1024, 2048)
     config.benchmark.step_length = 512
     config.benchmark.step_traces = 1
@@ -212,6 +213,13 @@ def get_config() -> ConfigDict:
     config.benchmark.largest_from = 16  # the batch that is tried first
     config.benchmark.largest_limit = 64  # none above is tried
     config.benchmark.largest_within = 0.125  # how close the search comes
+    # The section "peers" decodes beside others, each in an environment of its own: the Python of
+    # one with torch and transformers, and of one with kvpress; empty to leave it out.
+    config.benchmark.peers = ConfigDict(dict(transformers="", kvpress=""))
+    config.benchmark.peer_policies = ("snapkv", "knorm", "full")  # the first that evicts compares
+    config.benchmark.peer_batches = (1, 8)
+    config.benchmark.peer_prompt = 64
+    config.benchmark.peer_tokens = 512
 
     config.export = ConfigDict()
     config.export.scorer = "runs/sft_tiny"  # workdir of an sft or grpo run

@@ -258,7 +258,7 @@ def evict(
 
 
 _STATIC = ("config", "budget", "interval", "sampling", "stop", "new_tokens")
-_prefill = jax.jit(prefill, static_argnames=_STATIC)
+prefill_program = jax.jit(prefill, static_argnames=_STATIC)
 _decode_chunk = jax.jit(
     decode_chunk,
     static_argnames=("config", "prompt_width", "budget", "interval", "sampling", "stop"),
@@ -342,7 +342,7 @@ def _start(
     limit = np.full(len(prompts), new_tokens) if limit is None else np.asarray(limit)
     if limit.shape != (len(prompts),) or limit.min() < 0 or limit.max() > new_tokens:
         raise UserError(f"limit must be {len(prompts)} numbers from 0 to new_tokens = {new_tokens}")
-    state = _prefill(
+    state = prefill_program(
         config,
         params,
         policy,

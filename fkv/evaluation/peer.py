@@ -11,6 +11,8 @@ import resource
 import sys
 import time
 
+ARMS = ("dynamic", "static", "static_compiled", "snapkv", "knorm")
+
 
 def load(request: dict):
     """The model of a Hugging Face directory, and the versions that it runs under."""
@@ -64,6 +66,8 @@ def decode(model, forward, request: dict) -> dict:
     press = contextlib.nullcontext()
     if request["peer"] == "kvpress":
         press = press_of(request)(model)
+    if request["arm"] not in ARMS:
+        raise ValueError(f"{request['arm']} is none of {', '.join(ARMS)}")
     if request["arm"].startswith("static"):
         cache = StaticCache(config=model.config, max_cache_len=length + new)
     else:

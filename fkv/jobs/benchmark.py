@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from fkv import cache as kv
 from fkv import decoding, grpo, models, parallel, policies, replay, scorer, sft
 from fkv.errors import UserError
-from fkv.evaluation import plots, tables, throughput
+from fkv.evaluation import peers, plots, tables, throughput
 from fkv.jobs import common
 from fkv.jobs.grpo import settings_of
 from fkv.models import ModelConfig
@@ -105,12 +105,12 @@ class Bench:
         params = scorer.init(jax.random.key(self.config.seed), self.model, rules)
         return policies.Foresight(params, rules)  # what untrained scorers cost, trained ones do
 
-    def arms(self, batches: Sequence[int]) -> list[Arm]:
+    def arms(self, batches: Sequence[int], lengths: Sequence[int]) -> list[Arm]:
         """Every policy at every budget (the full cache once), batch and length."""
         s = self.settings
         return [
             Arm(name, budget, batch, length)
-            for length in s.lengths
+            for length in lengths
             for batch in batches
             for name in s.policies
             for budget in (s.budgets if self.policy(name).evicts else (0,))
@@ -202,6 +202,13 @@ def _check(config: ConfigDict) -> None:
             f"benchmark.lengths: {min(s.lengths)} must be at least {least}, room for "
             f"benchmark.new_tokens = {s.new_tokens}, a warm-up of L and a prompt"
         )
+    if "peers" in s.sections:
+        for name in s.peers:
+            if name not in peers.ARMS:
+                known = ", ".join(peers.ARMS)
+                raise UserError(f"benchmark.peers.{name}: known peers are {known}")
+        for name in s.peer_policies:
+            policies.get(name)
     if s.repeats < 1 or s.new_tokens < 1:
         raise UserError("benchmark.repeats and benchmark.new_tokens must be at least 1")
     if "growth" in s.sections and s.growth_tokens < 2 * config.interval:
@@ -457,16 +464,14 @@ def _name(arm: Arm) -> str:
 
 
 def _decode(bench: Bench) -> list[dict]:
-    return _time_decode(bench, bench.arms(bench.settings.batches))
+    return _time_decode(bench, bench.arms(bench.settings.batches, bench.settings.lengths))
 
 
 def _largest_batch(bench: Bench) -> list[dict]:
     """The largest batch of every policy and budget at the longest length, and how fast it is."""
     s = bench.settings
     arms = []
-    for arm in bench.arms((s.largest_from,)):
-        if arm.length < max(s.lengths):
-            continue
+    for arm in bench.arms((s.largest_from,), (max(s.lengths),)):
         best = largest(
             lambda batch, arm=arm: _fits(bench, dataclasses.replace(arm, batch=batch)),
             s.largest_from,
@@ -650,7 +655,8 @@ def _program_section(bench: Bench, arms: Sequence[Arm], lower, flops) -> list[di
 
 def _prefill(bench: Bench) -> list[dict]:
     """Reading prompts, up to the first token that is drawn."""
-    interval = bench.interval
+    interval, s = bench.interval, bench.settings
+    arms = bench.arms(s.prefill_batches, s.prefill_lengths)
 
     def lower(arm):
         policy = bench.policy(arm.policy)
@@ -669,7 +675,7 @@ def _prefill(bench: Bench) -> list[dict]:
         head = 2 * bench.model.vocab_size * bench.model.width
         return arm.batch * (throughput.pass_flops(bench.model, arm.length, seen) + head)
 
-    return _program_section(bench, bench.arms(bench.settings.prefill_batches), lower, flops)
+    return _program_section(bench, arms, lower, flops)
 
 
 def _labels(bench: Bench) -> list[dict]:
@@ -766,6 +772,120 @@ def _steps(bench: Bench) -> list[dict]:
     return records
 
 
+# ---- beside others
+
+
+def _peers(bench: Bench) -> list[dict]:
+    """Decoding here and by others: the same weights, prompts, lengths, dtype and cores."""
+    s = bench.settings
+    if s.random_weights:
+        directory = bench.path / "model"
+        models.save(directory, bench.model, bench.params)
+    else:
+        directory = models.find(common.model_path(bench.config), common.revision(bench.config))
+    others = []
+    try:
+        for name, python in s.peers.items():
+            if python:
+                common.say(f"  starting {name}")
+                others.append(peers.Peer(name, python, str(directory), bench.config.dtype))
+                common.say(f"    {others[-1].about}")
+        return [r for batch in s.peer_batches for r in _beside(bench, others, batch)]
+    finally:
+        for peer in others:
+            peer.close()
+
+
+def _beside(bench: Bench, others: Sequence[peers.Peer], batch: int) -> list[dict]:
+    """Records of all arms at one batch, interleaved over the repeats."""
+    s, interval = bench.settings, bench.interval
+    prompts = _tokens(bench, batch, s.peer_prompt)
+    snapkv = policies.get("snapkv")
+    request = {
+        "prompts": prompts.tolist(), "new_tokens": s.peer_tokens, "budget": bench.config.budget,
+        "interval": interval, "window": min(snapkv.window, interval), "kernel": snapkv.kernel,
+    }  # fmt: skip
+    calls = {
+        ("fkv", name): functools.partial(_own_decode, bench, name, prompts)
+        for name in s.peer_policies
+    }
+    for peer in others:
+        for arm in peers.ARMS[peer.name]:
+            calls[(peer.name, arm)] = functools.partial(peer.decode, arm, **request)
+    found = {arm: [] for arm in calls}
+    errors = {}
+    for repeat in range(s.repeats + 1):  # the first compiles and is not counted
+        for arm, call in calls.items():
+            if arm not in errors:
+                common.say(f"  repeat {repeat}: {' '.join(arm)}, batch {batch}")
+                result = call()
+                if "error" in result:
+                    errors[arm] = result["error"]
+                else:
+                    found[arm].append(result)
+    # What generation with eviction is compared by: the first policy of ours that evicts.
+    ours = next((a for a in calls if a[0] == "fkv" and bench.policy(a[1]).evicts), None)
+    full = next((a for a in calls if a[0] == "fkv" and not bench.policy(a[1]).evicts), None)
+    step = {a: np.array([r["decode_s"] / r["steps"] for r in found[a][1:]]) for a in calls}
+    records = []
+    for arm in calls:
+        record = {"who": arm[0], "arm": arm[1], "batch": batch, "prompt": s.peer_prompt,
+                  "new_tokens": s.peer_tokens}  # fmt: skip
+        if arm in errors:
+            records.append({**record, "error": errors[arm]})
+            continue
+        keeps_all = arm[1] == "full" or arm[0] == "transformers"
+        middle, results = float(np.median(step[arm])), found[arm]
+        if ours:
+            ratio = step[arm] / step[ours]  # of the same repeat, so minutes apart at most
+            record |= {
+                "ours_is_faster": float(np.median(ratio)),
+                "ours_is_faster_low": float(ratio.min()),
+                "ours_is_faster_high": float(ratio.max()),
+            }
+        if full and keeps_all:
+            same = np.array(results[-1]["tokens"]) == np.array(found[full][-1]["tokens"])
+            record["same_tokens"] = float(same.mean())
+        records.append(
+            {
+                **record,
+                "tokens_per_s": batch / middle,
+                "tokens_per_s_low": batch / float(step[arm].max()),
+                "tokens_per_s_high": batch / float(step[arm].min()),
+                "ms_per_step": 1e3 * middle,
+                "prefill_s": float(np.median([r["prefill_s"] for r in results[1:]])),
+                "first_call_s": results[0]["prefill_s"] + results[0]["decode_s"],
+                "held": results[-1]["held"],
+            }
+        )
+    return records
+
+
+def _own_decode(bench: Bench, name: str, prompts: np.ndarray) -> dict:
+    """Greedy decoding here, with what a peer answers."""
+    policy, model, interval = bench.policy(name), bench.model, bench.interval
+    new, budget, greedy = bench.settings.peer_tokens, bench.config.budget, decoding.Sampling(0.0)
+    token, padding = decoding.left_pad(prompts, interval)
+    keys = replay.row_keys(jax.random.key(bench.config.seed), len(prompts))
+    limit = np.full(len(prompts), new, np.int32)
+    fixed = dict(budget=budget, interval=interval, sampling=greedy, stop=(), new_tokens=new)
+    start = time.perf_counter()
+    state = jax.block_until_ready(
+        decoding.prefill_program(model, bench.params, policy, token, padding, keys, limit, **fixed)
+    )
+    first = time.perf_counter()
+    out, state = decoding.decode(model, bench.params, policy, state, token.shape[1], **fixed)
+    tokens = np.asarray(out)
+    end = time.perf_counter()
+    return {
+        "prefill_s": first - start,
+        "decode_s": end - first,
+        "steps": tokens.shape[1],  # a multiple of L
+        "tokens": tokens[:, :new].tolist(),
+        "held": int((state.caches[0].position_bks >= 0).sum(-1).max()),
+    }
+
+
 # ---- tables
 
 
@@ -852,6 +972,33 @@ def _step_rows(records):
     return head, rows
 
 
+def _peer_rows(records):
+    head = ["who", "cache", "batch", "tokens/s", "ms a step", "ours is faster", "same tokens",
+            "held", "prefill s", "first call s"]  # fmt: skip
+    rows = []
+    for r in records:
+        start = [r["who"], r["arm"], str(r["batch"])]
+        if "error" in r:
+            rows.append([*start, r["error"][:60], *[""] * 6])
+            continue
+        low, high = r["tokens_per_s_low"], r["tokens_per_s_high"]
+        ratio = [f"{r[f'ours_is_faster{x}']:.2f}" for x in ("", "_low", "_high")
+                 if f"ours_is_faster{x}" in r]  # fmt: skip
+        rows.append(
+            [
+                *start,
+                f"{r['tokens_per_s']:.0f} ({low:.0f}-{high:.0f})",
+                f"{r['ms_per_step']:.2f}",
+                f"{ratio[0]} ({ratio[1]}-{ratio[2]})" if ratio else "",
+                f"{100 * r['same_tokens']:.0f} %" if "same_tokens" in r else "",
+                str(r["held"]),
+                f"{r['prefill_s']:.3f}",
+                f"{r['first_call_s']:.1f}",
+            ]
+        )
+    return head, rows
+
+
 @dataclasses.dataclass(frozen=True)
 class Section:
     """One part of the benchmark: its title, how it is measured, and its table."""
@@ -870,6 +1017,7 @@ SECTIONS = {
     "largest_batch": Section(
         "Decoding at the largest batch that fits", _largest_batch, _decode_rows
     ),
+    "peers": Section("Beside the peers: greedy decoding, equal batch", _peers, _peer_rows),
 }
 
 

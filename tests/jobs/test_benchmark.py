@@ -1,6 +1,7 @@
 """The benchmark's bookkeeping and formulas; what it measures is not for tests."""
 
 import json
+import sys
 
 import jax
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 
 from fkv import decoding, models, policies, scorer
 from fkv.errors import UserError
-from fkv.evaluation import throughput
+from fkv.evaluation import peers, throughput
 from fkv.jobs import benchmark
 from fkv.models import ModelConfig
 from tests.jobs.test_sft import model_dir, small
@@ -24,7 +25,7 @@ def shrink(model_dir, **changes):
     s.policies, s.budgets, s.batches, s.lengths = ("full", "h2o"), (16,), (2,), (40, 64)
     s.new_tokens, s.repeats, s.growth_tokens = 8, 2, 40
     s.label_lengths, s.step_length, s.step_rollouts = (40, 48), 40, 2
-    s.largest_from, s.largest_limit = 2, 3
+    s.largest_from, s.largest_limit, s.prefill_lengths = 2, 2, (40,)
     s.update(changes)
     return config
 
@@ -56,7 +57,7 @@ def test_every_section_is_measured_and_written(measured):
     assert full["program_bytes"] > h2o["program_bytes"] > 0
     assert [r["length"] for r in found["labels"]] == [40, 48]
     assert [(r["step"], r["rows"]) for r in found["steps"]] == [("supervised", 1), ("grpo", 2)]
-    assert [r["batch"] for r in found["largest_batch"]] == [3, 3]
+    assert [r["batch"] for r in found["largest_batch"]] == [2, 2]
     assert all(r["limited"] and r["length"] == 64 for r in found["largest_batch"])
     assert list(found["growth"][0]["ms_per_token"]) == ["16", "40"]
     for r in (*found["prefill"], *found["labels"], *found["steps"]):
@@ -76,9 +77,44 @@ def test_what_does_not_fit_is_said(model_dir, tmp_path, monkeypatch):
     found = benchmark.run(config, str(tmp_path))
     assert [r["fits"] for r in found["decode"]] == [False, False]
     assert [(r["policy"], r["batch"], r["limited"]) for r in found["largest_batch"]] == [
-        ("h2o", 3, True)
+        ("h2o", 2, True)
     ]
     assert "does not fit" in (tmp_path / "benchmark.txt").read_text()
+
+
+def test_beside_a_peer(model_dir, tmp_path, monkeypatch):
+    """With PyTorch in its own process: the same tokens, and a failure is a row of the table."""
+    pytest.importorskip("torch")
+    monkeypatch.setattr(throughput, "peaks", lambda *_: throughput.Peaks(1e9, 1e9, ""))
+    monkeypatch.setitem(peers.ARMS, "transformers", ("dynamic", "static", "no_such_cache"))
+    config = shrink(model_dir, sections=("peers",), repeats=1)
+    config.benchmark.peers.transformers = sys.executable
+    config.benchmark.peer_policies = ("h2o", "full")
+    config.benchmark.peer_batches, config.benchmark.peer_prompt = (2,), 21
+    config.benchmark.peer_tokens = 16
+    records = benchmark.run(config, str(tmp_path))["peers"]
+    h2o, full, dynamic, static, wrong = records
+    assert [r["arm"] for r in records] == ["h2o", "full", "dynamic", "static", "no_such_cache"]
+    assert full["same_tokens"] == dynamic["same_tokens"] == static["same_tokens"] == 1
+    assert "same_tokens" not in h2o and h2o["ours_is_faster"] == 1
+    ratio = dynamic["ms_per_step"] / h2o["ms_per_step"]  # one repeat: its own ratio
+    assert dynamic["ours_is_faster"] == pytest.approx(ratio)
+    # Of 21 + 16 tokens the last is not put in there; here a chunk is completed.
+    assert (full["held"], dynamic["held"]) == (37, 36)
+    assert "no_such_cache" in wrong["error"] and "tokens_per_s" not in wrong
+    assert "no_such_cache" in (tmp_path / "benchmark.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("python", "message"),
+    [
+        ("/no/such/python", "benchmark.peers.transformers = '/no/such/python': No such file"),
+        ("/bin/false", "benchmark.peers.transformers = '/bin/false': the peer ended: nothing said"),
+    ],
+)
+def test_a_peer_that_does_not_start_is_named(python, message):
+    with pytest.raises(UserError, match=message):
+        peers.Peer("transformers", python, "model", "float32")
 
 
 @pytest.mark.parametrize("best", [0, 1, 5, 7, 8, 9, 31, 64, 100])
@@ -96,7 +132,7 @@ def test_search_for_the_largest(best, start):
     assert min(best, 64) / 1.25 <= near <= min(best, 64)
 
 
-@pytest.mark.parametrize("name", ["full", "h2o", "ada"])
+@pytest.mark.parametrize("name", ["full", "ada"])
 def test_a_made_up_state_is_one_of_decoding(name):
     """As prefill leaves it: the same structure, as many entries, the newest position."""
     policy = policies.get(name)
@@ -197,6 +233,7 @@ def test_growth_is_of_the_chunks_it_names():
         ({"budgets": (20,)}, "benchmark.budgets: budget = 20 must be a multiple"),
         ({"policies": ("no",)}, "policy 'no' is not known"),
         ({"label_lengths": (24,)}, "the longest trace has 24 tokens"),
+        ({"peer_policies": ("no",), "sections": ("peers",)}, "policy 'no' is not known"),
         ({"layers": 1}, "benchmark.layers is for benchmark.random_weights = True"),
         ({"repeats": 0}, "benchmark.repeats and benchmark.new_tokens must be at least 1"),
     ],
