@@ -29,8 +29,9 @@ def group_queries(q_bqhd: Array, kv_heads: int) -> Array:
 
 def logits(q_bqhd: Array, k_bksd: Array, visible_bkqs: Array) -> Array:
     """Scaled, masked attention logits [b, k, g, q, s] in float32."""
-    q = group_queries(q_bqhd, k_bksd.shape[1])
-    x = einsum_f32("bqkgd,bksd->bkgqs", q, k_bksd)
+    # The queries are transposed, which are few: left to XLA, the CPU transposes the product.
+    q = jnp.moveaxis(group_queries(q_bqhd, k_bksd.shape[1]), 1, 3)
+    x = einsum_f32("bkgqd,bksd->bkgqs", q, k_bksd)
     return jnp.where(visible_bkqs[:, :, None], x * q.shape[-1] ** -0.5, MASKED)
 
 
