@@ -194,6 +194,8 @@ def get_config() -> ConfigDict:
     config.benchmark.peaks = "measured"
     config.benchmark.memory_gib = 0.0  # that a program may hold; 0 for what there is
     config.benchmark.repeats = 3
+    # Decoding programs compiled at once; with more than one, their seconds say little.
+    config.benchmark.compile_threads = 1
     config.benchmark.policies = ("full", "snapkv", "h2o")
     config.benchmark.budgets = (64,)
     config.benchmark.batches = (1, 8)

@@ -2,6 +2,7 @@
 what the device could do and beside others.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import json
@@ -400,6 +401,11 @@ def _time_decode(bench: Bench, arms: Sequence[Arm]) -> list[dict]:
     """Records of decoding arms, interleaved over the repeats."""
     seconds, evicting = {arm: [] for arm in arms}, {}
     does_not_fit = set()
+    # Arms of equal shape share a program: under eviction, all lengths.
+    shapes = {(a.policy, a.budget, a.batch, 0 if a.budget else a.length): a for a in arms}
+    if bench.settings.compile_threads > 1:
+        with concurrent.futures.ThreadPoolExecutor(bench.settings.compile_threads) as pool:
+            list(pool.map(functools.partial(_compile_ahead, bench), shapes.values()))
     for repeat in range(bench.settings.repeats):
         for arm in arms:
             if arm in does_not_fit:
@@ -420,6 +426,13 @@ def _time_decode(bench: Bench, arms: Sequence[Arm]) -> list[dict]:
         *_, compiled, size = _decode_program(bench, arm)
         records.append(_decode_record(bench, arm, seconds[arm], evicting[arm], compiled, size))
     return records
+
+
+def _compile_ahead(bench: Bench, arm: Arm) -> None:
+    try:
+        _decode_program(bench, arm)
+    except (DoesNotFit, jax.errors.JaxRuntimeError) as error:
+        _only_memory(error)  # and met again when the arm is run
 
 
 def _only_memory(error: Exception) -> None:
