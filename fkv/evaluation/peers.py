@@ -3,6 +3,7 @@
 What they do there is in `fkv/evaluation/peer.py`.
 """
 
+import contextlib
 import json
 import subprocess
 import tempfile
@@ -66,17 +67,16 @@ class Peer:
 
     def close(self) -> None:
         """Ends the process."""
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # of what it never read
+            self._process.stdin.close()
         self._process.wait()
         self._process.stdout.close()
         self._errors.close()
 
     def _ask(self, request: dict) -> dict:
-        try:
+        with contextlib.suppress(BrokenPipeError):  # that it ended is seen below
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
-        except BrokenPipeError:
-            pass
         if not (line := self._process.stdout.readline()):
             self._process.wait()
             self._errors.seek(0)
