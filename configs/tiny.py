@@ -185,9 +185,8 @@ def get_config() -> ConfigDict:
     )
 
     config.benchmark = ConfigDict()
-    config.benchmark.sections = (
-        "decode", "growth", "prefill", "labels", "steps", "largest_batch",
-    )  # fmt: skip
+    # And "largest_batch" and "peers", which take minutes.
+    config.benchmark.sections = ("decode", "growth", "prefill", "labels", "steps")
     config.benchmark.random_weights = False  # no checkpoint: only the model's shape is needed
     config.benchmark.layers = 0  # of random weights, how many layers; 0 for all
     # What the device can do: measured on the spot, or the name of one whose data sheet is known.

@@ -22,6 +22,7 @@ SHAPE = ModelConfig("qwen3", 50, 8, 3, 4, 2, 4, 16, qk_norm=True, tied_embedding
 def shrink(model_dir, **changes):
     config = small(model_dir)
     s = config.benchmark
+    s.sections += ("largest_batch",)
     s.policies, s.budgets, s.batches, s.lengths = ("full", "h2o"), (16,), (2,), (40, 64)
     s.new_tokens, s.repeats, s.growth_tokens = 8, 2, 40
     s.label_lengths, s.step_length, s.step_rollouts = (40, 48), 40, 2
