@@ -90,8 +90,19 @@ def recipe(name: str, model: str, revision: str, arg: str) -> ConfigDict:
     config.evaluate.traces = 0
     config.pipeline.changes.evaluate = ConfigDict()
 
-    config.benchmark.policies = ("snapkv", "h2o", "rkv")
-    config.benchmark.prompt = 256
+    config.benchmark.policies = ("full", "snapkv", "h2o", "rkv")
+    config.benchmark.budgets = (1024, 2048, 4096)
+    config.benchmark.batches = (1, 64)
+    config.benchmark.lengths = (8192, 16_384, 32_768)
+    config.benchmark.new_tokens = 1024
+    config.benchmark.prefill_lengths = (2048, 8192, 32_768)
+    config.benchmark.growth_tokens = 32_768
+    config.benchmark.label_lengths = (2048, 4096, 8192, 16_384, 32_768)
+    config.benchmark.step_length = 8192
+    config.benchmark.largest_from = 64
+    config.benchmark.largest_limit = 4096
+    config.benchmark.peer_prompt = 1024
+    config.benchmark.peer_tokens = 1024
     config.generate.policy = "rkv"
     config.generate.new_tokens = 4096
     config.generate.chat = True

@@ -7,7 +7,7 @@ python -m launch.pipeline --config=configs/tiny.py   these three in one director
 python -m launch.traces --config=configs/tiny.py     the reasoner's own answers, as traces
 python -m launch.generate --config=configs/tiny.py   one answer, as it is written
 python -m launch.export --config=configs/tiny.py     the scorers in a form to share
-python -m launch.benchmark --config=configs/tiny.py  time per token, up to 32K generated
+python -m launch.benchmark --config=configs/tiny.py  what everything costs, under three minutes
 python -m launch.pretrain --config=configs/tiny.py   the reasoner itself, which is shipped
 """
 
@@ -191,11 +191,42 @@ def get_config() -> ConfigDict:
     )
 
     config.benchmark = ConfigDict()
-    config.benchmark.policies = ("snapkv", "h2o", "rkv")  # "full" has 32 K slots from the start
-    config.benchmark.batch = 1
-    config.benchmark.prompt = 64
-    config.benchmark.new_tokens = 32_768
+    # And "largest_batch" and "peers", which take minutes.
+    config.benchmark.sections = ("decode", "growth", "prefill", "labels", "steps")
+    config.benchmark.random_weights = False  # no checkpoint: only the model's shape is needed
+    config.benchmark.layers = 0  # of random weights, how many layers; 0 for all
+    # What the device can do: measured on the spot, or the name of one whose data sheet is known.
+    config.benchmark.peaks = "measured"
+    config.benchmark.memory_gib = 0.0  # that a program may hold; 0 for what there is
     config.benchmark.repeats = 3
+    # Decoding programs compiled at once; with more than one, their seconds say little.
+    config.benchmark.compile_threads = 1
+    config.benchmark.policies = ("full", "snapkv", "h2o")
+    config.benchmark.budgets = (64,)
+    config.benchmark.batches = (1, 8)
+    config.benchmark.lengths = (512, 2048)  # tokens that a context has in the end
+    config.benchmark.new_tokens = 128  # decoded in every repeat
+    config.benchmark.temperature = 0.6
+    config.benchmark.top_k = 20
+    config.benchmark.top_p = 0.95
+    config.benchmark.growth_tokens = 4096  # generated in one go
+    config.benchmark.growth_batch = 1
+    config.benchmark.prefill_batches = (1,)
+    config.benchmark.prefill_lengths = (2048,)
+    config.benchmark.label_lengths = (512, 1024, 2048)
+    config.benchmark.step_length = 512
+    config.benchmark.step_traces = 1
+    config.benchmark.step_rollouts = 4
+    config.benchmark.largest_from = 16  # the batch that is tried first
+    config.benchmark.largest_limit = 64  # none above is tried
+    config.benchmark.largest_within = 0.125  # how close the search comes
+    # The section "peers" decodes beside others, each in an environment of its own: the Python of
+    # one with torch and transformers, and of one with kvpress; empty to leave it out.
+    config.benchmark.peers = ConfigDict(dict(transformers="", kvpress=""))
+    config.benchmark.peer_policies = ("snapkv", "knorm", "full")  # the first that evicts compares
+    config.benchmark.peer_batches = (1, 8)
+    config.benchmark.peer_prompt = 64
+    config.benchmark.peer_tokens = 512
 
     config.export = ConfigDict()
     config.export.scorer = "runs/sft_tiny"  # workdir of an sft or grpo run

@@ -29,8 +29,9 @@ def group_queries(q_bqhd: Array, kv_heads: int) -> Array:
 
 def logits(q_bqhd: Array, k_bksd: Array, visible_bkqs: Array) -> Array:
     """Scaled, masked attention logits [b, k, g, q, s] in float32."""
-    q = group_queries(q_bqhd, k_bksd.shape[1])
-    x = einsum_f32("bqkgd,bksd->bkgqs", q, k_bksd)
+    # The queries are transposed, which are few: left to XLA, the CPU transposes the product.
+    q = jnp.moveaxis(group_queries(q_bqhd, k_bksd.shape[1]), 1, 3)
+    x = einsum_f32("bkgqd,bksd->bkgqs", q, k_bksd)
     return jnp.where(visible_bkqs[:, :, None], x * q.shape[-1] ** -0.5, MASKED)
 
 
@@ -51,9 +52,11 @@ def attend(q_bqhd: Array, k_bksd: Array, v_bksd: Array, visible_bkqs: Array) -> 
     top = jax.lax.stop_gradient(x.max(-1, keepdims=True))
     p = jnp.exp(x - top)
     total = p.sum(-1)
-    out = einsum_f32("bkgqs,bksd->bqkgd", p.astype(v_bksd.dtype), v_bksd)
-    out = out / jnp.moveaxis(total, -1, 1)[..., None]
-    return out.reshape(q_bqhd.shape).astype(v_bksd.dtype), top[..., 0] + jnp.log(total)
+    # Heads first: asked for queries first, XLA on the CPU transposes the cache before multiplying.
+    out = einsum_f32("bkgqs,bksd->bkgqd", p.astype(v_bksd.dtype), v_bksd) / total[..., None]
+    return jnp.moveaxis(out, 3, 1).reshape(q_bqhd.shape).astype(v_bksd.dtype), top[
+        ..., 0
+    ] + jnp.log(total)
 
 
 def full_attention(

@@ -1,18 +1,21 @@
-"""What a run costs before it runs: memory, floating-point operations, time at best.
+"""What a model costs by its shape, before anything runs: parameters, bytes, operations.
 
-Temporary memory is what the compiler says of the very step. The rest is arithmetic; "matrix" means
-the weights that a token is multiplied with: all but norms, biases and the embedding that is only
-looked up. A multiplication with an addition is two operations.
+A multiplication and an addition are two operations (FLOPs). Only matrix products are counted, and
+of causal attention only the half that is not masked, so a share of the peak that is computed with
+these figures is never flattered by wasted work. Temporary memory is what the compiler says.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from fkv.models import ModelConfig
+from fkv import scorer
+from fkv.errors import UserError
+from fkv.models import ModelConfig, read
 from fkv.models.decoder import param_shapes
 
 
@@ -26,125 +29,182 @@ class Device:
       bandwidth: of its memory, bytes a second.
     """
 
-    name: str
     memory: float
     flops: float
     bandwidth: float
 
 
-DEVICES = (
-    Device("TPU v5e", 16e9, 197e12, 0.819e12),
-    Device("TPU v6e", 32e9, 918e12, 1.64e12),
-    Device("H100", 80e9, 989e12, 3.35e12),
-    Device("H200", 141e9, 989e12, 4.8e12),
-)
+DEVICES = {
+    "TPU v4": Device(32e9, 275e12, 1.228e12),
+    "TPU v5e": Device(16e9, 197e12, 0.819e12),
+    "TPU v5p": Device(95e9, 459e12, 2.765e12),
+    "TPU v6e": Device(32e9, 918e12, 1.64e12),
+    "A100": Device(80e9, 312e12, 2.04e12),
+    "H100": Device(80e9, 989e12, 3.35e12),
+    "H200": Device(141e9, 989e12, 4.8e12),
+}
 # What is left for a program beside the runtime and what fragments.
 USABLE = 0.9
 
+# Shapes of models that the recipes name, so that they can be timed without their weights.
+_QWEN3 = {"family": "qwen3", "qk_norm": True, "tied_embeddings": True, "rope_theta": 1e6}
+SHAPES = {
+    "Qwen/Qwen3-4B": ModelConfig(
+        **_QWEN3, vocab_size=151_936, width=2560, layers=36, heads=32, kv_heads=8, head_dim=128,
+        mlp_width=9728, max_positions=40_960,
+    ),
+    "Qwen/Qwen3-1.7B": ModelConfig(
+        **_QWEN3, vocab_size=151_936, width=2048, layers=28, heads=16, kv_heads=8, head_dim=128,
+        mlp_width=6144, max_positions=40_960,
+    ),
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": ModelConfig(
+        "qwen2", vocab_size=152_064, width=3584, layers=28, heads=28, kv_heads=4, head_dim=128,
+        mlp_width=18_944, qkv_bias=True, max_positions=131_072,
+    ),
+    "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": ModelConfig(
+        "llama", vocab_size=128_256, width=4096, layers=32, heads=32, kv_heads=8, head_dim=128,
+        mlp_width=14_336, rms_eps=1e-5, rope_theta=500_000.0, max_positions=131_072,
+        rope_scaling=(
+            ("factor", 8.0), ("high_freq_factor", 4.0), ("low_freq_factor", 1.0),
+            ("original_max_position_embeddings", 8192), ("rope_type", "llama3"),
+        ),
+    ),
+    # No one's model: a hundred million parameters, for machines without an accelerator.
+    "random-100m": ModelConfig(
+        **_QWEN3, vocab_size=32_000, width=768, layers=10, heads=12, kv_heads=4, head_dim=64,
+        mlp_width=2304, max_positions=40_960,
+    ),
+}  # fmt: skip
+
+
+def shape_of(model: str | Path, layers: int = 0) -> ModelConfig:
+    """The shape of a model: of a directory with `config.json`, or one of `SHAPES` by its name.
+
+    Args:
+      layers: how many of its layers; 0 for all.
+    """
+    if (Path(model).expanduser() / "config.json").is_file():
+        config = read(Path(model).expanduser())
+    elif model in SHAPES:
+        config = SHAPES[model]
+    else:
+        known = ", ".join(SHAPES)
+        raise UserError(
+            f"model = {model!r}: no directory with a config.json; shapes known by name are {known}"
+        )
+    if not 0 <= layers <= config.layers:
+        raise UserError(f"benchmark.layers = {layers} must be 0 (all) to {config.layers}")
+    return dataclasses.replace(config, layers=layers or config.layers)
+
+
+# ---- counting
+
 
 def parameters(config: ModelConfig) -> int:
-    """How many parameters the decoder has."""
+    """All parameters of the model."""
     return sum(math.prod(x.shape) for x in jax.tree.leaves(param_shapes(config)))
 
 
+def layer_weights(config: ModelConfig) -> int:
+    """Entries of the matrices that a token meets in all layers: FLOPs per token are twice that."""
+    shapes = param_shapes(config)["layers"]
+    small = [name for name in shapes if "norm" in name or "bias" in name]
+    return sum(math.prod(x.shape) for name, x in shapes.items() if name not in small)
+
+
 def parameter_bytes(config: ModelConfig, dtype: str) -> int:
-    """Bytes of the decoder's parameters."""
+    """Bytes of all parameters."""
     return parameters(config) * jnp.dtype(dtype).itemsize
 
 
-def matrix(config: ModelConfig) -> int:
-    """Weights of all layers that every token is multiplied with."""
-    layers = param_shapes(config)["layers"]
-    return sum(
-        math.prod(x.shape) for name, x in layers.items() if not ("norm" in name or "bias" in name)
-    )
-
-
-def unembedding(config: ModelConfig) -> int:
-    """Operations of one token's logits."""
-    return 2 * config.vocab_size * config.width
-
-
-def attention(config: ModelConfig, pairs: float) -> float:
-    """Operations of attention, scores and values, over so many pairs of a query and a key."""
-    return 4 * config.layers * config.heads * config.head_dim * pairs
-
-
-def full_pass(config: ModelConfig, tokens: int) -> float:
-    """Operations of all layers over a sequence with the full cache."""
-    return 2 * matrix(config) * tokens + attention(config, tokens * (tokens + 1) / 2)
-
-
-def evicted_pass(config: ModelConfig, tokens: int, budget: int, interval: int) -> float:
-    """Operations of all layers over a sequence whose queries see `B + L` slots, and statistics."""
-    pairs = tokens * (budget + interval)
-    return 2 * matrix(config) * tokens + 1.5 * attention(config, pairs)
-
-
-def scoring(
-    config: ModelConfig, features: int, hidden: int, tokens: int, budget: int, interval: int
-) -> float:
-    """Operations of the scorers over a sequence, forward."""
-    events = max(tokens // interval - budget // interval, 0)
-    return 2 * events * config.layers * config.kv_heads * budget * hidden * (features + 1)
-
-
-def sft_trace(
-    config: ModelConfig, scorer: tuple[int, int], tokens: int, budget: int, interval: int
-):
-    """Operations of the supervised stage on one trace.
-
-    The full pass, its scores once more for the labels, the pass under golden evictions, and the
-    scorers forward and backward.
-
-    Args:
-      scorer: features and hidden units.
-    """
-    labels = attention(config, tokens * (tokens + 1) / 2) / 2
-    learned = 3 * scoring(config, *scorer, tokens, budget, interval)
-    evicted = evicted_pass(config, tokens, budget, interval)
-    return full_pass(config, tokens) + labels + evicted + learned
-
-
-def grpo_trace(
-    config: ModelConfig,
-    scorer: tuple[int, int],
-    tokens: int,
-    budget: int,
-    interval: int,
-    rollouts: int,
-    epochs: int,
-) -> float:
-    """Operations of the reinforcement stage on one trace.
-
-    One full pass with logits, `rollouts` passes with evictions and logits, and `epochs` more of
-    each without logits, with the scorers twice forward (theirs and the reference) and once back.
-    """
-    logits = unembedding(config) * tokens
-    evicted = evicted_pass(config, tokens, budget, interval)
-    score = scoring(config, *scorer, tokens, budget, interval)
-    each = evicted + logits + score + epochs * (evicted + 4 * score)
-    return full_pass(config, tokens) + logits + rollouts * each
-
-
 def cache_bytes(config: ModelConfig, slots: int, dtype: str, statistics: bool = False) -> int:
-    """Bytes of one row's caches: keys and values of all layers, positions, and running sums."""
+    """Keys, values and positions of one row in all layers, and sums of attention if it has them."""
     entry = 2 * config.head_dim * jnp.dtype(dtype).itemsize + 4
     entry += 8 * config.group_size if statistics else 0
     return config.layers * config.kv_heads * slots * entry
 
 
-def decode_bytes(config: ModelConfig, batch: int, slots: int, dtype: str) -> float:
-    """Bytes that one decoding step must read: the weights once, and every row's keys and values."""
-    size = jnp.dtype(dtype).itemsize
-    read = matrix(config) + config.vocab_size * config.width
-    kept = 2 * config.layers * config.kv_heads * slots * config.head_dim
-    return size * (read + batch * kept)
+def decode_bytes(config: ModelConfig, batch: int, slots: int, dtype: str) -> int:
+    """Bytes that one decoding step can't avoid reading: each weight once, each row's cache once.
+
+    Of an embedding that is not the unembedding, a step reads `batch` rows, which are left out.
+    """
+    read = parameters(config)
+    if not config.tied_embeddings:
+        read -= config.vocab_size * config.width
+    weights = read * jnp.dtype(dtype).itemsize
+    return weights + batch * cache_bytes(config, slots, dtype)
 
 
-def decode_flops(config: ModelConfig, batch: int, slots: int) -> float:
-    """Operations of one decoding step."""
-    return batch * (2 * matrix(config) + unembedding(config) + attention(config, slots))
+def decode_flops(config: ModelConfig, batch: int, slots: int) -> int:
+    """FLOPs of one decoding step: every matrix once per row, and `4 h d` per layer and slot."""
+    matrices = layer_weights(config) + config.vocab_size * config.width
+    attended = 4 * config.layers * config.heads * config.head_dim * slots
+    return batch * (2 * matrices + attended)
+
+
+def pass_flops(config: ModelConfig, length: int, slots: int = 0) -> int:
+    """FLOPs of a trace through all layers, without the unembedding.
+
+    Args:
+      slots: entries that every token attends to under eviction (B + L); 0 for the full cache,
+        where it attends to half the trace on average.
+    """
+    seen = min(slots, length / 2) if slots else length / 2
+    attended = 4 * config.layers * config.heads * config.head_dim * seen
+    return int(length * (2 * layer_weights(config) + attended))
+
+
+def label_flops(config: ModelConfig, length: int) -> int:
+    """FLOPs of golden labels: a full pass, and every query against every key before it again."""
+    again = config.layers * config.heads * config.head_dim * length**2
+    return pass_flops(config, length) + again
+
+
+def _observed_flops(config, rules: scorer.ScorerConfig, length, budget, interval, passes) -> float:
+    """Per trace and eviction: the statistics, and `passes` over the scorer's weights."""
+    events = max(0, length // interval - budget // interval)
+    looked = 2 * config.layers * config.heads * config.head_dim * length * (budget + interval)
+    weights = rules.hidden * (scorer.feature_size(config, rules) + 1)
+    scored = 2 * passes * config.layers * config.kv_heads * budget * weights * events
+    return scored + (looked if rules.statistics else 0)
+
+
+def sft_flops(
+    config: ModelConfig, rules: scorer.ScorerConfig, length: int, budget: int, interval: int
+) -> int:
+    """FLOPs of a trace in a supervised step: labels, the evicted pass, the scorers forward and
+    their weights' gradient. The features carry no gradient, so that is two passes and not three.
+    """
+    evicted = pass_flops(config, length, budget + interval)
+    observed = _observed_flops(config, rules, length, budget, interval, 2)
+    return int(label_flops(config, length) + evicted + observed)
+
+
+def grpo_flops(
+    config: ModelConfig,
+    rules: scorer.ScorerConfig,
+    length: int,
+    budget: int,
+    interval: int,
+    epochs: int = 1,
+) -> int:
+    """FLOPs of a rollout: its replay with one pass over the scorers and the losses of its tokens;
+    and per epoch the replay again with three, the reference being the third.
+    """
+    evicted = pass_flops(config, length, budget + interval)
+    drawn = _observed_flops(config, rules, length, budget, interval, 1)
+    updated = _observed_flops(config, rules, length, budget, interval, 3)
+    losses = unembedding_flops(config, length)
+    return int(evicted + drawn + losses + epochs * (evicted + updated))
+
+
+def unembedding_flops(config: ModelConfig, tokens: int) -> int:
+    """FLOPs of the logits of so many tokens."""
+    return 2 * tokens * config.vocab_size * config.width
+
+
+# ---- memory
 
 
 def temporaries(step: Callable, *arguments, donate: tuple[int, ...] = ()) -> int:

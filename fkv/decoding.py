@@ -197,7 +197,6 @@ def decode_chunk(
       done: the first is the one drawn last time.
     """
     weights = models.unstack(config, params)
-    per_layer = [jax.tree.map(lambda x, i=i: x[i], policy) for i in range(config.layers)]
     prompt_chunks = -(-prompt_width // interval)
     start = prompt_width + (state.chunk - prompt_chunks) * interval
     if policy.evicts:
@@ -227,28 +226,39 @@ def decode_chunk(
     carry, (tokens, at, queries) = jax.lax.scan(step, carry, jnp.arange(interval))
     caches, token, position, left, done = carry
     if policy.evicts:
-        position_bl, held = at.T, []
-        for i, (cache, one) in enumerate(zip(caches, per_layer, strict=True)):
-            _, _, cache = replay.evict(
-                config,
-                one,
-                cache,
-                jnp.moveaxis(queries[i], 0, 1),
-                position_bl,
-                state.chunk,
-                state.key_b,
-                budget,
-                i,
-            )
-            held.append(cache)
-        caches = tuple(held)
+        queries = [jnp.moveaxis(x, 0, 1) for x in queries]
+        caches = evict(config, policy, caches, queries, at.T, state.chunk, state.key_b, budget)
     token = jnp.where(done, NO_TOKEN, token)
     state = State(caches, token, position, left, state.key_b, state.chunk + 1)
     return state, tokens.T
 
 
+def evict(
+    config: ModelConfig,
+    policy: Policy,
+    caches: Sequence[kv.Cache],
+    query_yblhd: Sequence[Array],
+    position_bl: Array,
+    chunk: Array,
+    key_b: Array,
+    budget: int,
+) -> tuple[kv.Cache, ...]:
+    """The eviction of every layer, when the staging rings are full.
+
+    Args:
+      query_yblhd: each layer's last `L` queries.
+      position_bl: their positions, -1 for rows that were done.
+    """
+    held = []
+    for i, (cache, query) in enumerate(zip(caches, query_yblhd, strict=True)):
+        one = jax.tree.map(lambda x, i=i: x[i], policy)
+        _, _, cache = replay.evict(config, one, cache, query, position_bl, chunk, key_b, budget, i)
+        held.append(cache)
+    return tuple(held)
+
+
 _STATIC = ("config", "budget", "interval", "sampling", "stop", "new_tokens")
-_prefill = jax.jit(prefill, static_argnames=_STATIC)
+prefill_program = jax.jit(prefill, static_argnames=_STATIC)
 _decode_chunk = jax.jit(
     decode_chunk,
     static_argnames=("config", "prompt_width", "budget", "interval", "sampling", "stop"),
@@ -332,7 +342,7 @@ def _start(
     limit = np.full(len(prompts), new_tokens) if limit is None else np.asarray(limit)
     if limit.shape != (len(prompts),) or limit.min() < 0 or limit.max() > new_tokens:
         raise UserError(f"limit must be {len(prompts)} numbers from 0 to new_tokens = {new_tokens}")
-    state = _prefill(
+    state = prefill_program(
         config,
         params,
         policy,

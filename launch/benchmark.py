@@ -1,4 +1,4 @@
-"""Decoding speed against what has been generated, policy by policy."""
+"""What everything costs: decoding, reading, labels, steps, against the device and others."""
 
 from fkv.jobs import benchmark
 from launch import flags

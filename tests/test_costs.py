@@ -5,25 +5,67 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fkv import costs, models, policies, replay
+from fkv import costs, models, policies, replay, scorer
+from fkv.errors import UserError
 from fkv.models import ModelConfig
 from tests import oracles
 
-QWEN3_4B = ModelConfig(
-    "qwen3", 151_936, 2560, 36, 32, 8, 128, 9728, qk_norm=True, tied_embeddings=True
-)
-R1_QWEN_7B = ModelConfig("qwen2", 152_064, 3584, 28, 28, 4, 128, 18_944, qkv_bias=True)
+SHAPE = ModelConfig("qwen3", 50, 8, 3, 4, 2, 4, 16, qk_norm=True, tied_embeddings=True)
 
 
 def test_parameters_are_those_of_the_model():
     config, params = oracles.make_model()
     assert costs.parameters(config) == sum(x.size for x in jax.tree.leaves(params))
     assert costs.parameter_bytes(config, "bfloat16") == 2 * costs.parameters(config)
-    # As on their model cards: 4.0 and 3.6 billion with and without embeddings; 7.6 and 6.5.
-    assert round(costs.parameters(QWEN3_4B) / 1e9, 1) == 4.0
-    assert round(costs.matrix(QWEN3_4B) / 1e9, 1) == 3.6
-    assert round(costs.parameters(R1_QWEN_7B) / 1e9, 1) == 7.6
-    assert round(costs.matrix(R1_QWEN_7B) / 1e9, 1) == 6.5
+
+
+def test_known_shapes_are_those_of_the_models():
+    # Billions of parameters as their cards say, without Qwen3's embedding counted twice.
+    sizes = {name: costs.parameters(shape) / 1e9 for name, shape in costs.SHAPES.items()}
+    assert sizes == pytest.approx(
+        {
+            "Qwen/Qwen3-4B": 4.022,
+            "Qwen/Qwen3-1.7B": 1.721,
+            "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": 7.616,
+            "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": 8.030,
+            "random-100m": 0.0934,
+        },
+        rel=2e-3,
+    )
+    assert costs.shape_of("Qwen/Qwen3-4B", 2).layers == 2
+    for name, layers, message in [
+        ("nowhere", 0, "no directory with a config.json; shapes known by name are Qwen/Qwen3-4B"),
+        ("Qwen/Qwen3-4B", 37, r"benchmark.layers = 37 must be 0 \(all\) to 36"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            costs.shape_of(name, layers)
+
+
+def test_formulas_by_hand():
+    # Per layer: queries and output 8 x 16 each, keys and values 8 x 8 each, MLP three of 8 x 16.
+    weights = 3 * (2 * 128 + 2 * 64 + 3 * 128)
+    assert costs.layer_weights(SHAPE) == weights
+    norms = 3 * (8 + 8 + 4 + 4) + 8
+    assert costs.parameters(SHAPE) == weights + norms + 50 * 8
+    # 3 layers, 2 KV heads, 10 slots: key and value of 4 numbers each, and a position.
+    assert costs.cache_bytes(SHAPE, 10, "float32") == 3 * 2 * 10 * (2 * 4 * 4 + 4)
+    assert costs.cache_bytes(SHAPE, 10, "bfloat16") == 3 * 2 * 10 * (2 * 4 * 2 + 4)
+    total = 4 * costs.parameters(SHAPE) + 5 * costs.cache_bytes(SHAPE, 10, "float32")
+    assert costs.decode_bytes(SHAPE, 5, 10, "float32") == total
+    attended = 3 * 4 * (2 * 4 * 10 + 2 * 4 * 10)  # layers, heads: q k and p v
+    assert costs.decode_flops(SHAPE, 5, 10) == 5 * (2 * (weights + 400) + attended)
+    assert costs.pass_flops(SHAPE, 20, 10) == 20 * (2 * weights + attended)
+    assert costs.pass_flops(SHAPE, 20) == 20 * (2 * weights + attended)  # 10 on average
+    assert costs.label_flops(SHAPE, 20) == 20 * (2 * weights + attended) + 3 * 4 * 4 * 400
+    rules = scorer.ScorerConfig(hidden=2)
+    # 24 tokens, B = 8, L = 4: evictions after 12, 16, 20 and 24.
+    scored = 2 * 3 * 2 * 8 * (2 * (2 * 4 + 8 * 2) + 2) * 4
+    looked = 2 * 3 * 4 * 4 * 24 * 12
+    evicted = costs.pass_flops(SHAPE, 24, 12)
+    want = costs.label_flops(SHAPE, 24) + evicted + looked + 2 * scored
+    assert costs.sft_flops(SHAPE, rules, 24, 8, 4) == want
+    want = 3 * (evicted + looked) + scored + 2 * 3 * scored + 2 * 24 * 400
+    assert costs.grpo_flops(SHAPE, rules, 24, 8, 4, epochs=2) == want
 
 
 def test_operations_are_those_that_the_compiler_counts():
@@ -39,8 +81,7 @@ def test_operations_are_those_that_the_compiler_counts():
     row = jax.ShapeDtypeStruct((1, tokens), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
     counted = jax.jit(run).lower(params, *row).compile().cost_analysis()["flops"]
     # What is masked is computed too: all pairs and not half of them.
-    ours = costs.full_pass(config, tokens)
-    ours += costs.attention(config, tokens * (tokens - 1) / 2)
+    ours = 2 * costs.pass_flops(config, tokens) - 2 * tokens * costs.layer_weights(config)
     assert counted == pytest.approx(ours, rel=0.05)
 
 

@@ -347,6 +347,25 @@ def test_decoding_makes_no_copy_of_the_cache(name, program):
     assert lines and not [x for x in lines if " copy(" in x]
 
 
+@pytest.mark.parametrize("name", ["snapkv", "knorm"])
+def test_eviction_makes_no_copy_of_the_cache(name):
+    # Scores, choice and move alone: only `L` rows are gathered, into the caches that were given.
+    config, policy = wide_config(), policies.get(name)
+    state, _ = wide_state(config, policy)
+    caches, keys = state.caches, state.caches[0].key_bksd
+    query = jax.ShapeDtypeStruct((2, 16, config.heads, config.head_dim), jnp.float32)
+    position = jax.ShapeDtypeStruct((2, 16), jnp.int32)
+    call = jax.jit(decoding.evict, static_argnames=("config", "budget"), donate_argnames="caches")
+    compiled = call.lower(
+        config, policy, caches, [query] * config.layers, position, state.chunk, state.key_b,
+        budget=2048,
+    ).compile()  # fmt: skip
+    memory = compiled.memory_analysis()
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(caches))
+    assert memory.alias_size_in_bytes >= size > 4 * keys.size * keys.dtype.itemsize
+    assert memory.temp_size_in_bytes < 0.5 * keys.size * keys.dtype.itemsize
+
+
 def wide_config():
     config, _ = oracles.make_model()
     return dataclasses.replace(config, heads=2, head_dim=128)

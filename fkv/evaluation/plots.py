@@ -304,3 +304,77 @@ def cache_memory(
     axis.set_ylim(0)
     axis.legend(loc="upper left")
     figure.savefig(path, dpi=120)
+
+
+def costs(found: Mapping[str, Sequence[Mapping]], directory: Path) -> list[str]:
+    """Pictures of a benchmark, of the sections that it has; gives their file names.
+
+    Args:
+      found: records by section, from `fkv.jobs.benchmark.run`.
+    """
+    drawn = []
+    decoded = [r for r in found.get("decode", ()) if r["fits"]]
+    if len({r["length"] for r in decoded}) > 1:
+        _decode_cost(decoded, directory / "decode.png")
+        drawn.append("decode.png")
+    labels = [r for r in found.get("labels", ()) if r["fits"]]
+    if len(labels) > 1:
+        _label_cost(labels, directory / "labels.png")
+        drawn.append("labels.png")
+    return drawn
+
+
+def _decode_cost(records: Sequence[Mapping], path: Path) -> None:
+    """Time per token against the length of the context, a panel per batch."""
+    batches = sorted({r["batch"] for r in records})
+    figure, axes = _subplots(1, len(batches), (4.5 * len(batches) + 2, 4.2))
+    lines = list(dict.fromkeys((r["policy"], r["budget"]) for r in records))
+    for axis, batch in zip(axes[0], batches, strict=True):
+        for i, (name, budget) in enumerate(lines):
+            rows = [r for r in records if (r["policy"], r["budget"]) == (name, budget)]
+            rows = sorted((r for r in rows if r["batch"] == batch), key=lambda r: r["length"])
+            middle = np.array([1e3 * batch / r["tokens_per_s"] for r in rows])
+            low = np.array([1e3 * batch / r["tokens_per_s_high"] for r in rows])
+            high = np.array([1e3 * batch / r["tokens_per_s_low"] for r in rows])
+            axis.errorbar(
+                [r["length"] for r in rows],
+                middle,
+                yerr=[middle - low, high - middle],
+                label=f"{name}, B = {budget}" if budget else name,
+                color="black" if not budget else f"C{i % 10}",
+                linestyle="-" if budget else "--",
+                marker="o",
+                markersize=4,
+                capsize=3,
+            )
+        axis.set_title(f"batch {batch}")
+        axis.set_xscale("log", base=2)
+        axis.set_ylim(bottom=0)
+        axis.set_xlabel("tokens of context")
+    axes[0][0].set_ylabel("ms per step")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right", fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def _label_cost(records: Sequence[Mapping], path: Path) -> None:
+    """Seconds and memory of golden labels against the length of the trace, with slopes 1 and 2."""
+    rows = sorted(records, key=lambda r: r["length"])
+    length = np.array([r["length"] for r in rows], float)
+    figure, axes = _subplots(1, 2, (9, 4.2))
+    panels = (
+        ("seconds per trace", [r["seconds"] for r in rows], (1, 2)),
+        ("MiB of the program", [r["program_bytes"] / 2**20 for r in rows], (1,)),
+    )
+    for axis, (name, values, slopes) in zip(axes[0], panels, strict=True):
+        axis.plot(length, values, marker="o", color="C0", label="measured")
+        for slope in slopes:
+            guide = values[-1] * (length / length[-1]) ** slope
+            label = "linear" if slope == 1 else "quadratic"
+            axis.plot(length, guide, color="gray", linestyle=":" if slope == 1 else "--",
+                      linewidth=1, label=label)  # fmt: skip
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log", base=2)
+        axis.set_xlabel("tokens of the trace")
+        axis.set_ylabel(name)
+        axis.legend(fontsize="small")
+    figure.savefig(path, dpi=120)

@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from fkv import api, cache, models, parallel, preemption, tasks
+from fkv import api, cache, costs, models, parallel, preemption, tasks
 from fkv.data import traces
 from fkv.errors import UserError
 from fkv.evaluation import loss_ratio, plots
@@ -41,15 +41,20 @@ def load_model(config: ConfigDict, span: str = "copy") -> tuple[ModelConfig, mod
     Args:
       span: the devices it lies on, see `parallel.make_mesh`: one copy, or those of this process.
     """
-    path = tasks.REASONER if config.model == api.EMBEDDED else config.model
     mesh = parallel.make_mesh(config.model_axis, span)
-    return models.load(path, config.dtype, revision(config), mesh)
+    return models.load(model_path(config), config.dtype, revision(config), mesh)
 
 
 def model_config(config: ConfigDict) -> ModelConfig:
     """What the model's `config.json` says; no weights are read or downloaded."""
-    path = tasks.REASONER if config.model == api.EMBEDDED else config.model
-    return models.read(models.find(path, revision(config), weights=False))
+    if config.model in costs.SHAPES and not Path(config.model).is_dir():
+        return costs.SHAPES[config.model]
+    return models.read(models.find(model_path(config), revision(config), weights=False))
+
+
+def model_path(config: ConfigDict) -> str | Path:
+    """The model's directory or hub id."""
+    return tasks.REASONER if config.model == api.EMBEDDED else config.model
 
 
 def load_language_model(config: ConfigDict) -> api.Model:

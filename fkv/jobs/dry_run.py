@@ -20,6 +20,7 @@ from fkv.tasks import ledger
 
 # Of what an accelerator can do at most; what is reached depends on it and on the compiler.
 SHARE = 0.4
+SHOWN = ("TPU v5e", "TPU v6e", "H100", "H200")  # 16, 32, 80 and 141 GB
 
 
 def run(job: str, config: ConfigDict) -> str:
@@ -59,8 +60,7 @@ def _sft(config: ConfigDict, model: ModelConfig, job: str) -> list[str]:
         return found + costs.size(batch)
 
     def operations(tokens):
-        sizes = (scorer.feature_size(model, scorer_config), scorer_config.hidden)
-        trace = costs.sft_trace(model, sizes, tokens, config.budget, config.interval)
+        trace = costs.sft_flops(model, scorer_config, tokens, config.budget, config.interval)
         return trace * config.sft.batch
 
     what = f"{config.sft.batch} a step, {rows} at once on each of {_devices(mesh)}"
@@ -90,17 +90,10 @@ def _grpo(config: ConfigDict, model: ModelConfig, job: str) -> list[str]:
         return found + costs.size(batch)
 
     def operations(tokens):
-        sizes = (scorer.feature_size(model, scorer_config), scorer_config.hidden)
-        trace = costs.grpo_trace(
-            model,
-            sizes,
-            tokens,
-            config.budget,
-            config.interval,
-            settings.rollouts,
-            settings.epochs,
-        )
-        return trace * config.grpo.traces
+        sizes = (tokens, config.budget, config.interval, settings.epochs)
+        rollout = costs.grpo_flops(model, scorer_config, *sizes)
+        full = costs.pass_flops(model, tokens) + costs.unembedding_flops(model, tokens)
+        return config.grpo.traces * (full + settings.rollouts * rollout)
 
     at_once = min(settings.rollouts_at_once or rows, rows)
     all_rows = config.grpo.traces * settings.rollouts
@@ -142,11 +135,12 @@ def _stage(
         "",
     ]
     rows = []
-    for device in costs.DEVICES:
+    for name in SHOWN:
+        device = costs.DEVICES[name]
         best = step / device.flops / mesh.size
         rows.append(
             [
-                device.name,
+                name,
                 f"{device.memory / 1e9:.0f}",
                 "yes" if total <= device.memory * costs.USABLE else "no",
                 f"{costs.largest(points, device.memory, config.interval):,}",
@@ -199,7 +193,7 @@ def _generation(config: ConfigDict, model: ModelConfig, job: str) -> list[str]:
     batch = settings.batch
     weights = costs.parameter_bytes(model, config.dtype) // config.model_axis
     common.say(f"compiling for {len(cells)} kinds of cache and two batches")
-    memory, speed = [], []
+    memory, speed, devices = [], [], [costs.DEVICES[name] for name in SHOWN]
     for name, budget, policy in cells:
         points = []
         for rows in (max(batch // 2, 1), max(batch // 2, 1) * 2):
@@ -210,22 +204,21 @@ def _generation(config: ConfigDict, model: ModelConfig, job: str) -> list[str]:
         held = batch * costs.cache_bytes(model, slots, config.dtype, bool(policy.statistics))
         total = points[1][1] + (points[1][1] - points[0][1]) * (batch - points[1][0]) / points[0][0]
         memory.append([label, f"{slots:,}", _gb(held), _gb(total)])
-        memory[-1] += [f"{costs.largest(points, d.memory):,}" for d in costs.DEVICES]
+        memory[-1] += [f"{costs.largest(points, d.memory):,}" for d in devices]
         moved = costs.decode_bytes(model, batch, slots, config.dtype)
         done = costs.decode_flops(model, batch, slots)
-        best = [max(moved / d.bandwidth, done / d.flops) for d in costs.DEVICES]
+        best = [max(moved / d.bandwidth, done / d.flops) for d in devices]
         speed.append([label, f"{moved / 1e9:.2f}", *(f"{batch / s:,.0f}" for s in best)])
-    names = [device.name for device in costs.DEVICES]
     return [
         f"{batch} answers at once, prompts of {prompt} and up to {new_tokens:,} new tokens; "
         f"the language model takes {_gb(weights)} GB",
         "",
         "memory of a device in GB, and the largest batch of each",
-        tables.text(("cache", "slots", "caches", "in all", *names), memory),
+        tables.text(("cache", "slots", "caches", "in all", *SHOWN), memory),
         _compiled(config),
         "",
         "GB read a step, and tokens a second at best (all slots in use)",
-        tables.text(("cache", "GB", *names), speed),
+        tables.text(("cache", "GB", *SHOWN), speed),
         _usable(),
     ]
 

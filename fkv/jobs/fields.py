@@ -157,7 +157,26 @@ FIELDS = {
     "pipeline.stages": NAMES,
     **_in(
         "benchmark",
-        {"policies": NAMES, **_those(whole(1), "batch prompt new_tokens repeats")},
+        {
+            **_those(NAMES, "sections policies peer_policies"),
+            **_those(SWITCH, "random_weights"),
+            **_those(whole(0), "layers top_k"),
+            "peaks": TEXT,
+            **_those(number(0), "memory_gib temperature"),
+            "top_p": number(0, 1, above=True),
+            "largest_within": POSITIVE,
+            **_those(
+                whole(1),
+                "repeats compile_threads new_tokens growth_tokens growth_batch step_length "
+                "step_traces step_rollouts largest_from largest_limit peer_prompt peer_tokens",
+            ),
+            **_those(
+                SIZES,
+                "budgets batches lengths prefill_batches prefill_lengths label_lengths "
+                "peer_batches",
+            ),
+            **_those(TEXT, "peers.transformers peers.kvpress"),
+        },
     ),
     **_in("export", _those(TEXT, "scorer layout")),
     **_in(

@@ -1,57 +1,195 @@
-"""The benchmark's bookkeeping; what it measures is not for tests."""
+"""The benchmark's bookkeeping and formulas; what it measures is not for tests."""
 
 import json
+import sys
 
+import jax
 import numpy as np
 import pytest
 
+from fkv import decoding, models, policies
 from fkv.errors import UserError
+from fkv.evaluation import peers, throughput
 from fkv.jobs import benchmark
+from fkv.models import ModelConfig
 from tests.jobs.test_sft import model_dir, small
 
 __all__ = ["model_dir"]  # a fixture
 
+SHAPE = ModelConfig("qwen3", 50, 8, 3, 4, 2, 4, 16, qk_norm=True, tied_embeddings=True)
+
 
 def shrink(model_dir, **changes):
     config = small(model_dir)
-    config.benchmark.policies = ("full", "h2o")
-    config.benchmark.batch, config.benchmark.prompt = 2, 11
-    config.benchmark.new_tokens, config.benchmark.repeats = 40, 2
-    config.benchmark.update(changes)
+    s = config.benchmark
+    s.sections += ("largest_batch",)
+    s.policies, s.budgets, s.batches, s.lengths = ("full", "h2o"), (16,), (2,), (40, 64)
+    s.new_tokens, s.repeats, s.growth_tokens = 8, 2, 40
+    s.label_lengths, s.step_length, s.step_rollouts = (40, 48), 40, 2
+    s.largest_from, s.largest_limit, s.prefill_lengths = 2, 2, (40,)
+    s.update(changes)
     return config
 
 
-def test_every_policy_is_timed(model_dir, tmp_path, capsys):
-    records = benchmark.run(shrink(model_dir), str(tmp_path))
-    written = json.loads((tmp_path / "benchmark.json").read_text())
-    assert [r["policy"] for r in records] == ["full", "h2o"]
-    assert [r["policy"] for r in written["records"]] == ["full", "h2o"]
-    assert written["about"]["batch"] == 2 and written["about"]["backend"] == "cpu"
-    for r in records:
-        assert list(r["ms_per_token"]) == [16, 40]  # no 1024 is reached: the first and the last
-        assert r["tokens_per_s"] > 0 and r["compile_s"] > 0
-        assert r["growth_low"] <= r["growth"] <= r["growth_high"]
-    assert "h2o" in (tmp_path / "benchmark.txt").read_text()
-    assert "medians of 2" in capsys.readouterr().out
+@pytest.fixture(scope="module")
+def measured(model_dir, tmp_path_factory):
+    """A benchmark of every section that needs no other environment."""
+    path = tmp_path_factory.mktemp("benchmark")
+    throughput_peaks, throughput.peaks = throughput.peaks, lambda *_: throughput.Peaks(1e9, 1e9, "")
+    try:
+        return path, benchmark.run(shrink(model_dir), str(path))
+    finally:
+        throughput.peaks = throughput_peaks
 
 
-def test_a_record_is_of_the_chunks_it_names():
-    class Config:
-        interval = 512
+def test_every_section_is_measured_and_written(measured):
+    path, found = measured
+    written = json.loads((path / "benchmark.json").read_text())
+    assert written.pop("about")["backend"] == "cpu" and written == found
+    arms = [(r["policy"], r["budget"], r["batch"], r["length"]) for r in found["decode"]]
+    assert arms == [(*p, 2, n) for n in (40, 64) for p in (("full", 0), ("h2o", 16))]
+    # One repeat's first chunk warms up; slots are those of the cache.
+    assert [r["slots"] for r in found["decode"]] == [40, 24, 64, 24]
+    for r in found["decode"]:
+        assert r["tokens_per_s_low"] <= r["tokens_per_s"] <= r["tokens_per_s_high"]
+        assert r["ms_p50"] <= r["ms_p99"] and r["roofline"] > 0 and r["compile_s"] > 0
+        assert (r["eviction"] > 0) == (r["policy"] == "h2o")
+    full, h2o = found["decode"][2:]
+    assert full["program_bytes"] > h2o["program_bytes"] > 0
+    assert [r["length"] for r in found["labels"]] == [40, 48]
+    assert [(r["step"], r["rows"]) for r in found["steps"]] == [("supervised", 1), ("grpo", 2)]
+    assert [r["batch"] for r in found["largest_batch"]] == [2, 2]
+    assert all(r["limited"] and r["length"] == 64 for r in found["largest_batch"])
+    assert list(found["growth"][0]["ms_per_token"]) == ["16", "40"]
+    for r in (*found["prefill"], *found["labels"], *found["steps"]):
+        assert r["mfu"] > 0 and r["seconds_low"] <= r["seconds"] <= r["seconds_high"]
+    for suffix in ("txt", "md"):
+        text = (path / f"benchmark.{suffix}").read_text()
+        assert all(section.title in text for n, section in benchmark.SECTIONS.items() if n in found)
+    for name in ("decode.png", "labels.png"):
+        assert (path / name).read_bytes().startswith(b"\x89PNG")
 
-        class benchmark:
-            batch = 4
 
+def test_what_does_not_fit_is_said(model_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(throughput, "peaks", lambda *_: throughput.Peaks(1e9, 1e9, ""))
+    config = shrink(model_dir, sections=("decode", "largest_batch"), lengths=(1024,), batches=(64,))
+    # Room for the evicted caches of two rows, and for no full cache of 1024 slots.
+    config.benchmark.memory_gib = 150_000 / 2**30
+    found = benchmark.run(config, str(tmp_path))
+    assert [r["fits"] for r in found["decode"]] == [False, False]
+    assert [(r["policy"], r["batch"], r["limited"]) for r in found["largest_batch"]] == [
+        ("h2o", 2, True)
+    ]
+    assert "does not fit" in (tmp_path / "benchmark.txt").read_text()
+
+
+def test_beside_a_peer(model_dir, tmp_path, monkeypatch):
+    """With PyTorch in its own process: the same tokens, and a failure is a row of the table."""
+    pytest.importorskip("torch")
+    monkeypatch.setattr(throughput, "peaks", lambda *_: throughput.Peaks(1e9, 1e9, ""))
+    monkeypatch.setitem(peers.ARMS, "transformers", ("dynamic", "static", "no_such_cache"))
+    config = shrink(model_dir, sections=("peers",), repeats=1)
+    config.benchmark.peers.transformers = sys.executable
+    config.benchmark.peer_policies = ("h2o", "full")
+    config.benchmark.peer_batches, config.benchmark.peer_prompt = (2,), 21
+    config.benchmark.peer_tokens = 16
+    records = benchmark.run(config, str(tmp_path))["peers"]
+    h2o, full, dynamic, static, wrong = records
+    assert [r["arm"] for r in records] == ["h2o", "full", "dynamic", "static", "no_such_cache"]
+    assert full["same_tokens"] == dynamic["same_tokens"] == static["same_tokens"] == 1
+    assert "same_tokens" not in h2o and h2o["ours_is_faster"] == 1
+    ratio = dynamic["ms_per_step"] / h2o["ms_per_step"]  # one repeat: its own ratio
+    assert dynamic["ours_is_faster"] == pytest.approx(ratio)
+    # Of 21 + 16 tokens the last is not put in there; here a chunk is completed.
+    assert (full["held"], dynamic["held"]) == (37, 36)
+    assert "no_such_cache" in wrong["error"] and "tokens_per_s" not in wrong
+    assert "no_such_cache" in (tmp_path / "benchmark.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("python", "message"),
+    [
+        ("/no/such/python", "benchmark.peers.transformers = '/no/such/python': No such file"),
+        ("/bin/false", "benchmark.peers.transformers = '/bin/false': the peer ended: nothing said"),
+    ],
+)
+def test_a_peer_that_does_not_start_is_named(python, message):
+    with pytest.raises(UserError, match=message):
+        peers.Peer("transformers", python, "model", "float32")
+
+
+@pytest.mark.parametrize("best", [0, 1, 5, 7, 8, 9, 31, 64, 100])
+@pytest.mark.parametrize("start", [1, 8, 64])
+def test_search_for_the_largest(best, start):
+    tried = []
+
+    def fits(batch):
+        tried.append(batch)
+        return batch <= best
+
+    assert benchmark.largest(fits, start, 64, 0.0) == min(best, 64)
+    assert len(tried) == len(set(tried)) <= 14 and max(tried) <= 64
+    near = benchmark.largest(lambda batch: batch <= best, start, 64, 0.25)
+    assert min(best, 64) / 1.25 <= near <= min(best, 64)
+
+
+@pytest.mark.parametrize("name", ["full", "ada"])
+def test_a_made_up_state_is_one_of_decoding(name):
+    """As prefill leaves it: the same structure, as many entries, the newest position."""
+    policy = policies.get(name)
+    arm = benchmark.Arm(name, 16 if policy.evicts else 0, 2, 96)
+    state = benchmark.made_up_state(SHAPE, policy, arm, 8, 3, "float32", jax.random.key(0))
+    params = models.init(jax.random.key(0), SHAPE)
+    real, width = decoding._start(
+        SHAPE, params, policy, [np.arange(50) % 50] * 2, state.key_b, 40, 16, 8,
+        decoding.Sampling(0.0), (), 64,
+    )  # fmt: skip
+    if not policy.evicts:  # whose cache has room for prompt and answer: 64 + 32 slots here
+        real, width = decoding._start(
+            SHAPE, params, policy, [np.arange(64) % 50] * 2, state.key_b, 32, 16, 8,
+            decoding.Sampling(0.0), (),
+        )  # fmt: skip
+    shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
+    assert shapes(real) == shapes(state)
+    assert width == 64 == state.position_b[0] and real.chunk == state.chunk
+    newest = state.caches[0].position_bks.max((1, 2))
+    assert newest.tolist() == [63, 63]
+    held = (state.caches[0].position_bks >= 0).sum(-1)
+    assert (held == (64 if name == "full" else state.caches[0].position_bks.shape[-1] - 8)).all()
+
+
+def test_roofline_is_set_by_what_takes_longer():
+    peaks = throughput.Peaks(100.0, 10.0, "")
+    assert peaks.roofline(200, 5) == (2.0, "compute")
+    assert peaks.roofline(200, 50) == (5.0, "memory")
+    assert throughput.peaks("H100", "bfloat16").bandwidth == 3.35e12
+    with pytest.raises(UserError, match="must be one of measured, TPU v4, TPU v5e"):
+        throughput.peaks("abacus", "bfloat16")
+
+
+def test_growth_is_of_the_chunks_it_names():
     # 64 chunks after the first, the second repeat twice as slow and both slower as they go.
     seconds = np.array([[1.0], [2.0]]) * np.linspace(1, 3, 63)[None]
-    record = benchmark._record(Config, "x", seconds, 0.5)
-    assert list(record["ms_per_token"]) == [1024, 2048, 4096, 8192, 16384, 32768]
+    record = benchmark._growth_record(benchmark.Arm("x", 64, 4, 0), seconds, 512)
+    assert list(record["ms_per_token"]) == ["1024", "2048", "4096", "8192", "16384", "32768"]
     assert record["growth"] == pytest.approx(3, rel=0.05)
-    assert record["ms_per_token"][1024] == pytest.approx(1.5e3 / 512, rel=0.05)
-    assert record["tokens_per_s"] == pytest.approx(4 * 512 / np.median(seconds))
+    assert record["ms_per_token"]["1024"] == pytest.approx(1.5e3 / 512, rel=0.05)
 
 
-def test_too_few_tokens_are_refused(model_dir, tmp_path):
-    with pytest.raises(UserError, match=r"benchmark.new_tokens = 15 must be at least 2 L"):
-        benchmark.run(shrink(model_dir, new_tokens=15), str(tmp_path / "run"))
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sections": ("decoding",)}, "benchmark.sections has 'decoding'; known sections are"),
+        ({"growth_tokens": 15}, "benchmark.growth_tokens = 15 must be at least 2 L"),
+        ({"lengths": (23,)}, "benchmark.lengths: 23 must be at least 24"),
+        ({"budgets": (20,)}, "benchmark.budgets: budget = 20 must be a multiple"),
+        ({"policies": ("no",)}, "policy 'no' is not known"),
+        ({"label_lengths": (24,)}, "the longest trace has 24 tokens"),
+        ({"peer_policies": ("no",), "sections": ("peers",)}, "policy 'no' is not known"),
+        ({"layers": 1}, "benchmark.layers is for benchmark.random_weights = True"),
+    ],
+)
+def test_what_can_not_be_measured_is_refused(model_dir, tmp_path, change, message):
+    with pytest.raises(UserError, match=message):
+        benchmark.run(shrink(model_dir, **change), str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
