@@ -10,16 +10,18 @@ entries that differ tie with the last one chosen.
 
 import argparse
 import dataclasses
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors.numpy import load_file, save_file
 
-from fkv import attention, grpo, models, policies, replay, scorer, sft
+from fkv import attention, grpo, models, policies, replay, scorer, sft, sharing
 from fkv import cache as kv
-from fkv.models import loading
 
 LOGITS = 1e-4  # logits, losses per token, scorer scores
 SCORES = 1e-5  # future scores: probabilities
@@ -117,10 +119,8 @@ def check_replay(directory: Path) -> list[Row]:
 
     # From here on under the reference's evictions, as its vectors are.
     drop = jnp.asarray(vectors["evict_positions"])[:, :, None]
-    judges = loading.load_judges(directory)
-    judges |= {"w2": -judges["w2"], "b2": -judges["b2"]}  # theirs are eviction scores
-    hidden_width = judges["w1"].shape[-1]
-    scorer_config = scorer.ScorerConfig(hidden=hidden_width, form="reference")
+    learned, about = sharing.load(directory)
+    scorer_config = learned.config
     policy = policies.Forced(drop, "reference")
     first = budget // interval
 
@@ -140,16 +140,33 @@ def check_replay(directory: Path) -> list[Row]:
     held = np.asarray(held[:, events, 0])
     moved = int((np.sort(held) != theirs).any(-1).sum())
     rows.append(Row(directory.name, "entries held at evictions", moved, 0))
-    score = jax.vmap(jax.vmap(scorer.apply, (None, None, 0)), (None, 0, 0))(
-        scorer_config, jax.tree.map(jnp.asarray, judges), feature[:, events]
-    )
-    _, score = in_order(held, np.asarray(score[:, :, 0]))
     _, their_score = in_order(vectors["candidate_positions"], vectors["scorer_scores"])
-    row("scorer scores", -score, their_score)
+    for how, params in [("", learned.params), *round_trips(directory, learned, about)]:
+        score = jax.vmap(jax.vmap(scorer.apply, (None, None, 0)), (None, 0, 0))(
+            scorer_config, jax.tree.map(jnp.asarray, params), feature[:, events]
+        )
+        _, score = in_order(held, np.asarray(score[:, :, 0]))
+        row(f"scorer scores{how}", -score, their_score)  # theirs are eviction scores
     loss, has_pair = sft.ranking_loss(jnp.asarray(score), jnp.asarray(their_future))
     per_layer = (loss * has_pair).sum((1, 2)) / has_pair.sum((1, 2))
     row("ranking loss per layer", per_layer, vectors["ranking_loss_per_layer"])
     return rows
+
+
+def round_trips(directory: Path, learned: policies.Foresight, about: dict):
+    """The scorers after they were written and read again, in both layouts."""
+    files = sorted(directory.glob("*.safetensors"))
+    stored = {name: x for file in files for name, x in load_file(file).items()}
+    bare = {name: x for name, x in stored.items() if "judge_model" not in name}
+    with tempfile.TemporaryDirectory() as folder:
+        base, shared, released = (Path(folder) / name for name in ("base", "shared", "released"))
+        sharing.export(learned, shared, about)
+        yield ", exported and read", sharing.load(shared)[0].params
+        base.mkdir()
+        save_file(bare, base / "model.safetensors", {"format": "pt"})
+        shutil.copy(directory / "config.json", base)
+        sharing.export_released(learned, base, released)
+        yield ", in the released layout", sharing.load(released)[0].params
 
 
 def check_losses(path: Path) -> list[Row]:
