@@ -17,7 +17,7 @@ from fkv.models import ModelConfig
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
-PICTURES = {"see_eviction_think": 4, "train_your_own_scorer": 1, "your_model": 1}
+PICTURES = {"see_eviction_think": 5, "train_your_own_scorer": 1, "your_model": 1}
 
 
 def read(path):

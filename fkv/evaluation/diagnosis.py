@@ -146,8 +146,8 @@ def patterns(score_yktj: np.ndarray, share: float = 0.5) -> dict[str, np.ndarray
     """Three ways in which tokens are attended to over time, each by its clearest tokens.
 
     A token is attended to in a block when its score is at least `share` of its largest. `steady`:
-    in most blocks after its own; `local`: in its own block and the next alone; `recalled`: first
-    silent for several blocks, then attended to again.
+    in most blocks after its own; `local`: in its own block and the next alone; `recalled`: silent
+    for at least four blocks after its own, then attended to.
 
     Returns:
       For each pattern, the scores [tokens, blocks] of the tokens that show it best, at most six.
@@ -162,7 +162,7 @@ def patterns(score_yktj: np.ndarray, share: float = 0.5) -> dict[str, np.ndarray
     later = np.where(after > 1, rows, 0.0)
     best = rows.max(1)
     enough = blocks - own > 4  # there is a future to speak of
-    first_later = np.where((after > 2) & strong, after, blocks).min(1)
+    first_later = np.where((after > 4) & strong, after, blocks).min(1)
     quiet = np.where((after >= 1) & (after < first_later[:, None]), rows, 0.0).max(1)
     clear = {
         "steady": np.where(enough, strong.sum(1) / np.maximum(alive.sum(1), 1) * (best > 0.01), -1),

@@ -128,7 +128,7 @@ def accuracy(results: Sequence[Accuracy], path: str | Path) -> None:
 def loss_by_position(results: Sequence[Losses], path: str | Path, bins: int = 16) -> None:
     """Nats added by eviction against position, a panel per budget; writes a PNG."""
     budgets = sorted({r.budget for r in results})
-    figure, axes = _subplots(1, len(budgets), (4.5 * len(budgets), 4.2))
+    figure, axes = _subplots(1, len(budgets), (4.5 * len(budgets) + 4, 4.2))
     for axis, budget in zip(axes[0], budgets, strict=True):
         rows = [r for r in results if r.budget == budget and r.policy != "full"]
         styles = _styles([r.policy for r in rows])
@@ -176,16 +176,19 @@ def retention(held: Mapping[str, np.ndarray], path: str | Path, title: str) -> N
     Args:
       held: from `diagnosis.retention`.
     """
-    layers = next(iter(held.values())).shape[0]
+    layers, _, chunks, t = next(iter(held.values())).shape
+    interval = -(-t // chunks)
     size = (4 * layers, 1.5 * len(held) + 0.8)
     figure, axes = _subplots(len(held), layers, size, sharex=True, sharey=True)
     for row, (name, one) in zip(axes, held.items(), strict=True):
         for layer, axis in enumerate(row):
-            axis.imshow(one[layer].mean(0), vmin=0, vmax=1, cmap="Greens", aspect="auto",
-                        interpolation="nearest")  # fmt: skip
+            axis.imshow(
+                one[layer].mean(0), vmin=0, vmax=1, cmap="Greens", aspect="auto",
+                interpolation="nearest", extent=(0, t, chunks * interval, 0),
+            )  # fmt: skip
             axis.set_title(f"{name}, layer {layer}", fontsize="small")
     figure.supxlabel("position of the token", fontsize="small")
-    figure.supylabel("chunk", fontsize="small")
+    figure.supylabel("tokens read so far", fontsize="small")
     figure.suptitle(title, fontsize="medium")
     figure.savefig(path, dpi=120)
 
@@ -233,13 +236,16 @@ def lookups(
 
 def attention_patterns(patterns: Mapping[str, np.ndarray], interval: int, path: str | Path) -> None:
     """Attention that single tokens receive over time, a panel per pattern; writes a PNG."""
-    figure, axes = _subplots(1, len(patterns), (13, 3.6))
+    figure, axes = _subplots(1, len(patterns), (13, 4))
     for axis, (name, rows) in zip(axes[0], patterns.items(), strict=True):
-        for row in rows:
-            axis.plot(interval * np.arange(len(row)), row, marker=".")
+        for i, row in enumerate(rows):
+            style = {"color": "lightsteelblue"} if i else {"color": "navy", "zorder": 3}
+            axis.plot(interval * np.arange(len(row)), row, marker=".", **style)
         axis.set_title(f"{name}{'' if len(rows) else ': no such token'}")
         axis.set_xlabel("position of the queries (tokens)")
     axes[0, 0].set_ylabel("attention, mean of a block")
+    figure.suptitle("Attention that tokens of one trace get over time; a line a token, "
+                    "dark where it shows the pattern best")  # fmt: skip
     figure.savefig(path, dpi=120)
 
 
@@ -287,10 +293,10 @@ def sweep(summary: Sequence[Mapping], path: str | Path) -> None:
 def cache_memory(
     bytes_per_token: int, slots: int, tokens: int, path: str | Path, title: str
 ) -> None:
-    """Bytes of a full cache and of one with so many slots against its tokens; writes a PNG."""
+    """Bytes of a full cache and of one with so many slots, log-log against tokens; writes a PNG."""
     figure, axes = _subplots(1, 1, (7, 4))
     axis = axes[0, 0]
-    held = np.linspace(0, tokens, 257)
+    held = np.geomspace(1, tokens, 257)
     scale = bytes_per_token / 2**20
     axis.plot(held, scale * held, color=COLOURS["full"], linewidth=2, label="full cache")
     axis.plot(
@@ -301,6 +307,7 @@ def cache_memory(
     axis.set_xlabel("tokens read and written")
     axis.set_ylabel("keys and values (MiB)")
     axis.margins(x=0)
-    axis.set_ylim(0)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log", base=2)
     axis.legend(loc="upper left")
     figure.savefig(path, dpi=120)
