@@ -114,12 +114,13 @@ def accuracy(results: Sequence[Accuracy], path: str | Path) -> None:
             marker="o",
             markersize=4,
             capsize=3,
+            elinewidth=1.3,
             **style,
         )
     axis.set_title("answers right, with 95 % intervals over problems")
     axis.set_xlabel("budget (KV pairs per head)")
     axis.set_ylabel("pass@1, %")
-    axis.set_ylim(0, 102)
+    axis.set_ylim(-2, 102)
     axis.set_xticks(sorted({r.budget for r in results if r.budget}))
     figure.legend(loc="outside right", fontsize="small")
     figure.savefig(path, dpi=120)
@@ -155,7 +156,7 @@ def regret(results: Sequence[Losses], path: str | Path) -> None:
     if not shown:  # budgets shared unevenly can't be compared with golden
         return
     names, budgets = list(dict.fromkeys(r.policy for r in shown)), sorted({r.budget for r in shown})
-    size = (1.7 * len(names) + 1, 1.9 * len(budgets))
+    size = (max(1.7 * len(names) + 1, 5.5), 1.9 * len(budgets) + 0.6)
     figure, axes = _subplots(len(budgets), len(names), size)
     top = max(r.regret_nyk.mean(0).max() for r in shown)
     for r in shown:
@@ -166,7 +167,8 @@ def regret(results: Sequence[Losses], path: str | Path) -> None:
         axis.set_yticks(range(r.regret_nyk.shape[1]))
     figure.supxlabel("KV head", fontsize="small")
     figure.supylabel("layer", fontsize="small")
-    figure.colorbar(image, ax=axes, label="attention lost per eviction")
+    figure.colorbar(image, ax=axes, label="attention lost")
+    figure.suptitle("attention lost per eviction, beyond what golden loses", fontsize="medium")
     figure.savefig(path, dpi=120)
 
 
@@ -188,7 +190,7 @@ def retention(held: Mapping[str, np.ndarray], path: str | Path, title: str) -> N
             )  # fmt: skip
             axis.set_title(f"{name}, layer {layer}", fontsize="small")
     figure.supxlabel("position of the token", fontsize="small")
-    figure.supylabel("tokens read so far", fontsize="small")
+    figure.supylabel("position of the queries", fontsize="small")
     figure.suptitle(title, fontsize="medium")
     figure.savefig(path, dpi=120)
 
@@ -244,8 +246,7 @@ def attention_patterns(patterns: Mapping[str, np.ndarray], interval: int, path: 
         axis.set_title(f"{name}{'' if len(rows) else ': no such token'}")
         axis.set_xlabel("position of the queries (tokens)")
     axes[0, 0].set_ylabel("attention, mean of a block")
-    figure.suptitle("Attention that tokens of one trace get over time; a line a token, "
-                    "dark where it shows the pattern best")  # fmt: skip
+    figure.suptitle("attention that single tokens get over time, the clearest of a kind dark")
     figure.savefig(path, dpi=120)
 
 
@@ -296,7 +297,7 @@ def cache_memory(
     """Bytes of a full cache and of one with so many slots, log-log against tokens; writes a PNG."""
     figure, axes = _subplots(1, 1, (7, 4))
     axis = axes[0, 0]
-    held = np.geomspace(1, tokens, 257)
+    held = np.geomspace(16, tokens, 257)
     scale = bytes_per_token / 2**20
     axis.plot(held, scale * held, color=COLOURS["full"], linewidth=2, label="full cache")
     axis.plot(
@@ -309,5 +310,7 @@ def cache_memory(
     axis.margins(x=0)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log", base=2)
+    axis.xaxis.set_major_formatter("{x:,.0f}")
+    axis.yaxis.set_major_formatter("{x:,.4g}")
     axis.legend(loc="upper left")
     figure.savefig(path, dpi=120)
