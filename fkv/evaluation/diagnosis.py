@@ -12,7 +12,7 @@ from jax import Array
 
 from fkv import attention, models, replay
 from fkv.evaluation import tables
-from fkv.evaluation.loss_ratio import Losses
+from fkv.evaluation.loss_ratio import Losses, OneOf
 from fkv.models import ModelConfig
 from fkv.policies.base import Policy
 
@@ -54,30 +54,36 @@ def retention(
         raise ValueError(f"retention is drawn for one trace, not {token_bt.shape[0]}")
     t = token_bt.shape[1]
 
-    def held(policy):
-        @jax.jit
-        def run(params, policy):
-            def observe(acc, policy, view, evict):
-                position = view.cache.position_bks
-                row = jnp.zeros((*position.shape[:2], t + 1), bool)
-                row = jnp.put_along_axis(row, position, True, axis=-1, inplace=False)
-                return acc, row[0, :, :t]  # position -1 is the last index, which is cut
-
-            return replay.replay(
-                config, params, token_bt, length_b, policy, budget, interval, observe=observe
-            )[2]
-
-        return np.moveaxis(np.asarray(run(params, policy)), 1, 2)
-
     golden, _, _ = jax.jit(replay.golden_policy, static_argnums=(0, 4, 5))(
         config, params, token_bt, length_b, budget, interval
     )
+    # Those that need no more room than B share one program.
+    evicting = {"golden": golden, **{name: p for name, p in policies.items() if p.evicts}}
+    even = [name for name, p in evicting.items() if p.capacity(budget) == budget]
+    choices = tuple(evicting[name] for name in even)
+    for i, name in enumerate(even):
+        evicting[name] = OneOf(choices, jnp.full(config.layers, i))
+
+    @jax.jit
+    def run(params, policy):
+        def observe(acc, policy, view, evict):
+            position = view.cache.position_bks
+            row = jnp.zeros((*position.shape[:2], t + 1), bool)
+            row = jnp.put_along_axis(row, position, True, axis=-1, inplace=False)
+            return acc, row[0, :, :t]  # position -1 is the last index, which is cut
+
+        return replay.replay(
+            config, params, token_bt, length_b, policy, budget, interval, observe=observe
+        )[2]
+
     chunks = -(-t // interval)
     come = np.arange(t)[None] < np.minimum(interval * (1 + np.arange(chunks)), length_b[0])[:, None]
     everything = np.broadcast_to(come, (config.layers, config.kv_heads, chunks, t))
     return {
-        name: held(p) if p.evicts else everything
-        for name, p in {"golden": golden, **policies}.items()
+        name: np.moveaxis(np.asarray(run(params, evicting[name])), 1, 2)
+        if name in evicting
+        else everything
+        for name in ("golden", *policies)
     }
 
 
@@ -140,8 +146,8 @@ def patterns(score_yktj: np.ndarray, share: float = 0.5) -> dict[str, np.ndarray
     """Three ways in which tokens are attended to over time, each by its clearest tokens.
 
     A token is attended to in a block when its score is at least `share` of its largest. `steady`:
-    in most blocks after its own; `local`: in its own block and the next alone; `recalled`: first
-    silent for several blocks, then attended to again.
+    in most blocks after its own; `local`: in its own block and the next alone; `recalled`: silent
+    for at least four blocks after its own, then attended to.
 
     Returns:
       For each pattern, the scores [tokens, blocks] of the tokens that show it best, at most six.
@@ -156,7 +162,7 @@ def patterns(score_yktj: np.ndarray, share: float = 0.5) -> dict[str, np.ndarray
     later = np.where(after > 1, rows, 0.0)
     best = rows.max(1)
     enough = blocks - own > 4  # there is a future to speak of
-    first_later = np.where((after > 2) & strong, after, blocks).min(1)
+    first_later = np.where((after > 4) & strong, after, blocks).min(1)
     quiet = np.where((after >= 1) & (after < first_later[:, None]), rows, 0.0).max(1)
     clear = {
         "steady": np.where(enough, strong.sum(1) / np.maximum(alive.sum(1), 1) * (best > 0.01), -1),

@@ -114,12 +114,13 @@ def accuracy(results: Sequence[Accuracy], path: str | Path) -> None:
             marker="o",
             markersize=4,
             capsize=3,
+            elinewidth=1.3,
             **style,
         )
     axis.set_title("answers right, with 95 % intervals over problems")
     axis.set_xlabel("budget (KV pairs per head)")
     axis.set_ylabel("pass@1, %")
-    axis.set_ylim(0, 102)
+    axis.set_ylim(-2, 102)
     axis.set_xticks(sorted({r.budget for r in results if r.budget}))
     figure.legend(loc="outside right", fontsize="small")
     figure.savefig(path, dpi=120)
@@ -128,7 +129,7 @@ def accuracy(results: Sequence[Accuracy], path: str | Path) -> None:
 def loss_by_position(results: Sequence[Losses], path: str | Path, bins: int = 16) -> None:
     """Nats added by eviction against position, a panel per budget; writes a PNG."""
     budgets = sorted({r.budget for r in results})
-    figure, axes = _subplots(1, len(budgets), (4.5 * len(budgets), 4.2))
+    figure, axes = _subplots(1, len(budgets), (4.5 * len(budgets) + 4, 4.2))
     for axis, budget in zip(axes[0], budgets, strict=True):
         rows = [r for r in results if r.budget == budget and r.policy != "full"]
         styles = _styles([r.policy for r in rows])
@@ -155,7 +156,7 @@ def regret(results: Sequence[Losses], path: str | Path) -> None:
     if not shown:  # budgets shared unevenly can't be compared with golden
         return
     names, budgets = list(dict.fromkeys(r.policy for r in shown)), sorted({r.budget for r in shown})
-    size = (1.7 * len(names) + 1, 1.9 * len(budgets))
+    size = (max(1.7 * len(names) + 1, 5.5), 1.9 * len(budgets) + 0.6)
     figure, axes = _subplots(len(budgets), len(names), size)
     top = max(r.regret_nyk.mean(0).max() for r in shown)
     for r in shown:
@@ -166,7 +167,8 @@ def regret(results: Sequence[Losses], path: str | Path) -> None:
         axis.set_yticks(range(r.regret_nyk.shape[1]))
     figure.supxlabel("KV head", fontsize="small")
     figure.supylabel("layer", fontsize="small")
-    figure.colorbar(image, ax=axes, label="attention lost per eviction")
+    figure.colorbar(image, ax=axes, label="attention lost")
+    figure.suptitle("attention lost per eviction, beyond what golden loses", fontsize="medium")
     figure.savefig(path, dpi=120)
 
 
@@ -176,16 +178,19 @@ def retention(held: Mapping[str, np.ndarray], path: str | Path, title: str) -> N
     Args:
       held: from `diagnosis.retention`.
     """
-    layers = next(iter(held.values())).shape[0]
+    layers, _, chunks, t = next(iter(held.values())).shape
+    interval = -(-t // chunks)
     size = (4 * layers, 1.5 * len(held) + 0.8)
     figure, axes = _subplots(len(held), layers, size, sharex=True, sharey=True)
     for row, (name, one) in zip(axes, held.items(), strict=True):
         for layer, axis in enumerate(row):
-            axis.imshow(one[layer].mean(0), vmin=0, vmax=1, cmap="Greens", aspect="auto",
-                        interpolation="nearest")  # fmt: skip
+            axis.imshow(
+                one[layer].mean(0), vmin=0, vmax=1, cmap="Greens", aspect="auto",
+                interpolation="nearest", extent=(0, t, chunks * interval, 0),
+            )  # fmt: skip
             axis.set_title(f"{name}, layer {layer}", fontsize="small")
     figure.supxlabel("position of the token", fontsize="small")
-    figure.supylabel("chunk", fontsize="small")
+    figure.supylabel("position of the queries", fontsize="small")
     figure.suptitle(title, fontsize="medium")
     figure.savefig(path, dpi=120)
 
@@ -233,13 +238,15 @@ def lookups(
 
 def attention_patterns(patterns: Mapping[str, np.ndarray], interval: int, path: str | Path) -> None:
     """Attention that single tokens receive over time, a panel per pattern; writes a PNG."""
-    figure, axes = _subplots(1, len(patterns), (13, 3.6))
+    figure, axes = _subplots(1, len(patterns), (13, 4))
     for axis, (name, rows) in zip(axes[0], patterns.items(), strict=True):
-        for row in rows:
-            axis.plot(interval * np.arange(len(row)), row, marker=".")
+        for i, row in enumerate(rows):
+            style = {"color": "lightsteelblue"} if i else {"color": "navy", "zorder": 3}
+            axis.plot(interval * np.arange(len(row)), row, marker=".", **style)
         axis.set_title(f"{name}{'' if len(rows) else ': no such token'}")
         axis.set_xlabel("position of the queries (tokens)")
     axes[0, 0].set_ylabel("attention, mean of a block")
+    figure.suptitle("attention that single tokens get over time, the clearest of a kind dark")
     figure.savefig(path, dpi=120)
 
 
@@ -287,10 +294,10 @@ def sweep(summary: Sequence[Mapping], path: str | Path) -> None:
 def cache_memory(
     bytes_per_token: int, slots: int, tokens: int, path: str | Path, title: str
 ) -> None:
-    """Bytes of a full cache and of one with so many slots against its tokens; writes a PNG."""
+    """Bytes of a full cache and of one with so many slots, log-log against tokens; writes a PNG."""
     figure, axes = _subplots(1, 1, (7, 4))
     axis = axes[0, 0]
-    held = np.linspace(0, tokens, 257)
+    held = np.geomspace(16, tokens, 257)
     scale = bytes_per_token / 2**20
     axis.plot(held, scale * held, color=COLOURS["full"], linewidth=2, label="full cache")
     axis.plot(
@@ -301,7 +308,10 @@ def cache_memory(
     axis.set_xlabel("tokens read and written")
     axis.set_ylabel("keys and values (MiB)")
     axis.margins(x=0)
-    axis.set_ylim(0)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log", base=2)
+    axis.xaxis.set_major_formatter("{x:,.0f}")
+    axis.yaxis.set_major_formatter("{x:,.4g}")
     axis.legend(loc="upper left")
     figure.savefig(path, dpi=120)
 

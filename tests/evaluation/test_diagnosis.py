@@ -125,6 +125,7 @@ def synthetic():
     local[1:3] = 0.9, 0.5
     recalled[2], recalled[8] = 0.2, 0.7
     score[0, 0, 40, 10:] = 0.9  # too late to say anything of it
+    score[0, 1, 1, 4] = 0.6  # silent for three blocks after its own, which is not long
     return score, {"steady": steady, "local": local, "recalled": recalled}
 
 
@@ -251,6 +252,8 @@ def test_retention_is_drawn(held, tmp_path, drawn):
     check_png(tmp_path / "a.png")
     images = [args[0] for kind, args, _ in drawn if kind == "imshow"]
     assert len(images) == 4 * 2  # policies and layers
+    extents = {kw["extent"] for kind, _, kw in drawn if kind == "imshow"}
+    assert extents == {(0, PADDED, CHUNKS * INTERVAL, 0)}  # tokens on both axes
     np.testing.assert_array_equal(images[4], held["h2o"][0].mean(0))
 
 
