@@ -35,9 +35,10 @@ def shared_reference() -> Path:
 def compilation_cache(tmp_path_factory):
     """Programs compiled once a session: several tests, and the commands they start, share some."""
     path = str(tmp_path_factory.mktemp("jax"))
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = path
-    jax.config.update("jax_compilation_cache_dir", path)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    for name, value in (("compilation_cache_dir", path),
+                        ("persistent_cache_min_compile_time_secs", 0.2)):  # fmt: skip
+        jax.config.update(f"jax_{name}", value)
+        os.environ[f"JAX_{name.upper()}"] = str(value)
 
 
 @pytest.fixture(scope="module", autouse=True)
