@@ -35,8 +35,8 @@ def shared_reference() -> Path:
 def compilation_cache(tmp_path_factory):
     """Programs compiled once a session: several tests, and the commands they start, share some."""
     path = str(tmp_path_factory.mktemp("jax"))
-    for name, value in (("compilation_cache_dir", path),
-                        ("persistent_cache_min_compile_time_secs", 0.2)):  # fmt: skip
+    settings = {"compilation_cache_dir": path, "persistent_cache_min_compile_time_secs": 0.2}
+    for name, value in settings.items():
         jax.config.update(f"jax_{name}", value)
         os.environ[f"JAX_{name.upper()}"] = str(value)
 
