@@ -6,7 +6,9 @@ python -m launch.evaluate --config=configs/qwen3_1p7b.py  AIME 2024, 32 samples 
 
 `configs/qwen3_1p7b.py:2k` and `:4k` set the budget, `:long` is for traces beyond 12,000 tokens.
 Traces: directories data/qwen3_1p7b_train and data/qwen3_1p7b_eval, which launch.traces writes.
-Not run at full size yet: no times or memory are known.
+Not run at full size yet. Computed by --config.dry_run=True for traces of 32,768 tokens, on one H100
+at 40 % of its peak: 8.4 GB and 3.9 s a supervised step, 1.1 h in all; 16.5 GB and 11 min a step of
+the reinforcement stage, 44 h in all, and as many times less as there are devices.
 """
 
 from ml_collections import ConfigDict

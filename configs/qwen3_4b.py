@@ -6,7 +6,9 @@ python -m launch.evaluate --config=configs/qwen3_4b.py  AIME 2024, 32 samples a 
 
 `configs/qwen3_4b.py:2k` and `:4k` set the budget, `:long` is for traces beyond 12,000 tokens.
 Traces: directories data/qwen3_4b_train and data/qwen3_4b_eval, which launch.traces writes.
-Not run at full size yet: no times or memory are known.
+Not run at full size yet. Computed by --config.dry_run=True for traces of 32,768 tokens, on one H100
+at 40 % of its peak: 15.6 GB and 10 s a supervised step, 2.8 h in all; 27.6 GB and 26 min a step of
+the reinforcement stage, 107 h in all, and as many times less as there are devices.
 """
 
 from ml_collections import ConfigDict

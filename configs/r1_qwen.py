@@ -6,7 +6,9 @@ python -m launch.evaluate --config=configs/r1_qwen.py  AIME 2024, 32 samples a p
 
 `configs/r1_qwen.py:2k` and `:4k` set the budget, `:long` is for traces beyond 12,000 tokens.
 Traces: directories data/r1_qwen_train and data/r1_qwen_eval, which launch.traces writes.
-Not run at full size yet: no times or memory are known.
+Not run at full size yet. Computed by --config.dry_run=True for traces of 32,768 tokens, on one H100
+at 40 % of its peak: 27.1 GB and 12 s a supervised step, 3.4 h in all; 48.3 GB and 42 min a step of
+the reinforcement stage, 173 h in all, and as many times less as there are devices.
 """
 
 from ml_collections import ConfigDict
