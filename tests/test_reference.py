@@ -24,6 +24,8 @@ REPLAY = (
     "evicted nll",
     "entries held at evictions",
     "scorer scores",
+    "scorer scores, exported and read",
+    "scorer scores, in the released layout",
     "ranking loss per layer",
 )
 LOSSES = ("ranking loss", "advantages", "grpo loss", "grpo kl", "reward")
@@ -93,7 +95,14 @@ SPOILED_REPLAY = {
     "future_scores": (one_off((2, 3, 0, 7), 1e-4), {"future scores"}),
     "evicted_logits": (one_off((180, 0), 5e-4), {"evicted logits"}),
     "evicted_nll": (one_off(179, np.nan), {"evicted nll"}),
-    "scorer_scores": (one_off((0, 7, 1, 47), 5e-4), {"scorer scores"}),
+    "scorer_scores": (
+        one_off((0, 7, 1, 47), 5e-4),
+        {
+            "scorer scores",
+            "scorer scores, exported and read",
+            "scorer scores, in the released layout",
+        },
+    ),
     "ranking_loss_per_layer": (one_off(1, 5e-4), {"ranking loss per layer"}),
     "input_ids": (other_token, {"full logits", "full nll", "evicted logits"}),
     "interval": (shift_interval, {"number of evictions and candidates"}),
