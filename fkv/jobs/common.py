@@ -46,7 +46,7 @@ def load_model(config: ConfigDict, span: str = "copy") -> tuple[ModelConfig, mod
 
 
 def model_config(config: ConfigDict) -> ModelConfig:
-    """What the model's `config.json` says; no weights are read or downloaded."""
+    """What `config.json` says, or a known shape; no weights are read or downloaded."""
     if config.model in costs.SHAPES and not Path(config.model).is_dir():
         return costs.SHAPES[config.model]
     return models.read(models.find(model_path(config), revision(config), weights=False))

@@ -176,7 +176,7 @@ def _trace_length(config: ConfigDict, model: ModelConfig) -> tuple[int, str]:
             f"traces of {tokens} tokens ({why}) are not longer than budget + interval = "
             f"{config.budget + config.interval}"
         )
-    return -(-tokens // config.interval) * config.interval, why
+    return _up(tokens, config.interval), why
 
 
 # ---- generation
@@ -196,14 +196,13 @@ def _generation(config: ConfigDict, model: ModelConfig, job: str) -> list[str]:
     memory, speed, devices = [], [], [costs.DEVICES[name] for name in SHOWN]
     for name, budget, policy in cells:
         points = []
-        for rows in (max(batch // 2, 1), max(batch // 2, 1) * 2):
+        for rows in (batch, 2 * batch):
             needed = _generating(config, model, policy, rows, prompt, new_tokens, budget, sampling)
             points.append((rows, weights + needed))
         slots = policy.capacity(budget) + config.interval if budget else prompt + new_tokens
         label = f"{name} {budget or ''}".strip()
         held = batch * costs.cache_bytes(model, slots, config.dtype, bool(policy.statistics))
-        total = points[1][1] + (points[1][1] - points[0][1]) * (batch - points[1][0]) / points[0][0]
-        memory.append([label, f"{slots:,}", _gb(held), _gb(total)])
+        memory.append([label, f"{slots:,}", _gb(held), _gb(points[0][1])])
         memory[-1] += [f"{costs.largest(points, d.memory):,}" for d in devices]
         moved = costs.decode_bytes(model, batch, slots, config.dtype)
         done = costs.decode_flops(model, batch, slots)

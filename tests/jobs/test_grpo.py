@@ -12,7 +12,7 @@ from fkv import checkpoint, grpo, preemption
 from fkv.errors import UserError
 from fkv.jobs import common, sft
 from fkv.jobs import grpo as job
-from tests.jobs.test_sft import model_dir, small
+from tests.jobs.test_sft import model_dir, same_training, small
 
 __all__ = ["model_dir"]  # a fixture
 
@@ -84,17 +84,8 @@ def test_a_step_in_parts_is_the_step(model_dir, supervised, finished, tmp_path):
     config = shrink(small(model_dir), supervised)
     config.grpo.traces_at_once = 1
     job.run(config, str(tmp_path))
-    one, two = (checkpoint.load(path).state for path in (tmp_path, finished[0]))
-    assert one["step"] == two["step"] == 4
-    for name, x in two["params"].items():
-        np.testing.assert_allclose(one["params"][name], x, rtol=1e-4, atol=1e-6, err_msg=name)
-    rows, whole = (
-        [json.loads(line) for line in (path / "metrics.jsonl").open()]
-        for path in (tmp_path, finished[0])
-    )
-    for a, b in zip(rows, whole, strict=True):
-        for name in ("reward", "loss", "kl", "entropy", "added_low"):
-            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-6), name
+    names = ("reward", "loss", "kl", "entropy", "added_low")
+    same_training(tmp_path, finished[0], 4, names, rel=1e-3, abs=1e-6)
 
 
 def test_infinity_stops_the_run_and_names_the_traces(model_dir, supervised, tmp_path, monkeypatch):
