@@ -210,10 +210,10 @@ def decode_chunk(
             q, k, v = models.project(config, layer, hidden, at)
             cache = kv.append(cache, start + i, k, v, at)
             seen = attention.visible(at, cache.position_bks)
-            out, _ = attention.attend(q, cache.key_bksd, cache.value_bksd, seen)
+            out, lse = attention.attend(q, cache.key_bksd, cache.value_bksd, seen)
             hidden = models.finish(config, layer, hidden, out)
             held.append(cache)
-            queries.append(q[:, 0])
+            queries.append((q[:, 0], lse[..., 0]))
         drawn = _next(hidden[:, 0], config, params, state.key_b, position + 1, sampling)
         emitted = jnp.where(done, NO_TOKEN, token)
         done = left == 0  # the token just put in was the last one
@@ -226,7 +226,7 @@ def decode_chunk(
     carry, (tokens, at, queries) = jax.lax.scan(step, carry, jnp.arange(interval))
     caches, token, position, left, done = carry
     if policy.evicts:
-        queries = [jnp.moveaxis(x, 0, 1) for x in queries]
+        queries = [(jnp.moveaxis(q, 0, 1), jnp.moveaxis(lse, 0, -1)) for q, lse in queries]
         caches = evict(config, policy, caches, queries, at.T, state.chunk, state.key_b, budget)
     token = jnp.where(done, NO_TOKEN, token)
     state = State(caches, token, position, left, state.key_b, state.chunk + 1)
@@ -237,7 +237,7 @@ def evict(
     config: ModelConfig,
     policy: Policy,
     caches: Sequence[kv.Cache],
-    query_yblhd: Sequence[Array],
+    query_y: Sequence[tuple[Array, Array]],
     position_bl: Array,
     chunk: Array,
     key_b: Array,
@@ -246,13 +246,14 @@ def evict(
     """The eviction of every layer, when the staging rings are full.
 
     Args:
-      query_yblhd: each layer's last `L` queries.
+      query_y: each layer's last `L` queries [b, l, h, d] and the log-sum-exps of their attention
+        [b, k, g, l].
       position_bl: their positions, -1 for rows that were done.
     """
     held = []
-    for i, (cache, query) in enumerate(zip(caches, query_yblhd, strict=True)):
+    for i, (cache, query) in enumerate(zip(caches, query_y, strict=True)):
         one = jax.tree.map(lambda x, i=i: x[i], policy)
-        _, _, cache = replay.evict(config, one, cache, query, position_bl, chunk, key_b, budget, i)
+        _, _, cache = replay.evict(config, one, cache, *query, position_bl, chunk, key_b, budget, i)
         held.append(cache)
     return tuple(held)
 

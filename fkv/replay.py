@@ -79,6 +79,7 @@ def evict(
     policy: Policy,
     cache: kv.Cache,
     query_blhd: Array,
+    lse_bkgl: Array,
     position_bl: Array,
     chunk: Array,
     random_b: Array,
@@ -90,6 +91,7 @@ def evict(
     Args:
       policy: with its arrays sliced to this layer.
       query_blhd, position_bl: the chunk's queries and positions, -1 for padding.
+      lse_bkgl: log-sum-exps of their attention, as `attention.attend` returns them.
       random_b: one PRNG key per row.
 
     Returns:
@@ -98,7 +100,12 @@ def evict(
     stats = None
     if policy.statistics:
         stats = attention.statistics(
-            query_blhd, position_bl, cache.key_bksd, cache.position_bks, policy.statistics
+            query_blhd,
+            position_bl,
+            cache.key_bksd,
+            cache.position_bks,
+            lse_bkgl,
+            policy.statistics,
         )
         cache = _accumulate(cache, stats, position_bl, budget)
 
@@ -163,9 +170,9 @@ def layer_pass(
         slot = cache.position_bks.shape[-1] - interval
         cache = kv.append(cache, slot, key, value, position)
         seen = attention.visible(position, cache.position_bks)
-        out, _ = attention.attend(q, cache.key_bksd, cache.value_bksd, seen)
+        out, lse = attention.attend(q, cache.key_bksd, cache.value_bksd, seen)
         view, evicted, cache = evict(
-            config, policy, cache, q, position, chunk, random_b, budget, layer
+            config, policy, cache, q, lse, position, chunk, random_b, budget, layer
         )
         acc, seen = observe(acc, policy, view, evicted)
         return (cache, acc), (out, seen)

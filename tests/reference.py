@@ -215,7 +215,9 @@ def check_baselines(path: Path) -> list[Row]:
     held = kv.append(
         empty, 0, jnp.moveaxis(key, 0, 1)[None], jnp.moveaxis(value, 0, 1)[None], position
     )
-    stats = attention.statistics(query, position, held.key_bksd, held.position_bks)
+    seen = attention.visible(position, held.position_bks)
+    lse = attention.attend(query, held.key_bksd, held.value_bksd, seen)[1]
+    stats = attention.statistics(query, position, held.key_bksd, held.position_bks, lse)
     held = held.replace(entry={"cumulative": stats.total, "decayed": stats.total})
     view = policies.View(
         held,

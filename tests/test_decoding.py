@@ -347,17 +347,18 @@ def test_decoding_makes_no_copy_of_the_cache(name, program):
     assert lines and not [x for x in lines if " copy(" in x]
 
 
-@pytest.mark.parametrize("name", ["snapkv", "knorm"])
+@pytest.mark.parametrize("name", ["snapkv", "knorm", "h2o"])
 def test_eviction_makes_no_copy_of_the_cache(name):
     # Scores, choice and move alone: only `L` rows are gathered, into the caches that were given.
     config, policy = wide_config(), policies.get(name)
     state, _ = wide_state(config, policy)
     caches, keys = state.caches, state.caches[0].key_bksd
     query = jax.ShapeDtypeStruct((2, 16, config.heads, config.head_dim), jnp.float32)
+    lse = jax.ShapeDtypeStruct((2, config.kv_heads, config.group_size, 16), jnp.float32)
     position = jax.ShapeDtypeStruct((2, 16), jnp.int32)
     call = jax.jit(decoding.evict, static_argnames=("config", "budget"), donate_argnames="caches")
     compiled = call.lower(
-        config, policy, caches, [query] * config.layers, position, state.chunk, state.key_b,
+        config, policy, caches, [(query, lse)] * config.layers, position, state.chunk, state.key_b,
         budget=2048,
     ).compile()  # fmt: skip
     memory = compiled.memory_analysis()

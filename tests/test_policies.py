@@ -15,6 +15,7 @@ from fkv import attention, policies, replay, scorer
 from fkv import cache as kv
 from fkv.errors import UserError
 from fkv.policies import expected_attention as expected
+from fkv.policies.rkv import redundancy
 from tests import oracles
 
 DIM = 8
@@ -26,7 +27,9 @@ SIZES = [(24, 12, 4, 2, 0), (36, 12, 4, 1, 0), (16, 4, 2, 2, 0), (24, 12, 4, 2, 
 
 @functools.partial(jax.jit, static_argnames=("budget",))
 def make_view(cache, query, query_position, random, budget):
-    stats = attention.statistics(query, query_position, cache.key_bksd, cache.position_bks)
+    seen = attention.visible(query_position, cache.position_bks)
+    lse = attention.attend(query, cache.key_bksd, cache.value_bksd, seen)[1]
+    stats = attention.statistics(query, query_position, cache.key_bksd, cache.position_bks, lse)
     chunk, layer = jnp.int32(7), jnp.int32(0)
     return policies.View(cache, query, query_position, chunk, random, stats, budget, layer, CONFIG)
 
@@ -123,6 +126,29 @@ def rkv(state, interval, mix=0.1, window=8, kernel=7, threshold=0.5):
     redundancy = oracles.softmax(similar.mean(0))[:-window]
     score = mix * observed(state, window, kernel) - (1 - mix) * redundancy
     return state.positions[:-window], score
+
+
+@pytest.mark.parametrize("empty", [0, 40, 300])
+def test_redundancy_is_found_block_by_block(empty):
+    slots = 300  # three blocks of keys, the last one filled up
+    rng = np.random.default_rng(empty)
+    key = rng.normal(size=(1, 2, slots, DIM)) + 2 * rng.normal(size=(1, 2, 1, DIM))
+    position = np.stack([rng.permutation(2 * slots)[:slots] for _ in range(2)])[None]
+    position[..., rng.permutation(slots)[:empty]] = -1
+    got = jax.jit(redundancy, static_argnums=2)(key, position, 0.9)
+    assert np.isfinite(np.asarray(got)).all() or empty == slots
+    for head in range(2):
+        held = np.flatnonzero(position[0, head] >= 0)
+        held = held[np.argsort(position[0, head, held])]
+        unit = key[0, head, held] / np.linalg.norm(key[0, head, held], axis=-1, keepdims=True)
+        similar = unit @ unit.T
+        np.fill_diagonal(similar, 0.0)
+        for row in similar:
+            above = np.flatnonzero(row > 0.9)
+            row[above[-1] if len(above) else 0] = 0
+        if empty < slots:
+            want = oracles.softmax(similar.mean(0))
+            np.testing.assert_allclose(np.asarray(got)[0, head, held], want, rtol=2e-5)
 
 
 def knorm(state, interval):

@@ -16,20 +16,19 @@ BUDGET, INTERVAL = 80, 40  # more queries than the longest window
 
 # Compiled whole: one operation after another, that takes many times as long.
 features_fn = jax.jit(scorer.features, static_argnums=0)
-statistics_fn = jax.jit(attention.statistics, static_argnums=4)
+
+
+@functools.partial(jax.jit, static_argnames="form")
+def statistics_of(view, form):
+    query, position, cache = view.query_blhd, view.query_position_bl, view.cache
+    seen = attention.visible(position, cache.position_bks)
+    lse = attention.attend(query, cache.key_bksd, cache.value_bksd, seen)[1]
+    return attention.statistics(query, position, cache.key_bksd, cache.position_bks, lse, form)
 
 
 def view_of(form="windowed", heads=4, kv_heads=2, rows=2):
     view = random_view(1, rows, BUDGET, INTERVAL, heads, kv_heads, 0)
-    return view.replace(
-        statistics=statistics_fn(
-            view.query_blhd,
-            view.query_position_bl,
-            view.cache.key_bksd,
-            view.cache.position_bks,
-            form,
-        )
-    )
+    return view.replace(statistics=statistics_of(view, form))
 
 
 def by_position(view, row, head, feature_bknf):

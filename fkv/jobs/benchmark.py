@@ -377,8 +377,10 @@ def _run_evictions(bench: Bench, arm: Arm) -> float:
             for x in caches
         )
 
-    shape = (model.layers, arm.batch, interval, model.heads, model.head_dim)
-    queries = list(jax.random.normal(key, shape, bench.config.dtype))
+    shape = (arm.batch, interval, model.heads, model.head_dim)
+    query = jax.random.normal(key, shape, bench.config.dtype)
+    lse = jnp.zeros((arm.batch, model.kv_heads, model.group_size, interval))
+    queries = [(query, lse)] * model.layers
     position = jnp.broadcast_to(arrived[None], (arm.batch, interval))
     caches, found = fill(state.caches), []
     rest = (queries, position, state.chunk, state.key_b)
