@@ -30,6 +30,8 @@ def get_config() -> ConfigDict:
     config.model = "embedded"  # or a Hugging Face directory or hub id
     config.revision = ""  # branch, tag or commit of a hub id
     config.dtype = "float32"  # of the language model and its cache
+    # Of a token over the cache while decoding: or "pallas", one kernel for GPUs and TPUs.
+    config.attention_kernel = "plain"
     config.model_axis = 1  # devices that share one copy of the language model
     config.budget = 64
     config.interval = 16
@@ -201,6 +203,8 @@ def get_config() -> ConfigDict:
     config.benchmark.repeats = 3
     # Decoding programs compiled at once; with more than one, their seconds say little.
     config.benchmark.compile_threads = 1
+    # Of attention, side by side in the section "decode"; empty for attention_kernel alone.
+    config.benchmark.kernels = ()
     config.benchmark.policies = ("full", "snapkv", "h2o")
     config.benchmark.budgets = (64,)
     config.benchmark.batches = (1, 8)

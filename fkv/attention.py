@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from fkv.errors import UserError
+
 # Finite, so that a query that sees nothing (padding) gives numbers and not NaN.
 MASKED = -1e30
 
@@ -59,6 +61,40 @@ def attend(q_bqhd: Array, k_bksd: Array, v_bksd: Array, visible_bkqs: Array) -> 
     return jnp.moveaxis(out, 3, 1).reshape(q_bqhd.shape).astype(v_bksd.dtype), top[
         ..., 0
     ] + jnp.log(total)
+
+
+def attend_one(
+    kernel: str,
+    q_bqhd: Array,
+    k_bksd: Array,
+    v_bksd: Array,
+    query_position_bq: Array,
+    key_position_bks: Array,
+) -> tuple[Array, Array]:
+    """`attend` of one query a row, masked as by `visible`.
+
+    Args:
+      kernel: `plain` for `attend` itself, `pallas` for `fkv.kernels`, on a GPU or a TPU;
+        `interpret` for the one of GPUs on any device, slowly, for tests.
+
+    Raises:
+      UserError: the kernel is not for this device, or not for this cache.
+    """
+    if kernel == "plain":
+        seen = visible(query_position_bq, key_position_bks)
+        return attend(q_bqhd, k_bksd, v_bksd, seen)
+    if not isinstance(k_bksd, Array):
+        raise UserError(
+            "attention_kernel = 'pallas' reads caches in the model's dtype only: set it to 'plain'"
+        )
+    from fkv import kernels  # Pallas takes a while, and few ask for it
+
+    interpret = kernel == "interpret"
+    platform = "gpu" if interpret else jax.default_backend()
+    return kernels.decode_attention(
+        q_bqhd, k_bksd, v_bksd, query_position_bq[:, 0], key_position_bks, platform,
+        interpret=interpret,
+    )  # fmt: skip
 
 
 def full_attention(

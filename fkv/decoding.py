@@ -209,8 +209,9 @@ def decode_chunk(
         for layer, cache in zip(weights, caches, strict=True):
             q, k, v = models.project(config, layer, hidden, at)
             cache = kv.append(cache, start + i, k, v, at)
-            seen = attention.visible(at, cache.position_bks)
-            out, lse = attention.attend(q, cache.key_bksd, cache.value_bksd, seen)
+            out, lse = attention.attend_one(
+                config.kernel, q, cache.key_bksd, cache.value_bksd, at, cache.position_bks
+            )
             hidden = models.finish(config, layer, hidden, out)
             held.append(cache)
             queries.append((q[:, 0], lse[..., 0]))

@@ -338,10 +338,12 @@ def _decode_cost(records: Sequence[Mapping], path: Path) -> None:
     """Time per token against the length of the context, a panel per batch."""
     batches = sorted({r["batch"] for r in records})
     figure, axes = _subplots(1, len(batches), (4.5 * len(batches) + 2, 4.2))
-    lines = list(dict.fromkeys((r["policy"], r["budget"]) for r in records))
+    several = len({r["kernel"] for r in records}) > 1
+    lines = list(dict.fromkeys((r["policy"], r["budget"], r["kernel"]) for r in records))
     for axis, batch in zip(axes[0], batches, strict=True):
-        for i, (name, budget) in enumerate(lines):
-            rows = [r for r in records if (r["policy"], r["budget"]) == (name, budget)]
+        for i, line in enumerate(lines):
+            name, budget, kernel = line
+            rows = [r for r in records if (r["policy"], r["budget"], r["kernel"]) == line]
             rows = sorted((r for r in rows if r["batch"] == batch), key=lambda r: r["length"])
             middle = np.array([1e3 * batch / r["tokens_per_s"] for r in rows])
             low = np.array([1e3 * batch / r["tokens_per_s_high"] for r in rows])
@@ -350,8 +352,9 @@ def _decode_cost(records: Sequence[Mapping], path: Path) -> None:
                 [r["length"] for r in rows],
                 middle,
                 yerr=[middle - low, high - middle],
-                label=f"{name}, B = {budget}" if budget else name,
-                color="black" if not budget else f"C{i % 10}",
+                label=(f"{name}, B = {budget}" if budget else name)
+                + (f", {kernel}" if several else ""),
+                color="black" if not budget and not several else f"C{i % 10}",
                 linestyle="-" if budget else "--",
                 marker="o",
                 markersize=4,

@@ -49,12 +49,14 @@ class Arm:
       budget: B; 0 for the full cache.
       batch: rows.
       length: tokens that the longest context has: what a full cache has room for.
+      kernel: of attention while decoding.
     """
 
     policy: str
     budget: int
     batch: int
     length: int
+    kernel: str = "plain"
 
     def record(self) -> dict:
         return dataclasses.asdict(self)
@@ -106,15 +108,18 @@ class Bench:
         params = scorer.init(jax.random.key(self.config.seed), self.model, rules)
         return policies.Foresight(params, rules)  # what untrained scorers cost, trained ones do
 
-    def arms(self, batches: Sequence[int], lengths: Sequence[int]) -> list[Arm]:
-        """Every policy at every budget (the full cache once), batch and length."""
+    def arms(
+        self, batches: Sequence[int], lengths: Sequence[int], kernels: Sequence[str] = ()
+    ) -> list[Arm]:
+        """Every policy at every budget (the full cache once), batch, length and kernel."""
         s = self.settings
         return [
-            Arm(name, budget, batch, length)
+            Arm(name, budget, batch, length, kernel)
             for length in lengths
             for batch in batches
             for name in s.policies
             for budget in (s.budgets if self.policy(name).evicts else (0,))
+            for kernel in kernels or (self.config.attention_kernel,)
         ]
 
     def compiled(self, key: Any, lower: Callable[[], Any]) -> tuple[Any, float, int]:
@@ -141,6 +146,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
     _check(config)
     if settings.random_weights:
         model = costs.shape_of(common.model_path(config), settings.layers)
+        model = dataclasses.replace(model, kernel=config.attention_kernel)
     else:
         if settings.layers:
             raise UserError("benchmark.layers is for benchmark.random_weights = True")
@@ -193,6 +199,9 @@ def _check(config: ConfigDict) -> None:
             )
     kv.check_sizes(config.budget, config.interval)
     common.check_budgets(s.budgets, config.interval, "benchmark.budgets")
+    common.check_kernel(config, config.attention_kernel)
+    for name in s.kernels:
+        common.check_kernel(config, name, "benchmark.kernels")
     for name in s.policies:
         if name != "foresight":
             policies.get(name)
@@ -235,6 +244,7 @@ def _about(bench: Bench) -> dict:
         "dtype": bench.config.dtype,
         "budget": bench.config.budget,
         "interval": bench.interval,
+        "attention_kernel": bench.config.attention_kernel,
         "repeats": bench.settings.repeats,
         "peak_flops": bench.peaks.flops,
         "bandwidth": bench.peaks.bandwidth,
@@ -283,13 +293,14 @@ def _decode_program(bench: Bench, arm: Arm):
 
     def lower():
         state = jax.eval_shape(make, key)
+        model = dataclasses.replace(bench.model, kernel=arm.kernel)
         return call.lower(
-            bench.model, bench.params, policy, state, prompt_width=width, budget=arm.budget,
+            model, bench.params, policy, state, prompt_width=width, budget=arm.budget,
             interval=interval, sampling=bench.sampling, stop=(),
         )  # fmt: skip
 
     # Under eviction the program knows nothing of the length.
-    name = ("decode", arm.policy, arm.budget, arm.batch, 0 if policy.evicts else arm.length)
+    name = ("decode", dataclasses.replace(arm, length=0 if policy.evicts else arm.length))
     program, seconds, size = bench.compiled(name, lower)
     if size > bench.limit:
         raise DoesNotFit
@@ -402,7 +413,7 @@ def _time_decode(bench: Bench, arms: Sequence[Arm]) -> list[dict]:
     seconds, evicting = {arm: [] for arm in arms}, {}
     does_not_fit = set()
     # Arms of equal shape share a program: under eviction, all lengths.
-    shapes = {(a.policy, a.budget, a.batch, 0 if a.budget else a.length): a for a in arms}
+    shapes = {dataclasses.replace(a, length=0 if a.budget else a.length): a for a in arms}
     if bench.settings.compile_threads > 1:
         with concurrent.futures.ThreadPoolExecutor(bench.settings.compile_threads) as pool:
             list(pool.map(functools.partial(_compile_ahead, bench), shapes.values()))
@@ -473,11 +484,13 @@ def _decode_record(bench, arm, seconds_rc, evicting, compiled, size) -> dict:
 
 def _name(arm: Arm) -> str:
     budget = f" B={arm.budget}" if arm.budget else ""
-    return f"{arm.policy}{budget}, batch {arm.batch}, length {arm.length}"
+    kernel = "" if arm.kernel == "plain" else f", {arm.kernel}"
+    return f"{arm.policy}{budget}, batch {arm.batch}, length {arm.length}{kernel}"
 
 
 def _decode(bench: Bench) -> list[dict]:
-    return _time_decode(bench, bench.arms(bench.settings.batches, bench.settings.lengths))
+    s = bench.settings
+    return _time_decode(bench, bench.arms(s.batches, s.lengths, s.kernels))
 
 
 def _largest_batch(bench: Bench) -> list[dict]:
@@ -540,7 +553,7 @@ def _growth(bench: Bench) -> list[dict]:
     """
     s, interval = bench.settings, bench.interval
     arms = [
-        Arm(name, budget, s.growth_batch, s.growth_tokens)
+        Arm(name, budget, s.growth_batch, s.growth_tokens, bench.model.kernel)
         for name in s.policies
         if bench.policy(name).evicts
         for budget in s.budgets
@@ -910,11 +923,16 @@ def _bytes(count: float) -> str:
 def _decode_rows(records):
     head = ["policy", "B", "batch", "length", "tokens/s", "ms p50", "p99", "roofline", "bound",
             "eviction", "memory", "compile s"]  # fmt: skip
+    several = len({r["kernel"] for r in records}) > 1
+    if several:
+        head.insert(4, "kernel")
     rows = []
     for r in records:
         start = [r["policy"], str(r["budget"] or "-"), str(r["batch"]), str(r["length"])]
         if r.get("limited"):
             start[2] += " (the limit)"
+        if several:
+            start.append(r["kernel"])
         if not r["fits"]:
             rows.append([*start, "does not fit", *[""] * 7])
             continue

@@ -1,5 +1,6 @@
 """What several jobs do alike: read their parts of the config, with errors before work starts."""
 
+import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ JOBS = (
 
 def other_jobs(job: str) -> tuple[str, ...]:
     """Parts of the config that have no say in this job: they may change when it goes on."""
-    return ("model_axis", *(name for name in JOBS if name != job))
+    return ("model_axis", "attention_kernel", *(name for name in JOBS if name != job))
 
 
 def spec(config: ConfigDict) -> ledger.Spec:
@@ -41,8 +42,26 @@ def load_model(config: ConfigDict, span: str = "copy") -> tuple[ModelConfig, mod
     Args:
       span: the devices it lies on, see `parallel.make_mesh`: one copy, or those of this process.
     """
+    kernel = check_kernel(config, config.attention_kernel)
     mesh = parallel.make_mesh(config.model_axis, span)
-    return models.load(model_path(config), config.dtype, revision(config), mesh)
+    model, params = models.load(model_path(config), config.dtype, revision(config), mesh)
+    return dataclasses.replace(model, kernel=kernel), params
+
+
+def check_kernel(config: ConfigDict, name: str, where: str = "attention_kernel") -> str:
+    """Gives the name of a kernel of attention back if decoding can go by it; `where` it is from."""
+    if name not in ("plain", "pallas"):
+        raise UserError(f"{where}: {name!r} must be 'plain' or 'pallas'")
+    if name == "pallas":
+        if config.model_axis > 1:
+            raise UserError(
+                f"{where}: 'pallas' does not go with model_axis = {config.model_axis}, as a kernel "
+                "can't be split: set it to 'plain', or model_axis to 1"
+            )
+        from fkv import kernels
+
+        kernels.for_platform(jax.default_backend())
+    return name
 
 
 def model_config(config: ConfigDict) -> ModelConfig:
@@ -59,8 +78,10 @@ def model_path(config: ConfigDict) -> str | Path:
 
 def load_language_model(config: ConfigDict) -> api.Model:
     """One copy with its tokenizer."""
+    kernel = check_kernel(config, config.attention_kernel)
     mesh = parallel.make_mesh(config.model_axis, "copy")
-    return api.load(config.model, config.dtype, revision(config), mesh)
+    model = api.load(config.model, config.dtype, revision(config), mesh)
+    return dataclasses.replace(model, config=dataclasses.replace(model.config, kernel=kernel))
 
 
 def revision(config: ConfigDict) -> str | None:

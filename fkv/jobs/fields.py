@@ -78,7 +78,7 @@ _TASK = _those(RANGE, " ".join(field.name for field in dataclasses.fields(ledger
 _STAGE = {**_TASK, **_those(whole(1), "steps batch")}
 FIELDS = {
     "seed": whole(0, 2**32 - 1),
-    **_those(TEXT, "model revision dtype"),
+    **_those(TEXT, "model revision dtype attention_kernel"),
     **_those(whole(1), "budget interval model_axis"),
     **_in("task", _TASK),
     **_in(
@@ -158,7 +158,7 @@ FIELDS = {
     **_in(
         "benchmark",
         {
-            **_those(NAMES, "sections policies peer_policies"),
+            **_those(NAMES, "sections kernels policies peer_policies"),
             **_those(SWITCH, "random_weights"),
             **_those(whole(0), "layers top_k"),
             "peaks": TEXT,
@@ -189,7 +189,10 @@ FIELDS = {
         },
     ),
 }
-_MODEL = ("seed", "model", "revision", "dtype", "model_axis", "budget", "interval", "task")
+_MODEL = (
+    "seed", "model", "revision", "dtype", "attention_kernel", "model_axis", "budget", "interval",
+    "task",
+)  # fmt: skip
 USED = {
     "pretrain": ("seed", "budget", "interval", "task", "pretrain"),
     "traces": (*_MODEL, "traces"),

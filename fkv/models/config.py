@@ -31,6 +31,7 @@ class ModelConfig:
       qkv_bias, out_bias, mlp_bias: which projections have biases.
       tied_embeddings: the unembedding is the embedding transposed.
       max_positions: the length the checkpoint was made for.
+      kernel: of attention while decoding, see `attention.attend_one`; not of the checkpoint.
     """
 
     family: str
@@ -50,6 +51,7 @@ class ModelConfig:
     mlp_bias: bool = False
     tied_embeddings: bool = False
     max_positions: int = 32_768
+    kernel: str = "plain"
 
     @property
     def group_size(self) -> int:
