@@ -1,5 +1,6 @@
 """What several jobs do alike: read their parts of the config, with errors before work starts."""
 
+import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,14 +43,21 @@ def load_model(config: ConfigDict, span: str = "copy") -> tuple[ModelConfig, mod
       span: the devices it lies on, see `parallel.make_mesh`: one copy, or those of this process.
     """
     mesh = parallel.make_mesh(config.model_axis, span)
-    return models.load(model_path(config), config.dtype, revision(config), mesh)
+    model, params = models.load(model_path(config), config.dtype, revision(config), mesh)
+    return with_cache(config, model), params
+
+
+def with_cache(config: ConfigDict, model: ModelConfig) -> ModelConfig:
+    """The model with caches as the config wants them, of which no checkpoint knows."""
+    return dataclasses.replace(model, cache_dtype=config.cache_dtype)
 
 
 def model_config(config: ConfigDict) -> ModelConfig:
     """What `config.json` says, or a known shape; no weights are read or downloaded."""
     if config.model in costs.SHAPES and not Path(config.model).is_dir():
-        return costs.SHAPES[config.model]
-    return models.read(models.find(model_path(config), revision(config), weights=False))
+        return with_cache(config, costs.SHAPES[config.model])
+    model = models.read(models.find(model_path(config), revision(config), weights=False))
+    return with_cache(config, model)
 
 
 def model_path(config: ConfigDict) -> str | Path:
@@ -60,7 +68,7 @@ def model_path(config: ConfigDict) -> str | Path:
 def load_language_model(config: ConfigDict) -> api.Model:
     """One copy with its tokenizer."""
     mesh = parallel.make_mesh(config.model_axis, "copy")
-    return api.load(config.model, config.dtype, revision(config), mesh)
+    return api.load(config.model, config.dtype, revision(config), mesh, config.cache_dtype)
 
 
 def revision(config: ConfigDict) -> str | None:

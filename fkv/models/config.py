@@ -15,6 +15,7 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen2",
     "LlamaForCausalLM": "llama",
 }
+CACHE_DTYPES = ("", "int8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,8 @@ class ModelConfig:
       qkv_bias, out_bias, mlp_bias: which projections have biases.
       tied_embeddings: the unembedding is the embedding transposed.
       max_positions: the length the checkpoint was made for.
+      cache_dtype: of cached keys and values, what no checkpoint says: empty for the model's own, or
+        `int8`, see `fkv.cache.Int8`.
     """
 
     family: str
@@ -50,6 +53,13 @@ class ModelConfig:
     mlp_bias: bool = False
     tied_embeddings: bool = False
     max_positions: int = 32_768
+    cache_dtype: str = ""
+
+    def __post_init__(self):
+        if self.cache_dtype not in CACHE_DTYPES:
+            raise UserError(
+                f"cache_dtype = {self.cache_dtype!r} must be '' (the model's own) or 'int8'"
+            )
 
     @property
     def group_size(self) -> int:
