@@ -29,7 +29,8 @@ def get_config() -> ConfigDict:
     config.seed = 0
     config.model = "embedded"  # or a Hugging Face directory or hub id
     config.revision = ""  # branch, tag or commit of a hub id
-    config.dtype = "float32"  # of the language model and its cache
+    config.dtype = "float32"  # of the language model
+    config.cache_dtype = ""  # of cached keys and values: the model's, or "int8"
     # Of a token over the cache while decoding: or "pallas", one kernel for GPUs and TPUs.
     config.attention_kernel = "plain"
     config.model_axis = 1  # devices that share one copy of the language model

@@ -65,6 +65,7 @@ def load(
     dtype: DTypeLike | None = None,
     revision: str | None = None,
     mesh: Mesh | None = None,
+    cache_dtype: str = "",
 ) -> Model:
     """Loads a Qwen3, Qwen2 or Llama model and its tokenizer.
 
@@ -74,6 +75,7 @@ def load(
       dtype: float32, bfloat16 or float16; None keeps the stored one.
       revision: branch, tag or commit on the hub.
       mesh: devices that the decoder is split over, see `models.load`; by default it has one.
+      cache_dtype: of cached keys and values: empty for the model's, or `int8`.
 
     Raises:
       UserError: the model is absent, damaged or not supported.
@@ -81,6 +83,7 @@ def load(
     path = tasks.REASONER if str(path_or_hub_id) == EMBEDDED else path_or_hub_id
     directory = models.find(path, revision)
     config, params = models.load(directory, dtype, mesh=mesh)
+    config = dataclasses.replace(config, cache_dtype=cache_dtype)
     tokenizer = _tokenizer(directory)
     return Model(config, params, tokenizer, _stop(directory, tokenizer), str(path_or_hub_id))
 

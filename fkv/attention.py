@@ -2,7 +2,8 @@
 
 Letters: b batch, t tokens, q queries, s cache slots, h query heads, k KV heads, g query heads per
 KV head, d head dim. A key is visible to a query when its position is known (-1 = empty or padding)
-and not later than the query's. Softmax and statistics are float32 whatever the inputs are.
+and not later than the query's. Softmax and statistics are float32 whatever the inputs are. Keys and
+values may be `cache.Int8`: their integers are multiplied, their scales go to logits and weights.
 """
 
 import math
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from fkv import cache as kv
 from fkv.errors import UserError
 
 # Finite, so that a query that sees nothing (padding) gives numbers and not NaN.
@@ -31,11 +33,33 @@ def group_queries(q_bqhd: Array, kv_heads: int) -> Array:
     return q_bqhd.reshape(b, q, kv_heads, h // kv_heads, d)
 
 
-def logits(q_bqhd: Array, k_bksd: Array, visible_bkqs: Array) -> Array:
+def product(spec: str, x_bkgqz: Array, y_bksd: Array | kv.Int8) -> Array:
+    """`einsum_f32` of queries or weights with keys or values: of `Int8` the integers alone."""
+    if not isinstance(y_bksd, kv.Int8):
+        return einsum_f32(spec, x_bkgqz, y_bksd)
+    dtype = x_bkgqz.dtype  # bfloat16 holds the integers exactly, too
+    if jax.default_backend() != "cpu":
+        return einsum_f32(spec, x_bkgqz, y_bksd.value.astype(dtype))
+
+    # The CPU multiplies no integers with floats: XLA writes them out as floats before, and on the
+    # way copies the cache that they are in. One head after the other it copies none.
+    def one(head):
+        x, y = (jax.lax.dynamic_slice_in_dim(z, head, 1, axis=1) for z in (x_bkgqz, y_bksd.value))
+        return einsum_f32(spec, x, y.astype(dtype))[:, 0]
+
+    return jnp.moveaxis(jax.lax.map(one, jnp.arange(y_bksd.shape[1])), 0, 1)
+
+
+def scaled(x_bkgqs: Array, by_bksd: Array | kv.Int8) -> Array:
+    """Logits or weights, times the scales of the entries that they meet if these have some."""
+    return x_bkgqs * by_bksd.scale[:, :, None, None] if isinstance(by_bksd, kv.Int8) else x_bkgqs
+
+
+def logits(q_bqhd: Array, k_bksd: Array | kv.Int8, visible_bkqs: Array) -> Array:
     """Scaled, masked attention logits [b, k, g, q, s] in float32."""
     # The queries are transposed, which are few: left to XLA, the CPU transposes the product.
     q = jnp.moveaxis(group_queries(q_bqhd, k_bksd.shape[1]), 1, 3)
-    x = einsum_f32("bkgqd,bksd->bkgqs", q, k_bksd)
+    x = scaled(product("bkgqd,bksd->bkgqs", q, k_bksd), k_bksd)
     return jnp.where(visible_bkqs[:, :, None], x * q.shape[-1] ** -0.5, MASKED)
 
 
@@ -45,22 +69,25 @@ def visible(query_position_bq: Array, key_position_bks: Array) -> Array:
     return (key >= 0) & (key <= query_position_bq[:, None, :, None])
 
 
-def attend(q_bqhd: Array, k_bksd: Array, v_bksd: Array, visible_bkqs: Array) -> tuple[Array, Array]:
+def attend(
+    q_bqhd: Array, k_bksd: Array | kv.Int8, v_bksd: Array | kv.Int8, visible_bkqs: Array
+) -> tuple[Array, Array]:
     """Softmax attention.
 
     Returns:
-      The attended values [b, q, h, d] in the dtype of the values, and the log-sum-exp of the
-      logits [b, k, g, q] (float32).
+      The attended values [b, q, h, d] in the dtype of the values (of the queries, for `Int8`), and
+      the log-sum-exp of the logits [b, k, g, q] (float32).
     """
     x = logits(q_bqhd, k_bksd, visible_bkqs)
     top = jax.lax.stop_gradient(x.max(-1, keepdims=True))
     p = jnp.exp(x - top)
     total = p.sum(-1)
+    dtype = q_bqhd.dtype if isinstance(v_bksd, kv.Int8) else v_bksd.dtype
+    weight = scaled(p, v_bksd).astype(dtype)
     # Heads first: asked for queries first, XLA on the CPU transposes the cache before multiplying.
-    out = einsum_f32("bkgqs,bksd->bkgqd", p.astype(v_bksd.dtype), v_bksd) / total[..., None]
-    return jnp.moveaxis(out, 3, 1).reshape(q_bqhd.shape).astype(v_bksd.dtype), top[
-        ..., 0
-    ] + jnp.log(total)
+    out = product("bkgqs,bksd->bkgqd", weight, v_bksd) / total[..., None]
+    out = jnp.moveaxis(out, 3, 1).reshape(q_bqhd.shape).astype(dtype)
+    return out, top[..., 0] + jnp.log(total)
 
 
 def attend_one(
@@ -98,7 +125,11 @@ def attend_one(
 
 
 def full_attention(
-    q_bthd: Array, k_btkd: Array, v_btkd: Array, position_bt: Array, block: int = 256
+    q_bthd: Array,
+    k_btkd: Array | kv.Int8,
+    v_btkd: Array | kv.Int8,
+    position_bt: Array,
+    block: int = 256,
 ) -> tuple[Array, Array]:
     """Causal attention of a whole sequence, one block of queries at a time: never T x T.
 
@@ -112,7 +143,7 @@ def full_attention(
     b, t, h, d = q_bthd.shape
     block = -(-t // -(-t // block))  # even blocks: no more padding than blocks
     pad = -t % block
-    k_bktd, v_bktd = jnp.moveaxis(k_btkd, 1, 2), jnp.moveaxis(v_btkd, 1, 2)
+    k_bktd, v_bktd = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 2), (k_btkd, v_btkd))
     key_position = position_bt[:, None]
 
     def one(inputs):
@@ -159,7 +190,7 @@ _BLOCK = 32
 def statistics(
     q_bqhd: Array,
     query_position_bq: Array,
-    k_bksd: Array,
+    k_bksd: Array | kv.Int8,
     key_position_bks: Array,
     lse_bkgq: Array,
     form: str = "windowed",

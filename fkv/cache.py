@@ -7,6 +7,9 @@ freed slots: at most `L` rows move, the shape never changes, and filling up is t
 running full, since empty slots are the first to be dropped. Attention does not care about the
 order of slots, because keys are cached after the rotation; `position` says what sits where.
 
+Keys and values are held in the model's dtype, or as `Int8`: quantised once, when they come. What
+moves at an eviction are rows of integers and their scales, bit for bit.
+
 Letters: b batch, k KV heads, s slots (B + L), l interval (L), d head dim.
 """
 
@@ -21,17 +24,52 @@ from fkv.errors import UserError
 
 
 @flax.struct.dataclass
+class Int8:
+    """Vectors in eight bits a number, each with a scale of its own: about `value * scale`.
+
+    Attributes:
+      value: [..., d], int8.
+      scale: [...], float32: the largest magnitude of the vector over 127; 0 where there is none.
+    """
+
+    value: Array
+    scale: Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.value.shape
+
+
+def quantise(x: Array) -> Int8:
+    """Rounds vectors [..., d] to the nearest of 255 multiples of their scale."""
+    x = x.astype(jnp.float32)
+    scale = jnp.abs(x).max(-1) / 127
+    value = jnp.round(x / jnp.where(scale > 0, scale, 1.0)[..., None])
+    return Int8(value.astype(jnp.int8), scale)
+
+
+def stored(x: Array, cache_dtype: str) -> Array | Int8:
+    """Vectors [..., d] as a cache holds them, `cache_dtype` being a model config's."""
+    return quantise(x) if cache_dtype == "int8" else x
+
+
+def dense(x: Array | Int8) -> Array:
+    """Vectors [..., d] as numbers: float32 of `Int8`, all others as they are."""
+    return x.value * x.scale[..., None] if isinstance(x, Int8) else x
+
+
+@flax.struct.dataclass
 class Cache:
     """One layer's cache.
 
     Attributes:
-      key_bksd, value_bksd: entries, in the model's dtype; zeros where empty.
+      key_bksd, value_bksd: entries, in the model's dtype or `Int8`; zeros where empty.
       position_bks: absolute position of each entry, int32, -1 where empty.
       entry: a pytree of [b, k, s, ...] arrays that travel with the entries (statistics).
     """
 
-    key_bksd: Array
-    value_bksd: Array
+    key_bksd: Array | Int8
+    value_bksd: Array | Int8
     position_bks: Array
     entry: Any = ()
 
@@ -53,26 +91,37 @@ def init(
 
     Args:
       slots: B + L.
+      dtype: of keys and values; int8 makes them `Int8`.
       entry: pytree of `jax.ShapeDtypeStruct` with the trailing shape of each statistic; the
         cache holds zeros of shape [batch, kv_heads, slots, *trailing].
     """
     lead = (batch, kv_heads, slots)
-    return Cache(
+
+    def empty():
         # Zeros, not uninitialised memory: a NaN value times a zero weight is NaN.
-        key_bksd=jnp.zeros((*lead, head_dim), dtype),
-        value_bksd=jnp.zeros((*lead, head_dim), dtype),
+        x = jnp.zeros((*lead, head_dim), dtype)
+        return Int8(x, jnp.zeros(lead)) if x.dtype == jnp.int8 else x
+
+    return Cache(
+        key_bksd=empty(),
+        value_bksd=empty(),
         position_bks=jnp.full(lead, -1, jnp.int32),
         entry=jax.tree.map(lambda x: jnp.zeros((*lead, *x.shape), x.dtype), entry),
     )
 
 
 def append(
-    cache: Cache, slot: int | Array, key_btkd: Array, value_btkd: Array, position_bt: Array
+    cache: Cache,
+    slot: int | Array,
+    key_btkd: Array | Int8,
+    value_btkd: Array | Int8,
+    position_bt: Array,
 ) -> Cache:
     """Writes `t` new tokens at slots [slot, slot + t), the same for every row and head.
 
     Args:
       slot: first slot to write, in the staging ring.
+      key_btkd, value_btkd: quantised here for a cache of `Int8`, unless they are already.
       position_bt: absolute positions, -1 for padding (the slot is then empty).
     """
     b, t, k, _ = key_btkd.shape
@@ -82,9 +131,15 @@ def append(
         start = (0, 0, slot, *(0,) * (array.ndim - 3))
         return jax.lax.dynamic_update_slice(array, new.astype(array.dtype), start)
 
+    def take_in(held, new):
+        if isinstance(held, Int8) and not isinstance(new, Int8):
+            new = quantise(new)
+        new = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 2), new)
+        return jax.tree.map(write, held, new)
+
     return cache.replace(
-        key_bksd=write(cache.key_bksd, jnp.moveaxis(key_btkd, 1, 2)),
-        value_bksd=write(cache.value_bksd, jnp.moveaxis(value_btkd, 1, 2)),
+        key_bksd=take_in(cache.key_bksd, key_btkd),
+        value_bksd=take_in(cache.value_bksd, value_btkd),
         position_bks=write(cache.position_bks, position),
     )
 

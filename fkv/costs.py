@@ -118,8 +118,13 @@ def parameter_bytes(config: ModelConfig, dtype: str) -> int:
 
 
 def cache_bytes(config: ModelConfig, slots: int, dtype: str, statistics: bool = False) -> int:
-    """Keys, values and positions of one row in all layers, and sums of attention if it has them."""
-    entry = 2 * config.head_dim * jnp.dtype(dtype).itemsize + 4
+    """Keys, values and positions of one row in all layers, and sums of attention if it has them.
+
+    Args:
+      dtype: the model's; its `cache_dtype` goes first.
+    """
+    entry = 2 * config.head_dim * jnp.dtype(config.cache_dtype or dtype).itemsize + 4
+    entry += 2 * 4 if config.cache_dtype == "int8" else 0  # scales
     entry += 8 * config.group_size if statistics else 0
     return config.layers * config.kv_heads * slots * entry
 

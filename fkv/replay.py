@@ -64,14 +64,16 @@ def _ignore(acc, policy, view, evict):
 def init_cache(
     policy: Policy, batch: int, config: ModelConfig, budget: int, interval: int, dtype: jnp.dtype
 ) -> kv.Cache:
-    """An empty cache of one layer as the policy wants it."""
+    """An empty cache of one layer, in the model's `cache_dtype` or else in `dtype`."""
     kv.check_sizes(budget, interval)
     entry = ()
     if policy.statistics:
         sums = jax.ShapeDtypeStruct((config.group_size,), jnp.float32)
         entry = {"cumulative": sums, "decayed": sums}
     slots = policy.capacity(budget) + interval
-    return kv.init(batch, config.kv_heads, slots, config.head_dim, dtype, entry)
+    return kv.init(
+        batch, config.kv_heads, slots, config.head_dim, config.cache_dtype or dtype, entry
+    )
 
 
 def evict(
@@ -240,6 +242,7 @@ def replay(
                 acc,
             )
         else:
+            k, v = (kv.stored(x, config.cache_dtype) for x in (k, v))
             out, _ = attention.full_attention(q, k, v, position)
             layer_acc, observed = acc, ()
         return models.finish(config, weights, hidden, out), (layer_acc, observed)
@@ -257,7 +260,10 @@ def golden_layer(
     budget: int,
     interval: int,
 ) -> tuple[Array, golden.Labels]:
-    """One layer of the full pass: its output and its golden evictions."""
+    """One layer of the full pass: its output and its golden evictions.
+
+    It holds no cache: its keys and values are the model's own, whatever a cache would make of them.
+    """
     q, k, v = models.project(config, weights, hidden_btm, position_bt)
     out, lse = attention.full_attention(q, k, v, position_bt)
     labels = golden.from_attention(q, k, lse, position_bt, budget, interval)
@@ -275,7 +281,8 @@ def golden_policy(
     """The golden evictions of all layers, from one full pass.
 
     Returns:
-      The policy that forces them, the labels [layers, e, ...], and the full-cache hidden states.
+      The policy that forces them, the labels [layers, e, ...], and the full-cache hidden states,
+      which `config.cache_dtype` has no say in.
     """
     position = row_positions(token_bt, length_b)
 

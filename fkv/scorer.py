@@ -105,7 +105,7 @@ def features(config: ScorerConfig, view: View) -> Array:
         raise UserError("scorer.form = 'reference' is defined for at most 8 query heads a group")
     parts = []
     if config.inputs != "attention":
-        parts += [view.cache.key_bksd, view.cache.value_bksd]
+        parts += [view.key_bksd, view.value_bksd]
     if config.inputs != "kv":
         s = view.statistics
         parts += [s.largest, s.smallest, s.total, s.last_16, s.last_8, s.last_32]

@@ -145,8 +145,8 @@ def run(config: ConfigDict, workdir: str) -> dict:
     settings = config.benchmark
     _check(config)
     if settings.random_weights:
-        model = costs.shape_of(common.model_path(config), settings.layers)
-        model = dataclasses.replace(model, kernel=config.attention_kernel)
+        shape = costs.shape_of(common.model_path(config), settings.layers)
+        model = common.as_configured(config, shape)
     else:
         if settings.layers:
             raise UserError("benchmark.layers is for benchmark.random_weights = True")
@@ -242,6 +242,7 @@ def _about(bench: Bench) -> dict:
         "layers": bench.model.layers,
         "parameters": costs.parameters(bench.model),
         "dtype": bench.config.dtype,
+        "cache_dtype": bench.config.cache_dtype or bench.config.dtype,
         "budget": bench.config.budget,
         "interval": bench.interval,
         "attention_kernel": bench.config.attention_kernel,
@@ -258,7 +259,7 @@ def _title(about: dict) -> str:
     memory = about["peak_memory"]
     return (
         f"{about['model']}, {about['parameters'] / 1e6:.2f} M parameters in {about['layers']} "
-        f"layers, {about['dtype']}; L = {about['interval']}\n"
+        f"layers, {about['dtype']}, cache in {about['cache_dtype']}; L = {about['interval']}\n"
         f"{about['devices']} x {about['device']}, {about['cores']} cores, load {about['load']}, "
         f"JAX {about['jax']}\n"
         f"{about['peak_flops'] / 1e9:.0f} GFLOP/s, {about['bandwidth'] / 1e9:.1f} GB/s "
@@ -334,7 +335,8 @@ def made_up_state(
         empty = replay.init_cache(policy, arm.batch, model, arm.budget, interval, dtype)
         held = empty.position_bks.shape[-1] - interval
     else:
-        empty = kv.init(arm.batch, model.kv_heads, arm.length, model.head_dim, dtype)
+        held_as = model.cache_dtype or dtype
+        empty = kv.init(arm.batch, model.kv_heads, arm.length, model.head_dim, held_as)
         held = prompt
     index = jnp.arange(empty.position_bks.shape[-1], dtype=jnp.int32)
     position = jnp.where(index < held, jnp.maximum(index + prompt - held, -1), -1)
@@ -343,6 +345,7 @@ def made_up_state(
     def one(layer):
         keys = jax.random.split(jax.random.fold_in(key, layer))
         k, v = (jax.random.normal(x, empty.key_bksd.shape, dtype) for x in keys)
+        k, v = (kv.stored(x, model.cache_dtype) for x in (k, v))
         return empty.replace(key_bksd=k, value_bksd=v, position_bks=position)
 
     row = jnp.zeros((arm.batch,), jnp.int32)

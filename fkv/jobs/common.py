@@ -42,14 +42,21 @@ def load_model(config: ConfigDict, span: str = "copy") -> tuple[ModelConfig, mod
     Args:
       span: the devices it lies on, see `parallel.make_mesh`: one copy, or those of this process.
     """
-    kernel = check_kernel(config, config.attention_kernel)
+    check_kernel(config, config.attention_kernel)
     mesh = parallel.make_mesh(config.model_axis, span)
     model, params = models.load(model_path(config), config.dtype, revision(config), mesh)
-    return dataclasses.replace(model, kernel=kernel), params
+    return as_configured(config, model), params
 
 
-def check_kernel(config: ConfigDict, name: str, where: str = "attention_kernel") -> str:
-    """Gives the name of a kernel of attention back if decoding can go by it; `where` it is from."""
+def as_configured(config: ConfigDict, model: ModelConfig) -> ModelConfig:
+    """The model with what no checkpoint knows of: what its caches hold, and what reads them."""
+    return dataclasses.replace(
+        model, cache_dtype=config.cache_dtype, kernel=config.attention_kernel
+    )
+
+
+def check_kernel(config: ConfigDict, name: str, where: str = "attention_kernel") -> None:
+    """Refuses a kernel of attention that decoding can't go by; `where` its name is from."""
     if name not in ("plain", "pallas"):
         raise UserError(f"{where}: {name!r} must be 'plain' or 'pallas'")
     if name == "pallas":
@@ -58,17 +65,22 @@ def check_kernel(config: ConfigDict, name: str, where: str = "attention_kernel")
                 f"{where}: 'pallas' does not go with model_axis = {config.model_axis}, as a kernel "
                 "can't be split: set it to 'plain', or model_axis to 1"
             )
+        if config.cache_dtype:
+            raise UserError(
+                f"{where}: 'pallas' reads caches in the model's dtype only: set it to 'plain', or "
+                "cache_dtype to ''"
+            )
         from fkv import kernels
 
         kernels.for_platform(jax.default_backend())
-    return name
 
 
 def model_config(config: ConfigDict) -> ModelConfig:
     """What `config.json` says, or a known shape; no weights are read or downloaded."""
     if config.model in costs.SHAPES and not Path(config.model).is_dir():
-        return costs.SHAPES[config.model]
-    return models.read(models.find(model_path(config), revision(config), weights=False))
+        return as_configured(config, costs.SHAPES[config.model])
+    model = models.read(models.find(model_path(config), revision(config), weights=False))
+    return as_configured(config, model)
 
 
 def model_path(config: ConfigDict) -> str | Path:
@@ -78,10 +90,10 @@ def model_path(config: ConfigDict) -> str | Path:
 
 def load_language_model(config: ConfigDict) -> api.Model:
     """One copy with its tokenizer."""
-    kernel = check_kernel(config, config.attention_kernel)
+    check_kernel(config, config.attention_kernel)
     mesh = parallel.make_mesh(config.model_axis, "copy")
     model = api.load(config.model, config.dtype, revision(config), mesh)
-    return dataclasses.replace(model, config=dataclasses.replace(model.config, kernel=kernel))
+    return dataclasses.replace(model, config=as_configured(config, model.config))
 
 
 def revision(config: ConfigDict) -> str | None:

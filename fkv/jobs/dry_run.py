@@ -37,7 +37,8 @@ def run(job: str, config: ConfigDict) -> str:
     model = common.model_config(config)
     lines = [
         f"launch.{job}, {config.model}: {costs.parameters(model) / 1e6:,.2f} million parameters in "
-        f"{config.dtype}, B = {config.budget}, L = {config.interval}"
+        f"{config.dtype}, cache in {config.cache_dtype or config.dtype}, B = {config.budget}, "
+        f"L = {config.interval}"
     ]
     text = "\n".join([*lines, *known[job](config, model, job)])
     common.say(text)
@@ -297,6 +298,8 @@ def _weights(config: ConfigDict, model: ModelConfig):
 
 def _caches(config: ConfigDict, caches):
     """Shapes of caches as they will be: keys and values in the run's dtype."""
+    if config.cache_dtype:
+        return caches
 
     def one(layer):
         key, value = (

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from fkv.errors import UserError
+from fkv.models.config import CACHE_DTYPES
 from fkv.scorer import ScorerConfig
 from fkv.tasks import ledger
 
@@ -79,6 +80,7 @@ _STAGE = {**_TASK, **_those(whole(1), "steps batch")}
 FIELDS = {
     "seed": whole(0, 2**32 - 1),
     **_those(TEXT, "model revision dtype attention_kernel"),
+    "cache_dtype": Kind("'' (the model's dtype) or 'int8'", lambda value: value in CACHE_DTYPES),
     **_those(whole(1), "budget interval model_axis"),
     **_in("task", _TASK),
     **_in(
@@ -190,8 +192,8 @@ FIELDS = {
     ),
 }
 _MODEL = (
-    "seed", "model", "revision", "dtype", "attention_kernel", "model_axis", "budget", "interval",
-    "task",
+    "seed", "model", "revision", "dtype", "cache_dtype", "attention_kernel", "model_axis", "budget",
+    "interval", "task",
 )  # fmt: skip
 USED = {
     "pretrain": ("seed", "budget", "interval", "task", "pretrain"),

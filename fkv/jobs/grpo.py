@@ -1,5 +1,6 @@
 """The reinforcement stage, from a config to a table: improve scorers, save them, measure them."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -202,7 +203,10 @@ def _supervised(config: ConfigDict) -> policies.Foresight:
 
 
 class FullCache:
-    """Losses and entropies of the full cache, computed once a trace and kept on the host."""
+    """Losses and entropies of the full cache, computed once a trace and kept on the host.
+
+    What rewards compare with is the model itself: nothing is quantised here.
+    """
 
     def __init__(self, config: ConfigDict, model: ModelConfig, params, found: Traces, mesh):
         self.found = found
@@ -211,6 +215,7 @@ class FullCache:
         self.rows = -(-rows // each) * each
         self._known: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._params = params
+        model = dataclasses.replace(model, cache_dtype="")
 
         def device_pass(params, token, length):
             hidden, _, _ = replay.replay(

@@ -15,6 +15,7 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen2",
     "LlamaForCausalLM": "llama",
 }
+CACHE_DTYPES = ("", "int8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,8 @@ class ModelConfig:
       tied_embeddings: the unembedding is the embedding transposed.
       max_positions: the length the checkpoint was made for.
       kernel: of attention while decoding, see `attention.attend_one`; not of the checkpoint.
+      cache_dtype: of cached keys and values, what no checkpoint says: empty for the model's own, or
+        `int8`, see `fkv.cache.Int8`.
     """
 
     family: str
@@ -51,7 +54,14 @@ class ModelConfig:
     mlp_bias: bool = False
     tied_embeddings: bool = False
     max_positions: int = 32_768
+    cache_dtype: str = ""
     kernel: str = "plain"
+
+    def __post_init__(self):
+        if self.cache_dtype not in CACHE_DTYPES:
+            raise UserError(
+                f"cache_dtype = {self.cache_dtype!r} must be '' (the model's own) or 'int8'"
+            )
 
     @property
     def group_size(self) -> int:

@@ -36,6 +36,7 @@ class View:
       budget: B.
       layer: index of this layer, int32.
       config: of the model.
+      key_bksd, value_bksd: keys and values of all slots, as numbers whatever the cache's dtype.
       cumulative_bksg, decayed_bksg: sums of attention since each entry came, kept when the policy
         asks for statistics.
       interval: L.
@@ -59,6 +60,14 @@ class View:
     @property
     def capacity(self) -> int:
         return self.cache.position_bks.shape[-1] - self.interval
+
+    @property
+    def key_bksd(self) -> Array:
+        return kv.dense(self.cache.key_bksd)
+
+    @property
+    def value_bksd(self) -> Array:
+        return kv.dense(self.cache.value_bksd)
 
     @property
     def cumulative_bksg(self) -> Array:

@@ -41,7 +41,7 @@ class ExpectedAttention(Policy):
     sinks: int = flax.struct.field(pytree_node=False, default=4)
 
     def score(self, view: View) -> Array:
-        key, position = view.cache.key_bksd, view.cache.position_bks
+        key, position = view.key_bksd, view.cache.position_bks
         q = attention.group_queries(future_queries(view, self.horizon), key.shape[1])
         x = jnp.einsum("bqkgd,bksd->bkgqs", q, key.astype(jnp.float32)) * q.shape[-1] ** -0.5
         real = (view.query_position_bl >= 0)[:, None, None, :, None]
@@ -50,5 +50,5 @@ class ExpectedAttention(Policy):
         variance = jnp.where(real, (x - mean[:, :, :, None]) ** 2, 0.0).sum(3) / count
         x = jnp.where((position >= 0)[:, :, None], mean + variance / 2, attention.MASKED)
         expected = jax.nn.softmax(x, axis=-1).mean(2)
-        score = expected * jnp.linalg.norm(view.cache.value_bksd.astype(jnp.float32), axis=-1)
+        score = expected * jnp.linalg.norm(view.value_bksd.astype(jnp.float32), axis=-1)
         return jnp.where(position < self.sinks, jnp.inf, score)

@@ -14,7 +14,7 @@ class KeyDiff(Policy):
 
     def score(self, view: View) -> Array:
         held = (view.cache.position_bks >= 0)[..., None]
-        key = view.cache.key_bksd.astype(jnp.float32)
+        key = view.key_bksd.astype(jnp.float32)
         key = key / jnp.maximum(jnp.linalg.norm(key, axis=-1, keepdims=True), 1e-12)
         anchor = jnp.where(held, key, 0.0).sum(-2, keepdims=True)
         anchor = anchor / jnp.maximum(jnp.linalg.norm(anchor, axis=-1, keepdims=True), 1e-12)

@@ -13,4 +13,4 @@ class Knorm(Policy):
     """Keeps the entries whose keys have the smallest L2 norm (arXiv 2406.11430)."""
 
     def score(self, view: View) -> Array:
-        return -jnp.linalg.norm(view.cache.key_bksd.astype(jnp.float32), axis=-1)
+        return -jnp.linalg.norm(view.key_bksd.astype(jnp.float32), axis=-1)

@@ -49,7 +49,7 @@ class LagKV(Policy):
             x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, 0), (0, pad), (0, 0)))
             return x.reshape(*x.shape[:2], partitions, lag, -1)
 
-        score = (lag_scores(split(cache.key_bksd)) + lag_scores(split(cache.value_bksd))) / 2
+        score = (lag_scores(split(view.key_bksd)) + lag_scores(split(view.value_bksd))) / 2
         rank = jnp.argsort(jnp.argsort(score, axis=-1), axis=-1).astype(jnp.float32)
         rank = rank.reshape(*rank.shape[:2], -1)
         index = jnp.arange(slots)[None, None]

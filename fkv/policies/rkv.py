@@ -70,5 +70,5 @@ class RKV(Policy):
 
     def score(self, view: View) -> Array:
         importance = pooled_attention(view, self.protected(view), self.kernel)
-        repeats = redundancy(view.cache.key_bksd, view.cache.position_bks, self.threshold)
+        repeats = redundancy(view.key_bksd, view.cache.position_bks, self.threshold)
         return self.mix * importance - (1 - self.mix) * repeats
