@@ -99,7 +99,6 @@ def recipe(name: str, model: str, revision: str, arg: str) -> ConfigDict:
     config.benchmark.growth_tokens = 32_768
     config.benchmark.label_lengths = (2048, 4096, 8192, 16_384, 32_768)
     config.benchmark.step_length = 8192
-    config.benchmark.largest_from = 64
     config.benchmark.largest_limit = 4096
     config.benchmark.peer_prompt = 1024
     config.benchmark.peer_tokens = 1024

@@ -201,6 +201,7 @@ def get_config() -> ConfigDict:
     # What the device can do: measured on the spot, or the name of one whose data sheet is known.
     config.benchmark.peaks = "measured"
     config.benchmark.memory_gib = 0.0  # that a program may hold; 0 for what there is
+    config.benchmark.minutes = 0.0  # after which nothing more is begun; 0 for no end
     config.benchmark.repeats = 3
     # Decoding programs compiled at once; with more than one, their seconds say little.
     config.benchmark.compile_threads = 1
@@ -222,7 +223,6 @@ def get_config() -> ConfigDict:
     config.benchmark.step_length = 512
     config.benchmark.step_traces = 1
     config.benchmark.step_rollouts = 4
-    config.benchmark.largest_from = 16  # the batch that is tried first
     config.benchmark.largest_limit = 64  # none above is tried
     config.benchmark.largest_within = 0.125  # how close the search comes
     # The section "peers" decodes beside others, each in an environment of its own: the Python of

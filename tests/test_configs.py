@@ -20,7 +20,7 @@ def parse(job, config, *rest):
 
 def test_every_recipe_of_the_project_is_known_here():
     found = {p.stem for p in Path("configs").glob("*.py")}
-    assert found == {"__init__", "paper", "tiny", "tiny_ablations", *REAL}
+    assert found == {"__init__", "paper", "tiny", "tiny_ablations", "speed", *REAL}
 
 
 @pytest.mark.parametrize("name", REAL)

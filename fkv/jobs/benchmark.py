@@ -72,6 +72,7 @@ class Bench:
       peaks: what the device can do.
       limit: bytes that a program may hold.
       path: the run directory.
+      end: when nothing more is begun, as `time.perf_counter` has it.
       programs: compiled programs, with the seconds that compiling took and what they hold.
     """
 
@@ -81,6 +82,7 @@ class Bench:
     peaks: throughput.Peaks
     limit: int
     path: Path
+    end: float = float("inf")
     programs: dict = dataclasses.field(default_factory=dict)
 
     @property
@@ -90,6 +92,11 @@ class Bench:
     @property
     def interval(self) -> int:
         return self.config.interval
+
+    @property
+    def late(self) -> bool:
+        """Whether `benchmark.minutes` are over."""
+        return time.perf_counter() > self.end
 
     @property
     def chunks(self) -> int:
@@ -144,6 +151,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
     fields.check(config, "benchmark")
     settings = config.benchmark
     _check(config)
+    end = time.perf_counter() + 60 * (settings.minutes or float("inf"))
     if settings.random_weights:
         shape = costs.shape_of(common.model_path(config), settings.layers)
         model = common.as_configured(config, shape)
@@ -162,6 +170,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
         throughput.peaks(settings.peaks, config.dtype),
         throughput.memory_limit(settings.memory_gib),
         run.path,
+        end,
     )
 
     # ---- measuring
@@ -169,7 +178,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
     for name in settings.sections:
         start = time.perf_counter()
         common.say(f"\n{name}")
-        found[name] = SECTIONS[name].measure(bench)
+        found[name] = [] if bench.late else SECTIONS[name].measure(bench)
         bench.programs.clear()
         common.say(f"  {time.perf_counter() - start:.0f} s")
         about = _about(bench)
@@ -422,7 +431,7 @@ def _time_decode(bench: Bench, arms: Sequence[Arm]) -> list[dict]:
             list(pool.map(functools.partial(_compile_ahead, bench), shapes.values()))
     for repeat in range(bench.settings.repeats):
         for arm in arms:
-            if arm in does_not_fit:
+            if arm in does_not_fit or bench.late:
                 continue
             common.say(f"  repeat {repeat + 1}: {_name(arm)}")
             try:
@@ -434,8 +443,8 @@ def _time_decode(bench: Bench, arms: Sequence[Arm]) -> list[dict]:
                 does_not_fit.add(arm)
     records = []
     for arm in arms:
-        if arm in does_not_fit:
-            records.append({**arm.record(), "fits": False})
+        if arm in does_not_fit or not seconds[arm]:
+            records.append({**arm.record(), "fits": False, "left_out": arm not in does_not_fit})
             continue
         *_, compiled, size = _decode_program(bench, arm)
         records.append(_decode_record(bench, arm, seconds[arm], evicting[arm], compiled, size))
@@ -444,7 +453,8 @@ def _time_decode(bench: Bench, arms: Sequence[Arm]) -> list[dict]:
 
 def _compile_ahead(bench: Bench, arm: Arm) -> None:
     try:
-        _decode_program(bench, arm)
+        if not bench.late:
+            _decode_program(bench, arm)
     except (DoesNotFit, jax.errors.JaxRuntimeError) as error:
         _only_memory(error)  # and met again when the arm is run
 
@@ -497,13 +507,17 @@ def _decode(bench: Bench) -> list[dict]:
 
 
 def _largest_batch(bench: Bench) -> list[dict]:
-    """The largest batch of every policy and budget at the longest length, and how fast it is."""
+    """The largest batch of every policy and budget, and how fast it is: of the full cache at every
+    length, of all others at the longest, as their caches do not grow.
+    """
     s = bench.settings
     arms = []
-    for arm in bench.arms((s.largest_from,), (max(s.lengths),)):
+    for arm in bench.arms((1,), s.lengths):
+        if bench.late or (arm.budget and arm.length < max(s.lengths)):
+            continue
         best = largest(
             lambda batch, arm=arm: _fits(bench, dataclasses.replace(arm, batch=batch)),
-            s.largest_from,
+            _guess(bench, arm),
             s.largest_limit,
             s.largest_within,
         )
@@ -511,7 +525,22 @@ def _largest_batch(bench: Bench) -> list[dict]:
             arms.append(dataclasses.replace(arm, batch=best))
             common.say(f"  {_name(arms[-1])} is the largest")
     records = _time_decode(bench, arms)
-    return [{**r, "limited": r["batch"] == s.largest_limit} for r in records]
+    full = [r for r in records if not r["budget"] and r["fits"]]
+    for record in records:
+        if record["fits"]:
+            record["limited"] = record["batch"] == s.largest_limit
+            record["times_full"] = {
+                str(r["length"]): record["tokens_per_s"] / r["tokens_per_s"] for r in full
+            }
+    return records
+
+
+def _guess(bench: Bench, arm: Arm) -> int:
+    """Rows whose caches fill nine tenths of the memory that the weights leave, at least one."""
+    slots = bench.policy(arm.policy).capacity(arm.budget) + bench.interval
+    row = costs.cache_bytes(bench.model, slots if arm.budget else arm.length, bench.config.dtype)
+    free = bench.limit - costs.parameter_bytes(bench.model, bench.config.dtype)
+    return max(1, int(0.9 * free / row))
 
 
 def largest(fits: Callable[[int], bool], start: int, limit: int, within: float) -> int:
@@ -545,8 +574,6 @@ def _fits(bench: Bench, arm: Arm) -> bool:
     except (DoesNotFit, jax.errors.JaxRuntimeError) as error:
         _only_memory(error)
         return False
-    finally:
-        bench.programs.clear()
 
 
 def _growth(bench: Bench) -> list[dict]:
@@ -624,6 +651,8 @@ def _interleaved(bench: Bench, calls: dict[Any, Callable[[], Any]]) -> dict[Any,
     """Seconds of each call in every repeat, after one that is not counted."""
     found = {name: [] for name in calls}
     for repeat in range(bench.settings.repeats + 1):
+        if repeat > 1 and bench.late:
+            break
         for name, call in calls.items():
             start = time.perf_counter()
             jax.block_until_ready(call())
@@ -654,6 +683,9 @@ def _program_section(bench: Bench, arms: Sequence[Arm], lower, flops) -> list[di
     """
     calls, about, records = {}, {}, []
     for arm in arms:
+        if bench.late:
+            records.append({**arm.record(), "fits": False, "left_out": True})
+            continue
         common.say(f"  {_name(arm)}")
         make, args = lower(arm)
         try:
@@ -663,7 +695,7 @@ def _program_section(bench: Bench, arms: Sequence[Arm], lower, flops) -> list[di
             jax.block_until_ready(program(*args))
         except (DoesNotFit, jax.errors.JaxRuntimeError) as error:
             _only_memory(error)
-            records.append({**arm.record(), "fits": False})
+            records.append({**arm.record(), "fits": False, "left_out": False})
             continue
         calls[arm] = functools.partial(program, *args)
         about[arm] = {"program_bytes": size, "compile_s": seconds}
@@ -923,12 +955,20 @@ def _bytes(count: float) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 1e9 else f"{count / 2**20:.1f} MiB"
 
 
+def _not_measured(record: dict) -> str:
+    return "no time was left" if record["left_out"] else "does not fit"
+
+
 def _decode_rows(records):
     head = ["policy", "B", "batch", "length", "tokens/s", "ms p50", "p99", "roofline", "bound",
             "eviction", "memory", "compile s"]  # fmt: skip
     several = len({r["kernel"] for r in records}) > 1
     if several:
         head.insert(4, "kernel")
+    measured = [r for r in records if r["fits"]]
+    times_full = measured[0].get("times_full") if measured else None
+    if times_full:
+        head.append("x full at " + " / ".join(times_full))
     rows = []
     for r in records:
         start = [r["policy"], str(r["budget"] or "-"), str(r["batch"]), str(r["length"])]
@@ -937,7 +977,7 @@ def _decode_rows(records):
         if several:
             start.append(r["kernel"])
         if not r["fits"]:
-            rows.append([*start, "does not fit", *[""] * 7])
+            rows.append([*start, _not_measured(r), *[""] * (len(head) - len(start) - 1)])
             continue
         low, high = r["tokens_per_s_low"], r["tokens_per_s_high"]
         rows.append(
@@ -953,6 +993,8 @@ def _decode_rows(records):
                 f"{r['compile_s']:.1f}",
             ]
         )
+        if times_full:
+            rows[-1].append(" / ".join(f"{x:.2f}" for x in r["times_full"].values()))
     return head, rows
 
 
@@ -982,7 +1024,7 @@ def _pass_rows(records):
     for r in records:
         start = [r["policy"], str(r["budget"] or "-"), str(r["batch"]), str(r["length"])]
         if not r["fits"]:
-            rows.append([*start, "does not fit", *[""] * 4])
+            rows.append([*start, _not_measured(r), *[""] * 4])
             continue
         rows.append(
             [
@@ -1059,5 +1101,5 @@ SECTIONS = {
 def _section(name: str, records: list[dict], table) -> str:
     section = SECTIONS[name]
     if not records:
-        return f"{section.title}: nothing to measure"
+        return f"{section.title}: nothing was measured (nothing asked for, or no time left)"
     return f"{section.title}\n\n{table(*section.rows(records))}"

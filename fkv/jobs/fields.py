@@ -164,13 +164,13 @@ FIELDS = {
             **_those(SWITCH, "random_weights"),
             **_those(whole(0), "layers top_k"),
             "peaks": TEXT,
-            **_those(number(0), "memory_gib temperature"),
+            **_those(number(0), "minutes memory_gib temperature"),
             "top_p": number(0, 1, above=True),
             "largest_within": POSITIVE,
             **_those(
                 whole(1),
                 "repeats compile_threads new_tokens growth_tokens growth_batch step_length "
-                "step_traces step_rollouts largest_from largest_limit peer_prompt peer_tokens",
+                "step_traces step_rollouts largest_limit peer_prompt peer_tokens",
             ),
             **_those(
                 SIZES,

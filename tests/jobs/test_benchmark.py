@@ -1,5 +1,6 @@
 """The benchmark's bookkeeping and formulas; what it measures is not for tests."""
 
+import dataclasses
 import json
 import sys
 
@@ -26,7 +27,7 @@ def shrink(model_dir, **changes):
     s.policies, s.budgets, s.batches, s.lengths = ("full", "h2o"), (16,), (2,), (40, 64)
     s.new_tokens, s.repeats, s.growth_tokens = 8, 2, 40
     s.label_lengths, s.step_length, s.step_rollouts = (40, 48), 40, 2
-    s.largest_from, s.largest_limit, s.prefill_lengths = 2, 2, (40,)
+    s.largest_limit, s.prefill_lengths = 2, (40,)
     s.update(changes)
     return config
 
@@ -58,8 +59,14 @@ def test_every_section_is_measured_and_written(measured):
     assert full["program_bytes"] > h2o["program_bytes"] > 0
     assert [r["length"] for r in found["labels"]] == [40, 48]
     assert [(r["step"], r["rows"]) for r in found["steps"]] == [("supervised", 1), ("grpo", 2)]
-    assert [r["batch"] for r in found["largest_batch"]] == [2, 2]
-    assert all(r["limited"] and r["length"] == 64 for r in found["largest_batch"])
+    # The full cache at every length, what does not grow with it at the longest alone.
+    largest = found["largest_batch"]
+    arms = [(r["policy"], r["length"], r["batch"], r["limited"]) for r in largest]
+    assert arms == [("full", 40, 2, True), ("full", 64, 2, True), ("h2o", 64, 2, True)]
+    assert largest[1]["times_full"]["64"] == 1
+    assert largest[2]["times_full"]["40"] == pytest.approx(
+        largest[2]["tokens_per_s"] / largest[0]["tokens_per_s"]
+    )
     assert list(found["growth"][0]["ms_per_token"]) == ["16", "40"]
     for r in (*found["prefill"], *found["labels"], *found["steps"]):
         assert r["mfu"] > 0 and r["seconds_low"] <= r["seconds"] <= r["seconds_high"]
@@ -81,6 +88,28 @@ def test_what_does_not_fit_is_said(model_dir, tmp_path, monkeypatch):
         ("h2o", 2, True)
     ]
     assert "does not fit" in (tmp_path / "benchmark.txt").read_text()
+
+
+def test_nothing_is_begun_when_time_is_over(model_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(throughput, "peaks", lambda *_: throughput.Peaks(1e9, 1e9, ""))
+    real, ran = benchmark._run_decode, []
+
+    def once(*args):
+        ran.append(args)
+        return real(*args)
+
+    monkeypatch.setattr(benchmark, "_run_decode", once)
+    monkeypatch.setattr(benchmark.Bench, "late", property(lambda _: bool(ran)))
+    config = shrink(model_dir, sections=("decode", "labels"), lengths=(40,))
+    found = benchmark.run(config, str(tmp_path))
+    assert len(ran) == 1 and found["labels"] == []
+    full, h2o = found["decode"]  # the first arm had one of its two repeats
+    assert full["tokens_per_s"] > 0 and h2o["left_out"]
+    text = (tmp_path / "benchmark.txt").read_text()
+    assert "no time was left" in text and "Golden labels: nothing was measured" in text
+    bench = benchmark.Bench(*[None] * 6)
+    monkeypatch.undo()
+    assert not bench.late and dataclasses.replace(bench, end=0.0).late
 
 
 def test_beside_a_peer(model_dir, tmp_path, monkeypatch):

@@ -1,0 +1,26 @@
+"""What decoding and labels cost at Qwen3-4B's shape: one command for one accelerator of 80 GB.
+
+python -m launch.benchmark --config=configs/speed.py
+
+Random weights in bfloat16, so no checkpoint is needed. Time per token of the full cache and of the
+scorers at B = 1024, 2048 and 4096 for 8K, 16K and 32K tokens, at batches 1 and 64 and at the
+largest that fits, beside the roofline; seconds of labels up to 32K. Nothing more is begun after
+nine minutes: what was left out is said in the tables. Not run on an accelerator yet.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import qwen3_4b
+
+
+def get_config() -> ConfigDict:
+    """The recipe; see `configs.tiny` for what the fields mean."""
+    config = qwen3_4b.get_config()
+    config.benchmark.random_weights = True
+    config.benchmark.minutes = 9.0
+    config.benchmark.compile_threads = 8
+    config.benchmark.sections = ("decode", "largest_batch", "labels")
+    config.benchmark.policies = ("full", "foresight")
+    config.benchmark.new_tokens = 256
+    config.benchmark.label_lengths = (8192, 32_768)
+    return config
