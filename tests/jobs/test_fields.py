@@ -49,7 +49,8 @@ ZERO = {
     "grpo.kl_weight", "grpo.kl_steps", "grpo.answers", "grpo.rollouts_at_once",
     "evaluate.problems", "evaluate.new_tokens", "evaluate.traces",
     "evaluate.temperature", "evaluate.top_k", "generate.temperature", "generate.top_k",
-    "benchmark.layers", "benchmark.top_k", "benchmark.temperature", "benchmark.memory_gib", "benchmark.minutes",
+    "benchmark.layers", "benchmark.top_k", "benchmark.temperature", "benchmark.memory_gib",
+    "benchmark.minutes",
 }  # fmt: skip
 
 
