@@ -154,6 +154,20 @@ def test_it_lowers_and_copies_no_keys(platform, kv_heads, group, slots, d):
     assert CALL[platform] in large[1] and text.count("stablehlo.custom_call") == 1
 
 
+@pytest.mark.parametrize(("slots", "group", "masked"), [(128, 16, 3), (100, 4, 5)])
+def test_a_gpu_does_not_leave_its_arrays(slots, group, masked):
+    # Which the interpreter would forgive: there, blocks are cut to fit.
+    inputs = random_inputs(group, slots, 16, jnp.float32)
+    call = functools.partial(kernels.decode_attention, platform="gpu")
+    [kernel] = [
+        eqn.params["jaxpr"]
+        for eqn in jax.make_jaxpr(call)(*inputs).eqns
+        if eqn.primitive.name == "pallas_call"
+    ]
+    # Of keys and values what lies beyond the cache is not read, and no row but the group's written.
+    assert str(kernel).count(" mask=") == masked
+
+
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_a_decoding_step_has_one_call_a_layer(platform, monkeypatch):
     config = dataclasses.replace(costs.SHAPES["Qwen/Qwen3-4B"], layers=2, kernel="pallas")
