@@ -86,12 +86,15 @@ def test_heads_may_share_positions_and_logits_may_be_large():
 @pytest.mark.parametrize("platform", PLATFORMS)
 @pytest.mark.parametrize("slots", [1, 128, 1280, 2048, 2049, 5000, 32_768])
 def test_blocks_cover_the_cache(platform, slots):
-    block = kernels.block_slots(slots, platform)
+    block = kernels.block_slots(slots, 256, platform)
     blocks = -(-slots // block)
     assert blocks * block - slots < (128 if platform == "gpu" else 128 * blocks)
     if platform == "tpu":  # whole tiles, or all there is
         assert block == slots or block % 128 == 0
         assert block <= kernels.TPU_BLOCK
+    # Wider keys, fewer of them.
+    wide = kernels.block_slots(slots, 512, platform)
+    assert wide == block // 2 if platform == "gpu" else wide == block
 
 
 # ---- generation
@@ -201,3 +204,5 @@ def test_where_there_is_no_kernel_is_said():
     for d in (8, 80):
         with pytest.raises(UserError, match=f"power of two from 16 on a GPU, .* the model is {d}:"):
             kernels.decode_attention(*random_inputs(1, 16, d, jnp.float32), platform="gpu")
+    with pytest.raises(UserError, match="knows no float16 on a TPU: set dtype to 'bfloat16'"):
+        kernels.decode_attention(*random_inputs(1, 16, 8, jnp.float16), platform="tpu")

@@ -22,7 +22,7 @@ def test_models_decode_with_the_kernel_of_the_config(monkeypatch):
     assert common.load_model(config)[0].kernel == "plain"
     config.attention_kernel = "pallas"
     for load in (common.load_model, common.load_language_model):
-        with pytest.raises(UserError, match="attention_kernel = 'pallas' needs a GPU or a TPU"):
+        with pytest.raises(UserError, match="attention_kernel 'pallas' needs a GPU or a TPU"):
             load(config)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert common.load_model(config)[0].kernel == "pallas"
