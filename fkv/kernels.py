@@ -21,8 +21,8 @@ from jax.experimental import pallas as pl
 from fkv.attention import MASKED, group_queries
 from fkv.errors import UserError
 
-# What a product of tiles takes at least (Triton), and a tile of bfloat16 on a TPU. The query heads
-# of a group are fewer: zeros fill up.
+# What a product of tiles takes at least (Triton), and a tile of bfloat16 on a TPU. A group has
+# fewer query heads: zeros fill up.
 ROWS = 16
 GPU_BLOCK = 128  # at most, a power of two like all that Triton holds, ...
 GPU_BYTES = 2**15  # and of no more keys than this: they lie in registers
@@ -81,7 +81,7 @@ def decode_attention(
     group = q_bqhd.shape[2] // kv_heads
     block = block or block_slots(slots, d * k_bksd.dtype.itemsize, platform)
     blocks = -(-slots // block)
-    rows = -(-group // ROWS) * ROWS
+    rows = max(ROWS, 1 << (group - 1).bit_length())  # a power of two
 
     q_bkgd = group_queries(q_bqhd, kv_heads)[:, 0]
     q_bkgd = jnp.pad(q_bkgd, ((0, 0), (0, 0), (0, rows - group), (0, 0)))
