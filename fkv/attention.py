@@ -112,7 +112,7 @@ def attend_one(
         return attend(q_bqhd, k_bksd, v_bksd, seen)
     if not isinstance(k_bksd, Array):
         raise UserError(
-            "attention_kernel = 'pallas' reads caches in the model's dtype only: set it to 'plain'"
+            "attention_kernel 'pallas' reads caches in the model's dtype only: set it to 'plain'"
         )
     from fkv import kernels  # Pallas takes a while, and few ask for it
 

@@ -21,17 +21,18 @@ from jax.experimental import pallas as pl
 from fkv.attention import MASKED, group_queries
 from fkv.errors import UserError
 
-# What a product of tiles takes at least (Triton), and a tile of bfloat16 on a TPU. The query heads
-# of a group are fewer: zeros fill up.
+# What a product of tiles takes at least (Triton), and a tile of bfloat16 on a TPU. A group has
+# fewer query heads: zeros fill up.
 ROWS = 16
-GPU_BLOCK = 128  # a power of two, like all that Triton holds
+GPU_BLOCK = 128  # at most, a power of two like all that Triton holds, ...
+GPU_BYTES = 2**15  # and of no more keys than this: they lie in registers
 TPU_BLOCK = 2048  # at most; half a megabyte or more a cell, as each costs some time of its own
 
 
-def block_slots(slots: int, platform: str) -> int:
+def block_slots(slots: int, key_bytes: int, platform: str) -> int:
     """How many slots a cell of the grid reads."""
     if platform == "gpu":
-        return GPU_BLOCK
+        return max(ROWS, min(GPU_BLOCK, GPU_BYTES // key_bytes))
     blocks = -(-slots // TPU_BLOCK)
     if blocks == 1:
         return slots
@@ -63,19 +64,24 @@ def decode_attention(
       logits [b, k, g, q] (float32).
 
     Raises:
-      UserError: the platform has no such kernel, or not for this head dim.
+      UserError: the platform has no such kernel, or not for this head dim or dtype.
     """
     b, kv_heads, slots, d = k_bksd.shape
+    if platform == "tpu" and not interpret and k_bksd.dtype == jnp.float16:
+        raise UserError(
+            "attention_kernel 'pallas' knows no float16 on a TPU: set dtype to 'bfloat16', or it "
+            "to 'plain'"
+        )
     if platform == "gpu" and not interpret and (d < ROWS or d & (d - 1)):
         raise UserError(
-            f"attention_kernel = 'pallas' needs a head dim that is a power of two from {ROWS} on a "
+            f"attention_kernel 'pallas' needs a head dim that is a power of two from {ROWS} on a "
             f"GPU, and that of the model is {d}: set it to 'plain'"
         )
     load, store, compiler_params = for_platform(platform)
     group = q_bqhd.shape[2] // kv_heads
-    block = block or block_slots(slots, platform)
+    block = block or block_slots(slots, d * k_bksd.dtype.itemsize, platform)
     blocks = -(-slots // block)
-    rows = -(-group // ROWS) * ROWS
+    rows = max(ROWS, 1 << (group - 1).bit_length())  # a power of two
 
     q_bkgd = group_queries(q_bqhd, kv_heads)[:, 0]
     q_bkgd = jnp.pad(q_bkgd, ((0, 0), (0, 0), (0, rows - group), (0, 0)))
@@ -153,8 +159,8 @@ def for_platform(platform: str) -> tuple[Callable, Callable, Any]:
             from jax.experimental.pallas import triton
         except ImportError:
             raise UserError(
-                f"attention_kernel = 'pallas': JAX {jax.__version__} has no Triton for Pallas any "
-                "more: set it to 'plain'"
+                f"attention_kernel 'pallas' needs Triton on a GPU, which Pallas of JAX "
+                f"{jax.__version__} lacks: set it to 'plain'"
             ) from None
 
         def load(ref, inside):
@@ -178,6 +184,6 @@ def for_platform(platform: str) -> tuple[Callable, Callable, Any]:
 
         return load, store, tpu.CompilerParams(dimension_semantics=("parallel",) * 3)
     raise UserError(
-        f"attention_kernel = 'pallas' needs a GPU or a TPU, and JAX runs on the {platform.upper()} "
+        f"attention_kernel 'pallas' needs a GPU or a TPU, and JAX runs on the {platform.upper()} "
         "here: set it to 'plain'"
     )

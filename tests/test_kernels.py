@@ -86,12 +86,15 @@ def test_heads_may_share_positions_and_logits_may_be_large():
 @pytest.mark.parametrize("platform", PLATFORMS)
 @pytest.mark.parametrize("slots", [1, 128, 1280, 2048, 2049, 5000, 32_768])
 def test_blocks_cover_the_cache(platform, slots):
-    block = kernels.block_slots(slots, platform)
+    block = kernels.block_slots(slots, 256, platform)
     blocks = -(-slots // block)
     assert blocks * block - slots < (128 if platform == "gpu" else 128 * blocks)
     if platform == "tpu":  # whole tiles, or all there is
         assert block == slots or block % 128 == 0
         assert block <= kernels.TPU_BLOCK
+    # Wider keys, fewer of them.
+    wide = kernels.block_slots(slots, 512, platform)
+    assert wide == block // 2 if platform == "gpu" else wide == block
 
 
 # ---- generation
@@ -154,6 +157,20 @@ def test_it_lowers_and_copies_no_keys(platform, kv_heads, group, slots, d):
     assert CALL[platform] in large[1] and text.count("stablehlo.custom_call") == 1
 
 
+@pytest.mark.parametrize(("slots", "group", "masked"), [(128, 16, 3), (100, 4, 5)])
+def test_a_gpu_does_not_leave_its_arrays(slots, group, masked):
+    # Which the interpreter would forgive: there, blocks are cut to fit.
+    inputs = random_inputs(group, slots, 16, jnp.float32)
+    call = functools.partial(kernels.decode_attention, platform="gpu")
+    [kernel] = [
+        eqn.params["jaxpr"]
+        for eqn in jax.make_jaxpr(call)(*inputs).eqns
+        if eqn.primitive.name == "pallas_call"
+    ]
+    # Of keys and values what lies beyond the cache is not read, and no row but the group's written.
+    assert str(kernel).count(" mask=") == masked
+
+
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_a_decoding_step_has_one_call_a_layer(platform, monkeypatch):
     config = dataclasses.replace(costs.SHAPES["Qwen/Qwen3-4B"], layers=2, kernel="pallas")
@@ -187,3 +204,5 @@ def test_where_there_is_no_kernel_is_said():
     for d in (8, 80):
         with pytest.raises(UserError, match=f"power of two from 16 on a GPU, .* the model is {d}:"):
             kernels.decode_attention(*random_inputs(1, 16, d, jnp.float32), platform="gpu")
+    with pytest.raises(UserError, match="knows no float16 on a TPU: set dtype to 'bfloat16'"):
+        kernels.decode_attention(*random_inputs(1, 16, 8, jnp.float16), platform="tpu")

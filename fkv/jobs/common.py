@@ -72,7 +72,10 @@ def check_kernel(config: ConfigDict, name: str, where: str = "attention_kernel")
             )
         from fkv import kernels
 
-        kernels.for_platform(jax.default_backend())
+        try:
+            kernels.for_platform(jax.default_backend())
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
 
 
 def model_config(config: ConfigDict) -> ModelConfig:

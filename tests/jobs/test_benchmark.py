@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from configs import tiny
 from fkv import decoding, models, policies
 from fkv.errors import UserError
 from fkv.evaluation import peers, throughput
@@ -75,6 +76,23 @@ def test_every_section_is_measured_and_written(measured):
         assert all(section.title in text for n, section in benchmark.SECTIONS.items() if n in found)
     for name in ("decode.png", "labels.png"):
         assert (path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_kernels_stand_side_by_side(measured):
+    config = tiny.get_config()
+    bench = benchmark.Bench(config, SHAPE, {}, None, 0, None)
+    config.benchmark.policies, config.benchmark.kernels = ("full", "h2o"), ("plain", "pallas")
+    arms = bench.arms((1,), (512,), config.benchmark.kernels)
+    assert [(arm.policy, arm.kernel) for arm in arms] == [
+        ("full", "plain"), ("full", "pallas"), ("h2o", "plain"), ("h2o", "pallas"),
+    ]  # fmt: skip
+    records = measured[1]["decode"][:1]
+    assert "kernel" not in benchmark.SECTIONS["decode"].rows(records)[0]
+    records.append({**records[0], "kernel": "pallas", "fits": False})
+    head, rows = benchmark.SECTIONS["decode"].rows(records)
+    by_name = [dict(zip(head, row, strict=True)) for row in rows]
+    assert [row["kernel"] for row in by_name] == ["plain", "pallas"]
+    assert by_name[0]["length"] == "40" and by_name[1]["tokens/s"] == "does not fit"
 
 
 def test_what_does_not_fit_is_said(model_dir, tmp_path, monkeypatch):
@@ -214,6 +232,11 @@ def test_growth_is_of_the_chunks_it_names():
         ({"budgets": (20,)}, "benchmark.budgets: budget = 20 must be a multiple"),
         ({"policies": ("no",)}, "policy 'no' is not known"),
         ({"label_lengths": (24,)}, "the longest trace has 24 tokens"),
+        ({"kernels": ("plain", "fast")}, "benchmark.kernels: 'fast' must be 'plain' or 'pallas'"),
+        (
+            {"kernels": ("pallas",)},
+            "benchmark.kernels: .* needs a GPU or a TPU, and JAX runs on the CPU",
+        ),
         ({"peer_policies": ("no",), "sections": ("peers",)}, "policy 'no' is not known"),
         ({"layers": 1}, "benchmark.layers is for benchmark.random_weights = True"),
     ],

@@ -30,7 +30,9 @@ RUN = {
     "evaluate": evaluate.run, "benchmark": benchmark.run, "export": export.run,
     "generate": generate.run,
 }  # fmt: skip
-TOP = ("seed", "model", "dtype", "model_axis", "budget", "interval", "task")
+TOP = (
+    "seed", "model", "dtype", "attention_kernel", "model_axis", "budget", "interval", "task",
+)  # fmt: skip
 GROUPS = {
     "pretrain": ("seed", "budget", "interval", "task", "pretrain"),
     "traces": (*TOP, "traces"),
