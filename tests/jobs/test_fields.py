@@ -30,7 +30,7 @@ RUN = {
     "evaluate": evaluate.run, "benchmark": benchmark.run, "export": export.run,
     "generate": generate.run,
 }  # fmt: skip
-TOP = ("seed", "model", "dtype", "model_axis", "budget", "interval", "task")
+TOP = ("seed", "model", "dtype", "cache_dtype", "model_axis", "budget", "interval", "task")
 GROUPS = {
     "pretrain": ("seed", "budget", "interval", "task", "pretrain"),
     "traces": (*TOP, "traces"),
@@ -86,6 +86,8 @@ def bad_values(name, value):
             yield 0
     elif isinstance(value, str):
         yield from (3, ("a",))
+        if name == "cache_dtype":
+            yield "int4"
     else:
         yield from (5, "many", (None,), (*value, None), ((1,),))
         if all(isinstance(entry, int) for entry in value):
