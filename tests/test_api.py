@@ -63,6 +63,9 @@ def test_the_embedded_model():
     assert len(model.tokenizer) <= model.config.vocab_size
     dtypes = {x.dtype.name for x in jax.tree.leaves(fkv.load(dtype="bfloat16").params)}
     assert dtypes == {"bfloat16"}
+    assert fkv.load(cache_dtype="int8").config.cache_dtype == "int8" != model.config.cache_dtype
+    with pytest.raises(UserError, match=r"cache_dtype = 'int4' must be '' .* or 'int8'"):
+        fkv.load(cache_dtype="int4")
 
 
 def test_a_directory_with_a_tokenizer(words, tmp_path):

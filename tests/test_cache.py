@@ -116,6 +116,55 @@ def test_casts_to_the_dtype_of_the_cache():
     assert cache.key_bksd[0, 0, :, 0].tolist() == [0, 1, 1]
 
 
+# ---- eight bits
+
+
+quantise = jax.jit(kv.quantise)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_int8_is_off_by_half_a_step_at_most(dtype):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(5, 3, 40, DIM)) * 10.0 ** rng.integers(-6, 7, size=(5, 3, 40, 1))
+    x = jnp.asarray(x, dtype).at[1, :, 7].set(0.0)
+    got = quantise(x)
+    assert got.value.dtype == jnp.int8 and got.scale.dtype == jnp.float32 and got.shape == x.shape
+    value, scale, x = (np.asarray(y, np.float64) for y in (got.value, got.scale, x))
+    np.testing.assert_allclose(scale, abs(x).max(-1) / 127, rtol=1e-6)
+    assert (abs(value).max(-1) == np.where(scale > 0, 127, 0)).all()
+    assert (abs(value * scale[..., None] - x) <= scale[..., None] / 2 * (1 + 1e-5)).all()
+    assert (scale[1, :, 7] == 0).all() and (value[1, :, 7] == 0).all()
+    np.testing.assert_allclose(kv.dense(got), value * scale[..., None], rtol=1e-6)
+
+
+def test_an_int8_cache_is_the_float_cache_quantised_bit_for_bit():
+    budget, interval = 8, 4
+    rng = np.random.default_rng(0)
+    entry = jax.ShapeDtypeStruct((), jnp.float32)
+    exact, small = (
+        kv.init(BATCH, HEADS, budget + interval, DIM, dtype, entry)
+        for dtype in (jnp.float32, "int8")
+    )
+    assert isinstance(small.key_bksd, kv.Int8)
+    append, admit = jax.jit(kv.append), jax.jit(kv.admit)
+    for chunk in range(6):
+        key, value = rng.normal(size=(2, BATCH, interval, HEADS, DIM)).astype(np.float32)
+        position = np.broadcast_to(np.arange(interval) + chunk * interval, (BATCH, interval))
+        evict = [
+            [rng.permutation(budget + interval)[:interval] for _ in range(HEADS)]
+            for _ in range(BATCH)
+        ]
+        exact = admit(append(exact, budget, key, value, position), jnp.array(evict))
+        # It makes no difference whether the tokens are quantised before or as they are taken in.
+        new = (quantise(key), quantise(value)) if chunk % 2 else (key, value)
+        small = admit(append(small, budget, *new, position), jnp.array(evict))
+        want = exact.replace(
+            key_bksd=quantise(exact.key_bksd), value_bksd=quantise(exact.value_bksd)
+        )
+        jax.tree.map(np.testing.assert_array_equal, small, want)
+    assert (np.asarray(small.position_bks)[..., :budget] < 4 * interval).any()  # some have moved on
+
+
 @pytest.mark.parametrize(
     ("budget", "interval", "message"),
     [

@@ -1,5 +1,7 @@
 """The arithmetic of costs against what is counted: weights, the compiler's operations, bytes."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,6 +52,8 @@ def test_formulas_by_hand():
     # 3 layers, 2 KV heads, 10 slots: key and value of 4 numbers each, and a position.
     assert costs.cache_bytes(SHAPE, 10, "float32") == 3 * 2 * 10 * (2 * 4 * 4 + 4)
     assert costs.cache_bytes(SHAPE, 10, "bfloat16") == 3 * 2 * 10 * (2 * 4 * 2 + 4)
+    small = dataclasses.replace(SHAPE, cache_dtype="int8")
+    assert costs.cache_bytes(small, 10, "float32") == 3 * 2 * 10 * (2 * (4 + 4) + 4)
     total = 4 * costs.parameters(SHAPE) + 5 * costs.cache_bytes(SHAPE, 10, "float32")
     assert costs.decode_bytes(SHAPE, 5, 10, "float32") == total
     attended = 3 * 4 * (2 * 4 * 10 + 2 * 4 * 10)  # layers, heads: q k and p v
@@ -85,8 +89,9 @@ def test_operations_are_those_that_the_compiler_counts():
     assert counted == pytest.approx(ours, rel=0.05)
 
 
-def test_caches_have_the_bytes_that_are_said():
-    config, _ = oracles.make_model(heads=4, kv_heads=2)
+@pytest.mark.parametrize("cache_dtype", ["", "int8"])
+def test_caches_have_the_bytes_that_are_said(cache_dtype):
+    config, _ = oracles.make_model(heads=4, kv_heads=2, cache_dtype=cache_dtype)
     for name in ("snapkv", "h2o"):
         policy = policies.get(name)
         cache = jax.eval_shape(

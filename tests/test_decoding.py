@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -44,8 +45,11 @@ def policy_of(name):
     return policies.Foresight(scorer.init(jax.random.key(3), config, rules), rules, "sample")
 
 
-def generate(policy, prompts=PROMPTS, keys=KEYS, new_tokens=NEW, sampling=WARM, **settings):
+def generate(
+    policy, prompts=PROMPTS, keys=KEYS, new_tokens=NEW, sampling=WARM, cache_dtype="", **settings
+):
     config, params = model()
+    config = dataclasses.replace(config, cache_dtype=cache_dtype)
     policy = policy_of(policy) if isinstance(policy, str) else policy
     sizes = {"budget": BUDGET, "interval": INTERVAL} | settings
     return decoding.generate(
@@ -92,19 +96,24 @@ def test_a_budget_that_holds_everything_is_the_full_cache():
 
 # Not `knorm`: keys of equal tokens have equal norms in the first layer, and such exact ties are
 # decided by rounding that may differ with the shape of the batch.
-@pytest.mark.parametrize("name", ["full", "snapkv", "h2o", "random", "pyramid", "ada"])
-def test_rows_are_independent_of_the_batch(name):
-    together = generate(name)
+@pytest.mark.parametrize(
+    ("name", "cache_dtype"),
+    [*((x, "") for x in ("full", "snapkv", "h2o", "random", "pyramid", "ada")), ("h2o", "int8")],
+)
+def test_rows_are_independent_of_the_batch(name, cache_dtype):
+    together = generate(name, cache_dtype=cache_dtype)
     # Another order, other neighbours, other keys for these.
     order = [3, 1, 4, 2, 0]
     prompts, keys = [PROMPTS[i] for i in order], KEYS[np.array(order)]
     prompts[1], keys = random_prompts([55], seed=5)[0], keys.at[1].set(jax.random.key(9))
-    mixed = generate(name, prompts, keys)
+    mixed = generate(name, prompts, keys, cache_dtype=cache_dtype)
     for row, i in enumerate(order):
         assert (mixed[row].tolist() == together[i].tolist()) == (row != 1)
     # Alone, with padding to 36 where it was 60.
     for row in (1, 2, 3, 4):
-        alone = generate(name, [PROMPTS[row]], KEYS[row : row + 1], width=36)
+        alone = generate(
+            name, [PROMPTS[row]], KEYS[row : row + 1], width=36, cache_dtype=cache_dtype
+        )
         assert_same(alone, [together[row]])
 
 
@@ -115,11 +124,18 @@ EVERY = ["full", "snapkv", "rkv", "h2o", "tova", "random", "lagkv", "pyramid", "
 
 
 @pytest.mark.parametrize(
-    ("name", "sampling"), [("rkv", GREEDY), ("ada", GREEDY), *((name, WARM) for name in EVERY)]
+    ("name", "sampling", "cache_dtype"),
+    [
+        ("rkv", GREEDY, ""),
+        ("ada", GREEDY, ""),
+        *((name, WARM, "") for name in EVERY),
+        *((name, WARM, "int8") for name in ("full", "ada")),
+    ],
 )
-def test_tokens_come_from_the_logits_of_replay(name, sampling):
+def test_tokens_come_from_the_logits_of_replay(name, sampling, cache_dtype):
     config, params = model()
-    out = generate(name, sampling=sampling)
+    config = dataclasses.replace(config, cache_dtype=cache_dtype)
+    out = generate(name, sampling=sampling, cache_dtype=cache_dtype)
     prompt, padding = decoding.left_pad(PROMPTS, INTERVAL)
     width = prompt.shape[1]
     assert width == 60 and all(len(x) == NEW for x in out)
@@ -316,12 +332,19 @@ def test_decode_stops_when_every_row_is_done():
 
 
 @pytest.mark.parametrize(
-    ("name", "program"),
-    [("snapkv", "decode"), ("h2o", "decode"), ("full", "decode"), ("snapkv", "decode_chunk")],
+    ("name", "program", "cache_dtype"),
+    [
+        ("snapkv", "decode", ""),
+        ("h2o", "decode", ""),
+        ("full", "decode", ""),
+        ("snapkv", "decode_chunk", ""),
+        ("snapkv", "decode_chunk", "int8"),
+    ],
 )
-def test_decoding_makes_no_copy_of_the_cache(name, program):
+def test_decoding_makes_no_copy_of_the_cache(name, program, cache_dtype):
     # A cache that outweighs all else: an eviction gathers the `L` rows that move, never `B`.
     config, policy = wide_config(), policies.get(name)
+    config = dataclasses.replace(config, cache_dtype=cache_dtype)
     state, params = wide_state(config, policy)
     fixed = {
         "prompt_width": 2048,
@@ -339,10 +362,17 @@ def test_decoding_makes_no_copy_of_the_cache(name, program):
     compiled = call.lower(config, params, policy, state, **fixed).compile()
     memory, keys = compiled.memory_analysis(), state.caches[0].key_bksd
     caches = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.caches))
-    assert memory.alias_size_in_bytes >= caches > 4 * keys.size * keys.dtype.itemsize
-    # A copy of one layer's keys alone would be more than this.
-    assert memory.temp_size_in_bytes < 0.6 * keys.size * keys.dtype.itemsize
-    shape = f"f32[{','.join(map(str, keys.shape))}]"
+    size, shape = math.prod(keys.shape), ",".join(map(str, keys.shape))
+    if cache_dtype:
+        assert caches < 4.2 * size  # bytes
+        # One of the two heads as floats, but not both, and no copy.
+        assert 2 * size < memory.temp_size_in_bytes < 3.4 * size
+        assert f"f32[{shape}]" not in compiled.as_text()
+    else:
+        # A copy of one layer's keys alone would be more than this.
+        assert memory.temp_size_in_bytes < 0.6 * 4 * size
+    assert memory.alias_size_in_bytes >= caches > 4 * size * (1 if cache_dtype else 4)
+    shape = f"{'s8' if cache_dtype else 'f32'}[{shape}]"
     lines = [x for x in compiled.as_text().splitlines() if shape in x]
     assert lines and not [x for x in lines if " copy(" in x]
 

@@ -249,6 +249,26 @@ def test_drops_what_its_definition_drops(name, sizes):
         assert oracles.is_lowest(dropped[empty:], positions, score)
 
 
+def test_an_int8_cache_is_judged_by_the_numbers_it_stands_for():
+    view, rules = random_view(3, 2, *SIZES[0]), scorer.ScorerConfig()
+    params = jax.tree.map(lambda x: x[0], scorer.init(jax.random.key(0), CONFIG, rules))
+    rest = set(policies.names()) - {"full", "forced", "foresight"}
+    known = [policies.get(name) for name in sorted(rest)] + [policies.Foresight(params, rules)]
+    small = [kv.quantise(x) for x in (view.cache.key_bksd, view.cache.value_bksd)]
+    numbers = [kv.dense(x) for x in small]
+    small, numbers = (
+        view.replace(cache=view.cache.replace(key_bksd=key, value_bksd=value))
+        for key, value in (small, numbers)
+    )
+
+    @jax.jit  # one program for all, which compiles sooner
+    def scores(*views):
+        return [[policy.score(view) for view in views] for policy in known]
+
+    for policy, (got, want) in zip(known, scores(small, numbers), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6, err_msg=repr(policy))
+
+
 @pytest.mark.parametrize("sizes", SIZES)
 def test_tova_drops_what_the_last_query_attends_to_least(sizes):
     budget, _, _, kv_heads, empty = sizes

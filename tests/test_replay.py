@@ -1,5 +1,8 @@
 """Replay against the numpy oracles, that rows do not meet, and what observers see."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -104,6 +107,33 @@ def test_full_is_plain_attention(family):
     for row, n in enumerate(LENGTHS):
         want, _ = oracles.full(config, params, token[row, :n])
         np.testing.assert_allclose(hidden[row, :n], want, atol=2e-5)
+
+
+def test_the_full_cache_in_int8_is_an_int8_cache_that_holds_everything():
+    # One layer: after it, a number that rounding puts one step off is passed on.
+    exact, params = oracles.make_model(layers=1)
+    small = dataclasses.replace(exact, cache_dtype="int8")
+    token, length = oracles.make_tokens(exact, LENGTHS)
+    call = jax.jit(replay.replay, static_argnums=(0, 5, 6))
+    full, held, unrounded = (
+        call(config, params, token, length, policies.get(name), 96, INTERVAL)[0]
+        for config, name in ((small, "full"), (small, "snapkv"), (exact, "full"))
+    )
+    for row, n in enumerate(LENGTHS):
+        np.testing.assert_allclose(held[row, :n], full[row, :n], atol=2e-5)
+        assert 1e-3 < abs(full[row, :n] - unrounded[row, :n]).max() < 0.1
+
+
+def test_labels_and_the_full_pass_beside_them_know_nothing_of_the_cache():
+    config, params = oracles.make_model()
+    token, length = oracles.make_tokens(config, LENGTHS)
+
+    def program(cache_dtype):
+        model = dataclasses.replace(config, cache_dtype=cache_dtype)
+        golden = functools.partial(replay.golden_policy, model, budget=BUDGET, interval=INTERVAL)
+        return str(jax.make_jaxpr(golden)(params, token, length))
+
+    assert program("") == program("int8")
 
 
 def policy_of(name, config):

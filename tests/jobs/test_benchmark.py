@@ -180,20 +180,21 @@ def test_search_for_the_largest(best, start):
     assert min(best, 64) / 1.25 <= near <= min(best, 64)
 
 
-@pytest.mark.parametrize("name", ["full", "ada"])
-def test_a_made_up_state_is_one_of_decoding(name):
+@pytest.mark.parametrize(("name", "cache_dtype"), [("full", "int8"), ("ada", "")])
+def test_a_made_up_state_is_one_of_decoding(name, cache_dtype):
     """As prefill leaves it: the same structure, as many entries, the newest position."""
+    shape = dataclasses.replace(SHAPE, cache_dtype=cache_dtype)
     policy = policies.get(name)
     arm = benchmark.Arm(name, 16 if policy.evicts else 0, 2, 96)
-    state = benchmark.made_up_state(SHAPE, policy, arm, 8, 3, "float32", jax.random.key(0))
+    state = benchmark.made_up_state(shape, policy, arm, 8, 3, "float32", jax.random.key(0))
     params = models.init(jax.random.key(0), SHAPE)
     real, width = decoding._start(
-        SHAPE, params, policy, [np.arange(50) % 50] * 2, state.key_b, 40, 16, 8,
+        shape, params, policy, [np.arange(50) % 50] * 2, state.key_b, 40, 16, 8,
         decoding.Sampling(0.0), (), 64,
     )  # fmt: skip
     if not policy.evicts:  # whose cache has room for prompt and answer: 64 + 32 slots here
         real, width = decoding._start(
-            SHAPE, params, policy, [np.arange(64) % 50] * 2, state.key_b, 32, 16, 8,
+            shape, params, policy, [np.arange(64) % 50] * 2, state.key_b, 32, 16, 8,
             decoding.Sampling(0.0), (),
         )  # fmt: skip
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731

@@ -1,4 +1,4 @@
-"""Which settings a job may find changed when it goes on."""
+"""What jobs share: the settings that may change when one goes on, and the model they load."""
 
 import jax
 import pytest
@@ -30,3 +30,11 @@ def test_models_decode_with_the_kernel_of_the_config(monkeypatch):
     config.model_axis = 2
     with pytest.raises(UserError, match="attention_kernel: 'pallas' does not go with model_axis"):
         common.load_model(config)
+
+
+def test_every_way_to_the_model_has_the_cache_that_is_asked_for():
+    config = tiny.get_config()
+    config.cache_dtype = "int8"
+    assert common.load_model(config)[0].cache_dtype == "int8"
+    assert common.load_language_model(config).config.cache_dtype == "int8"
+    assert common.model_config(config).cache_dtype == "int8"

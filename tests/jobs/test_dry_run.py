@@ -69,6 +69,16 @@ def test_generation_s_caches_and_largest_batches(described):
     assert slots == 48 and 0 < v5e < v6e < h100 < h200
 
 
+def test_an_int8_cache_is_sized_as_one(described):
+    described.cache_dtype = "int8"
+    described.evaluate.scorers, described.evaluate.policies = (), ("streaming_llm",)
+    # 2 layers, 2 KV heads, 48 slots; key and value of 8 numbers and a scale each, and a position.
+    described.evaluate.batch = 40_000
+    text = dry_run.run("evaluate", described)
+    assert "in bfloat16, cache in int8, B = 32" in text
+    assert numbers(text, "streaming_llm 32")[1] == round(40_000 * 2 * 2 * 48 * 28 / 1e9, 2) == 0.22
+
+
 def test_the_command_runs_nothing_else(tmp_path, monkeypatch, capsys):
     def main(config, workdir):
         raise AssertionError("the job itself ran")

@@ -303,6 +303,8 @@ def test_damaged_samples_are_named(scorer_dir, finished_copy, fake_model, line, 
 def test_other_settings_or_scorers_are_not_mixed(scorer_dir, finished_copy, tmp_path, fake_model):
     with pytest.raises(UserError, match=r"evaluate\.temperature: 0\.6 -> 1\.0"):
         evaluate.run(recipe(scorer_dir, evaluate__temperature=1.0), str(finished_copy))
+    with pytest.raises(UserError, match=r"another config \(cache_dtype:  -> int8\)"):
+        evaluate.run(recipe(scorer_dir, cache_dtype="int8"), str(finished_copy))
     # The same place, but trained on since.
     path = finished_copy / "scorers.json"
     assert json.loads(path.read_text())["foresight"]["from"] == str(scorer_dir)

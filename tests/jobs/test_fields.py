@@ -31,7 +31,8 @@ RUN = {
     "generate": generate.run,
 }  # fmt: skip
 TOP = (
-    "seed", "model", "dtype", "attention_kernel", "model_axis", "budget", "interval", "task",
+    "seed", "model", "dtype", "cache_dtype", "attention_kernel", "model_axis", "budget", "interval",
+    "task",
 )  # fmt: skip
 GROUPS = {
     "pretrain": ("seed", "budget", "interval", "task", "pretrain"),
@@ -89,6 +90,8 @@ def bad_values(name, value):
             yield 0
     elif isinstance(value, str):
         yield from (3, ("a",))
+        if name == "cache_dtype":
+            yield "int4"
     else:
         yield from (5, "many", (None,), (*value, None), ((1,),))
         if all(isinstance(entry, int) for entry in value):
