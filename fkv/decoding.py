@@ -145,38 +145,81 @@ def prefill(
 ) -> State:
     """Runs the prompts and draws the first token of each row.
 
+    One program runs layer after layer: each leaves its cache where decoding will have it, so that
+    no cache is there twice.
+
     Args:
       token_bt, padding_b: from `left_pad`; with a policy that evicts, `t` is a multiple of `L`.
       key_b: one PRNG key per row.
       limit_b: tokens that each row may add, at most `new_tokens` (which sizes the full cache).
     """
-    b, t = token_bt.shape
-    position = replay.row_positions(token_bt, t - padding_b, padding_b)
+    t = token_bt.shape[1]
+    hidden, position = _begin(params, token_bt, padding_b)
+    caches = []
+    for index in range(config.layers):
+        hidden, cache = prefill_layer(
+            config, params["layers"], policy, index, hidden, position, key_b,
+            budget=budget, interval=interval, new_tokens=new_tokens,
+        )  # fmt: skip
+        caches.append(cache)
+    token, position_b, left = _first_token(
+        config, params, hidden, position, key_b, limit_b, sampling=sampling, stop=stop
+    )
+    chunk = jnp.asarray(-(-t // interval), jnp.int32)
+    # Decoding takes the state's place in memory, and the keys are the caller's.
+    return State(tuple(caches), token, position_b, left, key_b.copy(), chunk)
 
-    def layer(hidden, inputs):
-        index, weights, layer_policy = inputs
-        q, k, v = models.project(config, weights, hidden, position)
-        if policy.evicts:
-            out, cache, _, _ = replay.layer_pass(
-                config, layer_policy, index, q, k, v, position, key_b, budget, interval
-            )
-        else:
-            k, v = (kv.stored(x, config.cache_dtype) for x in (k, v))
-            out, _ = attention.full_attention(q, k, v, position)
-            slots = t + -(-new_tokens // interval) * interval
-            cache = kv.init(
-                b, config.kv_heads, slots, config.head_dim, config.cache_dtype or q.dtype
-            )
-            cache = kv.append(cache, 0, k, v, position)
-        return models.finish(config, weights, hidden, out), cache
 
-    inputs = (jnp.arange(config.layers), params["layers"], policy)
-    hidden, stacked = jax.lax.scan(layer, models.embed(params, token_bt), inputs)
-    caches = tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(config.layers))
+@jax.jit
+def _begin(params, token_bt, padding_b):
+    position = replay.row_positions(token_bt, token_bt.shape[1] - padding_b, padding_b)
+    return models.embed(params, token_bt), position
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("config", "budget", "interval", "new_tokens"),
+    donate_argnames="hidden_btm",
+)
+def prefill_layer(
+    config: ModelConfig,
+    layers: models.Params,
+    policy: Policy,
+    index: Array | int,
+    hidden_btm: Array,
+    position_bt: Array,
+    key_b: Array,
+    budget: int,
+    interval: int,
+    new_tokens: int,
+) -> tuple[Array, kv.Cache]:
+    """One layer of `prefill`: its output, which takes the place of its input, and its cache.
+
+    Args:
+      layers, policy: of all layers, of which `index` says which one it is.
+    """
+    b, t = position_bt.shape
+    weights, policy = jax.tree.map(lambda x: x[index], (layers, policy))
+    q, k, v = models.project(config, weights, hidden_btm, position_bt)
+    if policy.evicts:
+        out, cache, _, _ = replay.layer_pass(
+            config, policy, index, q, k, v, position_bt, key_b, budget, interval
+        )
+    else:
+        k, v = (kv.stored(x, config.cache_dtype) for x in (k, v))
+        out, _ = attention.full_attention(q, k, v, position_bt)
+        slots = t + -(-new_tokens // interval) * interval
+        dtype = config.cache_dtype or q.dtype
+        cache = kv.init(b, config.kv_heads, slots, config.head_dim, dtype)
+        cache = kv.append(cache, 0, k, v, position_bt)
+    return models.finish(config, weights, hidden_btm, out), cache
+
+
+@functools.partial(jax.jit, static_argnames=("config", "sampling", "stop"))
+def _first_token(config, params, hidden, position, key_b, limit_b, sampling, stop):
     position_b = position[:, -1] + 1
     token = _next(hidden[:, -1], config, params, key_b, position_b, sampling)
-    left = _left(token, limit_b, stop)
-    return State(caches, token, position_b, left, key_b, jnp.asarray(-(-t // interval)))
+    return token, position_b, _left(token, limit_b, stop)
 
 
 def decode_chunk(
@@ -262,18 +305,17 @@ def evict(
     return tuple(held)
 
 
-_STATIC = ("config", "budget", "interval", "sampling", "stop", "new_tokens")
-prefill_program = jax.jit(prefill, static_argnames=_STATIC)
+_STATIC = ("config", "prompt_width", "budget", "interval", "sampling", "stop")
 _decode_chunk = jax.jit(
     decode_chunk,
-    static_argnames=("config", "prompt_width", "budget", "interval", "sampling", "stop"),
+    static_argnames=_STATIC,
     donate_argnames="state",
 )
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("config", "prompt_width", *_STATIC[1:]),
+    static_argnames=(*_STATIC, "new_tokens"),
     donate_argnames="state",
 )
 def decode(
@@ -347,7 +389,7 @@ def _start(
     limit = np.full(len(prompts), new_tokens) if limit is None else np.asarray(limit)
     if limit.shape != (len(prompts),) or limit.min() < 0 or limit.max() > new_tokens:
         raise UserError(f"limit must be {len(prompts)} numbers from 0 to new_tokens = {new_tokens}")
-    state = prefill_program(
+    state = prefill(
         config,
         params,
         policy,

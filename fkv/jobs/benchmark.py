@@ -674,12 +674,13 @@ def _tokens(bench: Bench, rows: int, length: int) -> np.ndarray:
     return rng.integers(bench.model.vocab_size, size=(rows, length)).astype(np.int32)
 
 
-def _program_section(bench: Bench, arms: Sequence[Arm], lower, flops) -> list[dict]:
-    """Records of programs that read whole sequences.
+def _pass_section(bench: Bench, arms: Sequence[Arm], prepare, flops) -> list[dict]:
+    """Records of passes over whole sequences.
 
     Args:
-      lower: from an arm to a function that lowers its program, and the arguments to call it with.
-      flops: from an arm to what one call takes.
+      prepare: from an arm to a function that makes the pass, the bytes that it holds, and the
+        seconds that compiling took.
+      flops: from an arm to what one pass takes.
     """
     calls, about, records = {}, {}, []
     for arm in arms:
@@ -687,17 +688,16 @@ def _program_section(bench: Bench, arms: Sequence[Arm], lower, flops) -> list[di
             records.append({**arm.record(), "fits": False, "left_out": True})
             continue
         common.say(f"  {_name(arm)}")
-        make, args = lower(arm)
         try:
-            program, seconds, size = bench.compiled(arm, make)
+            call, size, seconds = prepare(arm)
             if size > bench.limit:
                 raise DoesNotFit
-            jax.block_until_ready(program(*args))
+            jax.block_until_ready(call())
         except (DoesNotFit, jax.errors.JaxRuntimeError) as error:
             _only_memory(error)
             records.append({**arm.record(), "fits": False, "left_out": False})
             continue
-        calls[arm] = functools.partial(program, *args)
+        calls[arm] = call
         about[arm] = {"program_bytes": size, "compile_s": seconds}
     for arm, seconds in _interleaved(bench, calls).items():
         middle = float(np.median(seconds))
@@ -716,42 +716,55 @@ def _program_section(bench: Bench, arms: Sequence[Arm], lower, flops) -> list[di
 
 def _prefill(bench: Bench) -> list[dict]:
     """Reading prompts, up to the first token that is drawn."""
-    interval, s = bench.interval, bench.settings
+    interval, s, model = bench.interval, bench.settings, bench.model
     arms = bench.arms(s.prefill_batches, s.prefill_lengths)
 
-    def lower(arm):
+    def prepare(arm):
         policy = bench.policy(arm.policy)
         row = np.zeros(arm.batch, np.int32)
+        token = _tokens(bench, arm.batch, arm.length)
         keys = replay.row_keys(jax.random.key(bench.config.seed), arm.batch)
-        args = (bench.params, policy, _tokens(bench, arm.batch, arm.length), row, keys, row)
-        fixed = dict(budget=arm.budget, interval=interval, sampling=bench.sampling, stop=())
-        call = jax.jit(
-            decoding.prefill,
-            static_argnames=("config", *fixed, "new_tokens"),
+        sizes = dict(budget=arm.budget, interval=interval, new_tokens=interval)
+        call = functools.partial(
+            decoding.prefill, model, bench.params, policy, token, row, keys, row,
+            **sizes, sampling=bench.sampling, stop=(),
+        )  # fmt: skip
+        layers = (bench.params["layers"], policy)
+        hidden = jax.eval_shape(models.embed, bench.params, token)
+        _, seconds, size = bench.compiled(
+            arm,
+            lambda: decoding.prefill_layer.lower(
+                model, *layers, 0, hidden, jax.eval_shape(jnp.asarray, token), keys, **sizes
+            ),
         )
-        return lambda: call.lower(bench.model, *args, **fixed, new_tokens=interval), args
+        cache = costs.size(jax.eval_shape(call).caches[0])
+        rest = costs.size(bench.params) - costs.size(bench.params["layers"])
+        return call, size + (model.layers - 1) * cache + rest, seconds
 
     def flops(arm):
         seen = arm.budget + interval if arm.budget else 0
-        head = 2 * bench.model.vocab_size * bench.model.width
-        return arm.batch * (costs.pass_flops(bench.model, arm.length, seen) + head)
+        head = 2 * model.vocab_size * model.width
+        return arm.batch * (costs.pass_flops(model, arm.length, seen) + head)
 
-    return _program_section(bench, arms, lower, flops)
+    return _pass_section(bench, arms, prepare, flops)
 
 
 def _labels(bench: Bench) -> list[dict]:
     """Golden evictions of all layers of a trace."""
     config = bench.config
+    golden = jax.jit(replay.golden_policy, static_argnames=("config", "budget", "interval"))
+    fixed = dict(budget=config.budget, interval=config.interval)
 
-    def lower(arm):
+    def prepare(arm):
         args = (bench.params, _tokens(bench, 1, arm.length), np.array([arm.length], np.int32))
-        call = jax.jit(replay.golden_policy, static_argnames=("config", "budget", "interval"))
-        fixed = dict(budget=config.budget, interval=config.interval)
-        return lambda: call.lower(bench.model, *args, **fixed), args
+        program, seconds, size = bench.compiled(
+            arm, lambda: golden.lower(bench.model, *args, **fixed)
+        )
+        return functools.partial(program, *args), size, seconds
 
     arms = [Arm("golden", config.budget, 1, n) for n in bench.settings.label_lengths]
-    return _program_section(
-        bench, arms, lower, lambda arm: costs.label_flops(bench.model, arm.length)
+    return _pass_section(
+        bench, arms, prepare, lambda arm: costs.label_flops(bench.model, arm.length)
     )
 
 
@@ -933,7 +946,7 @@ def _own_decode(bench: Bench, name: str, prompts: np.ndarray) -> dict:
     fixed = dict(budget=budget, interval=interval, sampling=greedy, stop=(), new_tokens=new)
     start = time.perf_counter()
     state = jax.block_until_ready(
-        decoding.prefill_program(model, bench.params, policy, token, padding, keys, limit, **fixed)
+        decoding.prefill(model, bench.params, policy, token, padding, keys, limit, **fixed)
     )
     first = time.perf_counter()
     out, state = decoding.decode(model, bench.params, policy, state, token.shape[1], **fixed)
@@ -956,7 +969,7 @@ def _bytes(count: float) -> str:
 
 
 def _not_measured(record: dict) -> str:
-    return "no time was left" if record["left_out"] else "does not fit"
+    return "no time was left" if record.get("left_out") else "does not fit"
 
 
 def _decode_rows(records):

@@ -1,5 +1,6 @@
 """What a job would take, before it is run: memory of a device, operations, time at best."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from fkv import api, cache, costs, decoding, grpo, parallel, policies, replay, scorer, sft
+from fkv import api, cache, costs, decoding, grpo, models, parallel, policies, replay, scorer, sft
 from fkv.errors import UserError
 from fkv.evaluation import tables
 from fkv.jobs import common, fields
@@ -264,11 +265,14 @@ def _generating(config, model, policy, rows, prompt, new_tokens, budget, samplin
     token = jax.ShapeDtypeStruct((rows, prompt), jnp.int32)
     row = jax.ShapeDtypeStruct((rows,), jnp.int32)
     weights = _weights(config, model)
-    arguments = (weights, policy, token, row, keys, row)
-    state = jax.eval_shape(prefill, *arguments)
-    compiled, caches = costs.size(state.caches), costs.size(_caches(config, state.caches))
-    # The caches of all layers lie there twice then: stacked, and apart.
-    return costs.temporaries(prefill, *arguments) - compiled + 2 * caches
+    state = jax.eval_shape(prefill, weights, policy, token, row, keys, row)
+    hidden = jax.eval_shape(models.embed, weights, token)
+    layer = functools.partial(
+        decoding.prefill_layer, model, budget=budget, interval=config.interval,
+        new_tokens=new_tokens,
+    )  # fmt: skip
+    needed = costs.temporaries(layer, weights["layers"], policy, 0, hidden, token, keys)
+    return needed + costs.size(hidden) + costs.size(_caches(config, state.caches))
 
 
 # ---- what they share
