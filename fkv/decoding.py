@@ -161,8 +161,7 @@ def prefill(
                 config, layer_policy, index, q, k, v, position, key_b, budget, interval
             )
         else:
-            k, v = (kv.stored(x, config.cache_dtype) for x in (k, v))
-            out, _ = attention.full_attention(q, k, v, position)
+            out, k, v = replay.full_pass(config, q, k, v, position)
             slots = t + -(-new_tokens // interval) * interval
             cache = kv.init(
                 b, config.kv_heads, slots, config.head_dim, config.cache_dtype or q.dtype
