@@ -206,8 +206,7 @@ def prefill_layer(
             config, policy, index, q, k, v, position_bt, key_b, budget, interval
         )
     else:
-        k, v = (kv.stored(x, config.cache_dtype) for x in (k, v))
-        out, _ = attention.full_attention(q, k, v, position_bt)
+        out, k, v = replay.full_pass(config, q, k, v, position_bt)
         slots = t + -(-new_tokens // interval) * interval
         dtype = config.cache_dtype or q.dtype
         cache = kv.init(b, config.kv_heads, slots, config.head_dim, dtype)

@@ -187,6 +187,14 @@ def layer_pass(
     return out[:, :t], cache, acc, observed
 
 
+def full_pass(
+    config: ModelConfig, q_bthd: Array, k_btkd: Array, v_btkd: Array, position_bt: Array
+) -> tuple[Array, Array | kv.Int8, Array | kv.Int8]:
+    """Attention of one layer over a full cache: the attended values, and the cache's entries."""
+    k, v = (kv.stored(x, config.cache_dtype) for x in (k_btkd, v_btkd))
+    return attention.full_attention(q_bthd, k, v, position_bt)[0], k, v
+
+
 def row_keys(key: Array, batch: int) -> Array:
     """One PRNG key per row of a batch, the same whatever the number of rows."""
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch))
@@ -242,8 +250,7 @@ def replay(
                 acc,
             )
         else:
-            k, v = (kv.stored(x, config.cache_dtype) for x in (k, v))
-            out, _ = attention.full_attention(q, k, v, position)
+            out, _, _ = full_pass(config, q, k, v, position)
             layer_acc, observed = acc, ()
         return models.finish(config, weights, hidden, out), (layer_acc, observed)
 

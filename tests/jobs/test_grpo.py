@@ -1,6 +1,7 @@
 """The reinforcement job from a config to a table, on a reasoner too small to reason."""
 
 import csv
+import dataclasses
 import json
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 import fkv
-from fkv import checkpoint, grpo, preemption
+from fkv import checkpoint, grpo, parallel, preemption
 from fkv.errors import UserError
 from fkv.jobs import common, sft
 from fkv.jobs import grpo as job
@@ -101,6 +102,17 @@ def test_infinity_stops_the_run_and_names_the_traces(model_dir, supervised, tmp_
         job.run(shrink(small(model_dir), supervised), str(tmp_path))
     assert checkpoint.latest_step(tmp_path) == 2
     assert fkv.load_scorer(tmp_path).params["w1"].shape == (2, 1, 32, 16)
+
+
+def test_rewards_compare_with_the_model_itself_whatever_its_cache(model_dir):
+    config, mesh = shrink(small(model_dir), ""), parallel.make_mesh()
+    model, params = common.load_model(config)
+    found = common.load_traces(config, "train", 4, config.budget, model.vocab_size)
+    plain, int8 = (
+        job.FullCache(config, dataclasses.replace(model, cache_dtype=name), params, found, mesh)
+        for name in ("", "int8")
+    )
+    jax.tree.map(np.testing.assert_array_equal, int8(np.arange(2)), plain(np.arange(2)))
 
 
 @pytest.mark.parametrize(
