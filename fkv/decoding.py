@@ -167,7 +167,7 @@ def prefill(
     )
     chunk = jnp.asarray(-(-t // interval), jnp.int32)
     # Decoding takes the state's place in memory, and the keys are the caller's.
-    return State(tuple(caches), token, position_b, left, key_b.copy(), chunk)
+    return State(tuple(caches), token, position_b, left, jnp.copy(key_b), chunk)
 
 
 @jax.jit
