@@ -327,6 +327,9 @@ def costs(found: Mapping[str, Sequence[Mapping]], directory: Path) -> list[str]:
     if len({r["length"] for r in decoded}) > 1:
         _decode_cost(decoded, directory / "decode.png")
         drawn.append("decode.png")
+    if found.get("growth"):
+        _growth_cost(found["growth"], directory / "growth.png")
+        drawn.append("growth.png")
     labels = [r for r in found.get("labels", ()) if r["fits"]]
     if len(labels) > 1:
         _label_cost(labels, directory / "labels.png")
@@ -366,6 +369,26 @@ def _decode_cost(records: Sequence[Mapping], path: Path) -> None:
         axis.set_xlabel("tokens of context")
     axes[0][0].set_ylabel("ms per step")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right", fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def _growth_cost(records: Sequence[Mapping], path: Path) -> None:
+    """Time per token, evictions included, against what has been generated."""
+    figure, axes = _subplots(1, 1, (6.5, 4.2))
+    axis = axes[0][0]
+    for i, record in enumerate(records):
+        generated = [int(n) for n in record["ms_per_token"]]
+        label = f"{record['policy']}, B = {record['budget']}"
+        axis.plot(
+            generated, list(record["ms_per_token"].values()), label=label, color=f"C{i % 10}",
+            marker="o", markersize=4,
+        )  # fmt: skip
+    axis.set_title(f"batch {records[0]['batch']}")
+    axis.set_xscale("log", base=2)
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("tokens generated")
+    axis.set_ylabel("ms per token")
+    axis.legend(fontsize="small")
     figure.savefig(path, dpi=120)
 
 

@@ -74,7 +74,7 @@ def test_every_section_is_measured_and_written(measured):
     for suffix in ("txt", "md"):
         text = (path / f"benchmark.{suffix}").read_text()
         assert all(section.title in text for n, section in benchmark.SECTIONS.items() if n in found)
-    for name in ("decode.png", "labels.png"):
+    for name in ("decode.png", "growth.png", "labels.png"):
         assert (path / name).read_bytes().startswith(b"\x89PNG")
 
 
