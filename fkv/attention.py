@@ -6,7 +6,10 @@ and not later than the query's. Softmax and statistics are float32 whatever the 
 values may be `cache.Int8`: their integers are multiplied, their scales go to logits and weights.
 """
 
+import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import flax.struct
 import jax
@@ -182,6 +185,22 @@ class Statistics:
     last_32: Array
 
 
+def row_by_row(function: Callable[..., Any], *arrays_b: Array | kv.Int8) -> Any:
+    """`function` of arrays that all have rows, [b, ...]: on a CPU of one row after the other.
+
+    What an eviction makes of a row stays in a processor's cache, and what it makes of eight does
+    not (1.2 to 1.4 times faster with eight rows). Accelerators take all at once.
+    """
+    if jax.default_backend() != "cpu":
+        return function(*arrays_b)
+
+    def one(row):
+        out = function(*jax.tree.map(lambda x: x[None], row))
+        return jax.tree.map(lambda x: x[0], out)
+
+    return jax.lax.map(one, arrays_b)
+
+
 # Queries looked at together: the largest window, and few enough that what they give stays in a
 # processor's cache (2.7 times faster on a CPU than all of 256 at once).
 _BLOCK = 32
@@ -204,6 +223,11 @@ def statistics(
       form: `windowed` sums over the newest queries as the names say; `reference` reproduces the
         released code, in which all of these windows are the sum over all queries.
     """
+    arrays = (q_bqhd, query_position_bq, k_bksd, key_position_bks, lse_bkgq)
+    return row_by_row(functools.partial(_statistics, form), *arrays)
+
+
+def _statistics(form, q_bqhd, query_position_bq, k_bksd, key_position_bks, lse_bkgq):
     queries = q_bqhd.shape[1]
     before = max(queries - _BLOCK, 0)
     block = math.gcd(before, _BLOCK)

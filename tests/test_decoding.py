@@ -379,13 +379,14 @@ def test_decoding_makes_no_copy_of_the_cache(name, program, cache_dtype):
 
 @pytest.mark.parametrize("name", ["snapkv", "knorm", "h2o"])
 def test_eviction_makes_no_copy_of_the_cache(name):
-    # Scores, choice and move alone: only `L` rows are gathered, into the caches that were given.
+    # Scores, choice and move alone: `L` entries are gathered, into the caches that were given, and
+    # on a CPU the keys of one of the four rows at a time.
     config, policy = wide_config(), policies.get(name)
     state, _ = wide_state(config, policy)
     caches, keys = state.caches, state.caches[0].key_bksd
-    query = jax.ShapeDtypeStruct((2, 16, config.heads, config.head_dim), jnp.float32)
-    lse = jax.ShapeDtypeStruct((2, config.kv_heads, config.group_size, 16), jnp.float32)
-    position = jax.ShapeDtypeStruct((2, 16), jnp.int32)
+    query = jax.ShapeDtypeStruct((4, 16, config.heads, config.head_dim), jnp.float32)
+    lse = jax.ShapeDtypeStruct((4, config.kv_heads, config.group_size, 16), jnp.float32)
+    position = jax.ShapeDtypeStruct((4, 16), jnp.int32)
     call = jax.jit(decoding.evict, static_argnames=("config", "budget"), donate_argnames="caches")
     compiled = call.lower(
         config, policy, caches, [(query, lse)] * config.layers, position, state.chunk, state.key_b,
@@ -403,11 +404,11 @@ def wide_config():
 
 
 def wide_state(config, policy):
-    """Shapes alone: nothing runs."""
+    """Shapes of four rows; nothing runs."""
     params = models.decoder.param_shapes(config)
-    prompts = jax.ShapeDtypeStruct((2, 2048), jnp.int32)
-    row = jax.ShapeDtypeStruct((2,), jnp.int32)
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2))
+    prompts = jax.ShapeDtypeStruct((4, 2048), jnp.int32)
+    row = jax.ShapeDtypeStruct((4,), jnp.int32)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 4))
     fixed = dict(budget=2048, interval=16, sampling=GREEDY, stop=(), new_tokens=16)
     call = functools.partial(decoding.prefill, config, **fixed)
     state = jax.eval_shape(call, params, policy, prompts, row, keys, row)

@@ -135,7 +135,7 @@ def test_redundancy_is_found_block_by_block(empty):
     key = rng.normal(size=(1, 2, slots, DIM)) + 2 * rng.normal(size=(1, 2, 1, DIM))
     position = np.stack([rng.permutation(2 * slots)[:slots] for _ in range(2)])[None]
     position[..., rng.permutation(slots)[:empty]] = -1
-    got = jax.jit(redundancy, static_argnums=2)(key, position, 0.9)
+    got = jax.jit(redundancy, static_argnums=0)(0.9, key, position)
     assert np.isfinite(np.asarray(got)).all() or empty == slots
     for head in range(2):
         held = np.flatnonzero(position[0, head] >= 0)

@@ -1,10 +1,13 @@
 """R-KV: importance against redundancy."""
 
+import functools
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from fkv import attention
 from fkv.policies.base import Policy, View, by_position, register
 from fkv.policies.snapkv import pooled_attention
 
@@ -13,7 +16,7 @@ from fkv.policies.snapkv import pooled_attention
 _BLOCK = 128
 
 
-def redundancy(key_bksd: Array, position_bks: Array, threshold: float) -> Array:
+def redundancy(threshold: float, key_bksd: Array, position_bks: Array) -> Array:
     """How much each key repeats the others, [b, k, s]; sums to one over the slots.
 
     Cosine similarities with the diagonal at zero; in each row the newest key more similar than
@@ -70,5 +73,7 @@ class RKV(Policy):
 
     def score(self, view: View) -> Array:
         importance = pooled_attention(view, self.protected(view), self.kernel)
-        repeats = redundancy(view.key_bksd, view.cache.position_bks, self.threshold)
+        repeats = attention.row_by_row(
+            functools.partial(redundancy, self.threshold), view.key_bksd, view.cache.position_bks
+        )
         return self.mix * importance - (1 - self.mix) * repeats
