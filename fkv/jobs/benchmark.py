@@ -411,7 +411,7 @@ def _run_evictions(bench: Bench, arm: Arm) -> float:
         ("evict", arm.policy, arm.budget, arm.batch),
         lambda: call.lower(model, policy, caches, *rest, budget=arm.budget),
     )
-    for _ in range(bench.chunks + 1):
+    for _ in range(max(bench.chunks, 3) + 1):
         jax.block_until_ready(caches)
         start = time.perf_counter()
         caches = jax.block_until_ready(program(policy, caches, *rest))
@@ -422,7 +422,7 @@ def _run_evictions(bench: Bench, arm: Arm) -> float:
 
 def _time_decode(bench: Bench, arms: Sequence[Arm]) -> list[dict]:
     """Records of decoding arms, interleaved over the repeats."""
-    seconds, evicting = {arm: [] for arm in arms}, {}
+    seconds, evicting = {arm: [] for arm in arms}, {arm: [] for arm in arms}
     does_not_fit = set()
     # Arms of equal shape share a program: under eviction, all lengths.
     shapes = {dataclasses.replace(a, length=0 if a.budget else a.length): a for a in arms}
@@ -436,8 +436,7 @@ def _time_decode(bench: Bench, arms: Sequence[Arm]) -> list[dict]:
             common.say(f"  repeat {repeat + 1}: {_name(arm)}")
             try:
                 seconds[arm].append(_run_decode(bench, arm, bench.chunks))
-                if not repeat:
-                    evicting[arm] = _run_evictions(bench, arm)
+                evicting[arm].append(_run_evictions(bench, arm))
             except (DoesNotFit, jax.errors.JaxRuntimeError) as error:
                 _only_memory(error)
                 does_not_fit.add(arm)
@@ -447,7 +446,8 @@ def _time_decode(bench: Bench, arms: Sequence[Arm]) -> list[dict]:
             records.append({**arm.record(), "fits": False, "left_out": arm not in does_not_fit})
             continue
         *_, compiled, size = _decode_program(bench, arm)
-        records.append(_decode_record(bench, arm, seconds[arm], evicting[arm], compiled, size))
+        evictions = float(np.median(evicting[arm]))
+        records.append(_decode_record(bench, arm, seconds[arm], evictions, compiled, size))
     return records
 
 
