@@ -22,37 +22,46 @@ def redundancy(threshold: float, key_bksd: Array, position_bks: Array) -> Array:
     Cosine similarities with the diagonal at zero; in each row the newest key more similar than
     the threshold is spared (the oldest where there is none); mean over rows, softmax over slots.
     """
-    # In the order of positions, empty slots first: the newest is what has the largest index.
-    order, inverse = by_position(position_bks)
-    held = jnp.take_along_axis(position_bks, order, axis=-1) >= 0
-    key = jnp.take_along_axis(key_bksd.astype(jnp.float32), order[..., None], axis=-2)
-    key = key / (jnp.linalg.norm(key, axis=-1, keepdims=True) + 1e-8)
-    key = jnp.where(held[..., None], key, 0.0)  # similar to nothing
+    order, age = by_position(position_bks)  # age grows with the position; empty slots come first
+    held = position_bks >= 0
+    key = key_bksd.astype(jnp.float32)
+    norm = jnp.linalg.norm(key, axis=-1)
+    key = jnp.where(held[..., None], key / (norm[..., None] + 1e-8), 0.0)  # similar to nothing
     slots = key.shape[-2]
     index = jnp.arange(slots)
     block = min(_BLOCK, slots)
-    rows = jnp.pad(key, ((0, 0), (0, 0), (0, -slots % block), (0, 0)))
+    after = -slots % block
+    rows = jnp.pad(key, ((0, 0), (0, 0), (0, after), (0, 0)))
+    ages = jnp.pad(jnp.where(held, age, -1), ((0, 0), (0, 0), (0, after)), constant_values=-1)
 
-    def newer(newest, start):
+    def newer(best, start):
         some = jax.lax.dynamic_slice_in_dim(rows, start, block, 2)
-        row = start + jnp.arange(block)[:, None]
-        alike = jnp.einsum("bkid,bkjd->bkij", some, key) > threshold
-        alike &= (row != index[None])[None, None]
-        return jnp.maximum(newest, jnp.where(alike, row[None, None], -1).max(-2)), None
+        some_age = jax.lax.dynamic_slice_in_dim(ages, start, block, 2)
+        similarity = jnp.einsum("bkid,bkjd->bkij", some, key)
+        other = (start + jnp.arange(block))[:, None] != index[None]
+        alike = (similarity > threshold) & other[None, None]
+        newest = jnp.where(alike, some_age[..., None], -1).max(-2)
+        row = jnp.take_along_axis(order, newest, axis=-1, mode="clip") - start
+        row = jnp.clip(row, 0, block - 1)
+        value = jnp.take_along_axis(similarity, row[:, :, None], axis=-2)[:, :, 0]
+        found = newest > best[0]
+        return (jnp.where(found, newest, best[0]), jnp.where(found, value, best[1])), None
 
-    none = jnp.full(held.shape, -1)
-    newest, _ = jax.lax.scan(newer, none, jnp.arange(0, slots, block))
+    none = (jnp.full(held.shape, -1), jnp.zeros(held.shape))
+    (newest, value), _ = jax.lax.scan(newer, none, jnp.arange(0, slots, block))
     number = held.sum(-1, keepdims=True)
-    spared = jnp.where(newest < 0, jnp.minimum(slots - number, slots - 1), newest)
-    # The sum over rows of all similarities is a key's product with the sum of all keys; what is
-    # spared is one similarity of each row.
-    value = (key * jnp.take_along_axis(key, spared[..., None], axis=-2)).sum(-1)
+    first = jnp.take_along_axis(order, jnp.minimum(slots - number, slots - 1), axis=-1)
+    oldest = jnp.take_along_axis(key, first[..., None], axis=-2)[:, :, 0]
+    spared = jnp.where(newest < 0, first, jnp.take_along_axis(order, newest, -1, mode="clip"))
+    value = jnp.where(newest < 0, jnp.einsum("bkid,bkd->bki", key, oldest), value)
     value = jnp.where(spared == index[None, None], 0.0, value)
     less = jax.vmap(jax.vmap(lambda at, x: jnp.zeros(slots).at[at].add(x)))(spared, value)
-    total = (key * (key.sum(-2, keepdims=True) - key)).sum(-1)
+    # The sum over rows of all similarities is a key's product with the sum of all keys, itself
+    # left out; what is spared is one similarity of each row.
+    own = jnp.where(held, norm / (norm + 1e-8), 0.0) ** 2
+    total = jnp.einsum("bkid,bkd->bki", key, key.sum(-2)) - own
     mean = (total - less) / jnp.maximum(number, 1)
-    share = jax.nn.softmax(jnp.where(held, mean, -jnp.inf), axis=-1)
-    return jnp.take_along_axis(share, inverse, axis=-1)
+    return jax.nn.softmax(jnp.where(held, mean, -jnp.inf), axis=-1)
 
 
 @register("rkv")
