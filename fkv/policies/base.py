@@ -209,6 +209,13 @@ def common_statistics(*policies: Policy) -> str | None:
     return next(iter(exact or forms), None)
 
 
+def row_by_row(function: Callable[[View], Array], view: View) -> Array:
+    """`function` of a view, by `attention.row_by_row`."""
+    of_all = {"chunk": view.chunk, "layer": view.layer}
+    rows = view.replace(**dict.fromkeys(of_all))
+    return attention.row_by_row(lambda row: function(row.replace(**of_all)), rows)
+
+
 def by_position(position_bks: Array) -> tuple[Array, Array]:
     """Permutation of the slots into the order of positions, and its inverse, [b, k, s] each."""
     order = jnp.argsort(position_bks, axis=-1)

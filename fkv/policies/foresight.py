@@ -7,7 +7,7 @@ from jax import Array
 
 from fkv import scorer
 from fkv.errors import UserError
-from fkv.policies.base import Policy, View, register
+from fkv.policies.base import Policy, View, register, row_by_row
 
 ACTIONS = ("top", "sample", "multinomial")
 
@@ -42,7 +42,10 @@ class Foresight(Policy):
         return self.config.statistics
 
     def score(self, view: View) -> Array:
-        importance = scorer.apply(self.config, self.params, scorer.features(self.config, view))
+        def one(view):
+            return scorer.apply(self.config, self.params, scorer.features(self.config, view))
+
+        importance = row_by_row(one, view)
         if self.action != "top":
             pool = 2 * view.interval if self.action == "sample" else importance.shape[-1]
             importance = perturb(importance / self.temperature, view, pool)

@@ -1,14 +1,11 @@
 """R-KV: importance against redundancy."""
 
-import functools
-
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fkv import attention
-from fkv.policies.base import Policy, View, by_position, register
+from fkv.policies.base import Policy, View, by_position, register, row_by_row
 from fkv.policies.snapkv import pooled_attention
 
 # Keys compared with all others at once: their similarities stay in a processor's cache, and no
@@ -81,8 +78,9 @@ class RKV(Policy):
         return min(self.window, view.interval)
 
     def score(self, view: View) -> Array:
-        importance = pooled_attention(view, self.protected(view), self.kernel)
-        repeats = attention.row_by_row(
-            functools.partial(redundancy, self.threshold), view.key_bksd, view.cache.position_bks
-        )
-        return self.mix * importance - (1 - self.mix) * repeats
+        def one(view):
+            importance = pooled_attention(view, self.protected(view), self.kernel)
+            repeats = redundancy(self.threshold, view.key_bksd, view.cache.position_bks)
+            return self.mix * importance - (1 - self.mix) * repeats
+
+        return row_by_row(one, view)
