@@ -39,7 +39,10 @@ def group_queries(q_bqhd: Array, kv_heads: int) -> Array:
 def product(spec: str, x_bkgqz: Array, y_bksd: Array | kv.Int8) -> Array:
     """`einsum_f32` of queries or weights with keys or values: of `Int8` the integers alone."""
     if not isinstance(y_bksd, kv.Int8):
-        return einsum_f32(spec, x_bkgqz, y_bksd)
+        axes = kv.unit_axes(y_bksd)
+        spec = spec.translate({ord("bk"[axis]): None for axis in axes})
+        out = einsum_f32(spec, jnp.squeeze(x_bkgqz, axes), jnp.squeeze(y_bksd, axes))
+        return jnp.expand_dims(out, axes)
     dtype = x_bkgqz.dtype  # bfloat16 holds the integers exactly, too
     if jax.default_backend() != "cpu":
         return einsum_f32(spec, x_bkgqz, y_bksd.value.astype(dtype))
@@ -62,7 +65,13 @@ def logits(q_bqhd: Array, k_bksd: Array | kv.Int8, visible_bkqs: Array) -> Array
     """Scaled, masked attention logits [b, k, g, q, s] in float32."""
     # The queries are transposed, which are few: left to XLA, the CPU transposes the product.
     q = jnp.moveaxis(group_queries(q_bqhd, k_bksd.shape[1]), 1, 3)
-    x = scaled(product("bkgqd,bksd->bkgqs", q, k_bksd), k_bksd)
+    spec = "bkgqd,bksd->bkgqs"
+    if q.shape[3] == 1 and isinstance(k_bksd, Array) and jax.default_backend() == "cpu":
+        # As vectors, one head of a group after the other: keys are read twice as fast.
+        heads = [product(spec, x, k_bksd) for x in jnp.split(q, q.shape[2], axis=2)]
+        x = jnp.concatenate(heads, axis=2)
+    else:
+        x = scaled(product(spec, q, k_bksd), k_bksd)
     return jnp.where(visible_bkqs[:, :, None], x * q.shape[-1] ** -0.5, MASKED)
 
 

@@ -110,6 +110,16 @@ def init(
     )
 
 
+def unit_axes(array_bk: Array | Int8) -> tuple[int, ...]:
+    """Those of the axes b and k that have a length of one.
+
+    XLA drops such axes from products. An update of the cache that still has them then differs in
+    shape from what is multiplied, and the CPU copies the whole cache at every token: so updates,
+    products and the carry of the decoding loop are all without them.
+    """
+    return tuple(axis for axis in (0, 1) if array_bk.shape[axis] == 1)
+
+
 def append(
     cache: Cache,
     slot: int | Array,
@@ -126,10 +136,12 @@ def append(
     """
     b, t, k, _ = key_btkd.shape
     position = jnp.broadcast_to(position_bt[:, None], (b, k, t))
+    axes = unit_axes(cache.position_bks)
 
     def write(array, new):
-        start = (0, 0, slot, *(0,) * (array.ndim - 3))
-        return jax.lax.dynamic_update_slice(array, new.astype(array.dtype), start)
+        array, new = jnp.squeeze(array, axes), jnp.squeeze(new.astype(array.dtype), axes)
+        array = jax.lax.dynamic_update_slice_in_dim(array, new, slot, axis=2 - len(axes))
+        return jnp.expand_dims(array, axes)
 
     def take_in(held, new):
         if isinstance(held, Int8) and not isinstance(new, Int8):

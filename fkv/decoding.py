@@ -247,8 +247,11 @@ def decode_chunk(
     if policy.evicts:
         start = state.caches[0].position_bks.shape[-1] - interval
 
+    axes = kv.unit_axes(state.caches[0].position_bks)
+
     def step(carry, i):
         caches, token, position, left, done = carry
+        caches = jax.tree.map(lambda x: jnp.expand_dims(x, axes), caches)
         at = jnp.where(done, -1, position)[:, None]
         hidden, held, queries = models.embed(params, token[:, None]), [], []
         for layer, cache in zip(weights, caches, strict=True):
@@ -264,13 +267,16 @@ def decode_chunk(
         emitted = jnp.where(done, NO_TOKEN, token)
         done = left == 0  # the token just put in was the last one
         left = jnp.where(done, 0, _left(drawn, left, stop))
-        carry = (tuple(held), drawn, position + 1, left, done)
+        held = jax.tree.map(lambda x: jnp.squeeze(x, axes), tuple(held))
+        carry = (held, drawn, position + 1, left, done)
         return carry, (emitted, at[:, 0], tuple(queries) if policy.evicts else ())
 
     done = state.token_b == NO_TOKEN
-    carry = (state.caches, state.token_b, state.position_b, state.left_b, done)
+    caches = jax.tree.map(lambda x: jnp.squeeze(x, axes), state.caches)
+    carry = (caches, state.token_b, state.position_b, state.left_b, done)
     carry, (tokens, at, queries) = jax.lax.scan(step, carry, jnp.arange(interval))
     caches, token, position, left, done = carry
+    caches = jax.tree.map(lambda x: jnp.expand_dims(x, axes), caches)
     if policy.evicts:
         queries = [(jnp.moveaxis(q, 0, 1), jnp.moveaxis(lse, 0, -1)) for q, lse in queries]
         caches = evict(config, policy, caches, queries, at.T, state.chunk, state.key_b, budget)
