@@ -246,7 +246,6 @@ def decode_chunk(
     start = prompt_width + (state.chunk - prompt_chunks) * interval
     if policy.evicts:
         start = state.caches[0].position_bks.shape[-1] - interval
-
     axes = kv.unit_axes(state.caches[0].position_bks)
 
     def step(carry, i):
