@@ -133,6 +133,7 @@ def test_redundancy_is_found_block_by_block(empty):
     slots = 300  # three blocks of keys, the last one filled up
     rng = np.random.default_rng(empty)
     key = rng.normal(size=(1, 2, slots, DIM)) + 2 * rng.normal(size=(1, 2, 1, DIM))
+    key[:, :, 7] = 0.0  # similar to nothing, itself included
     position = np.stack([rng.permutation(2 * slots)[:slots] for _ in range(2)])[None]
     position[..., rng.permutation(slots)[:empty]] = -1
     got = jax.jit(redundancy, static_argnums=0)(0.9, key, position)
@@ -140,7 +141,8 @@ def test_redundancy_is_found_block_by_block(empty):
     for head in range(2):
         held = np.flatnonzero(position[0, head] >= 0)
         held = held[np.argsort(position[0, head, held])]
-        unit = key[0, head, held] / np.linalg.norm(key[0, head, held], axis=-1, keepdims=True)
+        norm = np.linalg.norm(key[0, head, held], axis=-1, keepdims=True)
+        unit = key[0, head, held] / np.maximum(norm, 1e-8)
         similar = unit @ unit.T
         np.fill_diagonal(similar, 0.0)
         for row in similar:
