@@ -5,61 +5,18 @@ names there are, is seen to where they are used.
 """
 
 import dataclasses
-import math
-import numbers
-import reprlib
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from ml_collections import ConfigDict
 
+from fkv import kinds
 from fkv.errors import UserError
+from fkv.kinds import SWITCH, TEXT, Kind, number, several, whole
 from fkv.models.config import CACHE_DTYPES
 from fkv.scorer import ScorerConfig
 from fkv.tasks import ledger
 
-
-class Kind(NamedTuple):
-    """What a field may be: in words, and a function that says whether a value is that."""
-
-    said: str
-    fits: Callable[[Any], bool]
-
-
-def whole(least: int, most: int = 2**31 - 1) -> Kind:
-    """Whole numbers of a range, inclusive."""
-
-    def fits(value):
-        integral = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-        return integral and least <= value <= most
-
-    return Kind(f"a whole number from {least} to {most}", fits)
-
-
-def number(least: float, most: float = math.inf, above: bool = False) -> Kind:
-    """Finite numbers of a range, inclusive; `above` leaves out the least."""
-
-    def fits(value):
-        if not isinstance(value, numbers.Real) or isinstance(value, bool):
-            return False
-        return math.isfinite(value) and least <= value <= most and not (above and value == least)
-
-    said = f"a number {'above' if above else 'of at least'} {least:g}"
-    return Kind(said + (f" and at most {most:g}" if most < math.inf else ""), fits)
-
-
-def several(kind: Kind, what: str, count: int | None = None) -> Kind:
-    """Tuples of a kind, of `count` entries if it is given."""
-
-    def fits(value):
-        sized = isinstance(value, tuple | list) and count in (None, len(value))
-        return sized and all(map(kind.fits, value))
-
-    return Kind(what, fits)
-
-
-TEXT = Kind("text", lambda value: isinstance(value, str))
-SWITCH = Kind("True or False", lambda value: isinstance(value, bool))
 NAMES = several(TEXT, "a tuple of text")
 SIZES = several(whole(1), "a tuple of whole numbers from 1")
 RANGE = several(whole(0), "a range (low, high) of whole numbers", 2)
@@ -226,19 +183,14 @@ def check(config: ConfigDict, job: str) -> None:
             _check_names(used, config.get(used, {}), _CLOSED[used])
         for name, kind in FIELDS.items():
             if name == used or name.startswith(f"{used}."):
-                _check(name, _value(config, name), kind)
+                kinds.check(name, _value(config, name), kind)
     if job == "pretrain":
         stages = _value(config, "pretrain.stages")
         for stage in stages:
             where = f"pretrain.stages.{stage}"
             _check_names(where, stages[stage], _STAGE)
             for name in ("steps", "batch", *stages[stage]):
-                _check(f"{where}.{name}", _value(config, f"{where}.{name}"), _STAGE[name])
-
-
-def _check(name: str, value: Any, kind: Kind) -> None:
-    if not kind.fits(value):
-        raise UserError(f"{name} = {reprlib.repr(value)} must be {kind.said}")
+                kinds.check(f"{where}.{name}", _value(config, f"{where}.{name}"), _STAGE[name])
 
 
 def _check_names(group: str, fields: Iterable[str], known: Iterable[str]) -> None:
