@@ -25,7 +25,7 @@ def recipe(name: str, model: str, revision: str, arg: str) -> ConfigDict:
     sizes = {"1k": (1024, 256), "2k": (2048, 256), "4k": (4096, 256), "long": (2048, 512)}
     if (arg or "1k") not in sizes:
         raise UserError(f"--config=configs/{name}.py:{arg}: use one of {', '.join(sizes)}")
-    config = tiny.get_config()
+    config = tiny.get_config().unlock()
     del config.pretrain, config.task, config.pipeline.changes.grpo
     config.model, config.revision, config.dtype = model, revision, "bfloat16"
     config.budget, config.interval = sizes[arg or "1k"]
@@ -105,4 +105,4 @@ def recipe(name: str, model: str, revision: str, arg: str) -> ConfigDict:
     config.generate.policy = "rkv"
     config.generate.new_tokens = 4096
     config.generate.chat = True
-    return config
+    return tiny.locked(config)

@@ -246,4 +246,14 @@ def get_config() -> ConfigDict:
     config.generate.top_k = 20
     config.generate.top_p = 0.95
     config.generate.chat = False
+    return locked(config)
+
+
+def locked(config: ConfigDict) -> ConfigDict:
+    """With no more fields than there are, but for what is open: what a stage does otherwise, and
+    the stages of the curriculum."""
+    config.lock()
+    config.pipeline.changes.unlock()
+    if "pretrain" in config:
+        config.pretrain.stages.unlock()
     return config

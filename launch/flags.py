@@ -1,7 +1,6 @@
 """The command line that every job shares: `flags.run(main)` calls `main(config, workdir)`."""
 
 import argparse
-import difflib
 import errno
 import importlib.util
 import inspect
@@ -19,7 +18,7 @@ from absl import flags as absl_flags
 from ml_collections import config_flags
 
 from fkv import rundir
-from fkv.errors import UserError
+from fkv.errors import UserError, suggest
 from fkv.jobs import dry_run
 
 DISTRIBUTED = "--distributed"
@@ -144,7 +143,7 @@ def load_module(path: Path) -> ModuleType:
     """The module of a config file; UserError if there is none."""
     if not path.is_file():
         others = sorted(p.stem for p in path.parent.glob("*.py") if p.stem != "__init__")
-        raise UserError(f"config file {path} not found{_suggest(path.stem, others)}")
+        raise UserError(f"config file {path} not found{suggest(path.stem, others)}")
     spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
     if spec is None:
         raise UserError(f"config file {path} is not a Python file: give configs/<name>.py")
@@ -165,7 +164,12 @@ def _load(path: Path, argument: str) -> ml_collections.ConfigDict:
         raise UserError(
             f"config file {path} {wants}: give --config={path}{'' if argument else ':<argument>'}"
         ) from error
-    return module.get_config(*arguments).lock()
+    config = module.get_config(*arguments)
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise UserError(
+            f"config file {path}: get_config() gives a {type(config).__name__}, not a ConfigDict"
+        )
+    return config.lock()
 
 
 def _override(config: ml_collections.ConfigDict, rest: Sequence[str]) -> None:
@@ -199,16 +203,10 @@ def _field(config: ml_collections.ConfigDict, name: str) -> Any:
     for key in name.split("."):
         known = sorted(value) if isinstance(value, ml_collections.ConfigDict) else []
         if key not in known:
-            raise UserError(f"{parent} has no field {key!r}{_suggest(key, known)}")
+            raise UserError(f"{parent} has no field {key!r}{suggest(key, known)}")
         if value.get_type(key) in (list, type(None)):
             raise UserError(f"{parent}.{key} cannot be set from here: edit the config file")
         parent, value = f"{parent}.{key}", value[key]
     if isinstance(value, ml_collections.ConfigDict):
         raise UserError(f"{parent} is a group of fields: set one of {', '.join(sorted(value))}")
     return value
-
-
-def _suggest(name: str, known: Sequence[str]) -> str:
-    if near := difflib.get_close_matches(name, known):
-        return f": did you mean {' or '.join(near)}?"
-    return f": there are {', '.join(known)}" if known else ""

@@ -5,16 +5,16 @@ names there are, is seen to where they are used.
 """
 
 import dataclasses
+import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from fkv import kinds
-from fkv.errors import UserError
+from fkv.errors import UserError, suggest
 from fkv.kinds import SWITCH, TEXT, Kind, number, several, whole
 from fkv.models.config import CACHE_DTYPES
-from fkv.scorer import ScorerConfig
 from fkv.tasks import ledger
 
 NAMES = several(TEXT, "a tuple of text")
@@ -36,6 +36,7 @@ _TASK = _those(RANGE, " ".join(field.name for field in dataclasses.fields(ledger
 _STAGE = {**_TASK, **_those(whole(1), "steps batch")}
 FIELDS = {
     "seed": whole(0, 2**32 - 1),
+    "dry_run": SWITCH,
     **_those(TEXT, "model revision dtype attention_kernel"),
     "cache_dtype": Kind("'' (the model's dtype) or 'int8'", lambda value: value in CACHE_DTYPES),
     **_those(whole(1), "budget interval model_axis"),
@@ -163,39 +164,88 @@ USED = {
     "export": ("model", "revision", "export"),
     "generate": (*_MODEL, "generate"),
 }
-# Groups that are handed on as they are, so that a field too many is an error.
-_CLOSED = {
-    "task": _TASK,
-    "scorer": [field.name for field in dataclasses.fields(ScorerConfig)],
-}
+
+
+def _tree(names: Iterable[str]) -> dict:
+    """Dotted names as groups within groups; a field is None."""
+    tree = {}
+    for name in names:
+        *path, leaf = name.split(".")
+        group = tree
+        for part in path:
+            group = group.setdefault(part, {})
+        group[leaf] = None
+    return tree
+
+
+STAGES = ("pretrain", "sft", "grpo", "evaluate")  # of the pipeline
+_ANY = ""  # in a tree: names that are free, and what is below each of them
+_CHANGES = "config.pipeline.changes"
+_TREE = _tree(FIELDS)
+_TREE["pretrain"]["stages"] = {_ANY: _tree(_STAGE)}
+_TREE["pipeline"]["changes"] = {stage: {} for stage in STAGES}  # see `_check_changes`
 
 
 def check(config: ConfigDict, job: str) -> None:
-    """Refuses a config in which a field of the job is missing, or is not what it may be.
+    """Refuses a config that has a field nobody knows, or in which one of the job's is missing or
+    is not what it may be.
 
     Raises:
       UserError: the message names the first such field.
     """
+    if not isinstance(config, ConfigDict):
+        raise UserError(
+            f"the config is a {type(config).__name__}: give a ConfigDict, as get_config() of "
+            "configs/tiny.py does"
+        )
+    _check_names("config", config, _TREE)
     for used in USED[job]:
         if used == "task" and "task" not in config:
             continue  # traces and questions are from files
-        if used in _CLOSED:
-            _check_names(used, config.get(used, {}), _CLOSED[used])
         for name, kind in FIELDS.items():
             if name == used or name.startswith(f"{used}."):
                 kinds.check(name, _value(config, name), kind)
+    if job == "pipeline":
+        _value(config, "pipeline.changes")
     if job == "pretrain":
         stages = _value(config, "pretrain.stages")
         for stage in stages:
             where = f"pretrain.stages.{stage}"
-            _check_names(where, stages[stage], _STAGE)
             for name in ("steps", "batch", *stages[stage]):
                 kinds.check(f"{where}.{name}", _value(config, f"{where}.{name}"), _STAGE[name])
 
 
-def _check_names(group: str, fields: Iterable[str], known: Iterable[str]) -> None:
-    if unknown := sorted(set(fields) - set(known)):
-        raise UserError(f"config.{group} has no field {unknown[0]!r}: there are {', '.join(known)}")
+def _check_names(where: str, group: Any, known: Mapping[str, Any]) -> None:
+    """Refuses fields that are not known, at any depth, and values in place of groups."""
+    if not isinstance(group, Mapping | ConfigDict):
+        raise UserError(
+            f"{where} = {reprlib.repr(group)} must be a group of fields, as in configs/tiny.py"
+        )
+    for name, value in group.items():
+        if name not in known and _ANY not in known:
+            what = "stage" if where == _CHANGES else "field"
+            raise UserError(f"{where} has no {what} {name!r}{suggest(str(name), list(known))}")
+        below = known.get(name, known.get(_ANY))
+        if where == _CHANGES:
+            _check_changes(name, value)
+        elif below is not None:
+            _check_names(f"{where}.{name}", value, below)
+        elif isinstance(value, Mapping | ConfigDict):
+            raise UserError(f"{where}.{name} must be one value, not a group of fields")
+
+
+def _check_changes(stage: str, changes: Any) -> None:
+    """Refuses what a stage of the pipeline can't be told to do otherwise."""
+    where = f"{_CHANGES.removeprefix('config.')}.{stage}"
+    read = {name: _TREE[name] for name in USED[stage] if name in _TREE}
+    if isinstance(changes, Mapping | ConfigDict):
+        for name in changes:
+            if name in _TREE and name not in read:
+                raise UserError(f"{where}: {stage} does not read {name}")
+    try:
+        _check_names("config", changes, read)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def _value(config: ConfigDict, name: str) -> Any:

@@ -165,7 +165,7 @@ def _can_answer(config: ConfigDict, model: ModelConfig) -> bool:
 
 def _answers(config: ConfigDict, workdir: str) -> None:
     """What both scorers answer, as `launch.evaluate` would have it, in `workdir/answers`."""
-    part = config.copy_and_resolve_references()
+    part = ConfigDict(config).copy_and_resolve_references()
     part.evaluate.scorers = (f"supervised={config.grpo.scorer}", f"grpo={workdir}")
     part.evaluate.policies = ("full",)
     part.evaluate.budgets = config.eval.budgets

@@ -33,20 +33,20 @@ def plan(config: ConfigDict, workdir: str) -> dict[str, ConfigDict]:
     """
     fields.check(config, "pipeline")
     stages, changes = config.pipeline.stages, config.pipeline.changes
-    for stage in (*stages, *changes):
+    for stage in stages:
         if stage not in STAGES:
-            raise UserError(f"pipeline: no stage {stage!r}: there are {', '.join(STAGES)}")
+            raise UserError(f"pipeline.stages: no stage {stage!r}: there are {', '.join(STAGES)}")
     if list(stages) != [name for name in STAGES if name in stages]:
         raise UserError(f"pipeline.stages = {stages} must be in the order {', '.join(STAGES)}")
     root, found = Path(workdir), {}
     for stage in stages:
-        part = config.copy_and_resolve_references()
+        part = ConfigDict(config).copy_and_resolve_references()
         if "pretrain" in stages and stage != "pretrain":
             part.model = str(root / "pretrain" / "model")
-        if "sft" in stages:
+        if "sft" in stages and stage == "grpo" and "grpo" in part:
             part.grpo.scorer = str(root / "sft")
         before = [name for name in ("sft", "grpo") if name in stages]
-        if before:
+        if before and stage == "evaluate" and "evaluate" in part:
             names = {"sft": "supervised", "grpo": "grpo"}
             part.evaluate.scorers = tuple(f"{names[name]}={root / name}" for name in before)
         try:

@@ -8,7 +8,7 @@ import math
 import pytest
 from ml_collections import ConfigDict
 
-from configs import qwen3_4b, r1_qwen, tiny
+from configs import qwen3_4b, r1_qwen, speed, tiny, tiny_ablations
 from fkv import api, models
 from fkv.errors import UserError
 from fkv.jobs import (
@@ -109,7 +109,7 @@ def put(config, name, value):
 
 @pytest.mark.parametrize("job", RUN)
 def test_bad_values_are_refused_by_name(job, tmp_path):
-    config, tried = tiny.get_config(), 0
+    config, tried = tiny.get_config().unlock(), 0
     for name, value in list(leaves(config)):
         if name.split(".")[0] not in GROUPS[job]:
             continue
@@ -130,7 +130,7 @@ def test_bad_values_are_refused_by_name(job, tmp_path):
 @pytest.mark.parametrize("job", RUN)
 def test_missing_fields_are_named(job, tmp_path):
     for group in GROUPS[job]:
-        config = tiny.get_config()
+        config = tiny.get_config().unlock()
         if not isinstance(config[group], ConfigDict) or group == "task":
             continue
         name = next(name for name, _ in leaves(config[group]))
@@ -146,19 +146,68 @@ def test_missing_fields_are_named(job, tmp_path):
             RUN[job](config, str(tmp_path / "run"))
 
 
-@pytest.mark.parametrize(
-    ("job", "group", "message"),
-    [
-        ("sft", "scorer", "config.scorer has no field 'colour': there are hidden, inputs"),
-        ("sft", "task", "config.task has no field 'colour': there are facts, hops"),
-        ("pretrain", "pretrain.stages.b", r"config.pretrain.stages.b has no field 'colour'"),
-    ],
-)
-def test_fields_too_many_are_named(job, group, message, tmp_path):
-    config = tiny.get_config()
-    put(config, f"{group}.colour", 3)
-    with pytest.raises(UserError, match=message):
-        RUN[job](config, str(tmp_path / "run"))
+UNKNOWN = {
+    "sft.stpes": "config.sft has no field 'stpes': did you mean steps?",
+    "grpo.colour": "config.grpo has no field 'colour': there are scorer, reward",
+    "scorer.colour": "config.scorer has no field 'colour': there are hidden, inputs",
+    "task.colour": "config.task has no field 'colour': there are facts, hops",
+    "evaluate.policy": "config.evaluate has no field 'policy': did you mean policies?",
+    "bugdet": "config has no field 'bugdet': did you mean budget?",
+    "mine": "config has no field 'mine': there are seed",
+    "pretrain.model.widht": "config.pretrain.model has no field 'widht': did you mean width?",
+    "pretrain.stages.b.colour": "config.pretrain.stages.b has no field 'colour'",
+    "benchmark.peers.vllm": "config.benchmark.peers has no field 'vllm'",
+    "pipeline.changes.rl": "config.pipeline.changes has no stage 'rl'",
+    "pipeline.changes.grpo.bugdet": "pipeline.changes.grpo: config has no field 'bugdet': did you",
+    "pipeline.changes.grpo.grpo.colour": "pipeline.changes.grpo: config.grpo has no field 'colour'",
+    "pipeline.changes.grpo.export": "pipeline.changes.grpo: grpo does not read export",
+}
+
+
+@pytest.mark.parametrize("job", [*RUN, "pipeline"])
+def test_unknown_fields_are_refused_by_name(job, tmp_path):
+    """In any group, of whatever job it is, whatever built the config, and whatever is in them."""
+    run = {**RUN, "pipeline": pipeline.run}[job]
+    for name, message in UNKNOWN.items():
+        config = tiny.get_config().unlock()
+        put(config, name, 3)
+        with pytest.raises(UserError) as refused:
+            run(config, str(tmp_path / "run"))
+        assert str(refused.value).startswith(message)
+        assert "\n" not in str(refused.value) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("job", [*RUN, "pipeline"])
+def test_groups_are_groups_and_values_are_values(job, tmp_path):
+    run = {**RUN, "pipeline": pipeline.run}[job]
+    for name in ("export", "sft", "pretrain.model", "pretrain.stages.a", "pipeline.changes"):
+        for bad in (3, None, "", (), [{}]):
+            config = tiny.get_config().unlock()
+            put(config, name, bad)
+            with pytest.raises(UserError, match=rf"config\.{name} = .* must be a group of fields"):
+                run(config, str(tmp_path / "run"))
+    for name in ("budget", "sft.steps", "pretrain.stages.a.steps", "evaluate.scorers"):
+        config = tiny.get_config().unlock()
+        put(config, name, {"steps": 3})
+        with pytest.raises(UserError, match=rf"config\.{name} must be one value, not a group"):
+            run(config, str(tmp_path / "run"))
+    with pytest.raises(UserError, match="the config is a dict: give a ConfigDict"):
+        run(tiny.get_config().to_dict(), str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_all_fields_of_the_recipe_are_known():
+    named = {name for name, _ in leaves(tiny.get_config())}
+    open_ended = ("pretrain.stages.", "pipeline.changes.")
+    assert {name for name in named if not name.startswith(open_ended)} == set(fields.FIELDS)
+
+
+@pytest.mark.parametrize("module", [tiny, r1_qwen, qwen3_4b, speed, tiny_ablations])
+def test_the_recipes_are_locked(module):
+    config = module.get_config()
+    for group in ("", *(name for name, value in config.items() if isinstance(value, ConfigDict))):
+        with pytest.raises(AttributeError, match="colour"):
+            (config[group] if group else config).colour = 3
 
 
 @pytest.mark.parametrize("config", [tiny.get_config(), r1_qwen.get_config(), qwen3_4b.get_config()])
