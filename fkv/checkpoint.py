@@ -4,13 +4,15 @@
 on any device layout), `info.json` and `sha256.json` (the checksum of every other file).
 """
 
+import contextlib
 import errno
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
-from fkv import parallel
+from fkv import files, parallel
 from fkv.errors import UserError
 
 
@@ -68,7 +70,7 @@ def _write(run_dir: str | os.PathLike, step: int, state: Any, info: dict, keep: 
     try:
         _delete(root.glob("*.tmp"))  # what a killed save left
         _ask_for_room(temporary, leaves)
-        with _checkpointer() as checkpointer:
+        with _quiet(), _checkpointer() as checkpointer:
             checkpointer.save(temporary / "state", traverse_util.unflatten_dict(leaves))
             checkpointer.wait_until_finished()
         (temporary / "info.json").write_text(json.dumps(info, indent=1))
@@ -211,17 +213,23 @@ def _none(run_dir: str | os.PathLike) -> UserError:
 
 
 def _root(run_dir: str | os.PathLike) -> Path:
-    return Path(run_dir).absolute() / "checkpoints"
+    return files.expand(run_dir).absolute() / "checkpoints"
 
 
 def _steps(run_dir: str | os.PathLike) -> list[int]:
+    """Of the folders that `save` made: others, empty ones and files of such names are not ours."""
     root = _root(run_dir)
-    return sorted(int(p.name) for p in root.iterdir() if p.name.isdigit()) if root.is_dir() else []
+    found = root.glob("*") if root.is_dir() else ()
+    found = [p for p in found if re.fullmatch("0|[1-9][0-9]*", p.name)]
+    return sorted(int(p.name) for p in found if p.is_dir() and any(p.iterdir()))
 
 
 def _delete(folders: Iterable[Path]) -> None:
     for folder in folders:
-        shutil.rmtree(folder)
+        if folder.is_dir() and not folder.is_symlink():
+            shutil.rmtree(folder)
+        else:
+            folder.unlink()
 
 
 def _names(path: tuple) -> tuple[str, ...]:
@@ -266,9 +274,9 @@ def _damage(path: Path) -> str:
 
 
 def _ask_for_room(folder: Path, leaves: dict[tuple[str, ...], np.ndarray]) -> None:
-    """Makes the folder, and sure that these arrays fit on its disk.
+    """Makes the folder, and sure that these arrays fit on its disk, and into one file.
 
-    Orbax notices a full disk, too, but says so in hundreds of lines.
+    Orbax notices that, too, but late.
 
     Raises:
       OSError: they don't.
@@ -281,9 +289,24 @@ def _ask_for_room(folder: Path, leaves: dict[tuple[str, ...], np.ndarray]) -> No
         try:
             os.posix_fallocate(file.fileno(), 0, sum(x.nbytes for x in leaves.values()) + files)
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
     (folder / "room").unlink()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps Orbax from logging, in hundreds of lines, what it raises anyway."""
+
+    def is_minor(record):
+        return record.levelno < logging.ERROR
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(is_minor)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_minor)
 
 
 def _refusal(error: Exception) -> str | None:

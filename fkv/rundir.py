@@ -1,6 +1,5 @@
 """The directory of a run: its config, its commit, its metrics and its checkpoints."""
 
-import contextlib
 import dataclasses
 import fcntl
 import json
@@ -18,6 +17,7 @@ import ml_collections
 import fkv
 from fkv import checkpoint, parallel
 from fkv.errors import UserError
+from fkv.files import append_text, expand, write_text, writing
 
 
 @dataclasses.dataclass
@@ -68,8 +68,7 @@ class Run:
             return
         record = {"step": int(step), **_plain(metrics)}
         path = self.path / "metrics.jsonl"
-        with writing(path), path.open("a") as file:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
+        append_text(path, json.dumps(record, allow_nan=False) + "\n")
         scalars = {name: record[name] for name in metrics if isinstance(record[name], int | float)}
         with writing(self.path / "tb"):
             self._board = self._board or _Board(self.path / "tb")
@@ -128,13 +127,13 @@ def _create(path: Path, data: dict[str, Any], may_differ: Sequence[str]):
 
 
 def check_path(workdir: str | os.PathLike) -> Path:
-    """Refuses `gs://...` and the like: a run directory is one of the file system."""
+    """The path with `~` filled in; refuses `gs://...` and the like, which are no file system."""
     if match := re.match(r"(\w+)://", os.fspath(workdir)):
         raise UserError(
             f"{workdir}: {match[1]}:// is no file system: mount the bucket (gcsfuse; --bucket of "
             "launch.sweep does) and give the directory where it is"
         )
-    return Path(workdir)
+    return expand(workdir)
 
 
 def lock(path: Path, shared: bool = False) -> IO:
@@ -197,7 +196,7 @@ def _check_config(path: Path, new: dict[str, Any], may_differ: Sequence[str]) ->
     if path.exists():
         try:
             old = dict(json.loads(path.read_text()))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             advice = "delete it, as the checkpoints know the config, too; or " if old else ""
             raise UserError(
                 f"{path} is not the JSON of a config ({error}): {advice}use another --workdir"
@@ -229,7 +228,8 @@ def _fields(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 def _note_commit(path: Path) -> None:
     # A run that goes on under newer code has a line for each.
-    commits = path.read_text().splitlines() if path.exists() else []
+    text = path.read_bytes().decode(errors="backslashreplace") if path.exists() else ""
+    commits = text.splitlines()
     if (commit := source_version()) not in commits[-1:]:
         write_text(path, "".join(f"{line}\n" for line in [*commits, commit]))
 
@@ -266,30 +266,6 @@ def _trim_metrics(path: Path, last_step: float = math.inf) -> None:
             kept.append(line + "\n")
     if lines:
         write_text(path, "".join(kept))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all.
-
-    Raises:
-      UserError: the file system refuses, say because the disk is full.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    with writing(path):
-        temporary.write_text(text)
-        os.replace(temporary, path)
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Names the file that is written within, should the file system refuse."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path} ({error.strerror or error}): make room or mend that, and run the "
-            "same command again; it goes on where it stopped"
-        ) from error
 
 
 def _plain(value: Any) -> Any:

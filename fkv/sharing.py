@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 import fkv
-from fkv import checkpoint, models, rundir
+from fkv import checkpoint, files, models
 from fkv.errors import UserError
 from fkv.models import loading
 from fkv.policies import Foresight
@@ -43,7 +43,7 @@ def load(source: str | os.PathLike, revision: str | None = None) -> tuple[Foresi
     Raises:
       UserError: there are no scorers, or they are damaged.
     """
-    path = Path(source)
+    path = files.expand(source)
     if _is_shared(path):
         return _shared(path)
     if any(path.glob("*.safetensors")):
@@ -110,6 +110,24 @@ def _released(path: Path) -> tuple[Foresight, dict]:
     return Foresight(params, ScorerConfig(form="reference")), {"model": str(path)}
 
 
+def check_directory(directory: str | os.PathLike, released: bool = False) -> Path:
+    """The directory, if scorers can be written there; a shared one may be written again.
+
+    Raises:
+      UserError: it is a file, or holds something else.
+    """
+    path = files.expand(directory)
+    with files.writing(path):
+        kept = [file.name for file in path.iterdir()] if os.path.lexists(path) else []
+    if released and kept:
+        raise UserError(f"{path} is there already: give another directory")
+    ours = (WEIGHTS, ABOUT, CARD, *(f"{name}.tmp" for name in (WEIGHTS, ABOUT, CARD)))
+    others = sorted(name for name in kept if name not in ours and not name.startswith("."))
+    if others and ABOUT not in kept:
+        raise UserError(f"{path} holds other files ({others[0]}): give another directory")
+    return path
+
+
 def export(
     policy: Foresight,
     directory: str | os.PathLike,
@@ -121,19 +139,23 @@ def export(
     Args:
       about: JSON data: `model`, `revision`, `budget`, `interval`, and what else should be known.
       metrics: a Markdown table for the card.
+
+    Raises:
+      UserError: `directory` can't be written, or holds something else.
     """
-    path = Path(directory)
-    path.mkdir(parents=True, exist_ok=True)
+    path = check_directory(directory)
+    with files.writing(path):
+        path.mkdir(parents=True, exist_ok=True)
     params = {name: np.ascontiguousarray(x, np.float32) for name, x in policy.params.items()}
     loading.write_tensors(path / WEIGHTS, params, "fkv")
     data = {"fkv": fkv.__version__, "scorer": dataclasses.asdict(policy.config), **about}
-    rundir.write_text(path / ABOUT, json.dumps(data, indent=1) + "\n")
-    rundir.write_text(path / CARD, _card(data, metrics))
+    files.write_text(path / ABOUT, json.dumps(data, indent=1) + "\n")
+    files.write_text(path / CARD, _card(data, metrics))
 
 
 def _card(data: Mapping[str, Any], metrics: str) -> str:
     model, revision = data.get("model", "unknown"), data.get("revision") or "main"
-    base = f"base_model: {model}\n" if "/" in model and not Path(model).exists() else ""
+    base = f"base_model: {model}\n" if "/" in model and not files.expand(model).exists() else ""
     rest = {k: v for k, v in data.items() if k not in ("scorer", "fkv", "model", "revision")}
     rows = "\n".join(f"| {name} | {value} |" for name, value in {**rest, **data["scorer"]}.items())
     return f"""---
@@ -171,7 +193,8 @@ def export_released(policy: Foresight, model: str | os.PathLike, directory: str 
       model: directory of the base model.
 
     Raises:
-      UserError: the released code has no such scorers (see `ScorerConfig`), or `directory` exists.
+      UserError: the released code has no such scorers (see `ScorerConfig`), or `directory` exists
+        or can't be written.
     """
     config = policy.config
     if (config.inputs, config.norm, config.hidden) != ("both", "none", 16):
@@ -179,20 +202,10 @@ def export_released(policy: Foresight, model: str | os.PathLike, directory: str 
             f"the released code has scorers of 16 hidden units on plain features of both kinds; "
             f"these are {config}"
         )
-    source, target = Path(model), Path(directory)
-    if target.exists() and any(target.iterdir()):
-        raise UserError(f"{target} is there already: give another directory")
+    source, target = files.expand(model), check_directory(directory, released=True)
     places, size = loading.files_of_tensors(source)
     if theirs := [name for name in places if ".judge_model." in name]:
         raise UserError(f"{source} has scorers of its own ({theirs[0]}): give the base model")
-    temporary = target.with_name(target.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    index = "model.safetensors.index.json"
-    for file in sorted(source.iterdir()):
-        if file.is_file() and file.suffix in _FILES and file.name != index:
-            # A file of this name alone would be taken for the whole.
-            _link(file, temporary / (_BASE if file.name == "model.safetensors" else file.name))
     params = {name: np.asarray(x, np.float32) for name, x in policy.params.items()}
     tensors = {}
     for layer in range(params["w1"].shape[0]):
@@ -206,15 +219,18 @@ def export_released(policy: Foresight, model: str | os.PathLike, directory: str 
             "feature_norm.bias": np.zeros(params["w1"].shape[2], np.float32),
         }.items():
             tensors[loading.JUDGE.format(layer) + name] = np.ascontiguousarray(x)
-    loading.write_tensors(temporary / _JUDGES, tensors, "pt")
     places = {n: _BASE if f == "model.safetensors" else f for n, f in places.items()}
     places |= dict.fromkeys(tensors, _JUDGES)
     size += sum(x.nbytes for x in tensors.values())
     data = {"metadata": {"total_size": size}, "weight_map": places}
-    (temporary / index).write_text(json.dumps(data, indent=1) + "\n")
-    if target.exists():
-        target.rmdir()
-    os.replace(temporary, target)
+    index = "model.safetensors.index.json"
+    with files.whole_directory(target) as temporary:
+        for file in sorted(source.iterdir()):
+            if file.is_file() and file.suffix in _FILES and file.name != index:
+                # A file of this name alone would be taken for the whole.
+                _link(file, temporary / (_BASE if file.name == "model.safetensors" else file.name))
+        loading.write_tensors(temporary / _JUDGES, tensors, "pt")
+        (temporary / index).write_text(json.dumps(data, indent=1) + "\n")
 
 
 def _link(source: Path, target: Path) -> None:

@@ -133,18 +133,22 @@ def no_room(*_):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("where", ["arrays", "asked before", "info.json"])
-def test_a_disk_without_room(tmp_path, monkeypatch, where):
+@pytest.mark.parametrize("where", ["arrays", "limit", "asked before", "info.json"])
+def test_a_disk_without_room(tmp_path, monkeypatch, where, caplog):
     checkpoint.save(tmp_path, 1, {"x": np.ones(3)}, {})
     state = {"x": np.random.default_rng(0).random(40_000)}
-    reason = "File too large" if where == "arrays" else "No space left on device"
+    reason = "File too large" if where in ("arrays", "limit") else "No space left on device"
     refused = (
         f"checkpoint of step 2 can't be written to {tmp_path}/checkpoints ({reason}): make room or "
         "mend that, and run the same command again; it goes on from step 1"
     )
     with monkeypatch.context() as patch, contextlib.ExitStack() as limits:
-        if where == "arrays":
+        if where == "arrays":  # where the file system can't be asked before
+            patch.setattr(os, "posix_fallocate", lambda *_: None)
             limits.enter_context(small_files_only(100_000))
+        elif where == "limit":
+            limits.enter_context(small_files_only(100_000))
+            patch.setattr(checkpoint.ocp, "StandardCheckpointer", None)
         elif where == "asked before":
             patch.setattr(os, "posix_fallocate", no_room)
             patch.setattr(checkpoint.ocp, "StandardCheckpointer", None)  # Orbax isn't even called
@@ -153,11 +157,24 @@ def test_a_disk_without_room(tmp_path, monkeypatch, where):
         with pytest.raises(UserError) as error:
             checkpoint.save(tmp_path, 2, state, {})
     assert str(error.value) == refused
+    assert caplog.text == ""  # Orbax would say it in hundreds of lines
     # What was there still is, and nothing else: half a checkpoint takes room, too.
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["1"]
     assert checkpoint.restore(tmp_path, {"x": np.ones(3)}).step == 1
     checkpoint.save(tmp_path, 2, state, {})
     np.testing.assert_array_equal(checkpoint.load(tmp_path).state["x"], state["x"])
+
+
+@pytest.mark.parametrize("name", ["²", "٣", "01", "+1", "-1", "1_0", "7", "8", "9.tmp", "x"])
+def test_only_what_was_saved_is_a_checkpoint(tmp_path, name):
+    checkpoint.save(tmp_path, 1, {"x": np.ones(3)}, {})
+    other = tmp_path / "checkpoints" / name
+    other.write_text("") if name in ("8", "9.tmp") else other.mkdir()
+    assert checkpoint.latest_step(tmp_path) == checkpoint.load(tmp_path).step == 1
+    assert checkpoint.newest_info(tmp_path) == {}
+    checkpoint.save(tmp_path, 12, {"x": np.ones(3)}, {}, keep=1)
+    assert checkpoint.restore(tmp_path, {"x": np.ones(3)}).step == 12
+    assert other.exists() == (name != "9.tmp")
 
 
 def test_names_the_path_of_a_missing_checkpoint(tmp_path):

@@ -1,6 +1,8 @@
 """Run directories: what is recorded, what is refused, what resuming forgets."""
 
+import errno
 import json
+import os
 import shutil
 import struct
 import subprocess
@@ -13,8 +15,12 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 import fkv
-from fkv import rundir
+from fkv import checkpoint, rundir
 from fkv.errors import UserError
+
+
+def no_room(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def make_config(**fields) -> ml_collections.ConfigDict:
@@ -153,6 +159,41 @@ def test_a_full_disk_is_one_line(tmp_path):
     assert len(metrics_of(rundir.open_run(tmp_path, make_config()))) == 1
 
 
+def test_a_line_is_logged_whole_or_not_at_all(tmp_path, monkeypatch):
+    run = rundir.open_run(tmp_path, make_config())
+    run.log(1, {"loss": 1.0})
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    monkeypatch.setattr(os, "fsync", no_room)  # by then it is written
+    with pytest.raises(UserError, match=r"cannot write .*/metrics.jsonl \(No space left"):
+        run.log(2, {"loss": 1.0})
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_small_files_that_are_not_text(tmp_path):
+    (tmp_path / "commit.txt").write_bytes(b"caf\xe9\n")
+    rundir.open_run(tmp_path, make_config())
+    commits = (tmp_path / "commit.txt").read_text().splitlines()
+    assert commits == ["caf\\xe9", rundir.source_version()]
+    for bad in (b"\xff\xfe{}", b"[" * 100_000, b"\x00"):
+        (tmp_path / "config.json").write_bytes(bad)
+        with pytest.raises(UserError, match=r"config\.json is not the JSON of a config"):
+            rundir.open_run(tmp_path, make_config())
+
+
+def test_home_is_where_a_shell_has_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    monkeypatch.chdir(tmp_path)
+    run = rundir.open_run("~/run", make_config())
+    assert run.path == tmp_path / "me" / "run"
+    run.save(1, {"w": np.ones(2)})
+    assert checkpoint.latest_step("~/run") == 1
+    assert rundir.open_run("~/run", make_config()).resume({"w": np.ones(2)}).step == 1
+    assert rundir.open_run("./~here", make_config()).path.is_dir()
+    with pytest.raises(UserError, match=r"~nosuchuser/x: no home directory is known for ~nosuchu"):
+        rundir.open_run("~nosuchuser/x", make_config())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["me", "~here"]
+
+
 def test_commit_of_the_source(tmp_path, monkeypatch):
     def git(*arguments):
         identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
@@ -182,7 +223,7 @@ def test_two_processes_are_kept_apart(tmp_path):
     """The lock is a process's own, so another process has to hold it."""
     script = """
 import sys, ml_collections
-from fkv import rundir
+from fkv import checkpoint, rundir
 run = rundir.open_run(sys.argv[1], ml_collections.ConfigDict({"a": 1}))
 print("open", flush=True)
 sys.stdin.read()

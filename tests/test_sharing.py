@@ -1,6 +1,9 @@
 """Scorers that are shared come back as they were; the released layout is read by PyTorch."""
 
+import errno
 import json
+import os
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -82,6 +85,54 @@ def test_what_is_no_scorer_is_named(tmp_path):
         sharing.load(tmp_path)
     with pytest.raises(UserError, match="no checkpoint in"):  # and is not looked for on the hub
         sharing.load("runs/not_there")
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_where_scorers_can_not_be_written_is_one_line(base, tmp_path, monkeypatch, released):
+    """A file, below a file, where nobody may write, a run's own directory, a full disk."""
+
+    def write(directory):
+        if released:
+            sharing.export_released(scorers("none"), base[0], directory)
+        else:
+            sharing.export(scorers(), directory, ABOUT)
+
+    (tmp_path / "file").write_text("mine")
+    for path in (tmp_path / "file", tmp_path / "file" / "x"):
+        with pytest.raises(UserError, match=f"cannot write {path} .Not a directory|File exists"):
+            write(path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    with pytest.raises(
+        UserError, match=r"run (is there already|holds other files \(config.json\))"
+    ):
+        write(tmp_path / "run")
+    for code in (errno.EROFS, errno.EACCES):  # root may write anywhere, so that has to be played
+
+        def refuse(path, *args, code=code, **kwargs):
+            raise OSError(code, os.strerror(code), str(path))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "mkdir", refuse)
+            with pytest.raises(UserError, match=f"cannot write .*/out .{os.strerror(code)}"):
+                write(tmp_path / "out")
+
+    def no_room(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sharing.loading, "save_file", no_room)
+        with pytest.raises(UserError, match="No space left on device"):
+            write(tmp_path / "out" / "scorers")
+    assert (tmp_path / "file").read_text() == "mine"
+    assert sorted(p.name for p in tmp_path.rglob("*")) in (
+        ["config.json", "file", "out", "run"],
+        ["config.json", "file", "out", "run", "scorers"],
+    )
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    write("~/scorers")
+    assert sharing.load("~/scorers")[0].params["w1"].shape == (2, 2, 32, 16)
+    assert sharing.load(tmp_path / "me" / "scorers")
 
 
 # ---- the layout of the released code

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fkv import files
 from fkv.evaluation.accuracy import Accuracy
 from fkv.evaluation.loss_ratio import Losses
 
@@ -38,6 +39,12 @@ def _subplots(rows: int, columns: int, size: tuple[float, float], **settings):
 
     figure = Figure(figsize=size, layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **settings)
+
+
+def _save(figure, path: str | Path) -> None:
+    """Writes the picture whole or not at all, in the format that its name ends in."""
+    with files.whole(path) as temporary:
+        figure.savefig(temporary, dpi=120, format=Path(path).suffix[1:] or "png")
 
 
 def _styles(names: Sequence[str]) -> dict[str, dict]:
@@ -88,7 +95,7 @@ def loss_ratios(results: Sequence[Losses], path: str | Path, title: str) -> None
         axis.set_ylabel("nats per token" if kind == 1 else "loss / full-cache loss")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right", fontsize="small")
     figure.suptitle(title)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def accuracy(results: Sequence[Accuracy], path: str | Path) -> None:
@@ -123,7 +130,7 @@ def accuracy(results: Sequence[Accuracy], path: str | Path) -> None:
     axis.set_ylim(-2, 102)
     axis.set_xticks(sorted({r.budget for r in results if r.budget}))
     figure.legend(loc="outside right", fontsize="small")
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def loss_by_position(results: Sequence[Losses], path: str | Path, bins: int = 16) -> None:
@@ -147,7 +154,7 @@ def loss_by_position(results: Sequence[Losses], path: str | Path, bins: int = 16
         axis.set_xlabel("position (tokens)")
     axes[0][0].set_ylabel("nats per token")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right", fontsize="small")
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def regret(results: Sequence[Losses], path: str | Path) -> None:
@@ -169,7 +176,7 @@ def regret(results: Sequence[Losses], path: str | Path) -> None:
     figure.supylabel("layer", fontsize="small")
     figure.colorbar(image, ax=axes, label="attention lost")
     figure.suptitle("attention lost per eviction, beyond what golden loses", fontsize="medium")
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def retention(held: Mapping[str, np.ndarray], path: str | Path, title: str) -> None:
@@ -192,7 +199,7 @@ def retention(held: Mapping[str, np.ndarray], path: str | Path, title: str) -> N
     figure.supxlabel("position of the token", fontsize="small")
     figure.supylabel("position of the queries", fontsize="small")
     figure.suptitle(title, fontsize="medium")
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def lookups(
@@ -233,7 +240,7 @@ def lookups(
     figure.supxlabel("position of the key (tokens); gray where it is held")
     figure.supylabel("position of the query (tokens)")
     figure.suptitle(title)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def attention_patterns(patterns: Mapping[str, np.ndarray], interval: int, path: str | Path) -> None:
@@ -247,7 +254,7 @@ def attention_patterns(patterns: Mapping[str, np.ndarray], interval: int, path: 
         axis.set_xlabel("position of the queries (tokens)")
     axes[0, 0].set_ylabel("attention, mean of a block")
     figure.suptitle("attention that single tokens get over time, the clearest of a kind dark")
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def sweep(summary: Sequence[Mapping], path: str | Path) -> None:
@@ -288,7 +295,7 @@ def sweep(summary: Sequence[Mapping], path: str | Path) -> None:
         axis.set_xlabel("budget (KV pairs per head)")
     figure.legend(handles.values(), handles.keys(), loc="outside right", fontsize="x-small")
     figure.suptitle("mean over the points of a group, ± 2 standard errors")
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def cache_memory(
@@ -313,7 +320,7 @@ def cache_memory(
     axis.xaxis.set_major_formatter("{x:,.0f}")
     axis.yaxis.set_major_formatter("{x:,.4g}")
     axis.legend(loc="upper left")
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def costs(found: Mapping[str, Sequence[Mapping]], directory: Path) -> list[str]:
@@ -369,7 +376,7 @@ def _decode_cost(records: Sequence[Mapping], path: Path) -> None:
         axis.set_xlabel("tokens of context")
     axes[0][0].set_ylabel("ms per step")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right", fontsize="small")
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def _growth_cost(records: Sequence[Mapping], path: Path) -> None:
@@ -389,7 +396,7 @@ def _growth_cost(records: Sequence[Mapping], path: Path) -> None:
     axis.set_xlabel("tokens generated")
     axis.set_ylabel("ms per token")
     axis.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def _label_cost(records: Sequence[Mapping], path: Path) -> None:
@@ -413,4 +420,4 @@ def _label_cost(records: Sequence[Mapping], path: Path) -> None:
         axis.set_xlabel("tokens of the trace")
         axis.set_ylabel(name)
         axis.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+    _save(figure, path)

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from fkv.errors import UserError
 from fkv.evaluation import accuracy, diagnosis, math_answers, plots, tables
 from fkv.jobs import common, fields
 from fkv.policies.base import Policy
-from fkv.rundir import Run, open_run, write_text, writing
+from fkv.rundir import Run, append_text, open_run, write_text
 from fkv.tasks import ledger
 
 # What a run may be asked for more of; everything else must stay as it was.
@@ -311,10 +310,7 @@ class _Samples:
     def add(self, rows) -> None:
         rows = list(rows)
         if parallel.first():
-            with writing(self.path), self.path.open("a") as file:
-                file.write("".join(json.dumps(row) + "\n" for row in rows))
-                file.flush()
-                os.fsync(file.fileno())
+            append_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         self.rows += rows
         self._keys |= {self._key(row) for row in rows}
 

@@ -1,10 +1,8 @@
 """Scorers of a run in a form that can be shared, with a card."""
 
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
-from fkv import models, parallel, sharing, tasks
+from fkv import files, models, parallel, sharing, tasks
 from fkv.api import EMBEDDED
 from fkv.errors import UserError
 from fkv.jobs import common, fields
@@ -31,11 +29,13 @@ def run(config: ConfigDict, workdir: str) -> None:
 
 def _write(config: ConfigDict, workdir: str) -> None:
     settings = config.export
+    sharing.check_directory(workdir, settings.layout == "released")  # before a model is downloaded
     policy, about = sharing.load(settings.scorer)
     if settings.layout == "released":
         path = tasks.REASONER if config.model == EMBEDDED else config.model
         sharing.export_released(policy, models.find(path, common.revision(config)), workdir)
     else:
-        tables = [Path(settings.scorer, name) for name in ("loss_ratio.md", "answers/accuracy.md")]
-        metrics = "\n\n".join(table.read_text() for table in tables if table.exists())
+        names = ("loss_ratio.md", "answers/accuracy.md")
+        tables = [files.expand(settings.scorer) / name for name in names]
+        metrics = "\n\n".join(files.read_text(table) for table in tables if table.exists())
         sharing.export(policy, workdir, about, metrics)

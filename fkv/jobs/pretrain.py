@@ -1,14 +1,12 @@
 """Training of the embedded reasoner, from a config to a Hugging Face directory."""
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from fkv import decoding, models, parallel, policies, preemption, pretrain, replay
+from fkv import decoding, files, models, parallel, policies, preemption, pretrain, replay
 from fkv.errors import UserError
 from fkv.jobs import common, fields
 from fkv.models import ModelConfig
@@ -113,8 +111,9 @@ def run(config: ConfigDict, workdir: str) -> float:
 
     params = jax.device_get(state["params"])
     if parallel.first():
-        models.save(Path(workdir) / "model", model, params)
-        ledger.tokenizer().save_pretrained(Path(workdir) / "model")
+        with files.whole_directory(run.path / "model") as directory:
+            models.save(directory, model, params)
+            ledger.tokenizer().save_pretrained(directory)
     right, error = answers(config, model, params)
     run.log(total, {"answers": right, "answers_se": error})
     run.close()

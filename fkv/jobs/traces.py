@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,12 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from ml_collections import ConfigDict
 
-from fkv import api, decoding, parallel, policies, preemption
+from fkv import api, decoding, files, parallel, policies, preemption
 from fkv.api import Model
 from fkv.data import sources
 from fkv.errors import UserError
 from fkv.jobs import common, fields
-from fkv.rundir import open_run, writing
+from fkv.rundir import open_run
 from fkv.tasks import ledger
 
 # What a run may be asked for more of.
@@ -69,7 +68,7 @@ def run(config: ConfigDict, workdir: str) -> int:
     questions, new_tokens = _questions(config, model)
     run = open_run(workdir, config, may_differ=MAY_DIFFER)
 
-    done, files = _done(run.path)
+    done, first = _done(run.path)
     parallel.barrier("traces, before the first is written")  # what is done is the same to all
     samples = 1 if settings.response else settings.samples
     todo = [
@@ -95,7 +94,7 @@ def run(config: ConfigDict, workdir: str) -> int:
                     _row(config, model, question, sample, answer)
                     for (question, _, sample), answer in zip(part, answers, strict=True)
                 ]
-                _write(run.path / f"traces-{index:03d}-{files + n:05d}.parquet", rows, run.config)
+                _write(run.path / f"traces-{index:03d}-{first + n:05d}.parquet", rows, run.config)
                 written += len(rows)
                 truncated += sum(row["truncated"] for row in rows)
                 tokens += sum(row["tokens"] for row in rows)
@@ -195,10 +194,8 @@ def _write(path: Path, rows: Sequence[dict], settings: dict) -> None:
     about = {"fkv": json.dumps(settings)}
     columns = [pa.array([row[f.name] for row in rows], f.type) for f in SCHEMA]
     table = pa.table(columns, schema=SCHEMA.with_metadata(about))
-    temporary = path.with_name(path.name + ".tmp")
-    with writing(path):
+    with files.whole(path) as temporary:
         pq.write_table(table, temporary)
-        os.replace(temporary, path)
 
 
 def _done(path: Path) -> tuple[set[tuple[str, int]], int]:

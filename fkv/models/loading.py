@@ -4,7 +4,6 @@ import contextlib
 import functools
 import json
 import math
-import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -22,7 +21,7 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from fkv import parallel
+from fkv import files, parallel
 from fkv.errors import UserError
 from fkv.models.config import ARCHITECTURES, ModelConfig, from_hf, read
 from fkv.models.decoder import Params, param_shapes
@@ -193,10 +192,11 @@ def save(directory: str | Path, config: ModelConfig, params: Params) -> None:
             tensor = host["layers"][t.ours][t.layer].reshape(t.shape[::-1]).T
         # safetensors writes the memory as it lies, whatever the strides say.
         tensors[t.name] = np.ascontiguousarray(tensor)
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    directory = files.expand(directory)
+    with files.writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
     write_tensors(directory / "model.safetensors", tensors, "pt")
-    (directory / "config.json").write_text(json.dumps(description, indent=2) + "\n")
+    files.write_text(directory / "config.json", json.dumps(description, indent=2) + "\n")
 
 
 def write_tensors(path: Path, tensors: dict[str, np.ndarray], kind: str) -> None:
@@ -205,15 +205,11 @@ def write_tensors(path: Path, tensors: dict[str, np.ndarray], kind: str) -> None
     Raises:
       UserError: the file system refuses, say because the disk is full.
     """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        save_file(tensors, temporary, metadata={"format": kind})
-        os.replace(temporary, path)
-    except (SafetensorError, OSError) as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"cannot write {path} ({error}): make room or mend that, and run the same command again"
-        ) from error
+    with files.whole(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata={"format": kind})
+        except SafetensorError as error:  # has no errno
+            raise OSError(str(error)) from error
 
 
 def load_judges(path_or_hub_id: str | Path, revision: str | None = None) -> dict[str, np.ndarray]:
@@ -286,7 +282,7 @@ def find(path_or_hub_id: str | Path, revision: str | None = None, weights: bool 
       weights: without them only what describes the model is downloaded.
     """
     name = str(path_or_hub_id)
-    path = Path(name).expanduser()
+    path = files.expand(name)
     if path.is_dir():
         if revision is not None:
             raise UserError(f"{path}: revision {revision!r} is for a hub id; this is a directory")
@@ -294,8 +290,8 @@ def find(path_or_hub_id: str | Path, revision: str | None = None, weights: bool 
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         raise UserError(f"{path}: no such directory, and not a hub id of the form owner/name")
     try:
-        files = _FILES if weights else ["config.json"]
-        snapshot = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=files)
+        wanted = _FILES if weights else ["config.json"]
+        snapshot = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=wanted)
     except GatedRepoError:
         raise UserError(
             f"{name}: access is gated; accept the terms at https://huggingface.co/{name} "

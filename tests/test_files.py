@@ -1,0 +1,113 @@
+"""Files are there whole or not at all, whatever ends their writing."""
+
+import errno
+import os
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from fkv import files, models
+from fkv.errors import UserError
+from fkv.evaluation import plots
+from fkv.jobs import traces
+from fkv.models import loading
+from tests import oracles
+
+REFUSALS = [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO]
+
+
+def draw(path):
+    plots.cache_memory(16, 32, 1024, path, "a cache")
+
+
+def table(path):
+    traces._write(path, [], {})
+
+
+def tensors(path):
+    loading.write_tensors(path, {"x": np.ones(3)}, "fkv")
+
+
+def text(path):
+    files.write_text(path, "new")
+
+
+WRITERS = [draw, table, tensors, text]
+
+
+@pytest.mark.parametrize("write", WRITERS)
+@pytest.mark.parametrize("code", REFUSALS)
+def test_what_is_refused_leaves_nothing(tmp_path, monkeypatch, write, code):
+    path = tmp_path / "file.png"
+    for before in (None, b"old"):
+        if before:
+            path.write_bytes(before)
+
+        def refuse(source, target):
+            assert os.path.getsize(source)
+            raise OSError(code, os.strerror(code))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", refuse)
+            with pytest.raises(UserError, match=rf"cannot write {path} \({os.strerror(code)}\)"):
+                write(path)
+        assert [p.read_bytes() for p in tmp_path.iterdir()] == ([before] if before else [])
+
+
+def test_a_picture_is_not_seen_before_it_is_whole(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    path.write_bytes(b"old")
+
+    def killed(figure, target, **kwargs):
+        with open(target, "wb") as file:
+            file.write(b"half a picture")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Figure, "savefig", killed)
+        with pytest.raises(KeyboardInterrupt):
+            draw(path)
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("a.png", b"old")]
+    draw(path)
+    assert path.read_bytes().startswith(b"\x89PNG") and path.read_bytes().endswith(
+        b"IEND\xaeB`\x82"
+    )
+    draw(tmp_path / "a.svg")
+    assert "<svg" in (tmp_path / "a.svg").read_text()
+
+
+def test_directories_take_the_place_of_others_whole(tmp_path):
+    path = tmp_path / "model"
+    for name in ("a", "b"):
+        with files.whole_directory(path) as directory:
+            (directory / name).write_text(name)
+    assert [p.name for p in path.iterdir()] == ["b"]
+    with pytest.raises(KeyboardInterrupt), files.whole_directory(path) as directory:
+        (directory / "c").write_text("c")
+        raise KeyboardInterrupt
+    with (
+        pytest.raises(UserError, match=rf"cannot write {path} \(No space left on device\)"),
+        files.whole_directory(path),
+    ):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert [p.name for p in path.iterdir()] == ["b"]
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_models_config_is_written_whole(tmp_path):
+    config, params = oracles.make_model()
+    (tmp_path / "config.json.tmp").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"cannot write .*/config.json \(No space left"):
+        models.save(tmp_path, config, params)
+    assert not (tmp_path / "config.json").exists()
+    with pytest.raises(UserError, match=r"cannot write .*/model.safetensors/x"):
+        models.save(tmp_path / "model.safetensors" / "x", config, params)
+
+
+def test_text_that_is_none_is_named(tmp_path):
+    (tmp_path / "a").write_bytes(b"ok \xff")
+    with pytest.raises(UserError, match=r"a is not UTF-8 text \(invalid start byte at byte 3\)"):
+        files.read_text(tmp_path / "a")
+    with pytest.raises(UserError, match=r"b can't be read \(No such file"):
+        files.read_text(tmp_path / "b")
