@@ -140,11 +140,11 @@ def encode(model: Model, prompt: str | Sequence[int], chat: bool = False) -> np.
     return np.asarray(ids, np.int32)
 
 
-def decode(model: Model, tokens: Sequence[int]) -> str:
-    """Text of token ids, without special tokens."""
+def decode(model: Model, tokens: Sequence[int], special: bool = False) -> str:
+    """Text of token ids, without special tokens unless asked for."""
     if model.tokenizer is None:
         return ""
-    return model.tokenizer.decode(np.asarray(tokens), skip_special_tokens=True)
+    return model.tokenizer.decode(np.asarray(tokens), skip_special_tokens=not special)
 
 
 def sample_key(seed: int, prompt: int, sample: int) -> jax.Array:

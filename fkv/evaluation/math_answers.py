@@ -11,37 +11,154 @@ import os
 import re
 import signal
 import threading
+import unicodedata
 
 from fkv.errors import UserError
 
 RIGHT, WRONG, NO_ANSWER, TIMEOUT, FAILED = "right", "wrong", "no answer", "timeout", "failed"
 
 
-def last_boxed(text: str) -> str | None:
-    r"""What is in the last complete `\boxed{...}` after `</think>`; None when there is none.
+_THINK = re.compile(r"</?think>")
+# A run of backslashes, with the box or the brace that it belongs to; or a brace alone.
+_BRACES = re.compile(r"(\\++)(?:(boxed\s*+\{)|([{}]))?|([{}])")
 
-    Without a `</think>` the whole text is searched.
+
+def opens_thought(prompt: str, question: str = "") -> bool:
+    """Whether the answer to a prompt begins within a thought that the prompt has opened.
+
+    Args:
+      prompt: all of it, special tokens included.
+      question: what the user wrote of it; tags in there open nothing, but at the very end.
     """
-    text = text.rsplit("</think>", 1)[-1]
-    for start in reversed([m.end() for m in re.finditer(r"\\boxed\s*\{", text)]):
-        depth = 1
-        for i in range(start, len(text)):
-            if text[i - 1] == "\\" and text[i] in "{}":
-                continue
-            depth += {"{": 1, "}": -1}.get(text[i], 0)
-            if depth == 0:
-                return text[start:i].strip()
+    _, found, after = prompt.rpartition(question) if question else ("", "", "")
+    tags = _THINK.findall(after) if found else []
+    return (tags[-1] == "<think>") if tags else prompt.rstrip().endswith("<think>")
+
+
+def answered(text: str, opened: bool = False) -> list[str]:
+    """The parts of a text outside of its thoughts, in order.
+
+    A thought lasts from `<think>`, or from the start, to `</think>`; one that is not ended lasts to
+    the end of the text. A `</think>` that ends none makes a thought of all before it.
+
+    Args:
+      opened: whether the prompt has opened a thought, as `opens_thought` says.
+    """
+    parts, start, thinking = [], 0, opened
+    for tag in _THINK.finditer(text):
+        if tag[0] == "<think>":
+            if not thinking:
+                parts.append(text[start : tag.start()])
+            thinking = True
+        else:
+            if not thinking:
+                parts.clear()
+            thinking, start = False, tag.end()
+    return parts if thinking else [*parts, text[start:]]
+
+
+def last_boxed(text: str, opened: bool = False) -> str | None:
+    r"""What is in the last complete `\boxed{...}` that is not in a thought; None without one.
+
+    Of boxes in one another the inner counts. `\{` and `\}` are no braces, `\\}` is one. Neither
+    `\boxed 5` nor `\fbox{5}` is a box. It takes time linear in the length of the text.
+
+    Args:
+      opened: whether the prompt has opened a thought, as `opens_thought` says.
+    """
+    for part in reversed(answered(text, opened)):
+        if (found := _last_boxed(part)) is not None:
+            return found
     return None
 
 
-def check_choice(text: str, reference: str) -> tuple[str, str | None]:
-    """As `Checker.check`, where the answer is a letter: `C`, `(C)`, `C) 4 J` or `\\text{C}`."""
-    answer = last_boxed(text)
+def _last_boxed(text: str) -> str | None:
+    # Starts of what braces enclose, -1 for those that are no box's.
+    opened, last = [], None
+    for token in _BRACES.finditer(text):
+        slashes, box, escaped, brace = token.groups()
+        if escaped and len(slashes) % 2 == 0:  # the backslashes are escaped, not the brace
+            brace = escaped
+        if box:
+            opened.append(token.end())
+        elif brace == "{":
+            opened.append(-1)
+        elif brace == "}" and opened:
+            start = opened.pop()
+            if start >= 0 and (last is None or start > last[0]):
+                last = start, token.end() - 1
+    return None if last is None else text[slice(*last)].strip()
+
+
+# What dresses a letter up: commands with and without an argument, blanks, mathematics, Markdown.
+_DRESS = re.compile(
+    r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:bf|it|rm|sf|tt)|boldsymbol|bm|pmb|mbox|hbox|fbox"
+    r"|operatorname|emph|underline|left|right|[Bb]igg?[lr]?|bf|it|rm|sf|tt|displaystyle|large|Large"
+    r")(?![A-Za-z])\s*|[{}$`]|\\[()\[\]]|\*\*"
+)
+_BLANK = re.compile(r"\\(?:q?quad(?![A-Za-z])|[ ,;:!\\])|[\s~]+")
+_SAID = re.compile(
+    r"(?:(?:(?:the|my|final|correct|right|best) )*(?:answer|option|choice|letter)\b(?: is\b)?"
+    r" ?[:=]? ?)*+",
+    re.IGNORECASE,
+)
+_LETTER = re.compile(
+    r"(?:[(\[] ?([A-Za-z]) ?[)\]](?=[ .:,\d]|$)[.:]?"  # (C)
+    r"|([A-Za-z])(?: ?\)|[.:](?= |$)|(?=[ .,;:!]*$)))"  # C), C. and C
+    r" ?(.*)"
+)
+# What makes the letter a part of a list or of a formula, if it comes next.
+_MORE = re.compile(
+    r"[,;/&|^_'=*]|\+(?!\d)|-(?! ?\d)|\\(?:cdot|times|land|lor|wedge|vee|to|[Rr]ightarrow)\b"
+    r"|(?:and|or)\b|[(\[]? ?[A-Za-z] ?[)\]]*$",
+    re.IGNORECASE,
+)
+
+
+def chosen(answer: str) -> str | None:
+    r"""The letter, upper case, of the choice that an answer names; None unless it names just one.
+
+    `C`, `(C)`, `C.`, `C) 4 J`, `\text{C}`, `**C**`, `$C$` and `Option C` do; what only begins with
+    a letter, such as a formula (`C_2H_4`), a word or a list (`A, B`), does not.
+    """
+    text = unicodedata.normalize("NFKC", answer).replace(r"\{", "[").replace(r"\}", "]")
+    text = _BLANK.sub(" ", _DRESS.sub("", text)).strip()
+    if text[:1] + text[-1:] in ("**", "__", "''", '""', "‘’", "“”"):
+        text = text[1:-1].strip()
+    letter = _LETTER.match(text, _SAID.match(text).end())
+    if letter is None:
+        return None
+    bracketed, bare, rest = letter.groups()
+    rest = rest.rstrip(" .,;:!")
+    return None if rest and _MORE.match(rest) else (bracketed or bare).upper()
+
+
+def check_choice(text: str, reference: str, opened: bool = False) -> tuple[str, str | None]:
+    """As `Checker.check`, where the answer is the letter of a choice; see `chosen`."""
+    answer = last_boxed(text, opened)
     if answer is None:
         return NO_ANSWER, None
-    letter = re.match(r"(?:\\\w+\s*\{)?\s*\(?([A-Za-z])(?![A-Za-z])", answer)
-    right = letter is not None and letter[1].upper() == reference
-    return (RIGHT if right else WRONG), answer
+    return (RIGHT if chosen(answer) == reference else WRONG), answer
+
+
+_NUMBER = re.compile(r"([+-]?)([0-9]+)(?:\.([0-9]*))?(?:[eE]([+-]?[0-9]{1,4}))?")
+
+
+def _tidy(text: str) -> str:
+    r"""The text as math-verify reads it right.
+
+    To it `1e-5` is e - 5, decimals are equal if six places are, and `42\\` is no number.
+    """
+    text = text.rstrip("\\ \t\r\n")
+    number = _NUMBER.fullmatch(text.strip())
+    if number is None:
+        return text
+    sign, whole, fraction, exponent = number[1], number[2], number[3] or "", number[4]
+    small = not whole.strip("0") and fraction.startswith("000") and fraction.strip("0")
+    if exponent is None and not small:
+        return text
+    digits = (whole + fraction).lstrip("0") or "0"
+    return rf"{sign}{digits} \times 10^{{{int(exponent or 0) - len(fraction)}}}"
 
 
 def _serve(connection, deadline: float) -> None:
@@ -109,18 +226,22 @@ class Checker:
             self._ours.close()
             self._process = None
 
-    def check(self, text: str, reference: str) -> tuple[str, str | None]:
+    def check(self, text: str, reference: str, opened: bool = False) -> tuple[str, str | None]:
         """The verdict on a text, and the answer found in it.
+
+        Args:
+          opened: whether the prompt has opened a thought, as `opens_thought` says.
 
         Returns:
           `right`, `wrong`, `no answer` (nothing boxed), `timeout` or `failed` (the parser raised),
           and what was boxed.
         """
-        answer = last_boxed(text)
+        answer = last_boxed(text, opened)
         if answer is None:
             return NO_ANSWER, None
         if answer == reference.strip():
             return RIGHT, answer
+        question = json.dumps([_tidy(answer), _tidy(reference)]).encode()
         with self._lock:
             # A scheduler's SIGTERM ends the process, too: only what crashes it twice has failed.
             for _ in range(2):
@@ -129,7 +250,7 @@ class Checker:
                 if self._process is None:
                     self._start()
                 try:
-                    self._ours.send_bytes(json.dumps([answer, reference]).encode())
+                    self._ours.send_bytes(question)
                     if not self._ours.poll(self.deadline):
                         self.close()
                         return TIMEOUT, answer

@@ -1,7 +1,6 @@
 """Evaluation by answers and by loss: every policy at every budget, from a config to tables."""
 
 import dataclasses
-import functools
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -203,18 +202,23 @@ def _problems(
     if benchmark.unusable:
         common.say(f"{settings.benchmark}: {len(benchmark.unusable)} rows left out")
     return [
-        Problem(
-            q.id,
-            api.encode(model, q.text, chat=settings.chat),
-            q.answer,
-            functools.partial(_check, math_answers.check_choice if q.choice else checker.check, q),
-        )
+        _question(config, model, checker, q)
         for q in benchmark.questions[: settings.problems or None]
     ], settings.new_tokens or 32_768
 
 
-def _check(check, question: benchmarks.Question, tokens, text: str) -> tuple[str, str | None]:
-    return check(text, question.answer)
+def _question(
+    config: ConfigDict, model: Model, checker: math_answers.Checker, question: benchmarks.Question
+) -> Problem:
+    prompt = api.encode(model, question.text, chat=config.evaluate.chat)
+    # There are tokenizers to which the tags of a thought are special tokens.
+    opened = math_answers.opens_thought(api.decode(model, prompt, special=True), question.text)
+    judge = math_answers.check_choice if question.choice else checker.check
+
+    def check(tokens, text):
+        return judge(api.decode(model, tokens, special=True), question.answer, opened)
+
+    return Problem(question.id, prompt, question.answer, check)
 
 
 def _exact(problem: ledger.Problem):

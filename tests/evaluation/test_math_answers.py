@@ -36,15 +36,109 @@ TOWER = r"\boxed{9^{9^{9^{9}}}}"  # no computer writes this number out
         (r"<think>\boxed{1}</think> it is \boxed{2}", "2"),
         (r"<think>\boxed{1}</think> it is 2", None),
         (r"\boxed{1}</think>\boxed{2}</think>\boxed{3}", "3"),
-        (r"<think>\boxed{1}", "1"),
+        (r"<think>\boxed{1}", None),
+        (r"\boxed{1} <think> or \boxed{2}", "1"),
+        (r"<think>a</think>\boxed{1}<think> or \boxed{2}", "1"),
+        (r"<think>a</think>\boxed{1}<think> or \boxed{2}</think> so", "1"),
+        (r"<think>a</think>\boxed{1}<think> or \boxed{2}</think>\boxed{3}", "3"),
+        (r"<think> <think> \boxed{1}</think> \boxed{2}</think> \boxed{3}", "3"),
+        (r"<think>\boxed{1</think>}", None),
+        (r"\boxed{1}</think>\boxed{2}</think>", None),
+        # A backslash that is escaped itself escapes no brace, and a box is one after a line break.
+        (r"\boxed{42\\}", r"42\\"),
+        (r"\boxed{42\\\}}", r"42\\\}"),
+        (r"\boxed{\\{42}}", r"\\{42}"),
+        (r"x\\\boxed{5}", "5"),
+        (r"\\boxed{5}", "5"),
+        ("```latex\n\\boxed{5}\n```", "5"),
+        (r"} \boxed{5} }", "5"),
+        (r"{ \boxed{5}", "5"),
+        (r"\boxed{1 \boxed{2} 3}", "2"),
+        (r"\boxed{1 \boxed{2 3}", "2 3"),
         ("it is 3", None),
         (r"\boxed 3", None),
+        (r"\fbox{3}", None),
+        (r"\boxed", None),
         (r"boxed{3}", None),
         ("", None),
     ],
 )
 def test_last_boxed(text, answer):
     assert last_boxed(text) == answer
+
+
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        (r"\boxed{1} and so on", None),
+        (r"<think>\boxed{1}", None),
+        (r"\boxed{1}</think> \boxed{2}", "2"),
+        (r"<think>\boxed{1}</think> \boxed{2}", "2"),  # a template that opens it, and a model too
+        (r"\boxed{1}</think> \boxed{2} <think> \boxed{3}", "2"),
+        ("", None),
+    ],
+)
+def test_a_thought_that_the_prompt_opens(text, answer):
+    assert last_boxed(text, opened=True) == answer
+    assert check_choice(text, "2", opened=True)[1] == answer
+    with Checker() as checker:
+        verdict = checker.check(text, answer or "1", opened=True)
+    assert verdict == (("right", answer) if answer else ("no answer", None))
+
+
+@pytest.mark.parametrize(
+    "prompt, question, opens",
+    [
+        ("<user> 1 + 1? <answer><think>\n", "1 + 1?", True),
+        ("<user> 1 + 1? <answer>", "1 + 1?", False),
+        ("<user> 1 + 1? <answer><think>\n\n</think>\n\n", "1 + 1?", False),
+        ("<user> 1 + 1? <answer><think>\nOkay, ", "1 + 1?", True),
+        # Tags in the question are words.
+        ("<user> What does <think> mean? <answer>", "What does <think> mean?", False),
+        ("<user> What does </think> mean? <answer><think>\n", "What does </think> mean?", True),
+        ("What does <think> mean?", "What does <think> mean?", False),
+        # All of the prompt is the question, where there is no template.
+        ("1 + 1? <think>\n", "1 + 1? <think>\n", True),
+        ("1 + 1? <think>\n", "", True),
+        ("", "", False),
+        ("<user> 1+1? <answer><think>\n", "1 + 1?", True),  # not as it was written
+    ],
+)
+def test_which_prompts_open_a_thought(prompt, question, opens):
+    assert math_answers.opens_thought(prompt, question) is opens
+
+
+LOOPS = {
+    "boxes": r"\boxed{",
+    "closed boxes": r"\boxed{5} ",
+    "braces": "{",
+    "backslashes": "\\",
+    "escapes": r"\{",
+    "boxes without braces": r"\boxed ",
+    "open thoughts": "<think>",
+    "ended thoughts": "</think>",
+    "half of a tag": "<",
+}
+
+
+@pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS.keys())
+def test_loops_of_a_model_take_linear_time(loop):
+    """As it says the same for ever: half a million characters, for which squares take hours."""
+    text, start = loop * (500_000 // len(loop)), time.monotonic()
+    assert last_boxed(text) == ("5" if "5" in loop else None)
+    text = f"{text}</think> {text.replace('<', '')}"
+    assert last_boxed(rf"\boxed{{7}} {text} \boxed{{8}} x") == "8"
+    assert math_answers.chosen(text) is None
+    assert math_answers._tidy(text) is not None
+    assert time.monotonic() - start < 30
+
+
+@pytest.mark.parametrize("loop", ["option ", "the ", '"', " ", ".", "C) ", "and ", r"\text"])
+def test_loops_in_place_of_a_letter_take_linear_time(loop):
+    start = time.monotonic()
+    for text in (loop * 50_000, "C" + loop * 50_000 + "x", "C) " + loop * 50_000):
+        math_answers.chosen(text)
+    assert time.monotonic() - start < 15
 
 
 def children():
@@ -73,6 +167,13 @@ def checker():
         (r"\text{A}", "A"),
         (r"3\text{ apples}", "3"),
         ("3", " 3 "),
+        (r"42\\", "42"),
+        ("42", r"42\\"),
+        ("1e-5", "0.00001"),
+        ("0.00001", "1e-05"),
+        (r"-1.2 \times 10^{-4}", "-1.2E-4"),
+        ("1e5", "100000"),
+        (r"10^{-7}", "0.0000001"),
     ],
 )
 def test_equal_in_another_form_is_right(checker, answer, reference):
@@ -81,7 +182,17 @@ def test_equal_in_another_form_is_right(checker, answer, reference):
 
 @pytest.mark.parametrize(
     "answer, reference",
-    [("3", "2"), ("1/3", "0.5"), ("(1,2)", "(2,1)"), ("B", "A"), ("x+1", "x-1"), ("", "3")],
+    [
+        ("3", "2"),
+        ("1/3", "0.5"),
+        ("(1,2)", "(2,1)"),
+        ("B", "A"),
+        ("x+1", "x-1"),
+        ("", "3"),
+        ("e-5", "1e-5"),
+        ("0.0000001", "0.0000002"),
+        (r"2 \times 10^{-7}", "1e-7"),
+    ],
 )
 def test_another_value_is_wrong(checker, answer, reference):
     assert checker.check(rf"so \boxed{{{answer}}}", reference) == ("wrong", answer)
@@ -127,6 +238,20 @@ def test_an_answer_that_takes_for_ever_is_given_up():
         (other,) = children() - before
         assert other != pid
     assert children() == before
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_the_deadline_holds_for_long_answers_and_references(checker, swapped):
+    """Also while they are read: math-verify takes minutes for this box."""
+    long, start = "(" * 300_000 + "1", time.monotonic()
+    answer, reference = ("3", long) if swapped else (long, "3")
+    assert checker.check(r"\boxed{6/2}", "3")[0] == "right"  # it is up
+    before, checker.deadline = checker.deadline, 1.0
+    try:
+        verdict, _ = checker.check(rf"\boxed{{{answer}}}", reference)
+    finally:
+        checker.deadline = before
+    assert verdict in ("timeout", "failed", "wrong") and time.monotonic() - start < 20
 
 
 def test_a_crash_is_survived():
@@ -203,21 +328,47 @@ def test_math_verify_that_cannot_be_loaded(monkeypatch, tmp_path):
     assert children() == before
 
 
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [
-        (r"\boxed{C}", ("right", "C")),
-        (r"\boxed{c}", ("right", "c")),
-        (r"\boxed{(C)}", ("right", "(C)")),
-        (r"\boxed{C) 4 J}", ("right", "C) 4 J")),
-        (r"\boxed{\text{C}}", ("right", r"\text{C}")),
-        (r"\boxed{\textbf{(C)}}", ("right", r"\textbf{(C)}")),
-        (r"\boxed{B}", ("wrong", "B")),
-        (r"\boxed{Carbon}", ("wrong", "Carbon")),
-        (r"\boxed{4 C}", ("wrong", "4 C")),
-        (r"\boxed{}", ("wrong", "")),
-        ("It is C.", ("no answer", None)),
-    ],
-)
-def test_letters_of_choices(text, found):
-    assert check_choice(text, "C") == found
+LETTERS = (
+    "C", "c", "(C)", "( C )", "(c)", "[C]", "C)", "c)", "C )", "C.", "C:", " C ", "{C}", r"\{C\}",
+    r"\text{C}", r"\text{ C }", r"\text{C}.", r"\textbf{C}", r"\textbf{(C)}", r"\mathbf{C}",
+    r"\mathrm{C}", r"\boldsymbol{C}", r"\operatorname{C}", r"\mbox{C}", r"\fbox{C}",
+    r"\underline{C}", r"{\bf C}", r"\rm C", r"\displaystyle C", r"C\,", r"\,C", r"C \quad", r"C\\",
+    r"\left(C\right)", r"\left( C \right)", r"\big(C\big)", "$C$", "$$C$$", r"\(C\)", r"\[C\]",
+    "**C**", "**(C)**", "*C*", "_C_", "`C`", "'C'", '"C"', "\u201cC\u201d", "\uff08C\uff09",
+    "\uff23", "Option C", "option C", "Option (C)", r"\text{Option C}", r"\text{Option }C",
+    "**Option C**", "Answer: C", "answer is C", "The answer is C", "The correct answer is (C).",
+    "Final answer: C", "Correct option: C", "Choice C", "Answer: Option C",
+    "C) 4 J", "(C) 4 J", "C. 4 J", "C: 4 J", "C)\n4 J", "**C) 4 J**", "**C.** 4 J",
+    "Option C: 4 J", "**Option C**: 4 J", r"\text{(C) } 4 J", r"\text{C) } 4 \text{ J}",
+    r"\textbf{(C)}\ 10^{-4}\ \mathrm{eV}", r"C) \frac{1}{2}", r"(C) \sqrt{2}", "C) -4 J",
+    "(C) -4 J", "C) > 5 J", "C) C_2H_4", "C) vitamin B.", "C) A and B",
+)  # fmt: skip
+NO_LETTERS = (
+    "", "D", "Carbon", "4 C", "2C", "-C", "x", "a C", "None", "not C", "Cl", "C elegans",
+    "C_2H_4", "CH_4", "C_1", "C^2", "C^{*}", "C*", "C'", "C''", "C\u2032", "C\xb2",
+    "C\u2082H\u2084", "\xb0C", "C%", r"C\%", "C=5", "C = 5", "C+1", "C - 1", "C-1", "C.5",
+    "C(x)", "C(t) = 5", "|C|", "e^C", r"\frac{C}{2}", r"\frac{C}{D}", r"\mathbb{C}", r"\mathcal{C}",
+    r"\overline{C}", r"\vec{C}", r"\mathrm{C}_2\mathrm{H}_4", r"\mathrm{CH_4}", r"\text{C}_2",
+    r"\text{C}^{2+}", r"C\cdot 2", "(C)^2", "(C)_2", "(C)H_4", r"(C) \cdot 2",
+    "C, D", "C,D", "C; D", "C D", "CD", "C/D", "C|D", "C & D", "C+D", "C + D", "C - D", "C-D",
+    "C:D", "C: D", "C > D", "C vs D", "C...D", "C\nD", r"C\\D", r"C\quad D", "C and D", "C or D",
+    r"\text{C and D}", r"\text{C}\text{ and }\text{D}", r"C\text{ or }D", r"C \to D",
+    r"C\times D", r"\{C, D\}", "(C, D)", "[C, D]", "(C or D)", "(C), (D)", "(C) and (D)", "(C)(D)",
+    "(C) + (D)", "(C)/(D)", "C) and D)", "C) or D)", "C) D)", "C. D.", "C (D)", "C(D)",
+    "Option C and D", "Options C and D", "Option C, D", "Choice C or D", "A) C", "C, because",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("answer", LETTERS)
+def test_letters_of_choices(answer):
+    assert check_choice(rf"So \boxed{{{answer}}}.", "C") == ("right", answer.strip())
+    assert check_choice(rf"So \boxed{{{answer}}}.", "D") == ("wrong", answer.strip())
+
+
+@pytest.mark.parametrize("answer", NO_LETTERS)
+def test_what_only_begins_with_the_letter_or_has_more_than_one_is_wrong(answer):
+    assert check_choice(rf"So \boxed{{{answer}}}.", "C") == ("wrong", answer.strip())
+
+
+def test_a_choice_that_is_not_boxed_is_no_answer():
+    assert check_choice("It is C.", "C") == ("no answer", None)

@@ -452,6 +452,51 @@ def test_a_benchmark_of_questions(word_model, questions, tmp_path, capsys, monke
     assert [(r.policy, r.right_pn.shape) for r in results] == [("knorm", (3, 8))]
 
 
+@pytest.mark.parametrize("special", [False, True], ids=["words", "special tokens"])
+@pytest.mark.parametrize("opens", [False, True], ids=["closed", "opened"])
+def test_a_box_in_an_unfinished_thought_is_no_answer(tmp_path, monkeypatch, opens, special):
+    words = [*WORDS, "<think>"]
+    inner = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>")
+    )
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        eos_token="<eos>",
+        chat_template=TEMPLATE + " <think>" * opens,
+        additional_special_tokens=["<think>", "</think>"] * special,
+    )
+    config = ModelConfig("qwen3", len(words), 16, 1, 2, 1, 8, 16, qk_norm=True)
+    params = jax.device_get(models.init(jax.random.key(0), config))
+    model = api.Model(config, params, tokenizer, (1,), "thinker")
+    monkeypatch.setattr(evaluate.common, "load_language_model", lambda config: model)
+    said = {
+        r"\boxed{2} <eos>": not opens,
+        r"one \boxed{2}": not opens,
+        r"<think> \boxed{2}": False,
+        r"<think> half </think> \boxed{2} <eos>": True,
+        r"half </think> \boxed{2} <eos>": True,
+        r"half </think> \boxed{2} <think> \boxed{1/2}": True,
+    }
+    texts = iter(said)
+
+    def generate(config, params, policy, prompts, *args):
+        return [np.array([words.index(w) for w in next(texts).split()]) for _ in prompts]
+
+    monkeypatch.setattr(decoding, "generate", generate)
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps({"q": "what does <think> one", "a": "2"}) + "\n")
+    config = words_recipe("thinker", path, evaluate__samples=len(said), evaluate__batch=len(said))
+    evaluate.run(config, str(tmp_path / "run"))
+    found = [row["verdict"] for row in samples(tmp_path / "run")]
+    assert found == ["right" if right else "no answer" for right in said.values()]
+    for row, text in zip(samples(tmp_path / "run"), said, strict=True):
+        shown = text.replace(" <eos>", "")
+        assert row["text"] == (
+            shown.replace("<think> ", "").replace("</think> ", "") if special else shown
+        )
+
+
 def test_a_chat_needs_a_template(questions, tmp_path):
     config = words_recipe("embedded", questions)
     with pytest.raises(UserError, match=r"model embedded has no chat template: .* chat off"):
