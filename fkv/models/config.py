@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import math
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +18,38 @@ ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
 }
 CACHE_DTYPES = ("", "int8")
+# Beyond any model of these families: a wrong size is found before anything is made of it.
+_LARGEST, _MOST_LAYERS = 2**24, 4096
+# `max_position_embeddings` where a config has none.
+_POSITIONS = {"qwen3": 32_768, "qwen2": 32_768, "llama": 2048}
+# Settings of related families that change the numbers, and the value that does not.
+_NEUTRAL = {
+    "alibi": False,
+    "attention_chunk_size": None,
+    "attention_multiplier": None,
+    "attn_logit_softcapping": None,
+    "clip_qkv": None,
+    "dim_model_base": None,
+    "embedding_multiplier": 1,
+    "final_logit_softcapping": None,
+    "is_causal": True,
+    "logit_scale": 1,
+    "logits_scaling": 1,
+    "no_rope_layers": None,
+    "parallel_residual": False,
+    "partial_rotary_factor": 1,
+    "query_pre_attn_scalar": None,
+    "residual_multiplier": 1,
+    "rope_interleave": False,
+    "rope_interleaved": False,
+    "rotary_pct": 1,
+    "scale_attn_weights": True,
+    "scale_depth": None,
+    "scale_emb": 1,
+    "use_bidirectional_attention": False,
+    "use_mrope": False,
+    "use_parallel_residual": False,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,81 +111,227 @@ def from_hf(config: Mapping, where: str = "config.json") -> ModelConfig:
     """Reads the dictionary of a Hugging Face `config.json`.
 
     Both spellings of the rotary settings are read: `rope_theta` with `rope_scaling`, and
-    `rope_parameters` (transformers 5).
+    `rope_parameters` (transformers 5). What is absent has the default that transformers gives it.
 
     Raises:
-      UserError: the architecture or a setting of it is not supported, or a field is missing.
+      UserError: the architecture or a setting of it is not supported, or a field is missing or of
+        the wrong kind.
     """
-    names = config.get("architectures") or [config.get("model_type")]
-    name = names[0]
-    family = ARCHITECTURES.get(name, name if name in ARCHITECTURES.values() else None)
-    if family is None:
-        known = ", ".join(ARCHITECTURES)
-        raise UserError(f"{where}: architecture {name!r} is not supported; supported are {known}")
 
-    def need(key):
+    def wrong(key, wanted):
+        return UserError(
+            f"{where}: the field {key!r} must be {wanted}, not {brief(config.get(key))}"
+        )
+
+    def need(key, default=None, most=_LARGEST):
         value = config.get(key)
-        if not isinstance(value, int) or value < 1:
-            raise UserError(f"{where}: the field {key!r} must be a positive integer, not {value!r}")
+        value = default if value is None else value
+        if type(value) is not int or value < 1:
+            raise wrong(key, "a positive integer")
+        if value > most:
+            raise wrong(key, f"{most:,} at most")
         return value
 
-    if config.get("quantization_config"):
-        raise UserError(f"{where}: quantised checkpoints are not supported; use the bfloat16 one")
-    if config.get("hidden_act", "silu") != "silu":
-        raise UserError(
-            f"{where}: hidden_act {config['hidden_act']!r} is not supported, only 'silu'"
-        )
-    if config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or ()):
-        raise UserError(f"{where}: sliding-window attention is not supported")
+    def flag(key):
+        if not isinstance(config.get(key, False), bool):
+            raise wrong(key, "true or false")
+        return config.get(key, False)
 
-    # As transformers: `rope_scaling` goes first, and does not mix with `rope_parameters`.
-    rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
-    if any(isinstance(value, Mapping) for value in rope.values()):
-        raise UserError(f"{where}: rotary settings that differ by layer are not supported")
-    spelled = (rope, config, config.get("rope_parameters") or {})
-    theta = next((s["rope_theta"] for s in spelled if s.get("rope_theta")), 10_000.0)
-    rope.pop("rope_theta", None)
-    kind = rope.pop("type", None)
-    rope.setdefault("rope_type", kind or "default")
-    if rope["rope_type"] not in _SCALINGS:
-        known = ", ".join(_SCALINGS)
+    family = _family(config, where)
+    if config.get("quantization_config"):
         raise UserError(
-            f"{where}: rope_type {rope['rope_type']!r} is not supported; known: {known}"
+            f"{where}: quantised checkpoints (quantization_config) are not supported; "
+            "use the bfloat16 one"
         )
-    if rope["rope_type"] == "yarn":
-        rope.setdefault("original_max_position_embeddings", need("max_position_embeddings"))
-    for key in _SCALINGS[rope["rope_type"]]:
-        if not isinstance(rope.get(key), (int, float)):
-            raise UserError(f"{where}: rope scaling {rope['rope_type']!r} needs a number {key!r}")
-    scaling = () if rope["rope_type"] == "default" else tuple(sorted(rope.items()))
+    if config.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise UserError(
+            f"{where}: hidden_act {brief(config['hidden_act'])} is not supported, only 'silu'"
+        )
+    for key, neutral in _NEUTRAL.items():
+        if config.get(key) is not None and config[key] != neutral:
+            raise UserError(
+                f"{where}: the field {key!r} = {brief(config[key])} would change what the model "
+                "computes, and is not supported"
+            )
+    layers = need("num_hidden_layers", most=_MOST_LAYERS)
+    positions = need("max_position_embeddings", _POSITIONS[family], 2**31 - 1)
+    if _slides(config, family, layers, positions, flag("use_sliding_window"), where):
+        raise UserError(
+            f"{where}: sliding-window attention is not supported, and some layers slide by "
+            "layer_types, or use_sliding_window, sliding_window and max_window_layers"
+        )
+    eps = config.get("rms_norm_eps", 1e-6)
+    if not _is_number(eps) or not 0 <= eps < 1:
+        raise wrong("rms_norm_eps", "a number from 0 to 1")
+    theta, scaling = _rope(config, positions, where)
 
     width, heads = need("hidden_size"), need("num_attention_heads")
-    kv_heads = config.get("num_key_value_heads") or heads
+    kv_heads = need("num_key_value_heads", heads)
     if heads % kv_heads:
         raise UserError(
             f"{where}: num_attention_heads {heads} is not a multiple of "
             f"num_key_value_heads {kv_heads}"
         )
-    bias = bool(config.get("attention_bias", False)) and family != "qwen2"
+    head_dim = need("head_dim", 128 if family == "qwen3" else max(width // heads, 1))
+    if head_dim % 2:
+        raise UserError(f"{where}: head_dim {head_dim} is odd, and rotary embeddings need pairs")
+    bias = flag("attention_bias") and family != "qwen2"
     return ModelConfig(
         family=family,
         vocab_size=need("vocab_size"),
         width=width,
-        layers=need("num_hidden_layers"),
+        layers=layers,
         heads=heads,
         kv_heads=kv_heads,
-        head_dim=config.get("head_dim") or width // heads,
+        head_dim=head_dim,
         mlp_width=need("intermediate_size"),
-        rms_eps=float(config.get("rms_norm_eps", 1e-6)),
-        rope_theta=float(theta),
+        rms_eps=float(eps),
+        rope_theta=theta,
         rope_scaling=scaling,
         qk_norm=family == "qwen3",
         qkv_bias=family == "qwen2" or bias,
         out_bias=bias,
-        mlp_bias=family == "llama" and bool(config.get("mlp_bias", False)),
-        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-        max_positions=int(config.get("max_position_embeddings", 32_768)),
+        mlp_bias=flag("mlp_bias") and family == "llama",
+        tied_embeddings=flag("tie_word_embeddings"),
+        max_positions=positions,
     )
+
+
+def _family(config: Mapping, where: str) -> str:
+    """The family that `architectures` or else `model_type` names."""
+    names, kind = config.get("architectures"), config.get("model_type")
+    if names is not None and not (
+        isinstance(names, list) and all(isinstance(name, str) for name in names)
+    ):
+        raise UserError(
+            f"{where}: the field 'architectures' must be a list of names, not {brief(names)}"
+        )
+    if kind is not None and not isinstance(kind, str):
+        raise UserError(f"{where}: the field 'model_type' must be a name, not {brief(kind)}")
+    name = names[0] if names else kind
+    family = ARCHITECTURES.get(name, name if name in ARCHITECTURES.values() else None)
+    if family is None:
+        known = ", ".join(ARCHITECTURES)
+        raise UserError(
+            f"{where}: architecture {brief(name)} is not supported; supported are {known}"
+        )
+    if kind not in (None, family):
+        raise UserError(
+            f"{where}: architectures say {family!r}, but model_type {brief(kind)}: "
+            "take the config.json of the checkpoint"
+        )
+    return family
+
+
+def _slides(
+    config: Mapping, family: str, layers: int, positions: int, asked: bool, where: str
+) -> bool:
+    """Whether a window hides anything from any layer, by the rules of transformers."""
+    kinds = config.get("layer_types")
+    if kinds is not None:
+        if not isinstance(kinds, list) or len(kinds) != layers:
+            raise UserError(
+                f"{where}: the field 'layer_types' must list {layers} layers, not {brief(kinds)}"
+            )
+        if unknown := [x for x in kinds if x not in ("full_attention", "sliding_attention")]:
+            raise UserError(f"{where}: layer_types {brief(unknown[0])} is not supported")
+    for key in ("sliding_window", "max_window_layers"):
+        value = config.get(key, 0)
+        if type(value) is not int and (value is not None or key == "max_window_layers"):
+            raise UserError(f"{where}: the field {key!r} must be an integer, not {brief(value)}")
+    window = config.get("sliding_window")
+    if kinds is not None:
+        slides = "sliding_attention" in kinds
+    elif family == "llama":
+        # Not a field of Llama: transformers ignores it, other engines go by it.
+        slides = asked or (window is not None and "use_sliding_window" not in config)
+    else:
+        has_window = window is not None or "sliding_window" not in config
+        slides = asked and has_window and config.get("max_window_layers", 28) < layers
+    # A window as wide as the context hides nothing.
+    return slides and (window is None or window < positions)
+
+
+def _rope(
+    config: Mapping, positions: int, where: str
+) -> tuple[float, tuple[tuple[str, float | str], ...]]:
+    """The base of the rotary frequencies, and their scaling as sorted pairs."""
+    for key in ("rope_scaling", "rope_parameters"):
+        if not isinstance(config.get(key), Mapping | None):
+            raise UserError(
+                f"{where}: the field {key!r} must be an object or null, not {brief(config[key])}"
+            )
+    # As transformers: `rope_scaling` goes first, and does not mix with `rope_parameters`.
+    field = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    spelled = config.get(field) or {}
+    if any(isinstance(value, Mapping) for value in spelled.values()):
+        raise UserError(f"{where}: rotary settings that differ by layer are not supported")
+    bases = [
+        place["rope_theta"]
+        for place in (spelled, config, config.get("rope_parameters") or {})
+        if "rope_theta" in place
+    ]
+    theta = next((x for x in bases if x is not None), None if bases else 10_000.0)
+    if not _is_number(theta) or theta <= 1:
+        raise UserError(
+            f"{where}: the field 'rope_theta' must be a number above 1, not {brief(theta)}"
+        )
+
+    kind = spelled.get("rope_type", spelled.get("type", "default"))
+    if not isinstance(kind, str) or kind not in _SCALINGS:
+        known = ", ".join(_SCALINGS)
+        raise UserError(
+            f"{where}: rope_type {brief(kind)} of {field} is not supported; known: {known}"
+        )
+    for key, neutral in {"partial_rotary_factor": 1, "mrope_section": None}.items():
+        if spelled.get(key) not in (None, neutral):
+            raise UserError(
+                f"{where}: {field} with {key!r} = {brief(spelled[key])} is not supported"
+            )
+    if kind == "default":
+        if spelled.get("factor") not in (None, 1):
+            raise UserError(
+                f"{where}: {field} with 'factor' = {brief(spelled['factor'])} needs a "
+                f"'rope_type': one of {', '.join(_SCALINGS)}"
+            )
+        return float(theta), ()
+    needed = _SCALINGS[kind]
+    # Others are ignored, as transformers does: DeepSeek-R1-0528-Qwen3-8B has `attn_factor`.
+    rope = {k: spelled[k] for k in (*needed, *_OPTIONAL) if spelled.get(k) is not None}
+    if _LENGTH in needed:
+        outside = config.get(_LENGTH)  # goes first, as in transformers
+        rope[_LENGTH] = rope.get(_LENGTH, positions) if outside is None else outside
+    if kind == "yarn" and "factor" in spelled and _is_number(rope[_LENGTH]) and rope[_LENGTH] > 0:
+        rope.setdefault("factor", positions / rope[_LENGTH])
+    if not isinstance(rope.pop("truncate", True), bool):
+        raise UserError(
+            f"{where}: 'truncate' of {field} must be true or false, "
+            f"not {brief(spelled['truncate'])}"
+        )
+    for key in dict.fromkeys((*needed, *rope)):
+        if not _is_number(rope.get(key)) or rope[key] <= 0:
+            raise UserError(
+                f"{where}: {field} {kind!r} needs a number {key!r} above 0, "
+                f"not {brief(rope.get(key))}"
+            )
+    if kind == "llama3" and not rope["low_freq_factor"] < rope["high_freq_factor"]:
+        raise UserError(
+            f"{where}: {field} 'llama3' needs a 'high_freq_factor' above its "
+            f"'low_freq_factor' {rope['low_freq_factor']}, not {rope['high_freq_factor']}"
+        )
+    if "truncate" in spelled:
+        rope["truncate"] = spelled["truncate"]
+    return float(theta), tuple(sorted({**rope, "rope_type": kind}.items()))
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e30  # neither infinite nor NaN
+
+
+def brief(value: Any) -> str:
+    """The value in one short line."""
+    text = " ".join(reprlib.repr(value).split())
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def read(directory: str | Path) -> ModelConfig:
@@ -161,19 +341,40 @@ def read(directory: str | Path) -> ModelConfig:
       UserError: the file is missing, is not JSON, or describes a decoder that is not supported.
     """
     path = Path(directory) / "config.json"
+    if not path.exists():
+        raise UserError(f"{path}: no such file; a Hugging Face checkpoint directory is needed")
+    return from_hf(read_json(path), str(path))
+
+
+def read_json(path: Path) -> dict:
+    """The object of a JSON file.
+
+    Raises:
+      UserError: it is not a regular file (a pipe would never end), can't be read, is not JSON or no
+        object, or gives one key two values.
+    """
+
+    def once(pairs):
+        found = dict(pairs)
+        for key, value in pairs:
+            if found[key] is not value and found[key] != value:
+                raise ValueError(f"two values of {brief(key)}")
+        return found
+
+    if not path.is_file():
+        raise UserError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
     try:
-        config = json.loads(path.read_text())
-    except OSError:
-        raise UserError(
-            f"{path}: no such file; a Hugging Face checkpoint directory is needed"
-        ) from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: not a JSON object; take the config.json of a checkpoint")
-    return from_hf(config, str(path))
+        found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
+    except OSError as error:
+        raise UserError(f"{path}: can't be read ({error.strerror or error})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({' '.join(str(error).split())})") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: not a JSON object, but {brief(found)}")
+    return found
 
 
+_LENGTH = "original_max_position_embeddings"
 # The scaling forms and the fields each one needs.
 _SCALINGS = {
     "default": (),
@@ -182,10 +383,14 @@ _SCALINGS = {
         "factor",
         "low_freq_factor",
         "high_freq_factor",
-        "original_max_position_embeddings",
+        _LENGTH,
     ),
-    "yarn": ("factor", "original_max_position_embeddings"),
+    "yarn": ("factor", _LENGTH),
 }
+# Of YaRN, if they are there and not null.
+_OPTIONAL = (
+    "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate",
+)  # fmt: skip
 
 
 def _inv_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:

@@ -1,6 +1,7 @@
 """Hugging Face checkpoints: from a directory or a hub id to our parameters, and back."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import math
@@ -23,7 +24,7 @@ from safetensors.numpy import save_file
 
 from fkv import files, parallel
 from fkv.errors import UserError
-from fkv.models.config import ARCHITECTURES, ModelConfig, from_hf, read
+from fkv.models.config import ARCHITECTURES, ModelConfig, from_hf, read, read_json
 from fkv.models.decoder import Params, param_shapes
 
 # Our names to Hugging Face's. These arrays are the same on both sides.
@@ -62,6 +63,7 @@ _BESIDE = re.compile(
 )
 # What is downloaded: the weights, the configs, and whatever a tokenizer may consist of.
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+_AT_ONCE = 2**23  # numbers of a matrix that are in memory to be compared
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -77,6 +79,7 @@ class _Tensor(NamedTuple):
 class _Stored(NamedTuple):
     """What the header of a safetensors file says of one tensor."""
 
+    name: str
     path: Path
     shape: tuple[int, ...]
     dtype: str
@@ -100,7 +103,8 @@ def load(
         tensor and no more. Without it all goes to the default device.
 
     Returns:
-      The config and the parameters as laid out in `fkv.models.decoder`.
+      The config and the parameters as laid out in `fkv.models.decoder`. `tied_embeddings` is as the
+      tensors are: a stored `lm_head.weight` that differs from the embedding is used.
 
     Raises:
       UserError: the checkpoint is absent, damaged, or is not the decoder its config describes.
@@ -115,15 +119,24 @@ def load(
     directory = find(path_or_hub_id, revision)
     config = read(directory)
     stored = _stored(directory)
-    tensors = list(_tensors(config))
+    head, embedding = (_TOP[name] for name in ("head_vm", "embed_vm"))
+    if config.tied_embeddings and head in stored and embedding not in stored:
+        stored[embedding] = stored.pop(head)
+    both = config.tied_embeddings and head in stored
+    tensors = list(_tensors(dataclasses.replace(config, tied_embeddings=False) if both else config))
     names = {t.name for t in tensors}
-    beside = {_TOP["head_vm"]} if config.tied_embeddings else set()
     _refuse(
         directory,
         "tensors that do not belong to this decoder",
-        [n for n in stored if n not in names | beside and not _BESIDE.fullmatch(n)],
+        [n for n in stored if n not in names and not _BESIDE.fullmatch(n)],
     )
     _check(directory, {t.name: t.shape for t in tensors}, stored)
+    if both:
+        # As transformers 5: a head that differs from the embedding is used, whatever is said of it.
+        config = dataclasses.replace(config, tied_embeddings=_same(stored[head], stored[embedding]))
+        if config.tied_embeddings:
+            tensors = [t for t in tensors if t.name != head]
+            names.remove(head)
     if dtype is None:
         dtype = jnp.result_type(*{jnp.dtype(_DTYPES[stored[name].dtype]) for name in names})
 
@@ -144,7 +157,7 @@ def load(
                 if stored[t.name].path != path:
                     continue
                 ours = place[t.ours]
-                tensor = jax.device_put(file.get_tensor(t.name), _as_stored(t, ours))
+                tensor = jax.device_put(file.get_tensor(stored[t.name].name), _as_stored(t, ours))
                 if t.layer is None:
                     params[t.ours] = tensor.astype(dtype)
                 else:
@@ -318,13 +331,10 @@ def _stored(directory: Path) -> dict[str, _Stored]:
     """The tensors of a checkpoint by name, from the headers of its files alone."""
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if single.is_file():
-        paths = [single]
+        paths, places = [single], {}
     elif index.is_file():
-        try:
-            shards = set(json.loads(index.read_text())["weight_map"].values())
-            paths = [directory / shard for shard in sorted(shards)]
-        except (ValueError, TypeError, KeyError, AttributeError):
-            raise UserError(f"{index}: not an index of shards; download it again") from None
+        places = _places(index)
+        paths = [directory / shard for shard in sorted(set(places.values()))]
     else:
         raise UserError(
             f"{directory}: neither {single.name} nor {index.name} is here; "
@@ -336,9 +346,49 @@ def _stored(directory: Path) -> dict[str, _Stored]:
             raise UserError(f"{path}: no such file, though {index.name} names it; download it")
         with _open(path) as file:
             for name in file.keys():
+                if name in stored:
+                    raise UserError(f"{path}: {name} is in {stored[name].path.name}, too")
                 view = file.get_slice(name)
-                stored[name] = _Stored(path, tuple(view.get_shape()), view.get_dtype())
+                stored[name] = _Stored(name, path, tuple(view.get_shape()), view.get_dtype())
+    _refuse(
+        index,
+        "tensors that are not in the files it names",
+        [n for n, shard in places.items() if n not in stored or stored[n].path.name != shard],
+    )
     return stored
+
+
+def _places(index: Path) -> dict[str, str]:
+    """The name of every tensor's file."""
+    try:
+        places = read_json(index).get("weight_map")
+    except UserError as error:
+        reason = str(error).removeprefix(f"{index}: ")
+        raise UserError(f"{index}: not an index of shards ({reason}); download it again") from None
+    # In a snapshot of the hub a shard is a link to elsewhere, but its name is a plain one.
+    if not isinstance(places, dict) or not all(map(_is_plain, places.values())):
+        raise UserError(
+            f"{index}: not an index of shards, whose 'weight_map' gives every tensor the name of a "
+            "file in the same directory; download it again"
+        )
+    return places
+
+
+def _is_plain(name: Any) -> bool:
+    """Whether it is the name of a file, and no path that leads elsewhere."""
+    return isinstance(name, str) and bool(re.fullmatch(r"(?!\.\.?$)[^/\\\0]{1,255}", name))
+
+
+def _same(one: _Stored, other: _Stored) -> bool:
+    """Whether two stored matrices are equal; some rows of each are in memory at once."""
+    count, width = one.shape
+    rows = max(1, _AT_ONCE // width)
+    with _open(one.path) as first, _open(other.path) as second:
+        a, b = first.get_slice(one.name), second.get_slice(other.name)
+        return all(
+            np.array_equal(*(x[i : min(i + rows, count)].astype(np.float32) for x in (a, b)))
+            for i in range(0, count, rows)
+        )
 
 
 @contextlib.contextmanager
@@ -378,7 +428,7 @@ def _refuse(directory: Path, what: str, names: list[str]):
 
 
 def _some(names: Iterable[str]) -> str:
-    names = list(names)
+    names = [" ".join(name.split())[:200] for name in names]
     rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + rest
 

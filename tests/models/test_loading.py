@@ -1,6 +1,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import weakref
 from unittest import mock
 
@@ -74,11 +75,11 @@ def checkpoint(tmp_path):
     return tmp_path
 
 
-def edit(directory, change):
+def edit(directory, change, metadata=None):
     """Rewrites the tensors of a checkpoint."""
     tensors = load_file(directory / "model.safetensors")
     change(tensors)
-    save_file(tensors, directory / "model.safetensors")
+    save_file(tensors, directory / "model.safetensors", metadata)
 
 
 def shard(directory):
@@ -87,7 +88,8 @@ def shard(directory):
     (directory / "model.safetensors").unlink()
     where = {name: f"part-{i % 2}.safetensors" for i, name in enumerate(sorted(tensors))}
     for file in set(where.values()):
-        save_file({n: x for n, x in tensors.items() if where[n] == file}, directory / file)
+        part = {n: x for n, x in tensors.items() if where[n] == file}
+        save_file(part, directory / file, {"format": "pt"})
     index = directory / "model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": where}))
 
@@ -179,12 +181,87 @@ def test_shards_of_pytorch_in_bfloat16(tmp_path):
 
 def test_what_stands_beside_the_decoder_is_ignored(checkpoint):
     def add(tensors):
-        tensors["lm_head.weight"] = np.zeros((29, 32), np.float32)
         tensors["model.layers.1.self_attn.rotary_emb.inv_freq"] = np.zeros(8, np.float32)
         tensors["model.layers.0.self_attn.judge_model.fc1.weight"] = np.zeros(3, np.int8)
 
     edit(checkpoint, add)
     assert_equal(models.load(checkpoint)[1], random_params(QWEN3))
+
+
+# Tied embeddings.
+
+
+@pytest.mark.parametrize(
+    ("family", "stored", "sharded"),
+    [
+        ("qwen3", "equal", False),
+        ("qwen3", "another", True),
+        ("llama", "another", False),
+        ("llama", "alone", True),
+    ],
+)
+def test_a_head_stored_with_tied_embeddings_counts_as_in_pytorch(family, stored, sharded, tmp_path):
+    model = torch_model(family, tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+
+    def add(tensors):
+        head = tensors["model.embed_tokens.weight"].copy()
+        if stored == "another":
+            head[-1, -1] += 1  # the last of all numbers
+        if stored == "alone":
+            del tensors["model.embed_tokens.weight"]
+        tensors["lm_head.weight"] = head
+
+    edit(tmp_path, add, {"format": "pt"})
+    if sharded:
+        shard(tmp_path)
+    config, params = models.load(tmp_path)
+    assert config.tied_embeddings == (stored != "another") == ("head_vm" not in params)
+    import transformers
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    token_bt = tokens(20)
+    want = torch_logits(theirs, token_bt)
+    np.testing.assert_allclose(full_logits(config, params, token_bt), want, atol=1e-4)
+
+
+def test_a_head_is_compared_piece_by_piece(checkpoint, monkeypatch):
+    """Never are the whole embedding and the whole head in memory to be compared."""
+    edit(checkpoint, lambda x: x.update({"lm_head.weight": x["model.embed_tokens.weight"]}))
+    stored = loading._stored(checkpoint)
+    asked = []
+
+    class Watched:
+        def __init__(self, view):
+            self.view = view
+
+        def __getitem__(self, rows):
+            asked.append(rows)
+            return self.view[rows]
+
+    class File:
+        def __init__(self, file):
+            self.file = file
+
+        def get_slice(self, name):
+            return Watched(self.file.get_slice(name))
+
+    inner = loading._open
+
+    @contextlib.contextmanager
+    def watched(path):
+        with inner(path) as file:
+            yield File(file)
+
+    monkeypatch.setattr(loading, "_open", watched)
+    monkeypatch.setattr(loading, "_AT_ONCE", 10 * QWEN3.width)
+    assert loading._same(stored["lm_head.weight"], stored["model.embed_tokens.weight"])
+    assert asked[::2] == asked[1::2] == [slice(0, 10), slice(10, 20), slice(20, 29)]
+
+
+def test_a_head_of_another_shape_is_named(checkpoint):
+    edit(checkpoint, lambda x: x.update({"lm_head.weight": np.zeros((28, 32), np.float32)}))
+    assert "lm_head.weight [28, 32] instead of [29, 32]" in refusal(models.load, checkpoint)
 
 
 def test_save_refuses_what_no_config_describes(tmp_path):
@@ -380,6 +457,7 @@ def test_judges_that_are_missing_or_misshapen(checkpoint):
 # config.json.
 
 HF = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **SMALL}
+ODD = ("64", "", -1, [], [64], {}, {"a": 1}, float("nan"), float("inf"), "a\nb" * 500, True)
 
 
 @pytest.mark.parametrize(
@@ -437,6 +515,192 @@ def test_a_config_without_scaling_or_optional_fields():
 )
 def test_configs_that_are_refused(change, says):
     assert says in refusal(from_hf, HF | change)
+
+
+# Fields of each kind, and values that none of that kind may have.
+KINDS = {
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads": (
+        *ODD, None, 0, 1.5, 10**9, 10**400,
+    ),
+    "num_key_value_heads head_dim": (*ODD, 0, 1.5, 10**9),
+    "max_position_embeddings": (*ODD, 0, 1.5, 10**10),
+    "rope_theta rms_norm_eps": (*ODD, None, 10**400),
+    "tie_word_embeddings attention_bias mlp_bias use_sliding_window": (*ODD[:-1], None, 0, 1),
+    "architectures": ("LlamaForCausalLM", {}, 3, [None], [["LlamaForCausalLM"]], True),
+    "model_type": ([], {}, 3, True, "qwen3"),
+    "rope_scaling rope_parameters": ([], "linear", 3, True, *(
+        {"rope_type": "yarn", "factor": 2, **wrong} for wrong in (
+            {"rope_type": 3}, {"rope_type": ["yarn"]}, {"factor": "2"}, {"factor": True},
+            {"factor": 0}, {"factor": float("nan")}, {"factor": [2]}, {"truncate": 1},
+            {"original_max_position_embeddings": None, "factor": -1}, {"beta_fast": "x"},
+            {"original_max_position_embeddings": 0}, {"attention_factor": []},
+            {"partial_rotary_factor": 0.5}, {"mrope_section": [1, 2, 3]}, {"rope_type": "default"},
+        )
+    ), LLAMA3 | {"low_freq_factor": 4.0}),
+    "layer_types": ("full_attention", 3, {}, ["full_attention"], [None] * 2, ["full", "full"]),
+    "sliding_window max_window_layers": ("64", 1.5, [], True),
+    "hidden_act": (None, 3, [], "gelu"),
+    "attn_logit_softcapping clip_qkv partial_rotary_factor embedding_multiplier": (30.0, 0.5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_every_field_of_the_wrong_kind_is_named(family):
+    name = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
+    sound = HF | {"architectures": [f"{name}ForCausalLM"], "model_type": family}
+    from_hf(sound)
+    for fields, values in KINDS.items():
+        for field in fields.split():
+            for value in values:
+                if value == family:
+                    continue
+                message = refusal(from_hf, sound | {field: value}, "here/config.json")
+                assert message.startswith("here/config.json: ") and len(message) < 400, message
+                assert field.removesuffix("s") in message, (field, value, message)
+
+
+@pytest.mark.parametrize(
+    ("settings", "slides"),
+    [
+        ({"use_sliding_window": True, "max_window_layers": 2}, False),
+        ({"use_sliding_window": True}, False),  # max_window_layers is 28
+        ({"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 16}, True),
+        ({"use_sliding_window": True, "max_window_layers": 0, "sliding_window": None}, False),
+        ({"use_sliding_window": True, "max_window_layers": 0, "sliding_window": 64}, False),
+        ({"use_sliding_window": False, "max_window_layers": 0, "sliding_window": 16}, False),
+        ({"max_window_layers": 0, "sliding_window": 16}, False),
+        ({"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0,
+          "layer_types": ["full_attention"] * 2}, False),
+        ({"use_sliding_window": True, "sliding_window": 16,
+          "layer_types": ["full_attention", "sliding_attention"]}, True),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_a_window_is_refused_where_it_hides_something(family, settings, slides):
+    """The masks of transformers say where; 64 tokens are all that the model was made for."""
+    name = {"qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
+    transformers = pytest.importorskip("transformers")
+    theirs = getattr(transformers, f"{name}Config")(**SMALL | settings)
+    window = theirs.sliding_window or 64
+    assert ("sliding_attention" in theirs.layer_types and window < 64) == slides
+    settings = HF | settings | {"architectures": [f"{name}ForCausalLM"], "model_type": family}
+    if slides:
+        assert "sliding-window attention is not supported" in refusal(from_hf, settings)
+    else:
+        assert from_hf(settings) == from_hf(
+            HF | {k: settings[k] for k in ("architectures", "model_type")}
+        )
+
+
+def test_what_llama_says_of_windows():
+    """Llama has none; a config that asks for one is another model's."""
+    for settings in ({"sliding_window": None}, {"sliding_window": 64}, {"sliding_window": 4096},
+                     {"sliding_window": 16, "use_sliding_window": False}):  # fmt: skip
+        assert from_hf(HF | settings) == from_hf(HF)
+    assert "sliding-window" in refusal(from_hf, HF | {"sliding_window": 16})
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("qwen3", {}),  # heads of 128
+        ("llama", {"max_position_embeddings": None}),  # 2048
+        ("llama", {"rope_scaling": LLAMA3, "original_max_position_embeddings": 32}),
+        ("qwen2", {"rope_scaling": {"rope_type": "yarn", "factor": None,
+                                    "original_max_position_embeddings": 16}}),
+        ("qwen3", {"rope_scaling": YARN | {"attn_factor": 0.9}}),
+    ],
+)  # fmt: skip
+def test_what_is_absent_is_as_in_transformers(family, settings):
+    pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    name = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
+    settings = {k: v for k, v in (SMALL | settings).items() if v is not None}
+    theirs = getattr(transformers, f"{name}Config")(**settings)
+    ours = from_hf(settings | {"architectures": [f"{name}ForCausalLM"]})
+    assert ours.max_positions == theirs.max_position_embeddings
+    assert ours.head_dim == getattr(theirs, "head_dim", 32 // 4)
+    rotary = getattr(transformers.models, family)
+    rotary = getattr(getattr(rotary, f"modeling_{family}"), f"{name}RotaryEmbedding")(theirs)
+    inv, scale = ours.inv_frequencies()
+    np.testing.assert_allclose(inv, rotary.inv_freq.numpy(), rtol=2e-6)
+    assert scale == pytest.approx(rotary.attention_scaling)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"[" * 100_000, "not JSON (maximum recursion"),
+        (b'{"vocab_size": 1' + b"0" * 5000 + b"}", "not JSON (Exceeds the limit"),
+        (b'{"hidden_size": 64, "hidden_size": 32}', "not JSON (two values of 'hidden_size')"),
+        (b"3", "not a JSON object, but 3"),
+        (b"", "not JSON"),
+    ],
+)
+def test_json_that_no_config_is(tmp_path, content, says):
+    (tmp_path / "config.json").write_bytes(content)
+    assert f"{tmp_path / 'config.json'}: {says}" in refusal(read, tmp_path)
+
+
+def test_what_is_no_regular_file_is_not_read(checkpoint):
+    """A pipe that nobody writes to would never end."""
+    path = checkpoint / "config.json"
+    for i, make in enumerate((os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path))):
+        path.rename(checkpoint / str(i))
+        make(path)
+        assert f"{path}: not a regular file" in refusal(read, checkpoint)
+    path.unlink()
+    (checkpoint / "0").rename(path)
+    weights = checkpoint / "model.safetensors"
+    weights.unlink()
+    os.mkfifo(weights)
+    assert "neither model.safetensors nor" in refusal(models.load, checkpoint)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../x.safetensors", "/x.safetensors", "a/../x.safetensors", "x\0y", "..", "", 3, None, ["x"]],
+)
+def test_shards_have_plain_names(checkpoint, name):
+    shard(checkpoint)
+    index = checkpoint / "model.safetensors.index.json"
+    places = json.loads(index.read_text())["weight_map"]
+    # The file is there and would do.
+    (checkpoint.parent / "x.safetensors").write_bytes(
+        (checkpoint / "part-0.safetensors").read_bytes()
+    )
+    places = {n: name if p == "part-0.safetensors" else p for n, p in places.items()}
+    index.write_text(json.dumps({"weight_map": places}))
+    assert f"{index}: not an index of shards, whose" in refusal(models.load, checkpoint)
+
+
+def test_shards_that_the_index_is_wrong_about(checkpoint):
+    shard(checkpoint)
+    index = checkpoint / "model.safetensors.index.json"
+    places = json.loads(index.read_text())["weight_map"]
+    swapped = {n: f"part-{'10'[int(p[5])]}.safetensors" for n, p in places.items()}
+    index.write_text(json.dumps({"weight_map": swapped}))
+    message = refusal(models.load, checkpoint)
+    assert f"{index}: tensors that are not in the files it names (24)" in message
+    index.write_text(json.dumps({"weight_map": places}))
+    (checkpoint / "part-1.safetensors").write_bytes(
+        (checkpoint / "part-0.safetensors").read_bytes()
+    )
+    assert "is in part-0.safetensors, too" in refusal(models.load, checkpoint)
+
+
+def test_shards_of_a_snapshot_are_links(checkpoint):
+    shard(checkpoint)
+    blobs = checkpoint.parent / "blobs"
+    blobs.mkdir()
+    for i, path in enumerate(list(checkpoint.iterdir())):
+        path.rename(blobs / str(i))
+        path.symlink_to(blobs / str(i))
+    assert_equal(models.load(checkpoint)[1], random_params(QWEN3))
+    part = checkpoint / "part-1.safetensors"
+    part.unlink()
+    os.mkfifo(part)
+    assert f"{part}: no such file" in refusal(models.load, checkpoint)
 
 
 @pytest.mark.parametrize(
