@@ -74,16 +74,19 @@ def append_text(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def whole(path: str | os.PathLike) -> Iterator[Path]:
+def whole(path: str | os.PathLike, suffix: str = "tmp") -> Iterator[Path]:
     """Yields where to write a file, which takes the place of `path` in the end.
 
     Nothing stays of one that fails, and what was there before stays as it was.
+
+    Args:
+      suffix: of the name until then; several who write the same file need one each.
 
     Raises:
       UserError: the file system refuses.
     """
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{suffix}")
     with writing(path):
         try:
             yield temporary

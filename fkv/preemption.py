@@ -1,42 +1,92 @@
-"""Ending well when the machine is taken away: SIGTERM is noted, and heeded where work can be saved.
+"""Ending well when asked to: a signal is noted, and heeded where work can be saved.
 
-Schedulers (Slurm, Kubernetes, spot machines) send it some seconds before they kill.
+Schedulers (Slurm, Kubernetes, spot machines) send SIGTERM some seconds before they kill, Ctrl-C is
+SIGINT, and a terminal or an ssh connection that goes away sends SIGHUP.
 """
 
 import contextlib
+import ctypes
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 
+ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
 
 class Preempted(SystemExit):
-    """A job ended early, with everything saved; the process exits with code 143.
+    """A job ended early, with everything saved; the process exits with code 143 for SIGTERM.
 
-    That is what a process ended by SIGTERM has in a shell, and not 0: a scheduler must not take the
-    job for done, but start it again.
+    That is what a process ended by the signal has in a shell, and not 0: a scheduler must not take
+    the job for done, but start it again.
     """
 
     def __init__(self, message: str):
         """Args: message: one line on what was saved."""
-        print(f"ended by SIGTERM: {message}; run the same command again to go on", flush=True)
         super().__init__(128 + signal.SIGTERM)
+        self.message = message
 
 
 @contextlib.contextmanager
 def noticed() -> Iterator[Callable[[], bool]]:
-    """Notes SIGTERM within; yields a function that says whether it has come to this process.
+    """Notes the signals that ask to end; yields what says whether one has come to this process.
 
-    Outside the main thread, where Python takes no signals, it never comes. A signal that nobody
-    heeded within, since the work came to its end, is raised again afterwards.
+    A second Ctrl-C within ends the process at once. Signals that the process was started to ignore,
+    as by `nohup`, stay ignored. Outside the main thread, where Python takes no signals, none comes.
+    A signal that nobody heeded within, since the work came to its end, is raised again afterwards.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    came = []
-    before = signal.signal(signal.SIGTERM, lambda *_: came.append(True))
+    came: list[int] = []
+
+    def note(number, _):
+        if number == signal.SIGINT in came:
+            raise KeyboardInterrupt
+        came.append(number)
+
     try:
-        yield lambda: bool(came)
-    finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        with handled(note):
+            yield lambda: bool(came)
+    except Preempted as ended:
+        # Of several processes, another may have been asked.
+        number = signal.Signals(came[0] if came else signal.SIGTERM)
+        print(
+            f"ended by {number.name}: {ended.message}; run the same command again to go on",
+            flush=True,
+        )
+        ended.code = 128 + number
+        raise
     if came:
-        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(came[0])
+
+
+@contextlib.contextmanager
+def handled(handler: Callable) -> Iterator[None]:
+    """Has a function (number, frame) called for the signals that ask to end, if not ignored."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.getsignal(number) for number in ASKING}
+    before = {number: old for number, old in before.items() if old != signal.SIG_IGN}
+    try:
+        for number in before:
+            signal.signal(number, handler)
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old or signal.SIG_DFL)
+
+
+def follow_parent() -> Callable[[], None] | None:
+    """What a child calls before its program starts, so that SIGTERM comes when this process dies.
+
+    Nothing else can be told of a SIGKILL. Only Linux has this; elsewhere there is nothing to call.
+    """
+    if sys.platform != "linux":
+        return None
+    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
+
+    def follow():
+        prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it died before
+            os._exit(128 + signal.SIGTERM)
+
+    return follow

@@ -9,6 +9,7 @@ import collections
 import contextlib
 import csv
 import dataclasses
+import io
 import itertools
 import json
 import os
@@ -19,13 +20,13 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from fkv import rundir
+from fkv import files, preemption, rundir
 from fkv.errors import UserError
 from fkv.evaluation import plots, tables
 
@@ -93,7 +94,7 @@ def check(points: Iterable[Point], jobs: Sequence[str]) -> list[Point]:
     ]:
         raise UserError(f"the sweep has two points named {twice[0]!r}")
     for point in points:
-        if not re.fullmatch(r"[\w.+-]+", point.name):
+        if not re.fullmatch(r"[\w.+-]+", point.name) or not point.name.strip("."):
             raise UserError(f"sweep point {point.name!r}: use letters, digits and _ . + - alone")
         if point.job not in jobs:
             raise UserError(
@@ -120,15 +121,17 @@ def choose(points: Sequence[Point], names: Sequence[str], root: str | os.PathLik
     """Some of the points, in their order.
 
     Raises:
-      UserError: a name is unknown, or a point needs one that is neither among them nor done.
+      UserError: a name is unknown, or a point needs one that is neither among them nor done, or
+        was done with other values.
     """
     if unknown := [name for name in names if name not in {p.name for p in points}]:
         known = ", ".join(p.name for p in points)
         raise UserError(f"--points: there is no {unknown[0]!r} in the sweep; it has {known}")
+    by_name = {point.name: point for point in points}
     chosen = [point for point in points if point.name in names]
     for point in chosen:
         for need in point.needs():
-            if need not in names and not Path(root, need, DONE).exists():
+            if need not in names and not _is_done(files.expand(root) / need, by_name[need]):
                 raise UserError(
                     f"sweep point {point.name!r} needs {need!r}, which is not done in {root}: "
                     "add it to --points"
@@ -158,8 +161,9 @@ def run_local(
       UserError: another sweep is at work in `root`, or a point was done with other values.
     """
     try:
-        rundir.check_path(root).mkdir(parents=True, exist_ok=True)
-        held = rundir.lock(Path(root), shared=not alone)
+        root = rundir.check_path(root)
+        root.mkdir(parents=True, exist_ok=True)
+        held = rundir.lock(root, shared=not alone)
     except OSError as error:
         raise UserError(
             f"cannot write sweep directory {root}: {error.strerror}; choose another --workdir"
@@ -184,11 +188,14 @@ def _run(points, root, common, show):
             print(f"{label}: left out, what it needs failed", flush=True)
             failed.append(point)
             continue
-        path.mkdir(parents=True, exist_ok=True)
+        with files.writing(path):
+            path.mkdir(parents=True, exist_ok=True)
+            for left in path.glob(f"{DONE}.*"):  # by one that was killed; no other is done here yet
+                left.unlink(missing_ok=True)
         start = time.monotonic()
         command = point.arguments(root, common)
         print(f"{label}: {point.command(root, common)}", flush=True)
-        with contextlib.nullcontext() if show else (path / "log.txt").open("a") as log:
+        with contextlib.nullcontext() if show else _open_log(path / "log.txt") as log:
             code = _run_job(command, log)
         seconds = time.monotonic() - start
         if code:
@@ -199,10 +206,14 @@ def _run(points, root, common, show):
         print(f"{label}: {seconds:.0f} s", flush=True)
         record = {"values": _plain(point.values), "job": point.job, "seconds": round(seconds, 1)}
         # All machines of a pod write this: each a file of its own, and then whole.
-        mine = path / f"{DONE}.{uuid.uuid4().hex}"
-        mine.write_text(json.dumps(record, indent=1) + "\n")
-        mine.replace(path / DONE)
+        with files.whole(path / DONE, uuid.uuid4().hex) as mine:
+            mine.write_text(json.dumps(record, indent=1) + "\n")
     return failed
+
+
+def _open_log(path):
+    with files.writing(path):
+        return path.open("a")
 
 
 def _last_line(path):
@@ -210,27 +221,36 @@ def _last_line(path):
 
 
 def _run_job(arguments: Sequence[str], log: IO | None) -> int:
-    """Exit code of a job; a SIGTERM is passed on to it, and ends the sweep when it has ended."""
-    came = []
+    """Exit code of a job; a signal that asks to end is passed on, and ends the sweep after the job.
 
-    def pass_on(*_):
-        came.append(True)
-        job.terminate()
+    Whatever came, the job gets SIGTERM, on which it saves; a second Ctrl-C kills it. The job gets
+    it, too, if this process is killed (on Linux).
+    """
+    came, jobs = [], []
 
-    with subprocess.Popen(
-        [sys.executable, "-m", *arguments],
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=log and subprocess.STDOUT,
-    ) as job:
-        before = signal.signal(signal.SIGTERM, pass_on)
-        try:
-            code = job.wait()
-        finally:
-            signal.signal(signal.SIGTERM, before)
+    def pass_on(number, _):
+        came.append(number)
+        for job in jobs:
+            job.kill() if came.count(signal.SIGINT) > 1 else job.terminate()
+
+    with (
+        preemption.handled(pass_on),
+        subprocess.Popen(
+            [sys.executable, "-m", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log and subprocess.STDOUT,
+            preexec_fn=preemption.follow_parent(),
+        ) as job,
+    ):
+        jobs.append(job)
+        if came:  # before there was a job
+            job.terminate()
+        code = job.wait()
     if came:
-        print("ended by SIGTERM: run the same command again to go on", flush=True)
-        sys.exit(128 + signal.SIGTERM)
+        number = signal.Signals(came[0])
+        print(f"ended by {number.name}: run the same command again to go on", flush=True)
+        sys.exit(128 + number)
     return code
 
 
@@ -239,13 +259,22 @@ def _plain(values: Mapping[str, Any]) -> Any:
 
 
 def _is_done(path: Path, point: Point) -> bool:
-    if not (path / DONE).exists():
+    mark = path / DONE
+    if not mark.exists():
         return False
-    before = json.loads((path / DONE).read_text())
-    if (before["job"], before["values"]) != (point.job, _plain(point.values)):
+    try:
+        before = json.loads(mark.read_bytes())
+        was = before["job"], before["values"]
+        if not isinstance(was[0], str) or not isinstance(was[1], dict):
+            raise TypeError("no job, or no values")
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(
-            f"{path} holds a point with other values ({before['job']} {before['values']}): "
-            "use another --workdir"
+            f"{mark} is not the mark of a point that is done ({error!r}): delete it, and run the "
+            "sweep again"
+        ) from error
+    if was != (point.job, _plain(point.values)):
+        raise UserError(
+            f"{path} holds a point with other values ({was[0]} {was[1]}): use another --workdir"
         )
     return True
 
@@ -262,25 +291,48 @@ def collect(points: Sequence[Point], root: str | os.PathLike) -> list[dict[str, 
     """All figures of the points that are done: a row for each point, policy, budget and figure."""
     rows = []
     for point in points:
-        path = Path(root, point.name)
-        if not (path / DONE).exists():
+        path = files.expand(root) / point.name
+        if not _is_done(path, point):
             continue
+        about = {"point": point.name, "group": point.group or point.name}
         for file, figures in FIGURES.items():
-            if not (path / file).exists():
-                continue
-            with (path / file).open() as lines:
-                for line in csv.DictReader(lines):
-                    about = {
-                        "point": point.name,
-                        "group": point.group or point.name,
-                        "policy": line["policy"],
-                        "budget": int(line["budget"]),
-                    }
-                    rows += [
-                        {**about, "figure": figure, "value": float(line[figure])}
-                        for figure in figures
-                    ]
+            if (path / file).exists():
+                rows += [{**about, **row} for row in _figures(path / file, figures)]
     return rows
+
+
+def _figures(path: Path, figures: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The figures of one table."""
+
+    def refuse(reason):
+        return UserError(
+            f"{path} is damaged ({reason}): delete it and {DONE} beside it, and run the sweep "
+            "again, which writes both"
+        )
+
+    try:
+        text = path.read_bytes().decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise refuse(error) from error
+    if not text.endswith("\n"):
+        raise refuse("cut off" if text else "empty")
+    lines = csv.DictReader(io.StringIO(text, newline=""))
+    try:
+        if missing := [
+            n for n in ("policy", "budget", *figures) if n not in (lines.fieldnames or ())
+        ]:
+            raise refuse(f"no column {missing[0]!r}")
+        number = None
+        for number, line in enumerate(lines, 1):
+            if None in line or None in line.values():
+                raise refuse(f"row {number} has not as many fields as there are columns")
+            about = {"policy": line["policy"], "budget": int(line["budget"])}
+            for figure in figures:
+                yield {**about, "figure": figure, "value": float(line[figure])}
+    except (ValueError, csv.Error) as error:
+        raise refuse(f"row {number}: {error}") from error
+    if number is None:
+        raise refuse("no rows")
 
 
 def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -325,6 +377,7 @@ def table(summary: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[st
 def write_summary(points: Sequence[Point], root: str | os.PathLike) -> str:
     """Writes `results.csv` (every figure), `summary.csv`, `summary.txt`, `summary.md` and
     `summary.png`; returns the table as text, and where it is."""
+    root = files.expand(root)
     rows = collect(points, root)
     if not rows:
         return f"no point in {root} has figures yet"

@@ -1,6 +1,7 @@
 """Sweeps: the order of points, that nothing runs twice, and the summary."""
 
 import csv
+import errno
 import json
 import os
 import re
@@ -57,6 +58,8 @@ def test_points_come_after_what_they_need():
         ([], "has no points"),
         ([Point("sft", "a", {}), Point("grpo", "a", {})], "two points named 'a'"),
         ([Point("sft", "../a", {})], "point '../a': use letters"),
+        ([Point("sft", "..", {})], "point '..': use letters"),
+        ([Point("sft", "a\n", {})], r"point 'a\\n': use letters"),
         ([Point("stf", "a", {})], "point 'a': no job 'stf': there are pretrain, traces, sft"),
         ([Point("sft", "a", {"x": "{sweep}/b"})], "point 'a' needs 'b', which is no point"),
         (
@@ -244,27 +247,191 @@ sys.stdin.read()
     assert fake_jobs[0] == ["a2", "a1"]
 
 
-def test_sigterm_goes_to_the_job_and_ends_the_sweep(tmp_path, monkeypatch):
-    job = tmp_path / "job"  # stands in for Python
+SAVES = "echo saved; exit 143"
+
+
+def stand_in(tmp_path, on_sigterm=SAVES):
+    """A program in Python's place that works until it is asked to end."""
+    job = tmp_path / "job"
     job.write_text(
-        f"#!/bin/sh\ntrap 'echo saved; exit 143' TERM\ntouch {tmp_path}/started\n"
-        "while :; do sleep 0.02; done\n"
+        f"#!/bin/sh\ntrap '{on_sigterm}' TERM\necho $$ > {tmp_path}/pid.tmp\n"
+        f"mv {tmp_path}/pid.tmp {tmp_path}/pid\nwhile :; do sleep 0.02; done\n"
     )
     job.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(job))
-    before = signal.getsignal(signal.SIGTERM)
+    return str(job)
 
-    def take_the_machine_away():
-        while not (tmp_path / "started").exists():
-            time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGTERM)
 
-    threading.Thread(target=take_the_machine_away).start()
+def wait_for(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_signals_go_to_the_job_and_end_the_sweep(tmp_path, monkeypatch, capsys, number):
+    monkeypatch.setattr(sys, "executable", stand_in(tmp_path))
+    before = signal.getsignal(number)
+
+    def end_it():
+        wait_for((tmp_path / "pid").exists)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=end_it).start()
     with pytest.raises(SystemExit) as end:
         sweep.run_local(list(points()), tmp_path / "s", [])
-    assert end.value.code == 143 and signal.getsignal(signal.SIGTERM) is before
+    assert end.value.code == 128 + number and signal.getsignal(number) is before
+    assert f"ended by {number.name}: run the same command again" in capsys.readouterr().out
     assert (tmp_path / "s/a1/log.txt").read_text() == "saved\n"
     assert not (tmp_path / "s/a1" / sweep.DONE).exists() and not (tmp_path / "s/a2").exists()
+
+
+def test_a_second_ctrl_c_waits_for_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", stand_in(tmp_path, f"touch {tmp_path}/asked"))
+
+    def end_it():
+        for file in ("pid", "asked"):
+            wait_for((tmp_path / file).exists)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=end_it).start()
+    with pytest.raises(SystemExit) as end:
+        sweep.run_local(list(points()), tmp_path / "s", [])
+    assert end.value.code == 130
+
+
+def test_what_nohup_ignores_stays_ignored(tmp_path, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        monkeypatch.setattr(sys, "executable", stand_in(tmp_path))
+
+        def end_it():
+            wait_for((tmp_path / "pid").exists)
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        threading.Thread(target=end_it).start()
+        with pytest.raises(SystemExit) as end:
+            sweep.run_local(list(points()), tmp_path / "s", [])
+        assert end.value.code == 143
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a child is not told")
+def test_a_killed_sweep_takes_its_job_along(tmp_path):
+    script = """
+import sys
+from fkv import sweep
+sys.executable = sys.argv[1]
+sweep.run_local([sweep.Point("sft", "a", {})], sys.argv[2], [])
+"""
+    command = [sys.executable, "-c", script, stand_in(tmp_path), str(tmp_path / "s")]
+    with subprocess.Popen(command) as process:
+        wait_for((tmp_path / "pid").exists)
+        process.kill()
+    log = tmp_path / "s" / "a" / "log.txt"
+    wait_for(lambda: log.read_text() == "saved\n")  # it was asked, and not killed
+    pid = int((tmp_path / "pid").read_text())
+    wait_for(lambda: not Path(f"/proc/{pid}").exists() or "Z" in state_of(pid))
+
+
+def state_of(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "Z"
+
+
+BAD_JSON = [
+    b"", b"{", b"[]", b"null", b"3", b"{}", b"\xff\xfe\x00", b"\x00" * 9, b"[" * 100_000,
+    b'{"job": "sft"}', b'{"job": 3, "values": {}}', b'{"job": "sft", "values": [["seed", 1]]}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("data", BAD_JSON, ids=range(len(BAD_JSON)))
+def test_a_damaged_mark_is_named(fake_jobs, tmp_path, data):
+    sweep.run_local(list(points()), tmp_path, [])
+    mark = tmp_path / "a1" / sweep.DONE
+    mark.write_bytes(data)
+    told = f"{mark} is not the mark of a point that is done .*: delete it, and run the sweep again"
+    for use in (
+        lambda: sweep.run_local(list(points()), tmp_path, []),
+        lambda: sweep.write_summary(list(points()), tmp_path),
+        lambda: sweep.choose(list(points()), ["b1"], tmp_path),
+    ):
+        with pytest.raises(UserError, match=told):
+            use()
+    mark.unlink()  # as told
+    assert sweep.run_local(list(points()), tmp_path, []) == []
+    assert "foresight" in sweep.write_summary(list(points()), tmp_path)
+
+
+TABLE = "policy,budget,ratio,ratio_low,added_low,overlap\nfull,16,1,1,0,nan\n"
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "empty"),
+        (TABLE[:-4].encode(), "cut off"),
+        (TABLE.partition("full")[0].encode(), "no rows"),
+        (TABLE.replace("overlap", "ratio").encode(), "no column 'overlap'"),
+        (TABLE.replace("policy", "who").encode(), "no column 'policy'"),
+        (TABLE.replace("full,16", "full").encode(), "row 1 has not as many fields"),
+        (TABLE.replace("nan", "nan,3").encode(), "row 1 has not as many fields"),
+        (TABLE.replace("nan", "x").encode(), "row 1: could not convert"),
+        (TABLE.replace("16", "1.5").encode(), "row 1: invalid literal"),
+        (b"\xff" + TABLE.encode(), "can't decode byte 0xff"),
+        (TABLE.encode("utf-16"), "can't decode"),
+        (bytes(range(128)) + b"\n", "no column"),
+        (b"\x00" * 64 + b"\n", "no column"),
+    ],
+)
+@pytest.mark.parametrize("file", list(sweep.FIGURES))
+def test_a_damaged_table_is_named(fake_jobs, tmp_path, data, reason, file):
+    sweep.run_local(list(points()), tmp_path, [])
+    if file == "accuracy.csv":
+        data = data.replace(b"overlap", b"pass_at_1")
+        reason = reason.replace("overlap", "pass_at_1")
+    (tmp_path / "a2" / file).write_bytes(data)
+    with pytest.raises(UserError) as error:
+        sweep.write_summary(list(points()), tmp_path)
+    told = str(error.value)
+    assert told.startswith(f"{tmp_path}/a2/{file} is damaged (") and reason in told
+    assert "delete it and sweep_point.json beside it, and run the sweep again" in told
+    assert not (tmp_path / "summary.txt").exists()
+
+
+def test_figures_of_other_values_are_not_gathered(fake_jobs, tmp_path):
+    sweep.run_local([Point("sft", "a1", {"seed": 1})], tmp_path, [])
+    with pytest.raises(UserError, match="holds a point with other values"):
+        sweep.write_summary([Point("sft", "a1", {"seed": 2})], tmp_path)
+
+
+def test_a_directory_that_takes_no_log_is_named(fake_jobs, tmp_path):
+    (tmp_path / "a1").write_text("")
+    with pytest.raises(UserError, match=f"cannot write {tmp_path}/a1 .File exists"):
+        sweep.run_local([Point("sft", "a1", {})], tmp_path, [])
+    (tmp_path / "a2" / "log.txt").mkdir(parents=True)
+    with pytest.raises(UserError, match=f"cannot write {tmp_path}/a2/log.txt .Is a directory"):
+        sweep.run_local([Point("sft", "a2", {})], tmp_path, [])
+
+
+def test_marks_leave_nothing_beside_them(fake_jobs, tmp_path, monkeypatch):
+    (tmp_path / "a1").mkdir()
+    (tmp_path / "a1" / f"{sweep.DONE}.abc").write_text("of one that was killed")
+
+    def no_room(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", no_room)
+        with pytest.raises(UserError, match=f"cannot write .*/a1/{sweep.DONE} .No space left"):
+            sweep.run_local([Point("sft", "a1", {})], tmp_path, [])
+    assert not list((tmp_path / "a1").glob(f"{sweep.DONE}*"))
+    sweep.run_local([Point("sft", "a1", {})], tmp_path, [])
+    assert [p.name for p in (tmp_path / "a1").glob(f"{sweep.DONE}*")] == [sweep.DONE]
 
 
 def test_marks_of_done_points_are_data(fake_jobs, tmp_path):
