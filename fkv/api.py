@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from fkv import decoding, models, policies, sharing, tasks
 from fkv.decoding import Sampling
 from fkv.errors import UserError
+from fkv.keys import Purpose, key_of
 from fkv.models import ModelConfig
 from fkv.policies.base import Policy
 
@@ -149,7 +150,7 @@ def decode(model: Model, tokens: Sequence[int], special: bool = False) -> str:
 
 def sample_key(seed: int, prompt: int, sample: int) -> jax.Array:
     """The PRNG key of one sample of one prompt, whatever batch it is in."""
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), prompt), sample)
+    return key_of(seed, Purpose.ANSWER, prompt, sample)
 
 
 def _policy(policy: str | Policy) -> Policy:

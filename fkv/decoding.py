@@ -22,6 +22,7 @@ from jax import Array
 from fkv import attention, models, replay
 from fkv import cache as kv
 from fkv.errors import UserError
+from fkv.keys import Purpose, key_of
 from fkv.models import ModelConfig
 from fkv.policies.base import Policy
 
@@ -119,8 +120,8 @@ class State:
 
 def _next(hidden_bm, config, params, key_b, position_b, sampling):
     logits = models.unembed(config, params, hidden_bm[:, None])[:, 0]
-    keys = jax.vmap(jax.random.fold_in)(key_b, position_b)
-    return sample(logits, keys, sampling)
+    key_b = jax.vmap(lambda key, at: key_of(key, Purpose.TOKEN, at))(key_b, position_b)
+    return sample(logits, key_b, sampling)
 
 
 def _left(token_b, left_b, stop):

@@ -19,6 +19,7 @@ from jax import Array
 from fkv import attention, golden, models
 from fkv import cache as kv
 from fkv.errors import UserError
+from fkv.keys import Purpose, key_of, keys_of
 from fkv.models import ModelConfig
 from fkv.policies.base import Policy, View
 from fkv.policies.forced import Forced
@@ -111,11 +112,11 @@ def evict(
         )
         cache = _accumulate(cache, stats, position_bl, budget)
 
-    def fold(key, newest):
+    def draw_key(key, newest):
         # By position, not by chunk: a row draws the same however the batch is padded.
-        return jax.random.fold_in(jax.random.fold_in(key, layer), newest)
+        return key_of(key, Purpose.EVICTION, layer, newest)
 
-    random = jax.vmap(fold)(random_b, position_bl.max(-1))
+    random = jax.vmap(draw_key)(random_b, position_bl.max(-1))
     view = View(
         cache, query_blhd, position_bl, chunk, random, stats, budget, jnp.asarray(layer), config
     )
@@ -197,7 +198,7 @@ def full_pass(
 
 def row_keys(key: Array, batch: int) -> Array:
     """One PRNG key per row of a batch, the same whatever the number of rows."""
-    return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch))
+    return keys_of(key, batch)
 
 
 def replay(
@@ -219,7 +220,7 @@ def replay(
       token_bt: padded token ids.
       length_b: tokens of each row.
       policy: any policy; `full` runs one pass over the whole sequence.
-      random_b: one PRNG key per row, for policies that draw.
+      random_b: one PRNG key per row, for policies that draw; those of seed 0 if not given.
       observe, acc: see `layer_pass`; not called by `full`.
       padding_b: padding in front of each row, as generation has it; the rest is at the end.
 
@@ -229,7 +230,7 @@ def replay(
     """
     position = row_positions(token_bt, length_b, padding_b)
     if random_b is None:
-        random_b = row_keys(jax.random.key(0), token_bt.shape[0])
+        random_b = row_keys(key_of(0, Purpose.REPLAY), token_bt.shape[0])
 
     def layer(hidden, inputs):
         index, weights, layer_policy = inputs

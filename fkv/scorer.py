@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from fkv.errors import UserError
+from fkv.keys import keys_of
 from fkv.models import ModelConfig
 
 if TYPE_CHECKING:  # policies use scorers, not the other way round
@@ -89,7 +90,7 @@ def init(key: Array, model: ModelConfig, scorer: ScorerConfig) -> dict:
     def layers(key):
         return Scorer(scorer).init(key, example)["params"]
 
-    return layers(jax.random.split(key, model.layers))
+    return layers(keys_of(key, model.layers))
 
 
 def features(config: ScorerConfig, view: View) -> Array:

@@ -16,6 +16,7 @@ from jax import Array
 
 from fkv import models, replay, scorer
 from fkv.errors import UserError
+from fkv.keys import Purpose, key_of
 from fkv.models import ModelConfig
 from fkv.policies import Forced, View
 
@@ -108,7 +109,8 @@ def loss_and_grads(
     replay.check_lengths([token_bt.shape[1]], budget, interval)
     position = replay.row_positions(token_bt, length_b)
     first = budget // interval
-    random_b = replay.row_keys(jax.random.key(0), token_bt.shape[0])  # golden draws nothing
+    # Golden evictions draw nothing.
+    random_b = replay.row_keys(key_of(0, Purpose.REPLAY), token_bt.shape[0])
     counted = (length_b > budget + interval).astype(jnp.float32).sum()
 
     def layer(hiddens, inputs):

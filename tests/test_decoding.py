@@ -13,6 +13,7 @@ import pytest
 from fkv import decoding, models, policies, replay, scorer, tasks
 from fkv.decoding import NO_TOKEN, Sampling
 from fkv.errors import UserError
+from fkv.keys import Purpose, key_of
 from fkv.tasks import ledger
 from tests import oracles
 from tests.models import SMALL, torch_model
@@ -165,7 +166,8 @@ logits_of = jax.jit(models.unembed, static_argnums=0)
 
 @jax.jit
 def drawn(logits_btv, key_b, position_bt):
-    keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(key_b, position_bt)
+    token_key = lambda key, at: key_of(key, Purpose.TOKEN, at)  # noqa: E731
+    keys = jax.vmap(jax.vmap(token_key, (None, 0)))(key_b, position_bt)
     return jax.vmap(lambda x, key: decoding.sample(x, key, WARM), 1, 1)(logits_btv, keys)
 
 
@@ -276,10 +278,11 @@ def test_rows_end_at_their_stop_token_or_limit(name):
     free = generate(name)
     assert all(len(x) == NEW and (x != NO_TOKEN).all() for x in free)
     # One that is drawn first, one in the middle of a row, one that is never drawn.
-    first, middle = int(free[2][0]), int(free[0][14])
-    stop = (first, middle, 99)
+    at = next(i for i in range(14, 0, -1) if free[0][i] not in free[0][:i])
+    row = next(i for i in range(1, len(free)) if free[i][0] not in free[0][:at])
+    stop = (int(free[row][0]), int(free[0][at]), 99)
     want = [until(x, stop) for x in free]
-    assert len(want[2]) == 1 < len(want[0]) <= 15
+    assert len(want[row]) == 1 < len(want[0]) == at + 1
     assert_same(generate(name, stop=stop), want)
 
     limit = [30, 0, 1, 13, 12]

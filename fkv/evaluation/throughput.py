@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from fkv import costs, models
 from fkv.errors import UserError
+from fkv.keys import Purpose, key_of
 from fkv.models import ModelConfig
 
 
@@ -19,7 +20,7 @@ def random_weights(config: ModelConfig, dtype: str, seed: int = 0) -> models.Par
     cast = jax.jit(
         lambda key: jax.tree.map(lambda x: x.astype(dtype), models.init(key, config)),
     )
-    return cast(jax.random.key(seed))
+    return cast(key_of(seed, Purpose.MODEL))
 
 
 @dataclasses.dataclass(frozen=True)

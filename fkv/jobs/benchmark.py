@@ -23,6 +23,7 @@ from fkv.errors import UserError
 from fkv.evaluation import peers, plots, tables, throughput
 from fkv.jobs import common, fields
 from fkv.jobs.grpo import settings_of
+from fkv.keys import Purpose, fold, key_of, keys_of
 from fkv.models import ModelConfig
 from fkv.policies.base import Policy
 from fkv.rundir import open_run, write_text
@@ -108,11 +109,18 @@ class Bench:
         s = self.settings
         return decoding.Sampling(s.temperature, s.top_k, s.top_p)
 
+    @property
+    def key(self) -> jax.Array:
+        return key_of(self.config.seed, Purpose.BENCHMARK)
+
+    def row_keys(self, count: int) -> jax.Array:
+        return keys_of(fold(self.key, 0), count)
+
     def policy(self, name: str) -> Policy:
         if name != "foresight":
             return policies.get(name)
         rules = scorer.ScorerConfig(**self.config.scorer)
-        params = scorer.init(jax.random.key(self.config.seed), self.model, rules)
+        params = scorer.init(key_of(self.config.seed, Purpose.SCORER), self.model, rules)
         return policies.Foresight(params, rules)  # what untrained scorers cost, trained ones do
 
     def arms(
@@ -287,10 +295,9 @@ def _decode_program(bench: Bench, arm: Arm):
     make = functools.partial(
         made_up_state, bench.model, policy, arm, interval, bench.chunks, bench.config.dtype
     )
-    key = jax.random.key(bench.config.seed)
     held = sum(
         x.size * x.dtype.itemsize
-        for x in jax.tree.leaves((bench.params, jax.eval_shape(lambda: make(key).caches)))
+        for x in jax.tree.leaves((bench.params, jax.eval_shape(lambda: make(bench.key).caches)))
     )
     if held > bench.limit:
         raise DoesNotFit
@@ -302,7 +309,7 @@ def _decode_program(bench: Bench, arm: Arm):
     )
 
     def lower():
-        state = jax.eval_shape(make, key)
+        state = jax.eval_shape(make, bench.key)
         model = dataclasses.replace(bench.model, kernel=arm.kernel)
         return call.lower(
             model, bench.params, policy, state, prompt_width=width, budget=arm.budget,
@@ -352,7 +359,7 @@ def made_up_state(
     position = jnp.broadcast_to(position[None, None], empty.position_bks.shape)
 
     def one(layer):
-        keys = jax.random.split(jax.random.fold_in(key, layer))
+        keys = (fold(key, 1, layer, kind) for kind in range(2))
         k, v = (jax.random.normal(x, empty.key_bksd.shape, dtype) for x in keys)
         k, v = (kv.stored(x, model.cache_dtype) for x in (k, v))
         return empty.replace(key_bksd=k, value_bksd=v, position_bks=position)
@@ -363,7 +370,7 @@ def made_up_state(
         row,
         row + prompt,
         row + jnp.int32(2**30),
-        replay.row_keys(key, arm.batch),
+        keys_of(fold(key, 0), arm.batch),
         jnp.asarray(-(-prompt // interval)),
     )
 
@@ -371,7 +378,7 @@ def made_up_state(
 def _run_decode(bench: Bench, arm: Arm, chunks: int) -> list[float]:
     """Seconds of each of `chunks` chunks, after one that warms up."""
     call, make, _, _ = _decode_program(bench, arm)
-    state, found = make(jax.random.key(bench.config.seed)), []
+    state, found = make(bench.key), []
     for _ in range(chunks + 1):
         start = time.perf_counter()
         state, tokens = call(state)
@@ -387,8 +394,7 @@ def _run_evictions(bench: Bench, arm: Arm) -> float:
         return 0.0
     call = jax.jit(decoding.evict, static_argnames=("config", "budget"), donate_argnames="caches")
     _, make, _, _ = _decode_program(bench, arm)
-    key = jax.random.key(bench.config.seed)
-    state = make(key)
+    state = make(bench.key)
     prompt = _prompt(arm, interval, bench.chunks)
     arrived = prompt + jnp.arange(interval, dtype=jnp.int32)
 
@@ -401,7 +407,7 @@ def _run_evictions(bench: Bench, arm: Arm) -> float:
         )
 
     shape = (arm.batch, interval, model.heads, model.head_dim)
-    query = jax.random.normal(key, shape, bench.config.dtype)
+    query = jax.random.normal(fold(bench.key, 2), shape, bench.config.dtype)
     lse = jnp.zeros((arm.batch, model.kv_heads, model.group_size, interval))
     queries = [(query, lse)] * model.layers
     position = jnp.broadcast_to(arrived[None], (arm.batch, interval))
@@ -607,7 +613,7 @@ def _chunks(bench: Bench, arm: Arm, prompts, chunks: int) -> list[float]:
         bench.params,
         bench.policy(arm.policy),
         prompts,
-        replay.row_keys(jax.random.key(bench.config.seed), len(prompts)),
+        bench.row_keys(len(prompts)),
         chunks * bench.interval,
         arm.budget,
         bench.interval,
@@ -723,7 +729,7 @@ def _prefill(bench: Bench) -> list[dict]:
         policy = bench.policy(arm.policy)
         row = np.zeros(arm.batch, np.int32)
         token = _tokens(bench, arm.batch, arm.length)
-        keys = replay.row_keys(jax.random.key(bench.config.seed), arm.batch)
+        keys = bench.row_keys(arm.batch)
         sizes = dict(budget=arm.budget, interval=interval, new_tokens=interval)
         call = functools.partial(
             decoding.prefill, model, bench.params, policy, token, row, keys, row,
@@ -772,8 +778,7 @@ def _steps(bench: Bench) -> list[dict]:
     """A supervised and a reinforcement step, as the jobs make them."""
     config, model, s = bench.config, bench.model, bench.settings
     rules, sizes = scorer.ScorerConfig(**config.scorer), (config.budget, config.interval)
-    key = jax.random.key(config.seed)
-    params = scorer.init(key, model, rules)
+    params = scorer.init(key_of(config.seed, Purpose.SCORER), model, rules)
     length = s.step_length
     mesh = parallel.make_mesh()
     traces = s.step_traces * parallel.device_count(mesh)
@@ -806,7 +811,7 @@ def _steps(bench: Bench) -> list[dict]:
         losses,
         losses,
         np.broadcast_to(np.arange(length - 1) >= sum(sizes), losses.shape),
-        np.asarray(jax.random.key_data(replay.row_keys(key, rollouts))),
+        np.asarray(jax.random.key_data(bench.row_keys(rollouts))),
     )
     first = sft.init_state(params, optimiser), sft.init_state(params, clipped)
     first, reference = parallel.replicate((first, params), mesh)
@@ -941,7 +946,7 @@ def _own_decode(bench: Bench, name: str, prompts: np.ndarray) -> dict:
     policy, model, interval = bench.policy(name), bench.model, bench.interval
     new, budget, greedy = bench.settings.peer_tokens, bench.config.budget, decoding.Sampling(0.0)
     token, padding = decoding.left_pad(prompts, interval)
-    keys = replay.row_keys(jax.random.key(bench.config.seed), len(prompts))
+    keys = bench.row_keys(len(prompts))
     limit = np.full(len(prompts), new, np.int32)
     fixed = dict(budget=budget, interval=interval, sampling=greedy, stop=(), new_tokens=new)
     start = time.perf_counter()

@@ -15,6 +15,7 @@ from fkv import api, cache, costs, models, parallel, preemption, tasks
 from fkv.data import traces
 from fkv.errors import UserError
 from fkv.evaluation import loss_ratio, plots
+from fkv.keys import Purpose, key_of
 from fkv.models import ModelConfig
 from fkv.policies.base import Policy
 from fkv.rundir import Run, write_text
@@ -187,7 +188,7 @@ def measure_losses(
             held_out.length_n,
             budget,
             config.interval,
-            jax.random.fold_in(jax.random.key(config.seed), 1),
+            key_of(config.seed, Purpose.REPLAY),
             config.eval.batch,
             prompt_b=held_out.prompt_n,
             padded_b=held_out.padded_n,

@@ -15,6 +15,7 @@ from fkv.evaluation import tables
 from fkv.jobs import common, fields
 from fkv.jobs import grpo as grpo_job
 from fkv.jobs import sft as sft_job
+from fkv.keys import Purpose, key_of
 from fkv.models import ModelConfig
 from fkv.models.decoder import param_shapes
 from fkv.tasks import ledger
@@ -233,7 +234,8 @@ def _cells(config: ConfigDict, model: ModelConfig) -> list[tuple[str, int, polic
     rules = [name for name in settings.policies if name != "full"]
     if settings.scorers:
         scorer_config = scorer.ScorerConfig(**config.scorer)
-        params = jax.eval_shape(lambda: scorer.init(jax.random.key(0), model, scorer_config))
+        key = key_of(0, Purpose.SCORER)
+        params = jax.eval_shape(lambda: scorer.init(key, model, scorer_config))
         name, policy = "foresight", policies.Foresight(params, scorer_config)
     elif rules:
         name, policy = rules[0], policies.get(rules[0])
@@ -254,7 +256,7 @@ def _answer_length(config: ConfigDict, model: ModelConfig, settings) -> tuple[in
 def _generating(config, model, policy, rows, prompt, new_tokens, budget, sampling) -> int:
     """Bytes of caches and temporaries at the worst time, which is while the prompts are read."""
     budget = budget or 2 * config.interval
-    keys = jax.eval_shape(lambda: replay.row_keys(jax.random.key(0), rows))
+    keys = jax.eval_shape(lambda: replay.row_keys(key_of(0, Purpose.ANSWER), rows))
 
     def prefill(params, policy, token, padding, keys, limit):
         return decoding.prefill(
@@ -319,7 +321,8 @@ def _state(model, scorer_config, optimiser) -> sft.TrainState:
     """Shapes of the training state."""
 
     def make():
-        return sft.init_state(scorer.init(jax.random.key(0), model, scorer_config), optimiser)
+        params = scorer.init(key_of(0, Purpose.SCORER), model, scorer_config)
+        return sft.init_state(params, optimiser)
 
     return jax.eval_shape(make)
 

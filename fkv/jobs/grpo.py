@@ -16,6 +16,7 @@ from fkv.data.traces import Traces
 from fkv.errors import UserError
 from fkv.evaluation import loss_ratio
 from fkv.jobs import common, evaluate, fields
+from fkv.keys import Purpose, key_of
 from fkv.models import ModelConfig
 from fkv.rundir import open_run
 from fkv.tasks import ledger
@@ -92,7 +93,6 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     # ---- state, new or from the newest checkpoint
     may_differ = ("grpo.log_every", "grpo.steps", "grpo.answers", *common.other_jobs("grpo"))
     run = open_run(workdir, config, may_differ)
-    key = jax.random.key(config.seed)
     state = sft.init_state(supervised.params, optimiser)
     reference = supervised.params
     place = None
@@ -116,7 +116,8 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     with preemption.noticed() as asked_to_end:
         for step in bar:
             ids = next(order)
-            batch = _batch(config, settings, train, full, ids, jax.random.fold_in(key, step))
+            key = key_of(config.seed, Purpose.ROLLOUT, step)
+            batch = _batch(config, settings, train, full, ids, key)
             found = []
             for part in common.parts(batch, parts):
                 state, metrics = step_fn(state, everywhere, reference, part)

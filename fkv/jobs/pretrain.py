@@ -6,9 +6,10 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from fkv import decoding, files, models, parallel, policies, preemption, pretrain, replay
+from fkv import decoding, files, models, parallel, policies, preemption, pretrain
 from fkv.errors import UserError
 from fkv.jobs import common, fields
+from fkv.keys import Purpose, key_of, keys_of
 from fkv.models import ModelConfig
 from fkv.rundir import open_run
 from fkv.tasks import ledger
@@ -76,7 +77,7 @@ def run(config: ConfigDict, workdir: str) -> float:
     )
 
     run = open_run(workdir, config, common.other_jobs("pretrain"))
-    params = models.init(jax.random.key(config.seed), model, settings.qk_gain)
+    params = models.init(key_of(config.seed, Purpose.MODEL), model, settings.qk_gain)
     state = {"params": params, "opt_state": optimizer.init(params)}
     start = 0
     if (saved := run.resume(state)) is not None:
@@ -128,6 +129,7 @@ def run(config: ConfigDict, workdir: str) -> float:
 def answers(config: ConfigDict, model: ModelConfig, params: models.Params) -> tuple[float, float]:
     """Share of held-out problems answered right with the full cache, and its standard error."""
     settings, spec = config.pretrain, common.spec(config)
+    keys = keys_of(key_of(config.seed, Purpose.PRETRAIN), settings.eval_problems)
     right = []
     for start in range(0, settings.eval_problems, settings.eval_batch):
         count = min(settings.eval_batch, settings.eval_problems - start)
@@ -138,7 +140,7 @@ def answers(config: ConfigDict, model: ModelConfig, params: models.Params) -> tu
             params,
             policies.get("full"),
             prompts,
-            replay.row_keys(jax.random.fold_in(jax.random.key(config.seed), start), count),
+            keys[start : start + count],
             spec.max_new_tokens(),
             config.budget,
             config.interval,

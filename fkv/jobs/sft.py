@@ -13,6 +13,7 @@ from fkv import cache, parallel, policies, preemption, scorer, sft
 from fkv.data import traces
 from fkv.evaluation import loss_ratio
 from fkv.jobs import common, fields
+from fkv.keys import Purpose, key_of
 from fkv.rundir import open_run
 
 
@@ -39,8 +40,7 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
 
     # ---- state, new or from the newest checkpoint
     run = open_run(workdir, config, may_differ=("sft.log_every", *common.other_jobs("sft")))
-    key = jax.random.key(config.seed)
-    params = scorer.init(jax.random.fold_in(key, 0), model, scorer_config)
+    params = scorer.init(key_of(config.seed, Purpose.SCORER), model, scorer_config)
     state = sft.init_state(params, optimiser)
     place = None
     if (saved := run.resume(state)) is not None:

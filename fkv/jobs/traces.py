@@ -17,6 +17,7 @@ from fkv.api import Model
 from fkv.data import sources
 from fkv.errors import UserError
 from fkv.jobs import common, fields
+from fkv.keys import Purpose, key_of
 from fkv.rundir import open_run
 from fkv.tasks import ledger
 
@@ -166,7 +167,7 @@ def _sample(config, model, part, sampling, new_tokens, width) -> list[np.ndarray
         model.params,
         policies.get("full"),
         [question.prompt for question, _, _ in rows],
-        jnp.stack([api.sample_key(config.seed, i, j) for _, i, j in rows]),
+        jnp.stack([key_of(config.seed, Purpose.TRACE, i, j) for _, i, j in rows]),
         new_tokens,
         2 * config.interval,  # the full cache has no budget
         config.interval,

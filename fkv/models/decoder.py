@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from fkv import attention
+from fkv.keys import fold
 from fkv.models.config import ModelConfig
 
 Params = dict
@@ -82,7 +83,7 @@ def init(key: Array, config: ModelConfig, qk_gain: float = 1.0) -> Params:
             std = inputs.get(name, config.width) ** -0.5
             if name in inputs:  # the residual stream is the sum of 2 * layers of these
                 std /= (2 * config.layers) ** 0.5
-            params.append(std * jax.random.normal(jax.random.fold_in(key, i), shape))
+            params.append(std * jax.random.normal(fold(key, i), shape))
     return jax.tree_util.tree_unflatten(treedef, params)
 
 
