@@ -1,7 +1,11 @@
 """Questions with known answers: AIME, MATH500, GSM8K and the like, from a file or the hub."""
 
 import dataclasses
+import decimal
+import numbers
+import reprlib
 import string
+from typing import Any
 
 import numpy as np
 
@@ -79,11 +83,49 @@ def known(name: str, split: str, subset: str, question: str, answer: str) -> Sou
     return KNOWN.get(name) or Source(name, split, subset, question, answer)
 
 
+def words(value: Any) -> str | None:
+    """The text that stands in a column: a string, UTF-8 bytes, or a list of one such; else None."""
+    if isinstance(value, list | tuple | np.ndarray) and np.ndim(value) and len(value) == 1:
+        return words(value[0])
+    if isinstance(value, bytes):
+        try:
+            value = value.decode()
+        except UnicodeDecodeError:
+            return None
+    return value if isinstance(value, str) and value.strip() else None
+
+
+def text(value: Any) -> str | None:
+    """The text that stands in a column, or its number written out: 12.0 as 12, 1e-05 as 0.00001.
+
+    None for all else: nothing, blanks, truth values, NaN, longer lists, dicts and times.
+    """
+    if isinstance(value, list | tuple | np.ndarray) and np.ndim(value) and len(value) == 1:
+        return text(value[0])
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return str(int(value))
+    if isinstance(value, decimal.Decimal) and value.is_finite():
+        plain = f"{value:f}"
+        return plain.rstrip("0").rstrip(".") if "." in plain else plain
+    if isinstance(value, float | np.floating) and np.isfinite(value):
+        return np.format_float_positional(value, trim="-")
+    return words(value)
+
+
+def reference(value: Any) -> str | None:
+    """The right answer that a column gives, None where there is none.
+
+    That is its `text`, of which GSM8K's, which end in `#### n`, are cut to the n.
+    """
+    found = text(value)
+    return found and (found.rsplit("####", 1)[-1].strip() or None)
+
+
 def load(source: Source, instruction: str = INSTRUCTION) -> Benchmark:
     """Reads a benchmark.
 
-    GSM8K's answers, which end in `#### n`, are cut to the n. Where there are wrong answers, all are
-    put below the question in an order that is the same every time, and the letter is asked for.
+    Where there are wrong answers, all are put below the question in an order that is the same every
+    time, and the letter is asked for.
 
     Args:
       instruction: put before each question, with a blank between.
@@ -94,28 +136,36 @@ def load(source: Source, instruction: str = INSTRUCTION) -> Benchmark:
     path = source.path
     rows = sources.open_rows(path, source.split, source.subset)
     columns = (source.question, source.answer, *source.wrong)
+    reads = (words, text if source.wrong else reference, *[text] * len(source.wrong))
     fields = [sources.column(rows, name, path) for name in columns]
-    names = [str(name) for name in rows["id"]] if "id" in rows.column_names else []
-    if len(set(names)) < len(rows):  # none, or some that name two rows
-        names = range(len(rows))
     questions, unusable = [], []
-    for i, (name, *values) in enumerate(zip(names, *fields, strict=True)):
-        asked, *answers = values
-        if not isinstance(asked, str) or not asked.strip():
-            unusable.append((i, f"{source.question} is {asked!r}"))
+    for i, (name, *values) in enumerate(zip(_names(rows, path), *fields, strict=True)):
+        found = [read(value) for read, value in zip(reads, values, strict=True)]
+        if None in found:
+            j = found.index(None)
+            unusable.append((i, f"{columns[j]} is {reprlib.repr(values[j])}"))
             continue
-        empty = [j for j, x in enumerate(answers, 1) if x is None or not str(x).strip()]
-        if empty:
-            unusable.append((i, f"{columns[empty[0]]} is {values[empty[0]]!r}"))
+        asked, right, *wrong = found[0], *(x.strip() for x in found[1:])
+        if right in wrong:
+            unusable.append((i, f"{source.wrong[wrong.index(right)]} is the right one, too"))
             continue
-        reference, *wrong = (str(x).rsplit("####", 1)[-1].strip() for x in answers)
         if wrong:
-            asked, reference = _choices(asked, reference, wrong, i)
-        text = f"{instruction} {asked}".strip()
-        questions.append(Question(str(name), text, reference, bool(wrong)))
+            asked, right = _choices(asked, right, wrong, i)
+        questions.append(Question(name, f"{instruction} {asked}".strip(), right, bool(wrong)))
     if not questions:
-        raise UserError(f"{path}: none of its {len(rows)} rows has {' and '.join(columns)}")
+        row, why = unusable[0] if unusable else (0, "there is none")
+        raise UserError(
+            f"{path}: none of its {len(rows)} rows has {' and '.join(columns)} (row {row}: {why})"
+        )
     return Benchmark(questions, unusable)
+
+
+def _names(rows: sources.Rows, path: str) -> list[str]:
+    """Ids of the rows: those of the column `id`, or numbers if it does not name each row."""
+    found = sources.column(rows, "id", path) if "id" in rows.column_names else []
+    names = [text(x) for x in found]
+    whole = None not in names and len(set(names)) == len(rows)
+    return names if whole else [str(i) for i in range(len(rows))]
 
 
 def _choices(asked: str, right: str, wrong: list[str], row: int) -> tuple[str, str]:

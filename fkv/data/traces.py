@@ -2,7 +2,9 @@
 
 import dataclasses
 import itertools
+import reprlib
 from collections.abc import Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -114,42 +116,59 @@ def read(
     column: str = "input_ids",
     prompt_column: str = "",
     corrupt: list[tuple[int, str]] | None = None,
+    vocabulary: int = 2**31,
 ) -> tuple[list[np.ndarray], list[int] | None]:
     """Token ids, and lengths of prompts, from columns of a Parquet or JSONL file or a directory.
 
     Args:
       prompt_column: of prompt lengths; none when empty.
       corrupt: takes in (row, what is wrong) of rows that can't be used, which are then left out.
+      vocabulary: ids must be below this.
 
     Returns:
       The sequences, and the length of each one's prompt or None.
 
     Raises:
       UserError: the file is missing, can't be read or lacks a column; or, without `corrupt`, an
-        entry is no list of token ids or no length.
+        entry is no list of token ids of the vocabulary, or the length of a prompt is none or not
+        below that of its trace; or no row can be used.
     """
     rows = sources.open_file(path)
     entries = sources.column(rows, column, path)
     lengths = sources.column(rows, prompt_column, path) if prompt_column else [0] * len(rows)
     sequences, prompts = [], []
     for row, (entry, length) in enumerate(zip(entries, lengths, strict=True)):
-        ids, wrong = _ids(entry), ""
+        ids, prompt = _ids(entry), _whole(length)
         if ids is None:
             wrong = f"row {row} of {column!r} is not a list of token ids (0, 1, ...)"
-        elif type(length) is not int:
-            wrong = f"row {row} of {prompt_column!r} is {length!r}, not a whole number"
-        if not wrong:
-            sequences.append(ids)
-            prompts.append(length)
-        elif corrupt is None:
-            raise UserError(f"{path}: {wrong}")
+        elif len(ids) and ids.max() >= vocabulary:
+            wrong = (
+                f"row {row} of {column!r} has token id {ids.max()}, beyond the model's "
+                f"{vocabulary} words"
+            )
+        elif prompt is None:
+            wrong = f"row {row} of {prompt_column!r} is {reprlib.repr(length)}, not a whole number"
+        elif not 0 <= prompt < max(len(ids), 1):
+            wrong = (
+                f"row {row} of {prompt_column!r} is {prompt}, the length of a prompt, of a trace "
+                f"of {len(ids)} tokens"
+            )
         else:
-            corrupt.append((row, wrong))
+            sequences.append(ids)
+            prompts.append(prompt)
+            continue
+        if corrupt is None:
+            raise UserError(f"{path}: {wrong}")
+        corrupt.append((row, wrong))
+    if corrupt and not sequences:
+        raise UserError(f"{path}: none of its {len(rows)} rows can be used ({corrupt[0][1]})")
     return sequences, prompts if prompt_column else None
 
 
-def _ids(entry) -> np.ndarray | None:
+def _ids(entry: Any) -> np.ndarray | None:
     """The entry as token ids; None if it is something else."""
+    if isinstance(entry, list) and any(isinstance(x, bool) for x in entry):
+        return None  # to NumPy, a number like others
     try:
         x = np.asarray(entry)
     except (ValueError, OverflowError):
@@ -158,6 +177,13 @@ def _ids(entry) -> np.ndarray | None:
     if x.ndim != 1 or (x.size and (x.dtype.kind not in "iu" or x.min() < 0 or x.max() > limit)):
         return None
     return x.astype(np.int32)
+
+
+def _whole(value: Any) -> int | None:
+    """The number; None if it is no whole one. One that was read with gaps may be a float."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if type(value) is int else None
 
 
 def batches(traces: Traces, batch: int, seed: int) -> grain.MapDataset:

@@ -149,8 +149,8 @@ def _tidy(text: str) -> str:
 
     To it `1e-5` is e - 5, decimals are equal if six places are, and `42\\` is no number.
     """
-    text = text.rstrip("\\ \t\r\n")
-    number = _NUMBER.fullmatch(text.strip())
+    text = text.strip().strip("$").rstrip("\\").strip()
+    number = _NUMBER.fullmatch(text)
     if number is None:
         return text
     sign, whole, fraction, exponent = number[1], number[2], number[3] or "", number[4]
@@ -239,9 +239,9 @@ class Checker:
         answer = last_boxed(text, opened)
         if answer is None:
             return NO_ANSWER, None
-        if answer == reference.strip():
+        pair = [_tidy(answer), _tidy(reference)]
+        if pair[0] == pair[1]:
             return RIGHT, answer
-        question = json.dumps([_tidy(answer), _tidy(reference)]).encode()
         with self._lock:
             # A scheduler's SIGTERM ends the process, too: only what crashes it twice has failed.
             for _ in range(2):
@@ -250,7 +250,7 @@ class Checker:
                 if self._process is None:
                     self._start()
                 try:
-                    self._ours.send_bytes(question)
+                    self._ours.send_bytes(json.dumps(pair).encode())
                     if not self._ours.poll(self.deadline):
                         self.close()
                         return TIMEOUT, answer

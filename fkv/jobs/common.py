@@ -130,7 +130,7 @@ def load_traces(
     if path:
         where, corrupt = path, None if config.data.strict else []
         sequences, prompts = traces.read(
-            path, config.data.column, config.data.prompt_column, corrupt
+            path, config.data.column, config.data.prompt_column, corrupt, vocabulary
         )
         sequences, prompts = sequences[:count], prompts[:count] if prompts else None
         for _, wrong in corrupt or ():
@@ -139,9 +139,6 @@ def load_traces(
         where = f"embedded task, {split}"
         check_vocabulary(config, vocabulary)
         sequences, prompts = traces.embedded(config.seed, split, count, spec(config))
-    worst = max((int(s.max()) for s in sequences if len(s)), default=0)
-    if worst >= vocabulary:
-        raise UserError(f"{where}: token id {worst} is beyond the model's {vocabulary} words")
     found = traces.collect(
         sequences,
         budget + config.interval,

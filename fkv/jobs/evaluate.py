@@ -210,15 +210,17 @@ def _problems(
 def _question(
     config: ConfigDict, model: Model, checker: math_answers.Checker, question: benchmarks.Question
 ) -> Problem:
+    # Of an answer that is a whole solution, what it puts in its last box.
+    reference = math_answers.last_boxed(question.answer) or question.answer
     prompt = api.encode(model, question.text, chat=config.evaluate.chat)
     # There are tokenizers to which the tags of a thought are special tokens.
     opened = math_answers.opens_thought(api.decode(model, prompt, special=True), question.text)
     judge = math_answers.check_choice if question.choice else checker.check
 
     def check(tokens, text):
-        return judge(api.decode(model, tokens, special=True), question.answer, opened)
+        return judge(api.decode(model, tokens, special=True), reference, opened)
 
-    return Problem(question.id, prompt, question.answer, check)
+    return Problem(question.id, prompt, reference, check)
 
 
 def _exact(problem: ledger.Problem):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from ml_collections import ConfigDict
 
 from fkv import api, decoding, files, parallel, policies, preemption
 from fkv.api import Model
-from fkv.data import sources
+from fkv.data import benchmarks, sources
 from fkv.errors import UserError
 from fkv.jobs import common, fields
 from fkv.keys import Purpose, key_of
@@ -133,18 +134,20 @@ def _questions(config: ConfigDict, model: Model) -> tuple[list[Question], int]:
     asked = sources.column(rows, settings.question, where)
     given = sources.column(rows, settings.response, where) if settings.response else asked
     questions, unusable = [], 0
-    for i, (text, response) in enumerate(zip(asked, given, strict=True)):
+    for i, values in enumerate(zip(asked, given, strict=True)):
         if settings.count and len(questions) == settings.count:
             break
-        for name, value in ((settings.question, text), (settings.response, response)):
-            if not isinstance(value, str) or not value.strip():
-                common.say(f"{where}: row {i} left out, {name} is {value!r}")
-                unusable += 1
-                break
-        else:
-            prompt = api.encode(model, f"{settings.instruction} {text}".strip(), settings.chat)
-            answer = _answer(model, response) if settings.response else None
-            questions.append(Question(str(i), prompt, answer))
+        found = [benchmarks.words(value) for value in values]
+        if None in found:
+            j = found.index(None)
+            name = (settings.question, settings.response)[j]
+            common.say(f"{where}: row {i} left out, {name} is {reprlib.repr(values[j])}")
+            unusable += 1
+            continue
+        text, response = found
+        prompt = api.encode(model, f"{settings.instruction} {text}".strip(), settings.chat)
+        answer = _answer(model, response) if settings.response else None
+        questions.append(Question(str(i), prompt, answer))
     if unusable:
         common.say(f"{where}: {unusable} rows left out")
     if not questions:

@@ -1,6 +1,8 @@
 """Questions from files made on the spot, and every way in which they can be wrong."""
 
+import decimal
 import json
+import reprlib
 
 import datasets
 import pyarrow
@@ -79,6 +81,8 @@ def test_no_two_questions_share_an_id(tmp_path, ids):
         ("First 48/2 = <<48/2=24>>24.\nThen 72.\n#### 72", "72"),
         ("A #### in between\n#### 1,024 ", "1,024"),
         ("no marks", "no marks"),
+        ("A #### in between\n#### 3\n#### 4", "4"),
+        ("####5", "5"),
     ],
 )
 def test_answers_of_gsm8k_are_cut(tmp_path, answer, reference):
@@ -102,6 +106,99 @@ def test_unusable_rows_are_named(tmp_path, kind):
     assert found.unusable == [
         (1, "answer is None"), (2, "answer is '  '"), (3, "problem is None"), (4, "problem is ' '"),
     ]  # fmt: skip
+
+
+PLAIN = [
+    (12, "12"), (-3, "-3"), (12.0, "12"), (-0.5, "-0.5"), (1e-05, "0.00001"),
+    (2.5e-7, "0.00000025"), (1e22, "10000000000000000000000"), (10**30 + 1, str(10**30 + 1)),
+    (["42"], "42"), ([7], "7"), ([1e-05], "0.00001"), ([["x"]], "x"), ("12.0", "12.0"),
+    (" 5 ", "5"), ("2020-01-01", "2020-01-01"),
+]  # fmt: skip
+NO_ANSWERS = [
+    None, "", " ", [], ["1", "2"], [1, 2], [None], [""], {}, {"value": "5"}, {"a": 1, "b": 2}, True,
+    False, float("nan"), float("inf"), "Add.\n####", "Add.\n####  \n", "#### 5\n####",
+]  # fmt: skip
+
+
+def test_answers_that_are_no_text_are_written_out(tmp_path):
+    rows = [{"problem": f"{i}?", "answer": answer} for i, (answer, _) in enumerate(PLAIN)]
+    found = load(jsonl(tmp_path / "rows.jsonl", rows))
+    assert [q.answer for q in found.questions] == [text for _, text in PLAIN]
+    assert found.unusable == []
+
+
+def test_answers_that_say_nothing_plain_are_left_out(tmp_path):
+    rows = [{"problem": f"{i}?", "answer": answer} for i, answer in enumerate(NO_ANSWERS)]
+    path = jsonl(tmp_path / "rows.jsonl", [*rows, {"problem": "x?", "answer": 3}])
+    found = load(path)
+    assert [q.text[-2:] for q in found.questions] == ["x?"]
+    assert found.unusable == [
+        (i, f"answer is {reprlib.repr(answer)}") for i, answer in enumerate(NO_ANSWERS)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("column", "answers"),
+    [
+        (pyarrow.array([12.0, None, 0.5], pyarrow.float64()), ["12", None, "0.5"]),  # by pandas
+        (pyarrow.array([0.1, 1e-05, 3.0], pyarrow.float32()), ["0.1", "0.00001", "3"]),
+        (pyarrow.array([0.5, 3.0, None], pyarrow.float16()), ["0.5", "3", None]),
+        (pyarrow.array([b"42", b"\xff", None], pyarrow.binary()), ["42", None, None]),
+        (pyarrow.array([["1"], ["1", "2"], []]), ["1", None, None]),
+        (pyarrow.array([{"a": 1}, None, {"a": 2}]), [None, None, None]),
+        (pyarrow.array([True, False, None]), [None, None, None]),
+        (pyarrow.array([0, 2**60 + 1, -1], pyarrow.int64()), ["0", str(2**60 + 1), "-1"]),
+        (
+            pyarrow.array([decimal.Decimal("1.50"), decimal.Decimal("2.00"), None]),
+            ["1.5", "2", None],
+        ),
+        (pyarrow.array([0, 1, None], pyarrow.timestamp("s")), [None, None, None]),
+    ],
+    ids=lambda value: str(getattr(value, "type", "")),
+)
+def test_answers_of_parquet(tmp_path, column, answers):
+    path = tmp_path / "rows.parquet"
+    table = {"problem": list("abcd"), "answer": pyarrow.concat_arrays([column, column[:1]])}
+    parquet.write_table(pyarrow.table(table), path)
+    wanted = [answer for answer in [*answers, answers[0]] if answer]
+    if not wanted:
+        refused(r"none of its 4 rows has problem and answer \(row 0: answer is", str(path))
+        return
+    found = load(str(path))
+    assert [q.answer for q in found.questions] == wanted
+    assert len(found.unusable) == 4 - len(wanted)
+
+
+@pytest.mark.parametrize("asked", [5, 0.5, True, ["a", "b"], {"role": "user"}, [{"role": "user"}]])
+def test_questions_are_words(tmp_path, asked):
+    rows = [{"problem": x, "answer": "3"} for x in (asked, ["a?"], "b?")]
+    found = load(jsonl(tmp_path / "rows.jsonl", rows), instruction="")
+    assert [q.text for q in found.questions] == ["a?", "b?"]
+    assert found.unusable == [(0, f"problem is {reprlib.repr(asked)}")]
+
+
+def test_what_is_wrong_is_said_in_short(tmp_path):
+    rows = [{"problem": "x?", "answer": ["long"] * 10_000}, {"problem": "y?", "answer": 3}]
+    ((row, why),) = load(jsonl(tmp_path / "rows.jsonl", rows)).unusable
+    assert row == 0 and len(why) < 100
+
+
+@pytest.mark.parametrize(
+    ("ids", "names"),
+    [
+        ([3, 1, 2], ["3", "1", "2"]),
+        ([3.0, 1.0, 2.0], ["3", "1", "2"]),
+        (["a", ["b"], 2], ["a", "b", "2"]),
+        ([["a", "b"], ["a", "c"], ["b"]], ["0", "1", "2"]),
+        ([{"n": 1}, {"n": 2}, {"n": 3}], ["0", "1", "2"]),
+        ([None, 1, 2], ["0", "1", "2"]),
+        (["", 1, 2], ["0", "1", "2"]),
+        ([1, "1", 2], ["0", "1", "2"]),
+    ],
+)
+def test_ids_are_text_or_numbers(tmp_path, ids, names):
+    rows = [{"problem": "x?", "answer": "3", "id": name} for name in ids]
+    assert [q.id for q in load(jsonl(tmp_path / "rows.jsonl", rows)).questions] == names
 
 
 def test_no_usable_row_is_an_error(tmp_path):
@@ -158,12 +255,15 @@ def test_one_of_several_answers_is_chosen_by_its_letter(monkeypatch):
         for i in range(12)
     ]
     rows[3]["Incorrect Answer 2"] = ""
+    rows[5]["Incorrect Answer 3"] = "right 5 "
     monkeypatch.setattr(
         datasets, "load_dataset", lambda *args, **kwargs: datasets.Dataset.from_list(rows)
     )
     found, again = load("gpqa"), load("gpqa")
     assert found == again
-    assert found.unusable == [(3, "Incorrect Answer 2 is ''")]
+    assert found.unusable == [
+        (3, "Incorrect Answer 2 is ''"), (5, "Incorrect Answer 3 is the right one, too"),
+    ]  # fmt: skip
     for question in found.questions:
         asked, blank, *choices, other, last = question.text.split("\n")
         assert asked == f"{benchmarks.INSTRUCTION} {question.id}?" and blank == other == ""

@@ -8,8 +8,10 @@ import datasets
 import numpy as np
 import pytest
 
+from configs import tiny
 from fkv.data import traces
 from fkv.errors import UserError
+from fkv.jobs import common
 from fkv.tasks import ledger
 
 ROWS = [[5, 6, 7], [8], [2**31 - 1, 0]]
@@ -68,6 +70,72 @@ def test_read_prompts(tmp_path):
     sequences, prompts = traces.read(str(path), prompt_column="n", corrupt=corrupt)
     assert ([x.tolist() for x in sequences], prompts) == ([[1, 2]], [1])
     assert corrupt == [(1, "row 1 of 'n' is None, not a whole number")]
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+def test_rows_whose_prompt_does_not_fit_are_named_and_left_out(tmp_path, suffix):
+    """None, negative, of the trace or beyond; the length of an empty trace's is 0."""
+    path = tmp_path / f"traces.{suffix}"
+    rows = [[5, 6, 7], [5, 6, 7], [5, 6, 7], [5, 6, 7], [], [], [5]]
+    data = datasets.Dataset.from_dict({"input_ids": rows, "n": [2, -1, 3, 99, 0, 1, 0]})
+    data.to_parquet(path) if suffix == "parquet" else data.to_json(path)
+    corrupt = []
+    sequences, prompts = traces.read(str(path), prompt_column="n", corrupt=corrupt)
+    assert [x.tolist() for x in sequences] == [[5, 6, 7], [], [5]] and prompts == [2, 0, 0]
+    assert corrupt == [
+        (i, f"row {i} of 'n' is {n}, the length of a prompt, of a trace of {length} tokens")
+        for i, n, length in ((1, -1, 3), (2, 3, 3), (3, 99, 3), (5, 1, 0))
+    ]
+    with pytest.raises(UserError, match=r"traces\.\w+: row 1 of 'n' is -1, the length of a prompt"):
+        traces.read(str(path), prompt_column="n")
+    # What is left can be collected.
+    assert traces.collect(sequences, 2, 1, "here", prompts).prompt_n.tolist() == [2]
+
+
+def test_lengths_read_with_gaps_are_whole_numbers(tmp_path):
+    path = tmp_path / "traces.parquet"
+    data = {"input_ids": [[1, 2]] * 4, "n": [1.0, None, 0.5, float("nan")]}
+    datasets.Dataset.from_dict(data).to_parquet(path)
+    corrupt = []
+    assert traces.read(str(path), prompt_column="n", corrupt=corrupt)[1] == [1]
+    assert [wrong for _, wrong in corrupt] == [
+        f"row {i} of 'n' is {n}, not a whole number" for i, n in ((1, None), (2, 0.5), (3, "nan"))
+    ]
+
+
+def test_ids_beyond_the_vocabulary_are_named_and_left_out(tmp_path):
+    path, corrupt = write(tmp_path / "traces.jsonl", [[1, 9], [10, 1], [3], []]), []
+    sequences, _ = traces.read(path, corrupt=corrupt, vocabulary=10)
+    assert [x.tolist() for x in sequences] == [[1, 9], [3], []]
+    wrong = "row 1 of 'input_ids' has token id 10, beyond the model's 10 words"
+    assert corrupt == [(1, wrong)]
+    with pytest.raises(UserError, match=wrong):
+        traces.read(path, vocabulary=10)
+
+
+def test_no_usable_row_is_an_error_that_names_the_first(tmp_path):
+    path = write(tmp_path / "traces.jsonl", [[-1], [-2]])
+    with pytest.raises(
+        UserError, match=r"none of its 2 rows can be used \(row 0 of 'input_ids' is"
+    ):
+        traces.read(path, corrupt=[])
+
+
+def test_a_bad_prompt_ends_a_strict_run_alone(tmp_path, capsys):
+    config = tiny.get_config()
+    path = tmp_path / "traces.jsonl"
+    rows = [{"input_ids": [3] * 40, "n": n} for n in (4, 40, -2, None)]
+    rows += [{"input_ids": [3] * 39 + [99], "n": 4}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config.data.path, config.data.prompt_column = str(path), "n"
+    config.budget, config.interval = 16, 8
+    found = common.load_traces(config, "train", 9, 16, 72)
+    assert found.prompt_n.tolist() == [4] and found.skipped == 0
+    said = capsys.readouterr().out
+    assert [f"left out, row {i} of" in said for i in range(5)] == [False, *[True] * 4]
+    config.data.strict = True
+    with pytest.raises(UserError, match="row 1 of 'n' is 40, the length of a prompt"):
+        common.load_traces(config, "train", 9, 16, 72)
 
 
 def test_corrupt_rows_are_named_and_left_out(tmp_path):
@@ -166,6 +234,21 @@ NO_TRACES = {
     "lists of lists": [[[1, 2], [3, 4]]],
     "numbers": [3, 4],
 }
+
+
+def test_truth_values_are_no_token_ids(tmp_path):
+    path = tmp_path / "traces.jsonl"
+    path.write_text('{"input_ids": [true, 2]}\n')
+    refused(path, "row 0 of 'input_ids' is not a list of token ids")
+
+
+def test_long_and_short_lists_of_json_are_the_same(tmp_path):
+    rows = [list(range(n)) for n in (3, 64, 65, 300)]
+    found, _ = traces.read(write(tmp_path / "traces.jsonl", rows))
+    assert [x.tolist() for x in found] == rows and {x.dtype for x in found} == {np.dtype("int32")}
+    path = tmp_path / "more.jsonl"
+    path.write_text(json.dumps({"input_ids": [2**70] * 70}) + "\n")
+    refused(path, "row 0 of 'input_ids' is not a list of token ids")
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl"])

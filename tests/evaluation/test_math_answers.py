@@ -174,6 +174,10 @@ def checker():
         (r"-1.2 \times 10^{-4}", "-1.2E-4"),
         ("1e5", "100000"),
         (r"10^{-7}", "0.0000001"),
+        (r"\text{Eve}", r"$\text{Eve}$"),
+        ("$5$", "5"),
+        (r"\frac12", r"$$\frac{1}{2}$$"),
+        (r"\frac12", r"\(\frac{1}{2}\)"),
     ],
 )
 def test_equal_in_another_form_is_right(checker, answer, reference):

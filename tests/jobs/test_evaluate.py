@@ -485,13 +485,14 @@ def test_a_box_in_an_unfinished_thought_is_no_answer(tmp_path, monkeypatch, open
 
     monkeypatch.setattr(decoding, "generate", generate)
     path = tmp_path / "q.jsonl"
-    path.write_text(json.dumps({"q": "what does <think> one", "a": "2"}) + "\n")
+    path.write_text(json.dumps({"q": "what does <think> one", "a": r"So $\boxed{2}$."}) + "\n")
     config = words_recipe("thinker", path, evaluate__samples=len(said), evaluate__batch=len(said))
     evaluate.run(config, str(tmp_path / "run"))
     found = [row["verdict"] for row in samples(tmp_path / "run")]
     assert found == ["right" if right else "no answer" for right in said.values()]
     for row, text in zip(samples(tmp_path / "run"), said, strict=True):
         shown = text.replace(" <eos>", "")
+        assert row["reference"] == "2"  # of a solution, what is in its box
         assert row["text"] == (
             shown.replace("<think> ", "").replace("</think> ", "") if special else shown
         )
