@@ -177,19 +177,24 @@ def test_loss_and_gradient_are_those_of_the_plain_objective(setup, rolled, log_p
 # ---- the step
 
 
-def make_step(setup, settings=CONFIG, learning_rate=1e-2, **changes):
-    config, params, scorers, batch = setup
+def step_fn(setup, settings=CONFIG, learning_rate=1e-2):
+    """The step of one device (state, params, reference, batch), and the state it starts from."""
     optimiser = grpo.optimizer(learning_rate, 0, 1.0)
 
     def device_step(state, params, reference, batch):
         return grpo.train_step(
-            config, RULES, settings, optimiser, BUDGET, INTERVAL, parallel.AXIS,
+            setup[0], RULES, settings, optimiser, BUDGET, INTERVAL, parallel.AXIS,
             state, params, reference, batch,
         )  # fmt: skip
 
+    return device_step, sft.init_state(setup[2], optimiser)
+
+
+def make_step(setup, settings=CONFIG, learning_rate=1e-2):
+    _, params, scorers, batch = setup
+    device_step, state = step_fn(setup, settings, learning_rate)
     step = parallel.pmap(device_step, parallel.make_mesh(), constants=3, batched=1)
-    state = sft.init_state(scorers, optimiser)
-    return step(state, params, scorers, batch.replace(**changes))
+    return step(state, params, scorers, batch)
 
 
 def test_ratios_of_the_drawing_parameters_are_exactly_one(setup):
@@ -225,6 +230,45 @@ def test_rollouts_in_parts_are_the_rollouts(setup):
             np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5, err_msg=name)
     with pytest.raises(UserError, match=r"grpo.rollouts_at_once = 3 must divide the 8 rollouts"):
         make_step(setup, dataclasses.replace(CONFIG, rollouts_at_once=3))
+
+
+def test_the_kl_counts_for_as_many_steps_as_are_said(setup):
+    # Without spread in the rewards, the loss is the KL alone; the reference is elsewhere.
+    settings = dataclasses.replace(CONFIG, eta=1e6, epochs=1, kl_steps=3)
+    device_step, state = step_fn(setup, settings)
+    step = parallel.pmap(device_step, parallel.make_mesh(), constants=3, batched=1)
+    reference = {**setup[2], "w2": 2 * setup[2]["w2"]}
+    for done, weight in ((0, 0.1), (2, 0.1), (3, 0.0)):
+        now = state.replace(step=jnp.int32(done))
+        new, metrics = step(now, setup[1], reference, setup[3])
+        assert metrics["kl"][0] > 1e-3
+        layers = setup[0].layers
+        np.testing.assert_allclose(
+            metrics["loss"][0], weight * layers * metrics["kl"][0], rtol=1e-5
+        )
+        assert int(new.step) == done + 1
+
+
+def test_losses_are_told_of_low_and_of_high_entropy_tokens(setup, rolled):
+    batch, nll = setup[3], np.asarray(rolled[1])
+    _, metrics = make_step(setup)
+    sums, rewards = {"low": np.zeros(3), "high": np.zeros(3)}, []
+    for row, counted in enumerate(batch.counted_bt):
+        by_entropy = sorted(np.flatnonzero(counted), key=lambda i: -batch.entropy_bt[row, i])
+        high = len(by_entropy) // 5
+        for name, index in (("low", by_entropy[high:]), ("high", by_entropy[:high])):
+            evicted, full = nll[row, index], batch.full_bt[row, index]
+            sums[name] += [evicted.sum(), full.sum(), len(index)]
+            if name == "low":
+                added = evicted - full
+                rewards.append(-np.mean(added**2 * (added > CONFIG.eta)))
+    for name, (evicted, full, tokens) in sums.items():
+        np.testing.assert_allclose(metrics[f"evicted_{name}"], evicted, rtol=1e-4)
+        np.testing.assert_allclose(metrics[f"full_{name}"], full, rtol=1e-4)
+        assert metrics[f"tokens_{name}"] == tokens
+    groups = np.reshape(rewards, (2, 4))
+    np.testing.assert_allclose(metrics["reward"], groups.mean(), rtol=1e-4)
+    np.testing.assert_allclose(metrics["reward_spread"], groups.std(1).mean(), rtol=1e-4)
 
 
 def test_a_group_without_spread_teaches_nothing(setup):
@@ -292,12 +336,19 @@ def test_settings_are_checked(fields, message):
         grpo.GRPOConfig(**fields)
 
 
-def test_the_rate_warms_up_and_stays():
-    optimiser = grpo.optimizer(0.1, 4, 1e9)
-    params = {"w": jnp.ones(())}
-    state, steps = optimiser.init(params), []
-    for _ in range(8):
-        updates, state = optimiser.update({"w": jnp.ones(())}, state, params)
-        steps.append(-float(updates["w"]))
-    np.testing.assert_allclose(steps[:5], 0.1 * np.array([1, 2, 3, 4, 5]) / 5, rtol=1e-3)
-    np.testing.assert_allclose(steps[4:], 0.1, rtol=1e-3)
+def test_optimizer_is_clipped_adam_on_a_warm_up():
+    rate, warmup, clip = 0.2, 3, 1.0
+    optimiser = grpo.optimizer(rate, warmup, clip)
+    state, rng = optimiser.init(jnp.zeros(8)), np.random.default_rng(0)
+    update = jax.jit(optimiser.update)
+    mean, square = np.zeros(8), np.zeros(8)
+    for step in range(8):
+        g = rng.normal(size=8) * (10.0 if step % 2 else 0.1)  # clipped, and not
+        got, state = update(jnp.asarray(g, jnp.float32), state)
+        assert (np.linalg.norm(g) > clip) == (step % 2 == 1)
+        g = g * min(1.0, clip / np.linalg.norm(g))
+        mean, square = 0.9 * mean + 0.1 * g, 0.999 * square + 0.001 * g**2
+        adam = mean / (1 - 0.9 ** (step + 1))
+        adam /= np.sqrt(square / (1 - 0.999 ** (step + 1))) + 1e-8
+        lr = rate * min(1, (step + 1) / (warmup + 1))
+        np.testing.assert_allclose(got, -lr * adam, rtol=1e-4, atol=1e-7)

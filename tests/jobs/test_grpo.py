@@ -5,11 +5,13 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import fkv
 from fkv import checkpoint, grpo, parallel, preemption
+from fkv.data.traces import Traces
 from fkv.errors import UserError
 from fkv.jobs import common, sft
 from fkv.jobs import grpo as job
@@ -22,6 +24,7 @@ def shrink(config, scorer_dir):
     config.grpo.scorer = str(scorer_dir)
     config.grpo.steps, config.grpo.traces, config.grpo.rollouts = 4, 2, 3
     config.grpo.epochs, config.grpo.checkpoint_every, config.grpo.eta = 1, 2, 1e-4
+    config.grpo.learning_rate, config.grpo.warmup, config.grpo.clip_norm = 1e-2, 2, 0.5
     config.grpo.answers = 0
     config.eval.budgets, config.eval.policies = (16,), ("random",)
     return config
@@ -37,14 +40,17 @@ def supervised(model_dir, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(model_dir, supervised, tmp_path_factory):
+    """The run's directory, its results, and the batches of its steps."""
     path = tmp_path_factory.mktemp("finished")
-    config = shrink(small(model_dir), supervised)
+    config, batches, make = shrink(small(model_dir), supervised), [], job._batch
     config.grpo.answers, config.evaluate.new_tokens = 3, 24
-    return path, job.run(config, str(path))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "_batch", lambda *args: batches.append(make(*args)) or batches[-1])
+        return path, job.run(config, str(path)), batches
 
 
 def test_run_writes_all_that_it_promises(finished, supervised):
-    path, results = finished
+    path, results, _ = finished
     assert [r.policy for r in results] == ["full", "golden", "supervised", "grpo", "random"]
     assert all((path / f"loss_ratio.{kind}").exists() for kind in ("txt", "md", "csv", "png"))
     rows = [json.loads(line) for line in (path / "metrics.jsonl").open()]
@@ -59,10 +65,76 @@ def test_run_writes_all_that_it_promises(finished, supervised):
     assert [(a["policy"], a["budget"], a["answers"]) for a in answers] == [
         ("full", "0", "3"), ("supervised", "16", "3"), ("grpo", "16", "3"),
     ]  # fmt: skip
+    of = json.loads((path / "answers" / "scorers.json").read_text())
+    assert {name: x["from"] for name, x in of.items()} == {
+        "supervised": str(supervised), "grpo": str(path),
+    }  # fmt: skip
     # Either stage's scorers load alike, and these have moved.
     before, after = fkv.load_scorer(supervised), fkv.load_scorer(path)
     assert before.config == after.config
     assert abs(before.params["w1"] - after.params["w1"]).max() > 1e-4
+
+
+def test_no_two_rollouts_of_a_run_draw_alike(finished):
+    keys = np.concatenate([np.asarray(batch.random_b) for batch in finished[2]])
+    assert len(keys) == 4 * 2 * 3
+    assert len(np.unique(keys, axis=0)) == len(keys)
+
+
+def test_the_table_has_the_scorers_that_it_names(finished, supervised):
+    # The supervised run has measured its own, on the same traces.
+    rows = csv.DictReader((supervised / "loss_ratio.csv").open())
+    ours, before = finished[1], {row["policy"]: float(row["ratio"]) for row in rows}
+    ratio = {r.policy: r.ratio()[0] for r in ours}
+    for name, measured in (("golden", "golden"), ("supervised", "foresight"), ("random", "random")):
+        assert ratio[name] == pytest.approx(before[measured], rel=1e-5), name
+    assert abs(ratio["grpo"] - ratio["supervised"]) > 1e-4
+
+
+def test_rows_count_what_an_eviction_can_change_and_the_model_wrote(model_dir):
+    config, rng = shrink(small(model_dir), ""), np.random.default_rng(0)
+    token = rng.integers(9, size=(3, 48))
+    # Prompts shorter than B + L = 24, longer, and of all but one token.
+    length, prompt = np.array([30, 48, 40]), np.array([5, 33, 39])
+    found = Traces(token, length, prompt, np.full(3, 48))
+    full = rng.random((2, 3, 47))
+    ids = np.array([2, 0, 1])
+    batch = job._batch(
+        config, job.settings_of(config), found, lambda ids: full[:, ids], ids, jax.random.key(0)
+    )
+    assert len(batch.counted_bt) == 9  # three rollouts of each, side by side
+    for row, i in enumerate(np.repeat(ids, 3)):
+        np.testing.assert_array_equal(batch.token_bt[row], token[i])
+        np.testing.assert_array_equal(batch.full_bt[row], full[0, i])
+        np.testing.assert_array_equal(batch.entropy_bt[row], full[1, i])
+        assert batch.length_b[row] == length[i]
+        # Entry t is about token t + 1.
+        counted = [t for t in range(47) if max(24, prompt[i]) <= t + 1 < length[i]]
+        assert np.flatnonzero(batch.counted_bt[row]).tolist() == counted
+    assert len(np.unique(batch.random_b, axis=0)) == 9
+
+
+def test_sums_become_ratios_of_the_tokens_that_there_are():
+    sums = dict(reward=1.0, evicted_low=6.0, full_low=4.0, tokens_low=8.0)
+    sums |= dict(evicted_high=9.0, full_high=3.0, tokens_high=2.0)
+    low = dict(reward=1.0, loss_ratio_low=1.5, added_low=0.25)
+    assert job._with_ratios(sums) == {**low, "loss_ratio_high": 3.0, "added_high": 3.0}
+    nothing = dict(evicted_high=0.0, full_high=0.0, tokens_high=0.0)
+    assert job._with_ratios({**sums, **nothing}) == low
+
+
+def test_the_optimiser_is_that_of_the_config():
+    config = small("")
+    config.grpo.update(learning_rate=0.2, warmup=3, clip_norm=0.5)
+    ours, want = job.recipe(config, parallel.make_mesh())[2], grpo.optimizer(0.2, 3, 0.5)
+    states = [x.init(jnp.zeros(2)) for x in (ours, want)]
+    for size in (9.0, 0.1, 3.0, 0.4):
+        updates = [
+            x.update(jnp.full(2, size), state)
+            for x, state in zip((ours, want), states, strict=True)
+        ]
+        np.testing.assert_array_equal(updates[0][0], updates[1][0])
+        states = [state for _, state in updates]
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(
