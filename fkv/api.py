@@ -6,8 +6,9 @@ print(out[0][0].text)
 """
 
 import dataclasses
-import json
-from collections.abc import Generator, Sequence
+import warnings
+from collections import UserDict
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,15 @@ from fkv import decoding, models, policies, sharing, tasks
 from fkv.decoding import Sampling
 from fkv.errors import UserError
 from fkv.keys import Purpose, key_of
-from fkv.models import ModelConfig
+from fkv.models import ModelConfig, texts
 from fkv.policies.base import Policy
 
 EMBEDDED = "embedded"
+Prompt = str | Sequence[int] | np.ndarray
+_PROMPTS = (
+    "a prompt is text or a flat list of whole token ids; several are a list of prompts, or an "
+    "array of ids, a row each"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,62 +89,102 @@ def load(
     """
     path = tasks.REASONER if str(path_or_hub_id) == EMBEDDED else path_or_hub_id
     directory = models.find(path, revision)
+    # What is small is read first, and found to be wrong before the weights are read.
+    vocabulary = models.read(directory).vocab_size
+    tokenizer = texts.load_tokenizer(directory)
+    stop = texts.stop_tokens(directory, tokenizer, vocabulary)
     config, params = models.load(directory, dtype, mesh=mesh)
     config = dataclasses.replace(config, cache_dtype=cache_dtype)
-    tokenizer = _tokenizer(directory)
-    return Model(config, params, tokenizer, _stop(directory, tokenizer), str(path_or_hub_id))
+    return Model(config, params, tokenizer, stop, str(path_or_hub_id))
 
 
-def _tokenizer(directory: Path) -> Any:
-    if not any((directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
-        return None
-    import transformers  # takes seconds
-
-    try:
-        return transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"{directory}: its tokenizer can't be loaded ({error})") from error
-
-
-def _stop(directory: Path, tokenizer: Any) -> tuple[int, ...]:
-    """End-of-text ids: of the generation config where there is one, else of the tokenizer."""
-    for name in ("generation_config.json", "config.json"):
-        path = directory / name
-        try:
-            found = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
-        except ValueError as error:
-            raise UserError(f"{path}: not JSON ({error})") from None
-        if found is not None:
-            return tuple(found) if isinstance(found, list) else (found,)
-    eos = getattr(tokenizer, "eos_token_id", None)
-    return () if eos is None else (eos,)
-
-
-def encode(model: Model, prompt: str | Sequence[int], chat: bool = False) -> np.ndarray:
+def encode(
+    model: Model, prompt: Prompt, chat: bool = False, what: str = "the prompt"
+) -> np.ndarray:
     """Token ids of a prompt, int32.
 
     Args:
-      prompt: text, or ids that are taken as they are.
+      prompt: text, or ids that are taken as they are. Text is read as the beginning of one: it gets
+        a BOS if the tokenizer puts one in front and the text has none, and no EOS.
       chat: put the text into the model's chat template as the user's message.
+      what: names the prompt in errors.
 
     Raises:
-      UserError: there is no tokenizer or no chat template.
+      UserError: it is neither, it is empty, it has tokens that the model does not know, or there is
+        no tokenizer or no chat template.
     """
     if not isinstance(prompt, str):
-        return np.asarray(prompt, np.int32)
-    if model.tokenizer is None:
+        ids = _listed(prompt, what)
+        if not all(map(_is_id, ids)):
+            raise _no_prompt(next(x for x in ids if not _is_id(x)), f"{what} has an entry that is")
+    elif model.tokenizer is None:
         raise UserError(f"model {model.name} has no tokenizer: give prompts as token ids")
-    if not chat:
-        return np.asarray(model.tokenizer(prompt)["input_ids"], np.int32)
-    if not model.tokenizer.chat_template:
-        raise UserError(
-            f"model {model.name} has no chat template: give the whole prompt as text, chat off"
+    elif chat:
+        ids = texts.tokenize(
+            model.tokenizer, texts.render(model.tokenizer, prompt, model.name), continued=False
         )
-    text = model.tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
-    )
-    ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
+    else:
+        ids = texts.tokenize(model.tokenizer, prompt)
+    if not len(ids):
+        if isinstance(prompt, str) and prompt.strip():
+            raise UserError(f"{what}: the tokenizer makes no tokens of {models.brief(prompt)}")
+        raise UserError(f"{what} is empty: give at least one token")
+    check_known(model, ids, what)
     return np.asarray(ids, np.int32)
+
+
+def check_known(model: Model, ids: Sequence[int], what: str) -> None:
+    """Refuses token ids that the model does not know."""
+    for token in (min(ids), max(ids)):
+        if not 0 <= token < model.config.vocab_size:
+            raise UserError(
+                f"{what} has token {token}, and the model's are 0 to "
+                f"{model.config.vocab_size - 1}: are they of another tokenizer?"
+            )
+
+
+def _encode_all(model: Model, prompts: Prompt | Sequence[Prompt], chat: bool) -> list[np.ndarray]:
+    """Token ids of one prompt or several."""
+    if not isinstance(prompts, str):
+        prompts = _listed(prompts, "the prompt")
+        if not len(prompts):
+            raise UserError(f"no prompts given: {_PROMPTS}")
+        # One flat list of ids is a prompt, not several.
+    one = isinstance(prompts, str) or _is_id(prompts[0])
+    return [
+        encode(model, prompt, chat, f"prompt {i}")
+        for i, prompt in enumerate([prompts] if one else prompts)
+    ]
+
+
+def _listed(value: Any, what: str) -> Sequence:
+    """The entries of a list, a tuple or an array."""
+    if hasattr(value, "__array__") and not isinstance(value, np.generic):  # NumPy's, JAX's, torch's
+        try:
+            value = np.asarray(value)
+        except Exception:  # one of torch's that is on another device, or has gradients
+            raise _no_prompt(value, f"{what} is") from None
+        value = value.tolist()
+    if not isinstance(value, Sequence) or isinstance(value, (str, bytes, bytearray)):
+        raise _no_prompt(value, f"{what} is")
+    return value
+
+
+def _is_id(value: Any) -> bool:
+    if isinstance(value, (int, np.integer)):
+        return not isinstance(value, bool)
+    # One number of an array of JAX or torch.
+    return getattr(value, "shape", None) == () and "int" in str(getattr(value, "dtype", ""))
+
+
+def _no_prompt(value: Any, where: str) -> UserError:
+    hint = ""
+    if isinstance(value, (Mapping, UserDict)):
+        hint = (
+            "; of what a tokenizer returns give ['input_ids'], and instead of chat messages the "
+            "user's text with chat=True"
+        )
+    return UserError(f"{where} {models.brief(value)}, and {_PROMPTS}{hint}")
 
 
 def decode(model: Model, tokens: Sequence[int], special: bool = False) -> str:
@@ -159,7 +205,7 @@ def _policy(policy: str | Policy) -> Policy:
 
 def generate(
     model: Model,
-    prompts: str | Sequence[str] | Sequence[Sequence[int]],
+    prompts: Prompt | Sequence[Prompt],
     policy: str | Policy = "full",
     budget: int = 1024,
     interval: int = 256,
@@ -174,7 +220,8 @@ def generate(
     """Continues prompts with a cache bounded by a policy; all of them in one batch.
 
     Args:
-      prompts: one text, or several texts or lists of token ids, of any mix of lengths.
+      prompts: one prompt, which is text or a flat list of token ids, or a list of prompts of any
+        kinds and lengths; an array of ids [b, t] is b prompts.
       policy: a name from `fkv.policies.names()`, or a policy such as `fkv.load_scorer(DIR)`.
       budget, interval: B and L, KV pairs per head.
       new_tokens: at most this many are added.
@@ -186,21 +233,24 @@ def generate(
     Returns:
       For each prompt its samples.
 
+    Warns:
+      UserWarning: a prompt and its answer may be longer than the model was made for.
+
     Raises:
-      UserError: a prompt is empty, the policy is unknown, or a size is wrong.
+      UserError: a prompt is none or empty, the policy is unknown, or a size is wrong.
     """
-    one = isinstance(prompts, str)
-    ids = [encode(model, prompt, chat) for prompt in ([prompts] if one else prompts)]
+    ids = _encode_all(model, prompts, chat)
     if samples < 1:
         raise UserError(f"samples = {samples} must be at least 1")
     rows = [(i, j) for i in range(len(ids)) for j in range(samples)]
     policy = _policy(policy)
+    _warn_of_length(model, max(map(len, ids)), new_tokens)
     out = decoding.generate(
         model.config,
         model.params,
         policy,
         [ids[i] for i, _ in rows],
-        jax.numpy.stack([sample_key(seed, i, j) for i, j in rows]) if rows else None,
+        jax.numpy.stack([sample_key(seed, i, j) for i, j in rows]),
         new_tokens,
         budget,
         interval,
@@ -211,6 +261,11 @@ def generate(
     for (i, _), tokens in zip(rows, out, strict=True):
         found[i].append(finished(model, policy, len(ids[i]), tokens, budget, interval))
     return found
+
+
+def _warn_of_length(model: Model, prompt: int, new_tokens: int) -> None:
+    if warning := model.config.beyond(prompt + new_tokens, "prompt + new_tokens"):
+        warnings.warn(f"model {model.name}: {warning}", stacklevel=3)
 
 
 def finished(
@@ -224,7 +279,7 @@ def finished(
 
 def stream(
     model: Model,
-    prompt: str | Sequence[int],
+    prompt: Prompt,
     policy: str | Policy = "full",
     budget: int = 1024,
     interval: int = 256,
@@ -242,7 +297,11 @@ def stream(
     """
     if model.tokenizer is None:
         raise UserError(f"model {model.name} has no tokenizer: there is no text to stream")
-    policy, ids = _policy(policy), encode(model, prompt, chat)
+    policy, found = _policy(policy), _encode_all(model, prompt, chat)
+    if len(found) != 1:
+        raise UserError(f"stream takes one prompt, not {len(found)}: use generate")
+    [ids] = found
+    _warn_of_length(model, len(ids), new_tokens)
     chunks = decoding.stream(
         model.config,
         model.params,

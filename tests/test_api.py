@@ -1,10 +1,13 @@
 """What notebooks call: models with tokenizers, text in and out, scorers of a run."""
 
 import dataclasses
+import inspect
 import itertools
 import json
+import warnings
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, pre_tokenizers
@@ -13,6 +16,7 @@ from tokenizers import models as tokenizer_models
 import fkv
 from fkv import api, checkpoint, decoding, models, policies, scorer
 from fkv.errors import UserError
+from fkv.models import texts
 from tests import oracles
 
 SIZES = {"budget": 16, "interval": 8, "new_tokens": 20}
@@ -84,7 +88,7 @@ def test_stop_tokens_come_from_the_nearest_file(tmp_path):
     directory = save_words(tmp_path)
 
     def stop():
-        return api._stop(directory, api._tokenizer(directory))
+        return texts.stop_tokens(directory, texts.load_tokenizer(directory), 37)
 
     assert stop() == (1,)  # the tokenizer's
     config = json.loads((directory / "config.json").read_text())
@@ -141,6 +145,162 @@ def test_ids_are_taken_as_they_are(words, bare):
     assert x.text == "" and len(x.tokens) == 20 and x.truncated and bare.stop == ()
 
 
+def prompts_of(words, prompts, monkeypatch, call=fkv.generate, **settings):
+    """What reaches the decoder."""
+    seen = []
+
+    def fake(config, params, policy, prompts, *_):
+        seen.extend(np.asarray(p).tolist() for p in prompts)
+        return [np.array([1])] * len(prompts)
+
+    monkeypatch.setattr(decoding, "generate", fake)
+    monkeypatch.setattr(decoding, "stream", lambda *args: iter([fake(*args)]))
+    found = call(words, prompts, **SIZES | settings)
+    if call is fkv.stream:
+        list(found)
+    else:
+        assert len(found) == len(seen)
+    return seen
+
+
+ONE_PROMPT = {
+    "text": "w0 w1",
+    "NumPy's text": np.str_("w0 w1"),
+    "ids": [4, 5],
+    "a tuple": (4, 5),
+    "NumPy's numbers": [np.int64(4), np.uint8(5)],
+    "an array": np.array([4, 5], np.uint16),
+    "an array of JAX": jnp.array([4, 5]),
+    "its numbers": list(jnp.array([4, 5])),
+    "a range": range(4, 6),
+}
+
+
+@pytest.mark.parametrize("name", ONE_PROMPT)
+def test_a_prompt_is_text_or_ids(words, name, monkeypatch):
+    prompt = ONE_PROMPT[name]
+    for given in (prompt, [prompt], (prompt,)):
+        assert prompts_of(words, given, monkeypatch) == [[4, 5]]
+        assert prompts_of(words, given, monkeypatch, fkv.stream) == [[4, 5]]
+    several = [prompt, "w2", [7, 8, 9]]
+    assert prompts_of(words, several, monkeypatch) == [[4, 5], [6], [7, 8, 9]]
+    assert prompts_of(words, several[::-1], monkeypatch) == [[7, 8, 9], [6], [4, 5]]
+    assert api.encode(words, prompt).tolist() == [4, 5]
+
+
+def test_torch_s_ids_are_a_prompt(words, monkeypatch):
+    torch = pytest.importorskip("torch")
+    for given in (torch.tensor([4, 5]), torch.tensor([[4, 5]]), list(torch.tensor([4, 5]))):
+        assert prompts_of(words, given, monkeypatch) == [[4, 5]]
+    for given in (torch.tensor([4.0, 5.0]), torch.ones(2, requires_grad=True)):
+        with pytest.raises(UserError, match="a prompt is text or a flat list"):
+            fkv.generate(words, given, **SIZES)
+
+
+def test_rows_of_an_array_are_prompts(words, monkeypatch):
+    rows = np.array([[4, 5], [6, 7]])
+    assert prompts_of(words, rows, monkeypatch) == rows.tolist()
+    assert prompts_of(words, rows[:1], monkeypatch, fkv.stream) == [[4, 5]]
+    assert prompts_of(words, np.array(["w0 w1", "w2"]), monkeypatch) == [[4, 5], [6]]
+    with pytest.raises(UserError, match="stream takes one prompt, not 2: use generate"):
+        next(fkv.stream(words, rows, **SIZES))
+
+
+NO_PROMPT = {
+    "None": (None, "the prompt is None, and a prompt is text or a flat list of"),
+    "a number": (5, "the prompt is 5, and"),
+    "NumPy's number": (np.int64(5), "and a prompt is"),
+    "bytes": (b"w0", "the prompt is b'w0', and"),
+    "a set": ({4, 5}, "the prompt is {4, 5}, and"),
+    "a generator": ((x for x in [4]), "the prompt is <generator"),
+    "a float": ([5.7], "prompt 0 is 5.7, and"),
+    "whole floats": (np.array([4.0, 5.0]), "prompt 0 is 4.0, and"),
+    "a float among ids": ([4, 5.7], "prompt 0 has an entry that is 5.7, and"),
+    "not a number": ([[4, float("nan")]], "prompt 0 has an entry that is nan, and"),
+    "truths": ([True, False], "prompt 0 is True, and"),
+    "truths of NumPy": (np.array([True]), "prompt 0 is True, and"),
+    "a truth among ids": ([4, True], "prompt 0 has an entry that is True, and"),
+    "None among ids": ([4, None], "prompt 0 has an entry that is None, and"),
+    "None among prompts": (["w0", None], "prompt 1 is None, and"),
+    "text among ids": ([4, "w0"], "prompt 0 has an entry that is 'w0', and"),
+    "ids among prompts": (["w0", 4], "prompt 1 is 4, and"),
+    "too deep": ([[["w0"]]], r"prompt 0 has an entry that is \['w0'\], and"),
+    "ids too deep": ([[[4]]], r"prompt 0 has an entry that is \[4\], and"),
+    "an array too deep": (np.ones((1, 1, 2), int), r"prompt 0 has an entry that is \[1, 1\], and"),
+    "a batch of texts in a batch": ([["w0", "w1"]], "prompt 0 has an entry that is 'w0', and"),
+    "nobody": ([], "no prompts given: a prompt is"),
+    "no rows": (np.zeros((0, 3), int), "no prompts given"),
+    "no text": ("", "prompt 0 is empty"),
+    "no ids": (["w0", []], "prompt 1 is empty"),
+    "white space": (" \n", "prompt 0 is empty"),
+    "negative": ([4, -1], "prompt 0 has token -1, and the model's are 0 to 36"),
+    "beyond": (["w0", [37]], "prompt 1 has token 37, and the model's are 0 to 36"),
+    "beyond int32": ([2**40], "prompt 0 has token 1099511627776, and"),
+    "beyond int64": ([2**70], "prompt 0 has token 1180591620717411303424, and"),
+    "wraps around": ([2**32 + 4], "prompt 0 has token 4294967300, and"),
+    "a message": ({"role": "user", "content": "w0"}, "instead of chat messages .* chat=True"),
+    "messages": ([{"role": "user", "content": "w0"}], "prompt 0 is {'.*instead of chat messages"),
+    "conversations": ([[{"role": "user", "content": "w0"}]], "instead of chat messages"),
+}
+
+
+@pytest.mark.parametrize("name", NO_PROMPT)
+def test_what_is_no_prompt_is_refused_in_one_line(words, name):
+    prompt, says = NO_PROMPT[name]
+    for call in (fkv.generate, lambda *args, **sizes: next(fkv.stream(*args, **sizes))):
+        with pytest.raises(UserError, match=says) as caught:
+            call(words, prompt, **SIZES)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+        if inspect.isgenerator(prompt):
+            break
+
+
+def test_what_a_tokenizer_returns_is_no_prompt(words, monkeypatch):
+    found = words.tokenizer(["w0 w1"])
+    with pytest.raises(UserError, match=r"of what a tokenizer returns give \['input_ids'\]"):
+        fkv.generate(words, found, **SIZES)
+    assert prompts_of(words, found["input_ids"], monkeypatch) == [[4, 5]]
+
+
+def test_a_tokenizer_of_another_model_is_refused(words):
+    small = dataclasses.replace(words, config=dataclasses.replace(words.config, vocab_size=5))
+    with pytest.raises(UserError, match="prompt 0 has token 5, and the model's are 0 to 4: "):
+        fkv.generate(small, "w0 w1", **SIZES)
+
+
+def test_more_tokens_than_the_model_was_made_for_are_warned_of_once(words, monkeypatch):
+    short = dataclasses.replace(words, config=dataclasses.replace(words.config, max_positions=40))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prompts_of(short, ["w0 " * 20, "w1"], monkeypatch)
+    for call, prompts in ((fkv.generate, ["w0 " * 21, "w1 " * 25, "w2"]), (fkv.stream, "w0 " * 25)):
+        with pytest.warns(
+            UserWarning, match="new_tokens = 45 .* max_position_embeddings = 40"
+        ) as w:
+            prompts_of(short, prompts, monkeypatch, call)
+        assert len(w) == 1 and "\n" not in str(w[0].message)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "positions"),
+    [
+        ({}, 100),
+        ({"rope_type": "linear", "factor": 2.0}, 200),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 50}, 200),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 20}, 100),
+        ({"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 20}, 100),
+    ],
+)
+def test_scaled_positions_reach_further(words, scaling, positions):
+    config = dataclasses.replace(
+        words.config, max_positions=100, rope_scaling=tuple(sorted(scaling.items()))
+    )
+    assert config.beyond(positions, "a trace") == ""
+    warning = config.beyond(positions + 1, "a trace")
+    assert f"a trace = {positions + 1} tokens" in warning and "= 100" in warning
+    assert (f"scaled to {positions}" in warning) == (positions > 100)
+
+
 def test_same_seed_same_samples(words):
     def run(**change):
         found = fkv.generate(words, "w1 w2", "snapkv", samples=2, **SIZES | change)
@@ -184,7 +344,8 @@ def test_a_stream_never_cuts_a_character(tmp_path):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     save_tokenizer(tmp_path, tokenizer)
-    model = api.Model(None, None, api._tokenizer(tmp_path), (), "bytes")
+    config = dataclasses.replace(oracles.make_model()[0], vocab_size=256)
+    model = api.Model(config, None, texts.load_tokenizer(tmp_path), (), "bytes")
     text = "aé€𝄞" * 5
     tokens = api.encode(model, text)
     assert len(tokens) == 50 and api.decode(model, tokens) == text

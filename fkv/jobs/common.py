@@ -156,6 +156,12 @@ def load_traces(
     return found
 
 
+def warn_of_length(model: ModelConfig, tokens: int, what: str) -> None:
+    """Says so if the longest sequence of a job is beyond what the model was made for."""
+    if warning := model.beyond(int(tokens), what):
+        say(f"warning: {warning}")
+
+
 def check_budgets(budgets: Sequence[int], interval: int, where: str) -> None:
     """Refuses budgets that do not fit the interval; `where` names the field."""
     for budget in budgets:

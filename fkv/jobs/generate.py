@@ -32,9 +32,9 @@ def run(config: ConfigDict, workdir: str) -> str:
     if not prompt and config.model == api.EMBEDDED:
         problem = ledger.problem(config.seed, "eval", 0, common.spec(config))
         prompt = " ".join(problem.prompt)
-    ids = api.encode(model, prompt, settings.chat)
-    if not len(ids):
+    if not prompt.strip():
         raise UserError("generate.prompt is empty: give some text")
+    ids = api.encode(model, prompt, settings.chat, "generate.prompt")
 
     may_differ = ("generate", "budget", "interval", "seed", *common.other_jobs("generate"))
     run = open_run(workdir, config, may_differ)

@@ -88,6 +88,8 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     held_out = common.load_traces(
         config, "eval", config.eval.traces, max(config.eval.budgets), model.vocab_size
     )
+    longest = max(train.length_n.max(), held_out.length_n.max())
+    common.warn_of_length(model, longest, "the longest trace")
     batches = traces.batches(train, config.grpo.traces, config.seed)
 
     # ---- state, new or from the newest checkpoint

@@ -19,6 +19,7 @@ from fkv.data import benchmarks, sources
 from fkv.errors import UserError
 from fkv.jobs import common, fields
 from fkv.keys import Purpose, key_of
+from fkv.models import texts
 from fkv.rundir import open_run
 from fkv.tasks import ledger
 
@@ -68,6 +69,11 @@ def run(config: ConfigDict, workdir: str) -> int:
     sampling = decoding.Sampling(settings.temperature, settings.top_k, settings.top_p)
     model = common.load_language_model(config)
     questions, new_tokens = _questions(config, model)
+    width = max(len(q.prompt) for q in questions)
+    longest = width + new_tokens
+    if settings.response:
+        longest = max(len(q.prompt) + len(q.response) for q in questions)
+    common.warn_of_length(model.config, longest, "the longest prompt and answer")
     run = open_run(workdir, config, may_differ=MAY_DIFFER)
 
     done, first = _done(run.path)
@@ -80,7 +86,6 @@ def run(config: ConfigDict, workdir: str) -> int:
         if (question.id, j) not in done
     ]
     index, count = jax.process_index(), jax.process_count()
-    width = max(len(q.prompt) for q in questions)
     batches = [todo[i : i + settings.batch] for i in range(0, len(todo), settings.batch)]
     total = len(questions) * samples
     bar = common.progress(total=total, initial=total - len(todo), desc="traces", mininterval=0.5)
@@ -133,6 +138,9 @@ def _questions(config: ConfigDict, model: Model) -> tuple[list[Question], int]:
     rows = sources.open_rows(where, settings.split, settings.subset)
     asked = sources.column(rows, settings.question, where)
     given = sources.column(rows, settings.response, where) if settings.response else asked
+    end = None
+    if settings.response and model.tokenizer is not None:
+        end = texts.end_of_answer(model.tokenizer, model.stop, settings.chat)
     questions, unusable = [], 0
     for i, values in enumerate(zip(asked, given, strict=True)):
         if settings.count and len(questions) == settings.count:
@@ -145,8 +153,11 @@ def _questions(config: ConfigDict, model: Model) -> tuple[list[Question], int]:
             unusable += 1
             continue
         text, response = found
-        prompt = api.encode(model, f"{settings.instruction} {text}".strip(), settings.chat)
-        answer = _answer(model, response) if settings.response else None
+        asked_for = f"{settings.instruction} {text}".strip()
+        prompt = api.encode(model, asked_for, settings.chat, f"{where}: row {i}")
+        answer = None
+        if settings.response:
+            answer = _answer(model, prompt, response, end, f"{where}: the answer of row {i}")
         questions.append(Question(str(i), prompt, answer))
     if unusable:
         common.say(f"{where}: {unusable} rows left out")
@@ -155,10 +166,23 @@ def _questions(config: ConfigDict, model: Model) -> tuple[list[Question], int]:
     return questions, settings.new_tokens or 32_768
 
 
-def _answer(model: Model, text: str) -> np.ndarray:
-    """Token ids of an answer that is there, ended as the model would end it."""
-    ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
-    return np.asarray([*ids, *model.stop[:1]], np.int32)
+def _answer(model: Model, prompt: np.ndarray, text: str, end: int | None, what: str) -> np.ndarray:
+    """Token ids of an answer that is there, begun and ended as the model would.
+
+    Args:
+      end: the token that ends it; None for none.
+      what: names the answer in errors.
+    """
+    text = texts.continues_thought(api.decode(model, prompt[-32:], special=True), text)
+    ids = texts.tokenize(model.tokenizer, text.rstrip(), continued=False)
+    if not ids or ids[-1] not in model.stop:
+        ids = texts.tokenize(model.tokenizer, text, continued=False)
+    while ids and ids[-1] in model.stop:
+        ids.pop()
+    ids += [] if end is None else [end]
+    if ids:
+        api.check_known(model, ids, what)
+    return np.asarray(ids, np.int32)
 
 
 def _sample(config, model, part, sampling, new_tokens, width) -> list[np.ndarray]:

@@ -1,12 +1,13 @@
 """The frozen language models."""
 
-from fkv.models.config import ModelConfig, read
+from fkv.models.config import ModelConfig, brief, read
 from fkv.models.decoder import Params, embed, finish, init, project, rotate, unembed, unstack
 from fkv.models.loading import find, load, load_judges, save
 
 __all__ = [
     "ModelConfig",
     "Params",
+    "brief",
     "embed",
     "find",
     "finish",

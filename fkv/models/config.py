@@ -102,6 +102,22 @@ class ModelConfig:
         """Query heads per KV head, `G`."""
         return self.heads // self.kv_heads
 
+    def beyond(self, tokens: int, what: str) -> str:
+        """A warning where so many tokens are more than the model was made for; else empty."""
+        scaling = dict(self.rope_scaling)
+        positions, factor = self.max_positions, scaling.get("factor", 1)
+        if scaling.get("rope_type") == "linear":
+            positions = int(positions * factor)
+        if scaling.get("rope_type") == "yarn":
+            positions = max(positions, int(scaling[_LENGTH] * factor))
+        if tokens <= positions:
+            return ""
+        scaled = "" if positions == self.max_positions else f", scaled to {positions}"
+        return (
+            f"{what} = {tokens} tokens, beyond max_position_embeddings = {self.max_positions}"
+            f"{scaled}: what it says there is not to be relied on"
+        )
+
     def inv_frequencies(self) -> tuple[np.ndarray, float]:
         """Rotary inverse frequencies [head_dim / 2] and the factor on cos and sin (float64)."""
         return _inv_frequencies(self)

@@ -1,12 +1,14 @@
 """What jobs share: the settings that may change when one goes on, and the model they load."""
 
+import dataclasses
+
 import jax
 import pytest
 
 from configs import tiny
-from fkv import policies
+from fkv import models, policies, scorer, sharing
 from fkv.errors import UserError
-from fkv.jobs import common
+from fkv.jobs import common, evaluate, grpo, sft
 from tests.jobs.test_sft import model_dir, small
 
 __all__ = ["model_dir"]  # a fixture
@@ -60,3 +62,35 @@ def test_losses_are_measured_after_the_prompt(model_dir):
     for r in results:
         counted = [n - max(r.budget + 8, prompt) for n, prompt in lengths]
         assert r.tokens[:, 0].tolist() == counted
+
+
+class Warned(Exception):
+    """So that a job ends where it warns."""
+
+
+@pytest.mark.parametrize("job", [sft, grpo, evaluate])
+def test_traces_longer_than_the_model_was_made_for_are_warned_of(
+    job, model_dir, tmp_path, monkeypatch, capsys
+):
+    config = small(model_dir)
+    config.evaluate.traces, config.evaluate.budgets, config.evaluate.scorers = 2, (16,), ()
+    rules = scorer.ScorerConfig(**config.scorer)
+    model = models.read(model_dir)
+    params = jax.device_get(scorer.init(jax.random.key(0), model, rules))
+    about = {"model": model_dir, "budget": config.budget, "interval": config.interval}
+    sharing.export(policies.Foresight(params, rules), tmp_path / "scorers", about)
+    config.grpo.scorer = str(tmp_path / "scorers")
+    short = dataclasses.replace(model, max_positions=20)
+    load = models.load
+    monkeypatch.setattr(models, "load", lambda *args, **kw: (short, load(*args, **kw)[1]))
+
+    def stop(*_, **__):
+        raise Warned
+
+    monkeypatch.setattr(job, "open_run", stop)
+    with pytest.raises(Warned):
+        job.run(config, str(tmp_path / "run"))
+    said = [x for x in capsys.readouterr().out.splitlines() if x.startswith("warning: ")]
+    assert sum("the longest trace = " in x for x in said) == 1
+    assert sum("prompt + new_tokens = " in x for x in said) == (job is evaluate)
+    assert all(x.count("\n") == 0 and "max_position_embeddings = 20" in x for x in said)

@@ -1,6 +1,7 @@
 """Traces from the model's own answers, and from answers that are there."""
 
 import json
+import shutil
 
 import pyarrow.parquet as pq
 import pytest
@@ -12,8 +13,10 @@ from fkv.data import traces as data
 from fkv.errors import UserError
 from fkv.jobs import traces
 from fkv.keys import Purpose, key_of
+from fkv.models import ModelConfig, texts
 from fkv.tasks import ledger
 from tests.jobs.test_evaluate import WORDS, word_model
+from tests.models import test_texts
 
 __all__ = ["word_model"]  # a fixture
 
@@ -109,6 +112,79 @@ def test_answers_that_are_there_become_traces(word_model, answered, tmp_path, ca
     ]
     assert [r["prompt_tokens"] for r in rows(tmp_path / "out")] == [4, 3]
     assert not any(r["truncated"] for r in rows(tmp_path / "out"))
+
+
+def answers(template, stop, **settings):
+    """A function that makes the tokens of an answer to "one", and the words of its prompt."""
+    tokenizer = test_texts.make(template)
+    config = ModelConfig("qwen3", len(test_texts.WORDS), 16, 1, 2, 1, 8, 16)
+    ids = tuple(test_texts.IDS[word] for word in stop)
+    model = fkv.api.Model(config, None, tokenizer, ids, "x")
+    prompt = fkv.api.encode(model, "one", chat=True)
+    end = texts.end_of_answer(tokenizer, ids, True)
+    return (
+        lambda text: test_texts.words(traces._answer(model, prompt, text, end, "x")),
+        test_texts.words(prompt),
+    )
+
+
+LLAMA = (
+    "<s> {% for m in messages %} <{{ m.role }}> {{ m.content }} <eot> {% endfor %}"
+    "{% if add_generation_prompt %} <bot> {% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    "text", ["two six", "two six <eot>", "two six <eot>\n", "two six </s>", "two six <eot> </s> "]
+)
+def test_an_answer_ends_once_and_with_the_token_of_its_template(text):
+    answer, prompt = answers(LLAMA, ("</s>", "<eot>"))
+    assert prompt == "<s> <user> one <eot> <bot>"
+    assert answer(text) == "two six <eot>"
+    # Without a template that says so, with the tokenizer's.
+    answer, _ = answers(LLAMA.replace("<eot>", ""), ("<eot>", "</s>"))
+    assert answer(text) == "two six </s>"
+    answer, _ = answers(LLAMA, ())
+    assert answer(text) == text.strip()
+
+
+@pytest.mark.parametrize(
+    "text", ["<think> two </think> six", "\n<think>\n\ntwo </think> six", "two </think> six"]
+)
+@pytest.mark.parametrize("opening", ["<bot> <think>", "<bot><think>\n\n"])
+def test_a_thought_is_opened_by_the_prompt_or_by_the_answer(text, opening):
+    answer, prompt = answers(LLAMA.replace("<bot>", opening.replace("><", "> <")), ("<eot>",))
+    assert prompt.endswith("<bot> <think>")
+    assert answer(text) == "two </think> six <eot>"
+    answer, _ = answers(LLAMA, ("<eot>",))
+    assert answer(text) == f"{' '.join(text.split())} <eot>"
+
+
+def test_answers_of_another_tokenizer_are_refused():
+    model = fkv.api.Model(
+        ModelConfig("qwen3", 9, 16, 1, 2, 1, 8, 16), None, test_texts.make(), (2,), "x"
+    )
+    with pytest.raises(UserError, match="the answer of row 3 has token 9, and the model's are 0"):
+        traces._answer(model, fkv.api.encode(model, "one"), "two", 2, "the answer of row 3")
+
+
+def test_traces_longer_than_the_model_was_made_for_are_warned_of(
+    word_model, answered, tmp_path, capsys
+):
+    model = shutil.copytree(word_model, tmp_path / "model")
+    about = json.loads((model / "config.json").read_text())
+    for positions, warned in ((8, False), (7, True)):
+        (model / "config.json").write_text(
+            json.dumps(about | {"max_position_embeddings": positions})
+        )
+        config = recipe(
+            questions=str(answered), question="q", response="r", instruction="", count=0
+        )
+        config.model = str(model)
+        traces.run(config, str(tmp_path / f"out_{positions}"))
+        lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("warning: ")]
+        assert len(lines) == warned
+    assert "= 8 tokens, beyond max_position_embeddings = 7: " in lines[0]
 
 
 def test_the_model_answers_questions_of_a_file(word_model, answered, tmp_path):
