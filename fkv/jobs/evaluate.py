@@ -16,7 +16,7 @@ from fkv.api import Model
 from fkv.data import benchmarks
 from fkv.data.traces import Traces
 from fkv.errors import UserError
-from fkv.evaluation import accuracy, diagnosis, math_answers, plots, tables
+from fkv.evaluation import accuracy, answers, diagnosis, math_answers, plots, tables
 from fkv.jobs import common, fields
 from fkv.policies.base import Policy
 from fkv.rundir import Run, append_text, open_run, write_text
@@ -288,40 +288,22 @@ class _Samples:
 
     def __init__(self, path: Path, interval: int):
         self.path, self.rows = path, []
-        text = path.read_text() if path.exists() else ""
-        # A line that a killed run left unfinished is dropped, and answered again.
-        whole = text[: text.rfind("\n") + 1]
-        for number, line in enumerate(whole.splitlines(), 1):
-            try:
-                row = json.loads(line)
-                self.rows.append(row)
-                mixed = row["interval"] != interval
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(
-                    f"{path}, line {number} is not a sample: delete that line"
-                ) from error
-            if mixed:
-                raise UserError(
-                    f"{path}, line {number} is of interval {row['interval']}, not {interval}: "
-                    "use another --workdir"
-                )
-        if whole != text and parallel.first():
-            write_text(path, whole)
-        self._keys = {self._key(row) for row in self.rows}
+        if path.exists():
+            self.rows, unfinished = answers.read(path, interval)
+            # A line that a killed run left unfinished is dropped, and answered again.
+            if unfinished and parallel.first():
+                write_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
+        self._keys = {answers.key(row) for row in self.rows}
 
     def __contains__(self, key) -> bool:
         return key in self._keys
-
-    @staticmethod
-    def _key(row):
-        return row["policy"], row["budget"], row["problem"], row["sample"]
 
     def add(self, rows) -> None:
         rows = list(rows)
         if parallel.first():
             append_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         self.rows += rows
-        self._keys |= {self._key(row) for row in rows}
+        self._keys |= {answers.key(row) for row in rows}
 
 
 def _write_answers(run: Run, found: Sequence[accuracy.Accuracy], rows: Sequence[dict]) -> None:

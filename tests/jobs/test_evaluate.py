@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import transformers
 
 from fkv import api, decoding, models, policies, preemption
 from fkv.errors import UserError
-from fkv.evaluation import loss_ratio
+from fkv.evaluation import answers, loss_ratio
 from fkv.jobs import evaluate, generate, sft
 from fkv.models import ModelConfig
 from fkv.tasks import ledger
@@ -285,19 +286,96 @@ def test_the_limit_on_answers_does_not_depend_on_how_many_are_asked(tmp_path, fa
     assert len({n for batch in fake_model for _, n in batch if n}) == 1
 
 
+def without(name):
+    def change(row):
+        del row[name]
+
+    return change
+
+
+def having(**fields):
+    return lambda row: row.update(fields)
+
+
+@pytest.mark.parametrize("name", answers.FIELDS)
+def test_samples_without_a_field_are_named(finished_copy, name):
+    path = finished_copy / "samples.jsonl"
+    rows = samples(finished_copy)
+    for change, why in (
+        (without(name), f"it has no field '{name}'"),
+        (having(**{name: [3]}), rf"its field '{name}' is \[3\]"),
+        (having(**{name: 0.5}), f"its field '{name}' is 0.5"),
+    ):
+        changed = [dict(row) for row in rows]
+        change(changed[6])
+        path.write_text("".join(json.dumps(row) + "\n" for row in changed))
+        with pytest.raises(UserError) as raised:
+            answers.read(path)
+        said = str(raised.value)
+        assert re.search(rf"{path}, line 7 is not a sample: delete that line \({why}\)$", said)
+
+
+@pytest.mark.parametrize(
+    "fields, why",
+    [
+        (dict(verdict="Right"), "its field 'verdict' is \"Right\""),
+        (dict(verdict=None), "its field 'verdict' is null"),
+        (dict(budget=-16), "its field 'budget' is -16"),
+        (dict(sample=True), "its field 'sample' is true"),
+        (dict(problem=3), "its field 'problem' is 3"),
+        (dict(truncated=0), "its field 'truncated' is 0"),
+        (dict(text=["x" * 999]), "its field 'text' is [\"xxxxx"),
+        (dict(policy="full", budget=0, problem="0", sample=1), "it answers what line 2 does"),
+    ],
+)
+def test_samples_with_a_wrong_field_are_named(finished_copy, fields, why):
+    path = finished_copy / "samples.jsonl"
+    rows = samples(finished_copy)
+    rows[2].update(fields)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError) as raised:
+        answers.read(path)
+    said = str(raised.value)
+    assert f"line 3 is not a sample: delete that line ({why}" in said and len(said) < 400
+
+
 @pytest.mark.parametrize(
     "line, message",
     [
         ("{not json", "line 2 is not a sample: delete that line"),
+        ("", "line 2 is not a sample: delete that line"),
+        ("[3]", r"line 2 is not a sample: delete that line \(it is no JSON object"),
+        ("[" * 100_000, r"line 2 is not a sample: delete that line \(it is not JSON in UTF-8"),
+        (
+            '{"policy": "\xff"}',
+            r"line 2 is not a sample: delete that line \(it is not JSON in UTF-8",
+        ),
         ('{"policy": "full"}', "line 2 is not a sample: delete that line"),
         ('{"policy": "full", "interval": 16}', "line 2 is of interval 16, not 8"),
     ],
 )
-def test_damaged_samples_are_named(scorer_dir, finished_copy, fake_model, line, message):
+def test_damaged_samples_are_named(finished_copy, line, message):
     lines = (finished_copy / "samples.jsonl").read_text().splitlines()
-    (finished_copy / "samples.jsonl").write_text("\n".join([lines[0], line, *lines[2:]]) + "\n")
+    text = "\n".join([lines[0], line, *lines[2:]]) + "\n"
+    (finished_copy / "samples.jsonl").write_text(text, encoding="latin-1")
     with pytest.raises(UserError, match=message):
-        evaluate.run(recipe(scorer_dir), str(finished_copy))
+        answers.read(finished_copy / "samples.jsonl", 8)
+
+
+def test_damaged_samples_are_refused_before_more_are_added(scorer_dir, finished_copy, fake_model):
+    with (finished_copy / "samples.jsonl").open("a") as file:
+        file.write('{"policy": "full", "interval": 8}\n')
+    with pytest.raises(UserError, match=r"line 31 is not a sample: .*\(it has no field 'budget'\)"):
+        evaluate.run(recipe(scorer_dir, evaluate__budgets=(16, 24)), str(finished_copy))
+    assert not fake_model
+
+
+def test_a_line_that_was_cut_within_a_character_is_dropped(finished_copy):
+    path = finished_copy / "samples.jsonl"
+    data = path.read_bytes()
+    path.write_bytes(data + '{"policy": "caf\xe9'.encode()[:-1])
+    rows, unfinished = answers.read(path)
+    assert len(rows) == 30 and unfinished == 16
 
 
 def test_other_settings_or_scorers_are_not_mixed(scorer_dir, finished_copy, tmp_path, fake_model):
