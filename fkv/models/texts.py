@@ -109,6 +109,8 @@ def _reason(error: Exception) -> str:
 def stop_tokens(directory: Path, tokenizer: Any, vocabulary: int) -> tuple[int, ...]:
     """Ids that end a text: of the generation config where there is one, else of the tokenizer.
 
+    An empty list there says that none does.
+
     Args:
       vocabulary: ids must be below this.
 
@@ -120,7 +122,7 @@ def stop_tokens(directory: Path, tokenizer: Any, vocabulary: int) -> tuple[int, 
         found = read_json(path).get("eos_token_id") if path.exists() else None
         if found is not None:
             ids = found if isinstance(found, list) else [found]
-            if not ids or not all(type(x) is int and 0 <= x < vocabulary for x in ids):
+            if not all(type(x) is int and 0 <= x < vocabulary for x in ids):
                 raise UserError(
                     f"{path}: the field 'eos_token_id' must be a token id from 0 to "
                     f"{vocabulary - 1}, or a list of them, not {brief(found)}"

@@ -247,7 +247,7 @@ def test_tokenizer_json_of_another_kind(directory, change):
 
 
 @pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
-@pytest.mark.parametrize("ids", ["x", "</s>", True, -1, 11, 10**30, 1.0, [], [None], [[1]], {}])
+@pytest.mark.parametrize("ids", ["x", "</s>", True, -1, 11, 10**30, 1.0, [None], [[1]], {}])
 def test_stop_tokens_that_are_no_ids(tmp_path, name, ids):
     path = tmp_path / name
     path.write_text(json.dumps({"eos_token_id": ids}))
@@ -256,7 +256,7 @@ def test_stop_tokens_that_are_no_ids(tmp_path, name, ids):
 
 
 def test_stop_tokens_that_are_ids(tmp_path):
-    for ids, stop in (([2, 3, 2], (2, 3)), (10, (10,)), (0, (0,)), (None, (2,))):
+    for ids, stop in (([2, 3, 2], (2, 3)), (10, (10,)), (0, (0,)), ([], ()), (None, (2,))):
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
         assert texts.stop_tokens(tmp_path, make(), len(WORDS)) == stop
     (tmp_path / "generation_config.json").write_text("{}")
