@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from fkv import scorer
+from fkv import files, scorer
 from fkv.errors import UserError
 from fkv.models import ModelConfig, read
 from fkv.models.decoder import param_shapes
@@ -83,8 +83,8 @@ def shape_of(model: str | Path, layers: int = 0) -> ModelConfig:
     Args:
       layers: how many of its layers; 0 for all.
     """
-    if (Path(model).expanduser() / "config.json").is_file():
-        config = read(Path(model).expanduser())
+    if (files.expand(model) / "config.json").is_file():
+        config = read(files.expand(model))
     elif model in SHAPES:
         config = SHAPES[model]
     else:

@@ -1,13 +1,15 @@
 """The command line that every job shares: `flags.run(main)` calls `main(config, workdir)`."""
 
 import argparse
+import difflib
 import errno
 import importlib.util
 import inspect
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,11 +19,13 @@ import ml_collections
 from absl import flags as absl_flags
 from ml_collections import config_flags
 
-from fkv import rundir
+from fkv import files, rundir
 from fkv.errors import UserError, suggest
 from fkv.jobs import dry_run
 
 DISTRIBUTED = "--distributed"
+OPTIONS = ("--config", "--workdir", DISTRIBUTED, "--help")  # of every job
+CONFIGS = Path("configs")
 
 
 def run(
@@ -35,10 +39,10 @@ def run(
     Args:
       argv: the command line, program first; by default `sys.argv`.
     """
-    use_compilation_cache()
     description = sys.modules[main.__module__].__doc__
 
     def start(argv):
+        use_compilation_cache()
         config, workdir = parse(argv, description)
         if DISTRIBUTED in argv or os.environ.get("JAX_COORDINATOR_ADDRESS"):
             join()
@@ -77,19 +81,25 @@ def join() -> None:
         ) from error
 
 
+_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
+
 def guard(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:
     """Call `main(argv)`; a `UserError` becomes one line on stderr and exit code 2.
 
-    So does a disk without room, wherever it is met.
+    So does a disk that takes nothing, wherever it is met; and Ctrl-C, with 130, the shell's code.
     """
     try:
         main(argv)
     except UserError as error:
         message = str(error)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in _REFUSALS:
             raise
         message = f"{error}: make room, and run the same command again; it goes on where it stopped"
+    except KeyboardInterrupt:
+        print("ended by SIGINT: run the same command again to go on", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     else:
         return
     print("error:", " ".join(message.split()), file=sys.stderr)
@@ -97,9 +107,12 @@ def guard(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:
 
 
 def parse(
-    argv: Sequence[str], description: str | None = None
+    argv: Sequence[str], description: str | None = None, options: Sequence[str] = OPTIONS
 ) -> tuple[ml_collections.ConfigDict, str]:
     """The config, with its overrides, and the run directory that a command line asks for.
+
+    Args:
+      options: that there are, to suggest one that may have been meant.
 
     Raises:
       UserError: an option, the config file, or a field of the config is unknown or ill-typed, or
@@ -119,31 +132,64 @@ def parse(
         DISTRIBUTED, action="store_true", help="this process is one of several, each on its host"
     )
     try:
-        options, rest = parser.parse_known_args(argv[1:])
+        given, rest = parser.parse_known_args(argv[1:])
     except argparse.ArgumentError as error:
         raise UserError(f"{error} (see --help)") from error
-    if options.config is None:
-        raise UserError("no config given: add --config=configs/<name>.py")
-    path, _, argument = options.config.partition(":")
-    config = _load(Path(path), argument)
-    _override(config, rest)
-    name = "_".join([Path(path).stem, *argument.replace("/", "_").split()])
-    workdir = options.workdir or str(Path("runs", f"{Path(argv[0]).stem}_{name}"))
-    rundir.check_path(workdir)
-    return config, workdir
+    if given.config is None:
+        raise no_config(rest)
+    path, argument = find_config(given.config)
+    config = _load(path, argument)
+    _override(config, rest, options)
+    name = "_".join([path.stem, *argument.replace("/", "_").split()])
+    workdir = given.workdir or str(Path("runs", f"{Path(argv[0]).stem}_{name}"))
+    return config, str(rundir.check_path(workdir))
+
+
+def no_config(rest: Sequence[str]) -> UserError:
+    """For a command line without `--config`, of which this was not understood."""
+    for word in rest:
+        name = word.partition("=")[0]
+        if difflib.get_close_matches(name, ["--config"]):
+            return UserError(f"unknown option {name}: did you mean --config?")
+        if word.endswith(".py"):
+            return UserError(f"no config given: did you mean --config={word}?")
+    return UserError("no config given: add --config=configs/<name>.py")
 
 
 def use_compilation_cache() -> None:
     """Keep compiled programs in ~/.cache/fkv/jax, unless $JAX_COMPILATION_CACHE_DIR says where."""
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/fkv/jax"))
+    path = jax.config.jax_compilation_cache_dir
+    if path is None:
+        path = os.path.expanduser("~/.cache/fkv/jax")
+        path = None if path.startswith("~") else path  # nobody knows where home is
+    elif path.startswith("~"):  # JAX would make a directory of that name
+        path = str(files.expand(path))
+    jax.config.update("jax_compilation_cache_dir", path)
+
+
+def find_config(given: str) -> tuple[Path, str]:
+    """The file and the argument of `--config=FILE[:ARGUMENT]`; `tiny` is `configs/tiny.py`.
+
+    Raises:
+      UserError: there is no such file.
+    """
+    name, _, argument = given.partition(":")
+    path = files.expand(name)
+    script = path.with_name(f"{path.name}.py") if path.name else path
+    for found in (path, script, CONFIGS / path, CONFIGS / script):
+        if found.is_file():
+            return found, argument
+    if "=" in name:
+        raise UserError(f"--config={given}: a field of the config is set by --config.{given}")
+    folder = path.parent if path.parent.parts else CONFIGS
+    others = [p for p in sorted(folder.glob("*.py")) if p.stem != "__init__"]
+    known = [p.stem if folder == CONFIGS else str(p.with_suffix("")) for p in others]
+    wanted = path.stem if folder == CONFIGS else str(path.with_suffix(""))
+    raise UserError(f"config file {name} not found{suggest(wanted, known)}")
 
 
 def load_module(path: Path) -> ModuleType:
-    """The module of a config file; UserError if there is none."""
-    if not path.is_file():
-        others = sorted(p.stem for p in path.parent.glob("*.py") if p.stem != "__init__")
-        raise UserError(f"config file {path} not found{suggest(path.stem, others)}")
+    """The module of a config file, as `find_config` has found it."""
     spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
     if spec is None:
         raise UserError(f"config file {path} is not a Python file: give configs/<name>.py")
@@ -172,7 +218,9 @@ def _load(path: Path, argument: str) -> ml_collections.ConfigDict:
     return config.lock()
 
 
-def _override(config: ml_collections.ConfigDict, rest: Sequence[str]) -> None:
+def _override(
+    config: ml_collections.ConfigDict, rest: Sequence[str], options: Sequence[str]
+) -> None:
     named = [re.match(r"--?(?:no)?config\.([^=]*)", word) for word in rest]
     before = {match[1]: _field(config, match[1]) for match in named if match}
     values = absl_flags.FlagValues()
@@ -180,14 +228,43 @@ def _override(config: ml_collections.ConfigDict, rest: Sequence[str]) -> None:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=[*rest])
         _, *unknown = values(["", *rest])
     except absl_flags.UnrecognizedFlagError as error:
-        raise UserError(f"unknown option --{error.flagname} (see --help)") from error
+        given = f"--{error.flagname}"
+        raise UserError(f"unknown option {given}{_meant(config, rest, given, options)}") from error
     except (absl_flags.Error, TypeError) as error:
         raise UserError(str(error)) from error
     if unknown:
-        raise UserError(f"cannot make sense of {unknown[0]!r} (see --help)")
+        meant = _meant(config, rest, unknown[0], options)
+        raise UserError(f"cannot make sense of {unknown[0]!r}{meant}")
     for name, old in before.items():
         if isinstance(old, tuple) and old:
             _check_entries(name, {type(entry) for entry in old}, _field(config, name))
+
+
+def _meant(
+    config: ml_collections.ConfigDict, rest: Sequence[str], given: str, options: Sequence[str]
+) -> str:
+    """What may have been meant by an option that there isn't, or by a word without dashes."""
+    # absl says the name alone of an option.
+    pattern = rf"--?{re.escape(given.lstrip('-'))}(=|$)"
+    word = next((word for word in rest if re.match(pattern, word)), given)
+    name, equals, value = word.lstrip("-").removeprefix("config.").partition("=")
+    names = [*_names(config)] if name else []
+    ends = [name] if name in names else [f for f in names if f.endswith(f".{name}")]
+    ends.sort(key=lambda field: field.count("."))
+    near = difflib.get_close_matches(name, names, cutoff=0.75)
+    found = difflib.get_close_matches(f"--{name}", options, cutoff=0.7)
+    if ends or (near and not found):
+        found = [f"--config.{field}{equals}{value}" for field in (ends or near)[:3]]
+    return f": did you mean {' or '.join(found)}?" if found else " (see --help)"
+
+
+def _names(config: ml_collections.ConfigDict, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all fields."""
+    for name, value in config.items():
+        if isinstance(value, ml_collections.ConfigDict):
+            yield from _names(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
 
 
 def _check_entries(name: str, kinds: set[type], entries: tuple) -> None:

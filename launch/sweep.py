@@ -8,13 +8,17 @@ import argparse
 import sys
 from pathlib import Path
 
-from fkv import pods, sweep
+from fkv import files, pods, sweep
 from fkv.errors import UserError
 from fkv.jobs import common
 from launch import flags
 
 MAIN_JOB = "sft"
 BACKENDS = ("local", "xpk", "tpu-vm")
+OPTIONS = (
+    *flags.OPTIONS, "--job", "--points", "--show", "--summary", "--dry_run", "--backend",
+    "--tpu_type", "--num_slices", "--image", "--bucket", "--cluster", "--project", "--zone",
+)  # fmt: skip
 
 
 def main(argv):
@@ -23,20 +27,22 @@ def main(argv):
     except argparse.ArgumentError as error:
         raise UserError(f"{error} (see --help)") from error
     if options.config is None:
-        raise UserError("no config given: add --config=configs/<name>.py")
+        raise flags.no_config(rest)
     shared = [f"--config={options.config}", *rest]
-    root = options.workdir or flags.parse([argv[0], *shared])[1]
-    points = sweep.check(_points(options), common.JOBS)
+    path, _ = flags.find_config(options.config)
+    root = options.workdir or flags.parse([argv[0], *shared], options=OPTIONS)[1]
+    root = str(files.expand(root)) if root.startswith("~") else root
+    points = sweep.check(_points(options, path), common.JOBS)
     for point in points:  # what is wrong with the last is found out before the first runs
         try:
-            flags.parse(point.arguments(root, shared))
+            flags.parse(point.arguments(root, shared), options=OPTIONS)
         except UserError as error:
             raise UserError(f"sweep point {point.name!r}: {error}") from None
     some = sweep.choose(points, options.points.split(","), root) if options.points else points
     if options.summary:
         print(sweep.write_summary(points, root))
     elif options.backend != "local":
-        _on_pods(options, some, root, shared)
+        _on_pods(options, some, root, shared, path.stem)
     elif options.dry_run:
         print("\n".join(point.command(root, shared) for point in some))
     else:
@@ -79,8 +85,7 @@ def _parser():
     return parser
 
 
-def _points(options):
-    path = Path(options.config.partition(":")[0])
+def _points(options, path):
     module = flags.load_module(path)
     if not hasattr(module, "sweep"):
         job = options.job or MAIN_JOB
@@ -90,7 +95,7 @@ def _points(options):
     return module.sweep()
 
 
-def _on_pods(options, points, root, shared):
+def _on_pods(options, points, root, shared, label):
     # Without a cluster there is still something to look at.
     stand_in = "my-{}".format if options.dry_run else lambda _: ""
     cluster = pods.Cluster(
@@ -106,7 +111,6 @@ def _on_pods(options, points, root, shared):
     if cluster.machines * cluster.slices > 1:
         shared = [*shared, "--distributed"]
     again = [*shared, *([f"--job={options.job}"] if options.job else [])]
-    label = Path(options.config).stem
     found = pods.workloads(points, root, again, label, cluster.bucket)
     if options.backend == "tpu-vm":
         print(pods.render_gcloud(found, root, shared, cluster))

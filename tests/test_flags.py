@@ -1,5 +1,7 @@
 """The command line: overrides, defaults, and errors in one line."""
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -90,13 +92,65 @@ def test_overrides_and_defaults():
             "config.model.widths holds 'a': its entries must be int",
         ),
         (["--config=configs/toy.py", "--config.names=[2]"], "names cannot be set from here: edit"),
-        (["--config=configs/toy.py", "--wrkdir=x"], "unknown option --wrkdir"),
-        (["--config=configs/toy.py", "x"], "cannot make sense of 'x'"),
+        (["--config=configs/toy.py", "--wrkdir=x"], r"--wrkdir: did you mean --workdir\?$"),
+        (["--config=configs/toy.py", "--zzz=x"], r"unknown option --zzz \(see --help\)$"),
+        (["--config=configs/toy.py", "x"], r"cannot make sense of 'x' \(see --help\)$"),
+        (["--config=toy", "--steps=64"], r"--steps: did you mean --config.steps=64\?$"),
+        (["--config=toy", "--steps", "64"], r"option --steps: did you mean --config.steps\?$"),
+        (["--config=toy", "-steps=64"], r"option --steps: did you mean --config.steps=64\?$"),
+        (["--config=toy", "--stesp=64"], r"option --stesp: did you mean --config.steps=64\?$"),
+        (["--config=toy", "steps=64"], r"'steps=64': did you mean --config.steps=64\?$"),
+        (["--config=toy", "config.steps=64"], r"did you mean --config.steps=64\?$"),
+        (["--config=toy", "--model.widths=(3,)"], r"mean --config.model.widths=\(3,\)\?$"),
+        (["--config=toy", "--widths=(3,)"], r"did you mean --config.model.widths=\(3,\)\?$"),
+        (["--config=toy", "--config", "steps=64"], "is set by --config.steps=64$"),
+        (["--confg=configs/toy.py"], r"unknown option --confg: did you mean --config\?$"),
+        (["configs/toy.py"], r"no config given: did you mean --config=configs/toy.py\?$"),
+        (["--config=~nosuchuser/x.py"], "no home directory is known for ~nosuchuser"),
+        (["--config=toy", "--workdir=~nosuchuser/x"], "no home directory is known for ~nosuchu"),
+        (["--config=configs/"], "configs/ not found: there are empty, fixed, other, toy$"),
+        (["--config=configs"], "configs not found: there are empty, fixed, other, toy$"),
     ],
 )
 def test_refusals(arguments, message):
     with pytest.raises(UserError, match=message):
         parse(*arguments)
+
+
+@pytest.mark.parametrize("name", ["configs/toy", "toy", "toy.py", "~/toy", "~/toy.py", "./~x/toy"])
+def test_a_config_by_its_name(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    for folder in ("me", "~x"):
+        Path(folder).mkdir()
+        Path(folder, "toy.py").write_text(CONFIG)
+    config, workdir = parse(f"--config={name}:big")
+    assert config.size == "big" and workdir == "runs/sft_toy_big"
+
+
+def test_what_is_suggested_works():
+    with pytest.raises(UserError, match=r"did you mean (.*)\?") as error:
+        parse("--config=configs/toyy.py")
+    suggested = str(error.value).partition("did you mean ")[2].rstrip("?")
+    assert parse(f"--config={suggested}")[0].steps == 10
+    Path("mine").mkdir()
+    Path("mine/toy.py").write_text(CONFIG)
+    with pytest.raises(UserError, match=r"mine/toyy not found: did you mean mine/toy\?"):
+        parse("--config=mine/toyy")
+    assert parse("--config=mine/toy")[0].steps == 10
+
+
+def test_home_is_where_a_shell_has_it(tmp_path, monkeypatch, compilation_cache):
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    assert parse("--config=toy", "--workdir=~/run")[1] == f"{tmp_path}/me/run"
+    for given, used in ((None, "me/.cache/fkv/jax"), ("~/jax", "me/jax")):
+        jax.config.update("jax_compilation_cache_dir", given)
+        flags.use_compilation_cache()
+        assert jax.config.jax_compilation_cache_dir == f"{tmp_path}/{used}"
+    # In a container nobody may know where it is: then nothing is kept, rather than below ./~.
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    jax.config.update("jax_compilation_cache_dir", None)
+    flags.use_compilation_cache()
+    assert jax.config.jax_compilation_cache_dir is None
 
 
 @pytest.fixture
@@ -128,6 +182,27 @@ def test_a_full_disk_is_one_line(capsys):
     assert told.count("\n") == 1
     with pytest.raises(FileNotFoundError):
         flags.guard(lambda argv: Path("nowhere/at/all").write_text(""), [])
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO])
+def test_a_disk_that_takes_nothing_is_one_line(code, capsys):
+    def main(argv):
+        raise OSError(code, os.strerror(code), "x")
+
+    with pytest.raises(SystemExit) as stopped:
+        flags.guard(main, [])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: [Errno {code}] {os.strerror(code)}: 'x': ")
+
+
+def test_ctrl_c_is_one_line(capsys):
+    def main(argv):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stopped:
+        flags.guard(main, [])
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "ended by SIGINT: run the same command again to go on\n"
 
 
 def test_processes_join_when_asked_to(monkeypatch, capsys, compilation_cache):

@@ -575,7 +575,10 @@ def test_a_dry_run_needs_no_cluster(command):
         ("--num_slices=0", "--num_slices=0: 1 or"),
         ("--num_slices=a", "argument --num_slices: invalid int value"),
         ("--backend=slurm", "argument --backend: invalid choice"),
-        ("--claster=x", "unknown option --claster"),
+        ("--claster=x", "unknown option --claster: did you mean --cluster?"),
+        ("--pionts=a", "unknown option --pionts: did you mean --points?"),
+        ("--budget=64", "unknown option --budget: did you mean --config.budget=64?"),
+        ("--config=configs/tinny.py", "configs/tinny.py not found: did you mean tiny"),
         ("--job=stf", "point 'stf': no job 'stf'"),
     ],
 )

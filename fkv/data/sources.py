@@ -2,6 +2,7 @@
 
 import dataclasses
 import glob
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fkv import files
 from fkv.errors import UserError
 
 _KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
@@ -47,7 +49,7 @@ Rows = datasets.Dataset | JsonRows
 
 def is_file(path: str) -> bool:
     """Whether the name is that of a file or directory of rows, and not a hub id."""
-    return Path(path).suffix in _KINDS or Path(path).is_dir()
+    return Path(path).suffix in _KINDS or files.expand(path).is_dir()
 
 
 def open_file(path: str) -> Rows:
@@ -56,33 +58,61 @@ def open_file(path: str) -> Rows:
     Raises:
       UserError: the file is missing, of another kind, or can't be read.
     """
-    files, kind = [path], _KINDS.get(Path(path).suffix)
-    if Path(path).is_dir():
-        files, kind = sorted(map(str, Path(path).glob("*.parquet"))), "parquet"
-        if not files:
+    place, kind = files.expand(path), _KINDS.get(Path(path).suffix)
+    parts = [place]
+    if place.is_dir():
+        parts, kind = sorted(place.glob("*.parquet")), "parquet"
+        if not parts:
             raise UserError(f"{path}: this directory has no .parquet files")
     elif kind is None:
         raise UserError(f"{path}: rows are read from .parquet or .jsonl files, or a directory")
-    elif not Path(path).is_file():
+    elif not place.is_file():
         raise UserError(f"{path}: no such file")
     file = path
     try:
         if kind == "json":
-            return JsonRows(_parse(Path(path).read_bytes()))
+            return JsonRows(_parse(place.read_bytes()))
         about = {}
-        for file in files:
+        for file in parts:
             about[file] = pq.read_metadata(file)
-            if about[file].schema.names != about[files[0]].schema.names:
-                raise ValueError(f"other columns than in {files[0]}")
+            if about[file].schema.names != about[parts[0]].schema.names:
+                raise ValueError(f"other columns than in {parts[0]}")
         if not any(one.num_rows for one in about.values()):
             raise ValueError("empty")
+        _refuse_copies([file for file, one in about.items() if one.num_rows])
         file = path
         # A name is no pattern, though `datasets` takes it for one.
-        names = [glob.escape(name) for name in files]
+        names = [glob.escape(str(part)) for part in parts]
         return datasets.load_dataset(kind, data_files=names, split="train")
     except _UNREADABLE as error:
         reason = str(error.__cause__ or error).strip().split("\n")[0]
         raise UserError(f"{file}: can't be read as {kind} ({reason})") from error
+
+
+def _refuse_copies(parts: Sequence[Path]) -> None:
+    """Refuses files of which two have a trace in common, which would count double in silence.
+
+    Traces are told apart by where their question is from, `id` and `sample`, as `launch.traces`
+    writes them; files without these by their bytes.
+    """
+    seen: dict[str, Path] = {}
+    for part in parts:
+        names = pq.read_schema(part).names
+        if {"id", "sample"} <= set(names):
+            wanted = [name for name in ("source", "id", "sample") if name in names]
+            columns = pq.ParquetFile(part).read(columns=wanted).to_pydict()
+            rows = [row for row in zip(*map(columns.get, wanted), strict=True) if None not in row]
+            keys = [(f"trace {row[-2]!r}, sample {row[-1]!r},", repr(row)) for row in rows]
+        else:
+            with part.open("rb") as file:
+                keys = [("the same", hashlib.file_digest(file, "sha256").hexdigest())]
+        for said, key in keys:
+            if key in seen:
+                raise UserError(
+                    f"{part}: {said} is in {seen[key].name}, too, and would count twice: move one "
+                    "of them out of the directory"
+                )
+            seen[key] = part
 
 
 def _parse(data: bytes) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 
+from fkv import files
 from fkv.errors import UserError
 from fkv.evaluation import throughput
 
@@ -41,7 +42,7 @@ class Peer:
         try:
             # Isolated: neither this directory nor PYTHONPATH may shadow what it imports.
             self._process = subprocess.Popen(
-                [python, "-I", str(RUNNER)],
+                [str(files.expand(python)), "-I", str(RUNNER)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._errors,

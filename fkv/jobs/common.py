@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from fkv import api, cache, costs, models, parallel, preemption, tasks
+from fkv import api, cache, costs, files, models, parallel, preemption, tasks
 from fkv.data import traces
 from fkv.errors import UserError
 from fkv.evaluation import loss_ratio, plots
@@ -81,7 +81,7 @@ def check_kernel(config: ConfigDict, name: str, where: str = "attention_kernel")
 
 def model_config(config: ConfigDict) -> ModelConfig:
     """What `config.json` says, or a known shape; no weights are read or downloaded."""
-    if config.model in costs.SHAPES and not Path(config.model).is_dir():
+    if config.model in costs.SHAPES and not files.expand(config.model).is_dir():
         return as_configured(config, costs.SHAPES[config.model])
     model = models.read(models.find(model_path(config), revision(config), weights=False))
     return as_configured(config, model)
@@ -102,7 +102,7 @@ def load_language_model(config: ConfigDict) -> api.Model:
 
 def revision(config: ConfigDict) -> str | None:
     """Of a hub id; a directory that took its place has none."""
-    return None if Path(config.model).expanduser().is_dir() else config.revision or None
+    return None if files.expand(config.model).is_dir() else config.revision or None
 
 
 def check_vocabulary(config: ConfigDict, vocabulary: int) -> None:

@@ -2,14 +2,26 @@
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from fkv import api, cache, costs, decoding, grpo, models, parallel, policies, replay, scorer, sft
+from fkv import (
+    api,
+    cache,
+    costs,
+    decoding,
+    files,
+    grpo,
+    models,
+    parallel,
+    policies,
+    replay,
+    scorer,
+    sft,
+)
 from fkv.errors import UserError
 from fkv.evaluation import tables
 from fkv.jobs import common, fields
@@ -166,7 +178,7 @@ def _stage(
 
 def _trace_length(config: ConfigDict, model: ModelConfig) -> tuple[int, str]:
     """Padded length of the longest trace, and how it is known."""
-    if config.data.path and not Path(config.data.path).exists():
+    if config.data.path and not files.expand(config.data.path).exists():
         tokens = config.traces.new_tokens
         why = f"traces.new_tokens; there are none at {config.data.path} yet"
     else:

@@ -1,9 +1,8 @@
 """All stages one after the other in one directory, from a reasoner to answers."""
 
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
+from fkv import files
 from fkv.errors import UserError
 from fkv.jobs import common, evaluate, fields, grpo, pretrain, sft
 
@@ -38,7 +37,7 @@ def plan(config: ConfigDict, workdir: str) -> dict[str, ConfigDict]:
             raise UserError(f"pipeline.stages: no stage {stage!r}: there are {', '.join(STAGES)}")
     if list(stages) != [name for name in STAGES if name in stages]:
         raise UserError(f"pipeline.stages = {stages} must be in the order {', '.join(STAGES)}")
-    root, found = Path(workdir), {}
+    root, found = files.expand(workdir), {}
     for stage in stages:
         part = ConfigDict(config).copy_and_resolve_references()
         if "pretrain" in stages and stage != "pretrain":

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import reprlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -238,6 +239,10 @@ def _done(path: Path) -> tuple[set[tuple[str, int]], int]:
             reason = str(error).strip().split("\n")[0]
             raise UserError(f"{file} can't be read ({reason}): delete it, and run again") from error
         ids, samples = table.column("id").to_pylist(), table.column("sample").to_pylist()
-        done |= set(zip(ids, samples, strict=True))
-        last = max(last, int(file.stem.rpartition("-")[2]))
+        keys = set(zip(ids, samples, strict=True))
+        number = re.fullmatch(r"traces-[0-9]+-([0-9]+)", file.stem)
+        if number is None or done & keys:
+            raise UserError(f"{file} is none of this run's files, or a copy of one: move it away")
+        done |= keys
+        last = max(last, int(number[1]))
     return done, last + 1

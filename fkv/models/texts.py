@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fkv import hub
 from fkv.errors import UserError
 from fkv.models.config import brief, read_json
 
@@ -28,10 +29,9 @@ def load_tokenizer(directory: Path) -> Any:
         _check_fields(directory / name, found.get(name, {}))
     if (path := directory / _TEMPLATE).exists():
         _check_text(path)
-    import transformers  # takes seconds
 
     try:
-        return transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        return hub.transformers().AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     # Whatever transformers and tokenizers raise over files that are not theirs.
     except Exception as error:
         reason = f"{', '.join(name for name in found if name != _FILES[0])}: {_reason(error)}"

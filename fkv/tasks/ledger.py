@@ -19,6 +19,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from fkv import hub
 from fkv.errors import UserError
 
 _CONSONANTS, _VOWELS = "bdfgklmnprst", "aeo"
@@ -101,12 +102,11 @@ def decode(ids: Sequence[int]) -> list[str]:
 
 def tokenizer():
     """The vocabulary as a tokenizer of `transformers`: words between blanks."""
-    import tokenizers  # these two take seconds
-    import transformers
+    import tokenizers  # takes seconds
 
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(ID, unk_token="<pad>"))
     inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(
+    return hub.transformers().PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>"
     )
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import tiny
-from fkv.data import traces
+from fkv.data import sources, traces
 from fkv.errors import UserError
 from fkv.jobs import common
 from fkv.tasks import ledger
@@ -149,6 +149,51 @@ def test_a_directory_is_its_parquet_files(tmp_path):
     write(tmp_path / "b.parquet", [[2]])
     write(tmp_path / "a.parquet", [[1], [5]])
     assert [x.tolist() for x in traces.read(str(tmp_path))[0]] == [[1], [5], [2]]
+
+
+def test_copies_in_a_directory_are_named(tmp_path):
+    """Files of ids are told apart by these, others by all that is in them."""
+    rows = {"input_ids": [[1, 2]], "id": ["0"], "sample": [0]}
+    for name, changes in {
+        "a": {}, "b": {"sample": [1]}, "c": {"id": ["1"]}, "d": {"id": [None]}, "e": {"id": [None]},
+    }.items():  # fmt: skip
+        datasets.Dataset.from_dict(rows | changes).to_parquet(str(tmp_path / f"{name}.parquet"))
+    assert len(traces.read(str(tmp_path))[0]) == 5
+    again = rows | {"input_ids": [[3, 4]]}
+    datasets.Dataset.from_dict(again).to_parquet(str(tmp_path / "f.parquet"))
+    with pytest.raises(UserError) as error:
+        traces.read(str(tmp_path))
+    assert str(error.value) == (
+        f"{tmp_path}/f.parquet: trace '0', sample 0, is in a.parquet, too, and would count twice: "
+        "move one of them out of the directory"
+    )
+    twice = {"input_ids": [[1], [1]], "id": ["0", "0"], "sample": [0, 0]}
+    (tmp_path / "one").mkdir()
+    datasets.Dataset.from_dict(twice).to_parquet(str(tmp_path / "one" / "a.parquet"))
+    with pytest.raises(UserError, match=r"trace '0', sample 0, is in a\.parquet, too"):
+        traces.read(str(tmp_path / "one"))
+
+    (tmp_path / "bare").mkdir()
+    for name in "ab":
+        rows = {"input_ids": [[1, 2], [1, 2]]}
+        datasets.Dataset.from_dict(rows).to_parquet(str(tmp_path / "bare" / f"{name}.parquet"))
+    with pytest.raises(UserError, match=r"bare/b.parquet: the same is in a.parquet, too"):
+        traces.read(str(tmp_path / "bare"))
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "rows.jsonl", "rows"])
+def test_home_is_where_a_shell_has_it(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = tmp_path / name
+    if name == "rows":
+        path.mkdir()
+        path = path / "a.parquet"
+    rows = datasets.Dataset.from_dict({"input_ids": [[1, 2]]})
+    rows.to_json(str(path)) if path.suffix == ".jsonl" else rows.to_parquet(str(path))
+    assert traces.read(f"~/{name}")[0][0].tolist() == [1, 2]
+    assert sources.open_rows(f"~/{name}", "train").column_names == ["input_ids"]
+    with pytest.raises(UserError, match="no home directory is known for ~nosuchuser"):
+        traces.read(f"~nosuchuser/{name}")
 
 
 @pytest.mark.parametrize(

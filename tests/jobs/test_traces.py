@@ -1,6 +1,7 @@
 """Traces from the model's own answers, and from answers that are there."""
 
 import json
+import re
 import shutil
 
 import pyarrow.parquet as pq
@@ -71,6 +72,22 @@ def test_what_is_written_is_what_training_reads(finished):
     sequences, prompts = data.read(str(finished), prompt_column="prompt_tokens")
     assert [s.tolist() for s in sequences] == [r["input_ids"] for r in rows(finished)]
     assert prompts == [r["prompt_tokens"] for r in rows(finished)]
+
+
+@pytest.mark.parametrize(
+    "name", ["traces-000-00000 (copy).parquet", "traces-x.parquet", "traces-000-00009.parquet"]
+)
+def test_a_copied_file_is_named(finished, tmp_path, name):
+    directory = shutil.copytree(finished, tmp_path / "traces")
+    shutil.copy(directory / "traces-000-00000.parquet", directory / name)
+    with pytest.raises(
+        UserError, match=re.escape(f"{name} is none of this run's files, or a copy")
+    ):
+        traces.run(recipe(), str(directory))
+    with pytest.raises(UserError, match=r"trace '0', sample 0, is in .*, too, and would count twi"):
+        data.read(str(directory))
+    (directory / name).unlink()
+    assert traces.run(recipe(), str(directory)) == 0
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(finished, tmp_path, sigterm_in):
