@@ -11,6 +11,7 @@ import hashlib
 import re
 import shlex
 import subprocess
+import unicodedata
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Any
@@ -106,6 +107,11 @@ def check(cluster: Cluster, backend: str, root: str) -> None:
     Raises:
       UserError: names the option that is wrong or missing.
     """
+    words = {"workdir": root, "cluster": cluster.name} | {
+        name: getattr(cluster, name) for name in ("tpu_type", "image", "bucket", "project", "zone")
+    }
+    for name, value in words.items():
+        _check_printable(f"--{name}", value)
     known = [
         f"{family}-{chips}"
         for family, (_, _, smallest) in FAMILIES.items()
@@ -133,6 +139,25 @@ def check(cluster: Cluster, backend: str, root: str) -> None:
             f"--backend={backend} needs --bucket, or a --workdir=/on/a/disk that all pods have: "
             "what they write elsewhere is lost with them"
         )
+
+
+def _is_control(char: str) -> bool:
+    """Whether it may break a line, which ends a comment, or is none that YAML may hold."""
+    # Control, surrogate, line and paragraph separator; what is no character at all.
+    return unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") or char in "\ufffe\uffff"
+
+
+def _check_printable(name: str, value: str) -> None:
+    if found := next(filter(_is_control, value), None):
+        raise UserError(
+            f"{name}={value!a} has a control character ({found!a}): there can be none in what is "
+            "submitted"
+        )
+
+
+def _comment(text: str) -> str:
+    """The text as one line of a comment, its control characters as Python writes them."""
+    return "# " + "".join(ascii(char)[1:-1] if _is_control(char) else char for char in text)
 
 
 # ---- what runs where
@@ -164,14 +189,15 @@ def workloads(
       bucket: tells sweeps in different buckets from each other.
 
     Raises:
-      UserError: an option has a line break, which xpk does not survive.
+      UserError: an option has a line break, which xpk does not survive, or another control
+        character.
     """
     found = []
     for chain in chains(points):
         names = ",".join(point.name for point in chain)
         options = [*common, f"--workdir={root}", f"--points={names}", "--show"]
-        if broken := [option for option in options if "\n" in option]:
-            raise UserError(f"{broken[0]!r} has a line break, which xpk can't take")
+        for option in options:
+            _check_printable(*option.partition("=")[::2])
         mark = hashlib.sha256(f"{bucket}:{root}/{chain[0].name}".encode()).hexdigest()[:6]
         name = _slug(f"fkv-{label}-{chain[0].name}")[: LONGEST - 7].rstrip("-")
         arguments = ("python", "-m", "launch.sweep", *options)
@@ -332,11 +358,11 @@ _Dumper.add_representer(
 
 def render(found: Sequence[Workload], root: str, common: Sequence[str], cluster: Cluster) -> str:
     """Everything for xpk as one YAML stream: the manifests, and in comments the commands."""
-    lines = [f"# directory of the sweep: {root}"]
+    lines = [_comment(f"directory of the sweep: {root}")]
     if cluster.bucket:
-        lines += ["# once for the cluster:", f"# {shlex.join(attach_command(cluster))}"]
+        lines += ["# once for the cluster:", _comment(shlex.join(attach_command(cluster)))]
     for workload in found:
-        lines += ["---", f"# {shlex.join(xpk_command(workload, cluster))}"]
+        lines += ["---", _comment(shlex.join(xpk_command(workload, cluster)))]
         lines += _what_runs(workload, root, common)
         document = manifest(workload, cluster)
         lines.append(yaml.dump(document, Dumper=_Dumper, sort_keys=False, width=1000).rstrip())
@@ -344,8 +370,8 @@ def render(found: Sequence[Workload], root: str, common: Sequence[str], cluster:
 
 
 def _what_runs(workload, root, common):
-    lines = [line for p in workload.points for line in p.command(root, common).splitlines()]
-    return [f"# {workload.name} runs:", *(f"#   {line}" for line in lines)]
+    commands = [_comment(f"  {point.command(root, common)}") for point in workload.points]
+    return [f"# {workload.name} runs:", *commands]
 
 
 def submit(found: Sequence[Workload], cluster: Cluster) -> None:
@@ -420,7 +446,7 @@ def render_gcloud(
 ) -> str:
     """The same for TPU VMs, as a shell script; the VM is deleted whatever became of it."""
     lines = [
-        f"# directory of the sweep: {root}",
+        _comment(f"directory of the sweep: {root}"),
         "# Where `create` finds no machine, `gcloud compute tpus queued-resources create` waits",
         "# for one: its options are --node-id, --accelerator-type and --runtime-version.",
     ]

@@ -590,6 +590,51 @@ def test_impossible_pods_are_refused_in_one_line(options, message, command, monk
     assert error.startswith("error: ") and message in error
 
 
+CONTROL = (
+    "\n",
+    "\r",
+    "\x85",
+    "\u2028",
+    "\u2029",
+    "\v",
+    "\f",
+    "\x1b",
+    "\x00",
+    "\x1c",
+    "\udc80",
+    "\uffff",
+)
+
+
+@pytest.mark.parametrize("char", CONTROL, ids=ascii)
+@pytest.mark.parametrize("backend", ["xpk", "tpu-vm"])
+def test_line_breaks_end_no_comment(command, backend, char):
+    usual = f"--config=configs/tiny.py --backend={backend} --dry_run"
+    for name in ("image", "project", "zone", "cluster", "workdir", "bucket", "tpu_type"):
+        before = {"workdir": "/disk/", "tpu_type": "v6e-4"}.get(name, "x")
+        code, out, error = command(*usual.split(), f"--{name}={before}{char}rm -rf x")
+        assert (code, out) == (2, "") and len(error.splitlines()) == 1, (name, out, error)
+        assert "has a control character" in error and f"--{name}=" in error, error
+    code, out, error = command(*usual.split(), f"--config.generate.prompt=a{char}b")
+    assert (code, out) == (2, "") and "has a control character" in error
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("char", CONTROL, ids=ascii)
+def test_values_of_points_are_shown_on_one_line(char):
+    points = [Point("generate", "a", {"generate.prompt": f"one{char}two \N{BLACK HEART SUIT}"})]
+    found = pods.workloads(points, "runs/s", ["--config=configs/x.py"], "x", "my_bucket")
+    for render in (pods.render, pods.render_gcloud):
+        text = render(found, f"runs/s{char}", ["--config=configs/x.py"], CLUSTER)
+        lines = text.splitlines()
+        (shown,) = [line for line in lines if "launch.generate" in line]
+        assert (
+            shown.startswith("#   ") and f"one{ascii(char)[1:-1]}two \N{BLACK HEART SUIT}" in shown
+        )
+        assert not any(line.startswith("two") for line in lines)
+    list(yaml.safe_load_all(pods.render(found, "runs/s", [], CLUSTER)))
+
+
 def test_submitting_runs_xpk_and_says_how_far_it_came(command, monkeypatch, capsys):
     calls, codes = [], [0, 3]
 
