@@ -313,13 +313,7 @@ def _write_answers(run: Run, found: Sequence[accuracy.Accuracy], rows: Sequence[
     table = tables.text(accuracy.HEAD, body)
     write_text(run.path / "accuracy.txt", table + "\n")
     write_text(run.path / "accuracy.md", tables.markdown(accuracy.HEAD, body) + "\n")
-    numbers = [
-        [r.policy, r.budget, r.right_pn.size, r.pass_at_1, *r.interval(), r.tokens, r.truncated,
-         r.evictions, r.lost, r.gained]
-        for r in found
-    ]  # fmt: skip
-    head = ["policy", "budget", "answers", "pass_at_1", "low", "high", *accuracy.HEAD[4:]]
-    write_text(run.path / "accuracy.csv", tables.comma_separated(head, numbers))
+    write_text(run.path / "accuracy.csv", accuracy.csv(found))
 
     right = {(r["problem"], r["sample"]) for r in rows if _is(r, "full") and _right(r)}
     worse = [
@@ -335,6 +329,8 @@ def _write_answers(run: Run, found: Sequence[accuracy.Accuracy], rows: Sequence[
     idle = sorted({r.budget for r in found if r.budget and not r.evictions})
     if idle:
         common.say(f"nothing was evicted at budget {', '.join(map(str, idle))}: answers are short")
+    for line in accuracy.warnings(found, run.config["evaluate"]["deadline"]):
+        common.say(f"warning: {line}")
     common.say(f"written to {run.path}: samples.jsonl, accuracy.(txt md csv png), regressions.csv")
 
 

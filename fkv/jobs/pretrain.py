@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from fkv import decoding, files, models, parallel, policies, preemption, pretrain
 from fkv.errors import UserError
+from fkv.evaluation.accuracy import exact_interval
 from fkv.jobs import common, fields
 from fkv.keys import Purpose, key_of, keys_of
 from fkv.models import ModelConfig
@@ -115,19 +116,22 @@ def run(config: ConfigDict, workdir: str) -> float:
         with files.whole_directory(run.path / "model") as directory:
             models.save(directory, model, params)
             ledger.tokenizer().save_pretrained(directory)
-    right, error = answers(config, model, params)
-    run.log(total, {"answers": right, "answers_se": error})
+    right, (low, high) = answers(config, model, params)
+    run.log(total, {"answers": right, "answers_low": low, "answers_high": high})
     run.close()
     common.say(
         f"full cache, {settings.eval_problems} held-out problems, temperature "
-        f"{settings.temperature}: {right:.4f} ± {error:.4f} answered right\n"
+        f"{settings.temperature}: {100 * right:.1f} % answered right (95 % interval "
+        f"{100 * low:.1f}-{100 * high:.1f})\n"
         f"written to {workdir}/model"
     )
     return right
 
 
-def answers(config: ConfigDict, model: ModelConfig, params: models.Params) -> tuple[float, float]:
-    """Share of held-out problems answered right with the full cache, and its standard error."""
+def answers(
+    config: ConfigDict, model: ModelConfig, params: models.Params
+) -> tuple[float, tuple[float, float]]:
+    """Share of held-out problems answered right with the full cache, and its 95 % interval."""
     settings, spec = config.pretrain, common.spec(config)
     keys = keys_of(key_of(config.seed, Purpose.PRETRAIN), settings.eval_problems)
     right = []
@@ -148,5 +152,4 @@ def answers(config: ConfigDict, model: ModelConfig, params: models.Params) -> tu
             (ledger.EOS,),
         )
         right += [ledger.correct(row, p) for row, p in zip(out, problems, strict=True)]
-    share = float(np.mean(right))
-    return share, (share * (1 - share) / len(right)) ** 0.5
+    return float(np.mean(right)), exact_interval(sum(right), len(right))

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 from configs import tiny
 from fkv import checkpoint, models, preemption, pretrain, tasks
@@ -85,5 +86,7 @@ def test_shipped_reasoner_answers():
     recipe = tiny.get_config()
     assert config == job.model_config(recipe)
     recipe.pretrain.eval_problems, recipe.pretrain.eval_batch = 64, 64
-    right, _ = job.answers(recipe, config, params)
+    right, interval = job.answers(recipe, config, params)
+    exact = stats.binomtest(round(64 * right), 64).proportion_ci(0.95, "exact")
+    assert interval == pytest.approx(tuple(exact)) and interval[0] < interval[1]
     assert right >= 60 / 64  # 98 % are expected: fewer than 60 of 64 happens once in 300
