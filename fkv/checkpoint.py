@@ -144,8 +144,14 @@ def load(run_dir: str | os.PathLike, step: int | None = None) -> Checkpoint:
             f"checkpoint {path} is damaged ({damage}): run the job that made it again, with the "
             "same --workdir; it goes on from the newest that is intact"
         )
-    with _checkpointer() as checkpointer:
-        state = checkpointer.restore(path / "state")
+    try:
+        with _quiet(), _checkpointer() as checkpointer:
+            state = checkpointer.restore(path / "state")
+    except Exception as error:  # whole, but nothing that Orbax wrote
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"checkpoint {path} can't be read ({type(error).__name__}: {reason}): delete it"
+        ) from error
     return Checkpoint(step, state, json.loads((path / "info.json").read_text()))
 
 
@@ -255,21 +261,43 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _object(path: Path) -> dict:
+    """What a JSON file of a checkpoint holds."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name}: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path.name}: not a JSON object")
+    return found
+
+
 def _damage(path: Path) -> str:
     """What is wrong with a checkpoint; empty if it is intact."""
     # Orbax notices some damage but not a flipped bit in an array, so every file is compared with
-    # its checksum before Orbax reads any.
+    # its checksum before Orbax reads any. A pipe or a device would never end.
     try:
-        checksums = json.loads((path / "sha256.json").read_text())
+        odd = [x for x in path.rglob("*") if not x.is_file() and not x.is_dir()]
+        if odd:
+            return f"{odd[0].relative_to(path)}: not a regular file"
+        checksums = _object(path / "sha256.json")
+        outside = [x for x in checksums if ".." in Path(x).parts or Path(x).is_absolute()]
+        if outside:
+            return f"sha256.json names {outside[0]!r}, which is outside"
+        if "info.json" not in checksums:
+            return "sha256.json does not name info.json"
+        absent = [name for name in checksums if not (path / name).is_file()]
+        if absent:
+            return f"{', '.join(absent)}: No such file"
         names = [name for name, sha in checksums.items() if _sha256(path / name) != sha]
+        if not names:
+            _object(path / "info.json")
     except OSError as error:
         missing = Path(error.filename or path)
         name = missing.relative_to(path) if missing.is_relative_to(path) else missing
         return f"{name}: {error.strerror or error}"
-    except (ValueError, AttributeError) as error:
-        return f"sha256.json: {' '.join(str(error).split())}"
-    if not checksums:
-        return "sha256.json names no file"
+    except (ValueError, RecursionError) as error:
+        return " ".join(str(error).split())
     return f"{', '.join(names)}: not what was written" if names else ""
 
 

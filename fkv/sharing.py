@@ -73,11 +73,13 @@ def _is_shared(path: Path) -> bool:
 
 
 def _shared(path: Path) -> tuple[Foresight, dict]:
+    about = models.read_json(path / ABOUT)
+    if not (path / WEIGHTS).is_file():  # a pipe would never end
+        raise UserError(f"{path / WEIGHTS}: no such file, or not a regular one")
     try:
-        about = json.loads((path / ABOUT).read_text())
         config = ScorerConfig(**about["scorer"])
         params = load_file(path / WEIGHTS)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"{path}: these scorers can't be read ({error})") from error
     _check_shapes(f"{path / WEIGHTS}:", params)
     return Foresight(params, config), about

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import pickle
 import re
 import struct
@@ -140,6 +141,17 @@ def test_what_is_said_of_scorers(sound, tmp_path, text):
         (tmp_path / one.name).write_bytes(one.read_bytes())
     (tmp_path / "scorer.json").write_text(text)
     assert str(tmp_path) in refusal(fkv.load_scorer, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["scorer.json", "scorer.safetensors"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero")])
+def test_scorers_that_are_no_regular_files(sound, tmp_path, name, make):
+    """A pipe that nobody writes to would never end."""
+    for one in (sound / "scorers").iterdir():
+        (tmp_path / one.name).write_bytes(one.read_bytes())
+    (tmp_path / name).unlink()
+    make(tmp_path / name)
+    assert str(tmp_path / name) in refusal(fkv.load_scorer, tmp_path)
 
 
 @pytest.mark.parametrize("info", [{}, {"config": 3}, {"config": {"scorer": {"colour": 3}}}])

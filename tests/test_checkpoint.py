@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import os
 import re
 import resource
@@ -256,6 +257,96 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys, damage, told):
     checkpoint.save(tmp_path, 6, {"x": np.arange(6)}, {}, keep=2)
     assert sorted(p.name for p in root.iterdir()) == ["5", "6"]
     assert checkpoint.load(tmp_path).step == 6
+
+
+def rewritten(change):
+    """A damage of `sha256.json`."""
+
+    def damage(folder):
+        path = folder / "sha256.json"
+        checksums = json.loads(path.read_text())
+        changed = change(checksums)
+        path.write_text(changed if isinstance(changed, str) else json.dumps(changed))
+
+    return damage
+
+
+def info_of(text):
+    """An `info.json` with its checksum."""
+
+    def damage(folder):
+        (folder / "info.json").write_text(text)
+        sha = checkpoint._sha256(folder / "info.json")
+        rewritten(lambda checksums: checksums | {"info.json": sha})(folder)
+
+    return damage
+
+
+def odd_file(make, name="odd"):
+    def damage(folder):
+        (folder / name).unlink(missing_ok=True)
+        make(folder / name)
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (rewritten(lambda c: c | {"/dev/zero": "a"}), "names '/dev/zero', which is outside"),
+        (rewritten(lambda c: c | {"../../x": "a"}), "names '../../x', which is outside"),
+        (rewritten(lambda c: c | {"state/../../x": "a"}), "which is outside"),
+        (rewritten(lambda c: c | {"state": "a"}), "state: No such file"),
+        (rewritten(lambda c: c | {"a\0b": "a"}), "No such file"),
+        (rewritten(lambda c: c | {"x" * 300: "a"}), "File name too long"),
+        (rewritten(lambda c: c | {"info.json": None}), "info.json: not what was written"),
+        (rewritten(lambda c: {k: v for k, v in c.items() if k != "info.json"}), "does not name"),
+        (rewritten(lambda c: {}), "does not name info.json"),
+        (rewritten(lambda c: [["info.json", "a"]]), "sha256.json: not a JSON object"),
+        (rewritten(lambda c: None), "sha256.json: not a JSON object"),
+        (rewritten(lambda c: "[" * 100_000), "sha256.json: maximum recursion"),
+        (rewritten(lambda c: "{"), "sha256.json: Expecting"),
+        (odd_file(os.mkfifo), "odd: not a regular file"),
+        (odd_file(os.mkfifo, "sha256.json"), "sha256.json: not a regular file"),
+        (odd_file(os.mkfifo, "info.json"), "info.json: not a regular file"),
+        (odd_file(lambda path: path.symlink_to("/dev/zero")), "odd: not a regular file"),
+        (odd_file(lambda path: path.symlink_to("nowhere")), "odd: not a regular file"),
+        (odd_file(lambda path: path.write_bytes(b"\xff"), "sha256.json"), "can't decode byte"),
+        (info_of("[]"), "info.json: not a JSON object"),
+        (info_of("["), "info.json: Expecting value"),
+    ],
+)
+def test_only_files_of_the_checkpoint_are_read(tmp_path, damage, told):
+    """What is elsewhere, or would never end, is damage and is named."""
+    checkpoint.save(tmp_path, 1, {"x": np.arange(1)}, {})
+    (tmp_path / "x").write_text("there, but not of the checkpoint")
+    folder = tmp_path / "checkpoints" / "1"
+    damage(folder)
+    with pytest.raises(UserError, match=rf"{folder} is damaged \(") as caught:
+        checkpoint.load(tmp_path)
+    assert told in str(caught.value) and "\n" not in str(caught.value)
+    assert checkpoint.newest_info(tmp_path) == {}
+
+
+def test_what_orbax_did_not_write_is_named(tmp_path):
+    checkpoint.save(tmp_path, 1, {"x": np.arange(1)}, {})
+    folder = tmp_path / "checkpoints" / "1"
+    shutil.rmtree(folder / "state")
+    rewritten(lambda c: {"info.json": c["info.json"]})(folder)
+    with pytest.raises(UserError, match=rf"{folder} can't be read .*: delete it") as caught:
+        checkpoint.load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_of_links_is_read(tmp_path):
+    """As a store of large files keeps it: the checksums say that it is the same."""
+    checkpoint.save(tmp_path, 1, {"x": np.arange(3)}, {"at": 1})
+    store = tmp_path / "store"
+    store.mkdir()
+    for i, path in enumerate(p for p in (tmp_path / "checkpoints").rglob("*") if p.is_file()):
+        path.rename(store / str(i))
+        path.symlink_to(store / str(i))
+    assert checkpoint.load(tmp_path).state["x"].tolist() == [0, 1, 2]
 
 
 def test_when_no_checkpoint_is_intact_all_are_named(tmp_path):

@@ -1,6 +1,6 @@
 """The frozen language models."""
 
-from fkv.models.config import ModelConfig, brief, read
+from fkv.models.config import ModelConfig, brief, read, read_json
 from fkv.models.decoder import Params, embed, finish, init, project, rotate, unembed, unstack
 from fkv.models.loading import find, load, load_judges, save
 
@@ -16,6 +16,7 @@ __all__ = [
     "load_judges",
     "project",
     "read",
+    "read_json",
     "rotate",
     "save",
     "unembed",
