@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
-from fkv.attention import MASKED, group_queries
+from fkv.attention import MASKED, group_queries, precision
 from fkv.errors import UserError
 
 # What a product of tiles takes at least (Triton), and a tile of bfloat16 on a TPU. A group has
@@ -133,9 +133,8 @@ def _cell(load, store, slots, group, q_ref, k_ref, v_ref, position_ref, key_posi
         return pl.program_id(2) * block + slot < slots if slots % block else None
 
     k, v = (load(ref, inside((block, d), 0)) for ref in (k_ref, v_ref))
-    x = jax.lax.dot_general(
-        q_ref[...], k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-    )
+    q, over = q_ref[...], (((1,), (1,)), ((), ()))
+    x = jax.lax.dot_general(q, k, over, precision(q, k), preferred_element_type=jnp.float32)
     key_position = key_position_ref[...]
     seen = (key_position >= 0) & (key_position <= position_ref[...])
     x = jnp.where(seen, x * d**-0.5, MASKED)
@@ -143,7 +142,8 @@ def _cell(load, store, slots, group, q_ref, k_ref, v_ref, position_ref, key_posi
     p = jnp.exp(x - top)
     if (real := inside(p.shape, 1)) is not None:  # counts where a query sees nothing at all
         p = jnp.where(real, p, 0.0)
-    values = jnp.dot(p.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    p_v = p.astype(v.dtype)
+    values = jnp.dot(p_v, v, precision=precision(p_v, v), preferred_element_type=jnp.float32)
     for ref, value in zip(out, (values, top, p.sum(-1, keepdims=True)), strict=True):
         store(ref, value, group)
 

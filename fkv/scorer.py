@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from fkv.attention import einsum_f32
 from fkv.errors import UserError
 from fkv.keys import keys_of
 from fkv.models import ModelConfig
@@ -35,7 +36,8 @@ class ScorerConfig:
       hidden: width of the hidden layer.
       inputs: `both`, or `attention` or `kv` alone.
       norm: `none` as released, or `rms`: key, value and each of the eight attention features are
-        divided by their root mean square over the candidates of the state at hand.
+        divided by their root mean square over the candidates of the state at hand, of which empty
+        slots are none.
       form: `windowed` or `reference` attention statistics.
     """
 
@@ -70,9 +72,9 @@ class Scorer(nn.Module):
         b1 = self.param("b1", nn.initializers.zeros, (k, hidden))
         w2 = self.param("w2", nn.initializers.normal(hidden**-0.5), (k, hidden))
         b2 = self.param("b2", nn.initializers.zeros, (k,))
-        x = jnp.einsum("bknf,kfo->bkno", feature_bknf, w1) + b1[None, :, None]
+        x = einsum_f32("bknf,kfo->bkno", feature_bknf, w1) + b1[None, :, None]
         x = jax.nn.gelu(x, approximate=False)
-        return jnp.einsum("bkno,ko->bkn", x, w2) + b2[None, :, None]
+        return einsum_f32("bkno,ko->bkn", x, w2) + b2[None, :, None]
 
 
 def feature_size(model: ModelConfig, scorer: ScorerConfig) -> int:
@@ -97,7 +99,8 @@ def features(config: ScorerConfig, view: View) -> Array:
     """Features of the `B` (or `view.capacity`) candidates, [b, k, n, f] float32.
 
     In this order: key [d], value [d], then blocks of `g`: max, min and sum over the last `L`
-    queries, sum over the last 16, 8 and 32 queries, cumulative and decayed cumulative sum.
+    queries, sum over the last 16, 8 and 32 queries, cumulative and decayed cumulative sum. Those of
+    empty slots may be anything.
     """
     if (
         config.statistics == "reference"
@@ -113,9 +116,14 @@ def features(config: ScorerConfig, view: View) -> Array:
         parts += [view.cumulative_bksg, view.decayed_bksg]
     parts = [x[:, :, : view.capacity].astype(jnp.float32) for x in parts]
     if config.norm == "rms":
-        parts = [
-            x * jax.lax.rsqrt(jnp.mean(x * x, axis=(-2, -1), keepdims=True) + 1e-30) for x in parts
-        ]
+        held = (view.cache.position_bks[..., : view.capacity] >= 0)[..., None]
+
+        def scaled(x):
+            number = jnp.maximum(held.sum((-2, -1), keepdims=True) * x.shape[-1], 1)
+            total = jnp.where(held, x * x, 0.0).sum((-2, -1), keepdims=True)
+            return x * jax.lax.rsqrt(total / number + 1e-30)
+
+        parts = [scaled(x) for x in parts]
     return jnp.concatenate(parts, axis=-1)
 
 

@@ -14,6 +14,7 @@ import pytest
 from fkv import attention, policies, replay, scorer
 from fkv import cache as kv
 from fkv.errors import UserError
+from fkv.evaluation import loss_ratio
 from fkv.policies import expected_attention as expected
 from fkv.policies.rkv import redundancy
 from tests import oracles
@@ -301,12 +302,14 @@ def test_expected_attention_takes_a_scaled_rotation_once():
     )
 
 
-@pytest.mark.parametrize("inputs", ["both", "attention", "kv"])
-@pytest.mark.parametrize("sizes", SIZES[:2])
-def test_foresight_drops_what_the_scorers_hold_least_important(inputs, sizes):
-    budget, _, h, kv_heads, _ = sizes
+@pytest.mark.parametrize(
+    ("inputs", "norm"), [("both", "rms"), ("attention", "none"), ("kv", "none")]
+)
+@pytest.mark.parametrize("sizes", [*SIZES[:2], SIZES[3]])
+def test_foresight_drops_what_the_scorers_hold_least_important(inputs, norm, sizes):
+    budget, _, h, kv_heads, empty = sizes
     view = random_view(4, 2, *sizes)
-    config = scorer.ScorerConfig(inputs=inputs)
+    config = scorer.ScorerConfig(inputs=inputs, norm=norm)
     columns = {"both": slice(None), "attention": slice(2 * DIM, None), "kv": slice(2 * DIM)}[inputs]
     size = {"both": 16 + 8 * h // kv_heads, "attention": 8 * h // kv_heads, "kv": 16}[inputs]
     rng = np.random.default_rng(0)
@@ -316,9 +319,105 @@ def test_foresight_drops_what_the_scorers_hold_least_important(inputs, sizes):
     evict = np.asarray(evict_positions(policy, view))
     for row, head in np.ndindex(2, kv_heads):
         state = state_of(view, row, head)
-        feature = oracles.features(state, budget)[:, columns]
-        score = oracles.mlp({n: x[None] for n, x in params.items()}, 0, head, feature)
-        assert oracles.is_lowest(evict[row, head], state.positions[:budget], score, tie=1e-4)
+        feature = oracles.features(state, budget - empty)
+        if norm == "rms":
+            parts = np.split(feature, [DIM, 2 * DIM, *range(2 * DIM, size, h // kv_heads)[1:]], 1)
+            feature = np.concatenate([x / np.sqrt((x**2).mean()) for x in parts], axis=1)
+        score = oracles.mlp({n: x[None] for n, x in params.items()}, 0, head, feature[:, columns])
+        dropped, positions = evict[row, head], state.positions[: budget - empty]
+        assert (dropped[:empty] == -1).all()
+        assert oracles.is_lowest(dropped[empty:], positions, score, tie=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("definition", "fields"),
+    [
+        (snapkv, {"window": 8}),
+        (rkv, {"window": 8, "mix": 0.9}),
+        (expected_attention, {}),
+        (h2o, {}),
+        (keydiff, {}),
+    ],
+)
+def test_padding_among_the_queries_counts_for_nothing(definition, fields):
+    """As in the first chunk of a prompt: 5 of its 12 queries are real, and as many new entries."""
+    view, real = random_view(6, 2, 24, 12, 4, 2, 0), 5
+    at = view.query_position_bl.at[:, :-real].set(-1)
+    position = view.cache.position_bks.at[..., 24:-real].set(-1)
+    view = make_view(
+        view.cache.replace(position_bks=position), view.query_blhd, at, view.random_b, 24
+    )
+    score = np.asarray(jax.jit(policies.get(definition.__name__, **fields).score)(view))
+    fields = {**fields, "window": real} if "window" in fields else fields
+    view = view.replace(
+        query_blhd=view.query_blhd[:, -real:], query_position_bl=view.query_position_bl[:, -real:]
+    )
+    for row, head in np.ndindex(2, 2):
+        positions, want = definition(state_of(view, row, head), real, **fields)
+        slot_of = {at: slot for slot, at in enumerate(np.asarray(position[row, head]).tolist())}
+        got = score[row, head, [slot_of[at] for at in positions.tolist()]]
+        np.testing.assert_allclose(np.minimum(got, 1e9), want, rtol=1e-4)
+
+
+def test_evictions_do_not_depend_on_what_is_in_front_of_a_prompt():
+    """Of every policy, for prompts of every length modulo L, from the first eviction on."""
+    budget, interval, real = 8, 4, 22
+    residue, more = np.divmod(np.arange(2 * interval), 2)
+    padding = residue + more * interval  # less than a chunk, and a chunk more
+    rng = np.random.default_rng(0)
+    token = rng.integers(CONFIG.vocab_size, size=(len(padding), real + 2 * interval))
+    for row, start in zip(token, padding, strict=True):
+        row[start : start + real] = token[0, :real]
+    config, params = oracles.make_model()
+    rest = set(policies.names()) - {"full", "forced", "foresight"}
+    known = [policies.get(name) for name in sorted(rest)]
+    known.append(policies.Pyramid(window=2, beta=4.0))  # small enough to be uneven
+    for rules in (scorer.ScorerConfig(), scorer.ScorerConfig(norm="rms")):
+        scorers = scorer.init(jax.random.key(0), config, rules)
+        known += [policies.Foresight(scorers, rules, action) for action in ("top", "sample")]
+    even = [policy for policy in known if policy.capacity(budget) == budget]
+    uneven = [policy for policy in known if policy.capacity(budget) > budget]
+    assert len(uneven) == 2 and len(even) > 10
+
+    @jax.jit
+    def run(params, token, padding, even, uneven):
+        keys = jnp.broadcast_to(jax.random.key(1), padding.shape)
+
+        def replayed(policy, observe):
+            length = jnp.full_like(padding, real)
+            return replay.replay(
+                config, params, token, length, policy, budget, interval, keys, observe,
+                padding_b=padding,
+            )[2]  # fmt: skip
+
+        def watch(acc, policy, view, evict):
+            position = view.cache.position_bks
+            order = jnp.argsort(position, axis=-1)
+            return acc, [
+                jnp.take_along_axis(x, at, axis=-1)
+                for one in policy.watchers
+                for x, at in ((position, one.evict(view)), (one.importance(view), order))
+            ]
+
+        def held(acc, policy, view, evict):
+            return acc, view.cache.position_bks
+
+        found = replayed(loss_ratio.Watched(even[0], tuple(even)), watch)
+        return found[::2], found[1::2], [replayed(policy, held) for policy in uneven]
+
+    dropped, importance, held = run(
+        params, jnp.asarray(token, jnp.int32), jnp.asarray(padding), even, uneven
+    )
+    for policy, x in zip(even, importance, strict=True):
+        np.testing.assert_allclose(
+            x[:, :-1, ::2], x[:, 1:, 1::2], rtol=1e-5, atol=1e-6, err_msg=repr(policy)
+        )
+    for policy, position in zip([*even, *uneven], [*dropped, *held], strict=True):
+        position = np.sort(position, axis=-1)  # [layers, chunks, b, k, l or s]
+        assert (position[:, :6, ::2] >= 0).any(-1).any()
+        np.testing.assert_array_equal(
+            position[:, :-1, ::2], position[:, 1:, 1::2], err_msg=repr(policy)
+        )
 
 
 def constant_scorers(view, importance_bkn, **fields):

@@ -26,14 +26,15 @@ def statistics_of(view, form):
     return attention.statistics(query, position, cache.key_bksd, cache.position_bks, lse, form)
 
 
-def view_of(form="windowed", heads=4, kv_heads=2, rows=2):
-    view = random_view(1, rows, BUDGET, INTERVAL, heads, kv_heads, 0)
+def view_of(form="windowed", heads=4, kv_heads=2, rows=2, empty=0):
+    view = random_view(1, rows, BUDGET, INTERVAL, heads, kv_heads, empty)
     return view.replace(statistics=statistics_of(view, form))
 
 
 def by_position(view, row, head, feature_bknf):
     """Features of one group in the order of positions, as the oracles have them."""
-    order = np.argsort(view.cache.position_bks[row, head, :BUDGET])
+    position = np.asarray(view.cache.position_bks[row, head, :BUDGET])
+    order = np.argsort(position)[(position < 0).sum() :]
     return np.asarray(feature_bknf)[row, head][order]
 
 
@@ -70,11 +71,13 @@ def test_the_windows_differ_and_the_reference_has_none():
         np.testing.assert_array_equal(x, total)
 
 
-def test_rms_norm_divides_each_part_by_its_rms_over_the_candidates():
-    view = view_of()
+@pytest.mark.parametrize("empty", [0, 33])
+def test_rms_norm_divides_each_part_by_its_rms_over_the_candidates(empty):
+    """Empty slots, which hold keys of padding or of what was dropped, are none."""
+    view = view_of(empty=empty)
     feature = features_fn(scorer.ScorerConfig(norm="rms"), view)
     for row, head in np.ndindex(2, 2):
-        x = oracles.features(state_of(view, row, head), BUDGET)
+        x = oracles.features(state_of(view, row, head), BUDGET - empty)
         parts = np.split(x, [DIM, 2 * DIM, *range(18, 32, 2)], axis=1)
         want = np.concatenate([x / np.sqrt((x**2).mean()) for x in parts], axis=1)
         got = by_position(view, row, head, feature)

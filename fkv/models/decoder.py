@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fkv import attention
+from fkv.attention import einsum, einsum_f32
 from fkv.keys import fold
 from fkv.models.config import ModelConfig
 
@@ -119,9 +119,9 @@ def project(
 ) -> tuple[Array, Array, Array]:
     """Queries [b, t, h, d], keys and values [b, t, k, d] of one layer, rotated, cache-ready."""
     x = rms_norm(hidden_btm, layer["attn_norm_m"], config.rms_eps)
-    q = jnp.einsum("btm,mhd->bthd", x, layer["q_mhd"])
-    k = jnp.einsum("btm,mkd->btkd", x, layer["k_mkd"])
-    v = jnp.einsum("btm,mkd->btkd", x, layer["v_mkd"])
+    q = einsum("btm,mhd->bthd", x, layer["q_mhd"])
+    k = einsum("btm,mkd->btkd", x, layer["k_mkd"])
+    v = einsum("btm,mkd->btkd", x, layer["v_mkd"])
     if config.qkv_bias:
         q = q + layer["q_bias_hd"][None, None]
         k = k + layer["k_bias_kd"][None, None]
@@ -134,15 +134,15 @@ def project(
 
 def finish(config: ModelConfig, layer: Params, hidden_btm: Array, attended_bthd: Array) -> Array:
     """The rest of a layer after attention: output projection, residuals and the gated MLP."""
-    out = jnp.einsum("bthd,hdm->btm", attended_bthd, layer["o_hdm"])
+    out = einsum("bthd,hdm->btm", attended_bthd, layer["o_hdm"])
     if config.out_bias:
         out = out + layer["o_bias_m"][None, None]
     hidden = hidden_btm + out
     x = rms_norm(hidden, layer["mlp_norm_m"], config.rms_eps)
-    gate, up = x @ layer["gate_mf"], x @ layer["up_mf"]
+    gate, up = (einsum("btm,mf->btf", x, layer[name]) for name in ("gate_mf", "up_mf"))
     if config.mlp_bias:
         gate, up = gate + layer["gate_bias_f"][None, None], up + layer["up_bias_f"][None, None]
-    out = (jax.nn.silu(gate) * up) @ layer["down_fm"]
+    out = einsum("btf,fm->btm", jax.nn.silu(gate) * up, layer["down_fm"])
     if config.mlp_bias:
         out = out + layer["down_bias_m"][None, None]
     return hidden + out
@@ -152,4 +152,4 @@ def unembed(config: ModelConfig, params: Params, hidden_btm: Array) -> Array:
     """Logits [b, t, v], float32."""
     x = rms_norm(hidden_btm, params["final_norm_m"], config.rms_eps)
     head = params["embed_vm" if config.tied_embeddings else "head_vm"]
-    return attention.einsum_f32("btm,vm->btv", x, head)
+    return einsum_f32("btm,vm->btv", x, head)

@@ -43,7 +43,7 @@ class ExpectedAttention(Policy):
     def score(self, view: View) -> Array:
         key, position = view.key_bksd, view.cache.position_bks
         q = attention.group_queries(future_queries(view, self.horizon), key.shape[1])
-        x = jnp.einsum("bqkgd,bksd->bkgqs", q, key.astype(jnp.float32)) * q.shape[-1] ** -0.5
+        x = attention.einsum_f32("bqkgd,bksd->bkgqs", q, key) * q.shape[-1] ** -0.5
         real = (view.query_position_bl >= 0)[:, None, None, :, None]
         count = jnp.maximum(real.sum(3), 1)
         mean = jnp.where(real, x, 0.0).sum(3) / count

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from fkv.attention import einsum_f32
 from fkv.policies.base import Policy, View, by_position, register, row_by_row
 from fkv.policies.snapkv import pooled_attention
 
@@ -34,7 +35,7 @@ def redundancy(threshold: float, key_bksd: Array, position_bks: Array) -> Array:
     def newer(best, start):
         some = jax.lax.dynamic_slice_in_dim(rows, start, block, 2)
         some_age = jax.lax.dynamic_slice_in_dim(ages, start, block, 2)
-        similarity = jnp.einsum("bkid,bkjd->bkij", some, key)
+        similarity = einsum_f32("bkid,bkjd->bkij", some, key)
         other = (start + jnp.arange(block))[:, None] != index[None]
         alike = (similarity > threshold) & other[None, None]
         newest = jnp.where(alike, some_age[..., None], -1).max(-2)
@@ -50,13 +51,13 @@ def redundancy(threshold: float, key_bksd: Array, position_bks: Array) -> Array:
     first = jnp.take_along_axis(order, jnp.minimum(slots - number, slots - 1), axis=-1)
     oldest = jnp.take_along_axis(key, first[..., None], axis=-2)[:, :, 0]
     spared = jnp.where(newest < 0, first, jnp.take_along_axis(order, newest, -1, mode="clip"))
-    value = jnp.where(newest < 0, jnp.einsum("bkid,bkd->bki", key, oldest), value)
+    value = jnp.where(newest < 0, einsum_f32("bkid,bkd->bki", key, oldest), value)
     value = jnp.where(spared == index[None, None], 0.0, value)
     less = jax.vmap(jax.vmap(lambda at, x: jnp.zeros(slots).at[at].add(x)))(spared, value)
     # The sum over rows of all similarities is a key's product with the sum of all keys, itself
     # left out; what is spared is one similarity of each row.
     own = jnp.where(held, norm / (norm + 1e-8), 0.0) ** 2
-    total = jnp.einsum("bkid,bkd->bki", key, key.sum(-2)) - own
+    total = einsum_f32("bkid,bkd->bki", key, key.sum(-2)) - own
     mean = (total - less) / jnp.maximum(number, 1)
     return jax.nn.softmax(jnp.where(held, mean, -jnp.inf), axis=-1)
 

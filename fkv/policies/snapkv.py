@@ -13,14 +13,15 @@ def window_attention(view: View, window: int) -> Array:
     """Attention of the last `window` queries on the entries before them, [b, k, s].
 
     The max over the group's heads is taken before the softmax, the softmax over the keys before
-    the window alone; the mean over the window's queries. Zero inside the window.
+    the window alone; the mean over the window's queries, padding aside. Zero inside the window.
     """
     slots = view.cache.position_bks.shape[-1]
     before = (jnp.arange(slots) < slots - window)[None, None, None]
     query, position = view.query_blhd[:, -window:], view.query_position_bl[:, -window:]
     seen = attention.visible(position, view.cache.position_bks) & before
     x = attention.logits(query, view.cache.key_bksd, seen).max(2)  # [b, k, q, s]
-    return jnp.where(seen, jax.nn.softmax(x, axis=-1), 0.0).mean(2)
+    number = jnp.maximum((position >= 0).sum(-1), 1)[:, None, None]
+    return jnp.where(seen, jax.nn.softmax(x, axis=-1), 0.0).sum(2) / number
 
 
 def pooled_attention(view: View, window: int, kernel: int) -> Array:
