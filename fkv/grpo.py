@@ -22,7 +22,7 @@ from fkv.errors import UserError
 from fkv.models import ModelConfig
 from fkv.policies import Foresight, View
 from fkv.policies.base import Policy
-from fkv.sft import TrainState, updates_made
+from fkv.sft import TrainState, mean_so_far, updates_made
 
 REWARDS = ("all", "low", "high", "low_large", "low_large_squared")
 LOG_PROBS = ("plackett_luce", "independent")
@@ -379,8 +379,9 @@ def train_step(
     Returns:
       The new state and metrics, means over the batch: reward, its spread within groups, the share
       of groups without spread, and of every epoch [epochs] the loss, KL, clip fraction, entropy,
-      largest deviation of a ratio and gradient norm; and summed over the batch, for low- and
-      high-entropy tokens, the loss under eviction and with the full cache, and their number.
+      largest deviation of a ratio and norm of the gradient (the mean of the parts so far, see
+      `sft.accumulated`); and summed over the batch, for low- and high-entropy tokens, the loss
+      under eviction and with the full cache, and their number.
     """
     rows = batch.token_bt.shape[0]
     at_once = grpo.rollouts_at_once or rows
@@ -454,7 +455,7 @@ def train_step(
             "clip_fraction": sums.clipped.mean(),
             "entropy": sums.entropy.mean(),
             "ratio_off": off.max(),
-            "grad_norm": optax.tree.norm(sums.grads),
+            "grad_norm": optax.tree.norm(mean_so_far(sums.grads, state.opt_state)),
         }
         old = jnp.where(epoch == 0, new, old)
         return (TrainState(state.step, params, opt_state), old), metrics

@@ -203,6 +203,18 @@ def accumulated(
     return optax.MultiSteps(optimiser, parts).gradient_transformation()
 
 
+def mean_so_far(grads: dict, opt_state: optax.OptState) -> dict:
+    """The mean of these gradients and those of the parts of a step before them.
+
+    Args:
+      opt_state: before `grads` came; with the last part of a step this is what clipping sees.
+    """
+    if not isinstance(opt_state, optax.MultiStepsState):
+        return grads
+    share = 1 / (opt_state.mini_step + 1)
+    return jax.tree.map(lambda old, new: old + (new - old) * share, opt_state.acc_grads, grads)
+
+
 def updates_made(step: Array, opt_state: optax.OptState) -> Array:
     """Updates after a call that had made `step` of them before."""
     if isinstance(opt_state, optax.MultiStepsState):
@@ -231,7 +243,8 @@ def train_step(
     """One update on this device's part of the batch; speaks to the others over `axis`.
 
     Returns:
-      The new state and metrics: loss [layers], overlap [layers], grad_norm.
+      The new state and metrics: loss [layers], overlap [layers], grad_norm (of the mean of the
+      parts so far, see `accumulated`).
     """
     sums = loss_and_grads(
         config,
@@ -251,6 +264,6 @@ def train_step(
     metrics = {
         "loss": sums.loss,
         "overlap": sums.overlap,
-        "grad_norm": optax.tree.norm(sums.grads),
+        "grad_norm": optax.tree.norm(mean_so_far(sums.grads, state.opt_state)),
     }
     return TrainState(updates_made(state.step, opt_state), params, opt_state), metrics

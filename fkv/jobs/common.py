@@ -218,10 +218,17 @@ def parts(batch, count: int) -> list:
     return [jax.tree.map(lambda x, i=i: x[i * rows : (i + 1) * rows], batch) for i in range(count)]
 
 
-def mean_metrics(found: Sequence[dict]) -> dict:
-    """Mean over the parts of a step, on the host."""
+def step_metrics(found: Sequence[dict]) -> dict:
+    """Metrics of a step from those of its equal parts, on the host: the same as of one part.
+
+    Means of the parts, but for the largest `ratio_off` and the last `grad_norm`, which is of all.
+    """
     found = jax.device_get(list(found))
-    return jax.tree.map(lambda *x: np.mean(x, axis=0), *found) if len(found) > 1 else found[0]
+    of_parts = {"ratio_off": lambda x: np.max(x, axis=0), "grad_norm": lambda x: x[-1]}
+    return {
+        name: of_parts.get(name, lambda x: np.mean(x, axis=0))([part[name] for part in found])
+        for name in found[0]
+    }
 
 
 def preempted(run: Run, bar: tqdm, step: int) -> preemption.Preempted:

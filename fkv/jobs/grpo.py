@@ -124,7 +124,7 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
             for part in common.parts(batch, parts):
                 state, metrics = step_fn(state, everywhere, reference, part)
                 found.append(metrics)
-            metrics = _with_ratios(common.mean_metrics(found))
+            metrics = _with_ratios(common.step_metrics(found))
             _check(metrics, step + 1, ids, workdir)
             done = step + 1
             if done % config.grpo.log_every == 0 or done == steps:

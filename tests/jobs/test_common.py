@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import numpy as np
 import pytest
 
 from configs import tiny
@@ -94,3 +95,14 @@ def test_traces_longer_than_the_model_was_made_for_are_warned_of(
     assert sum("the longest trace = " in x for x in said) == 1
     assert sum("prompt + new_tokens = " in x for x in said) == (job is evaluate)
     assert all(x.count("\n") == 0 and "max_position_embeddings = 20" in x for x in said)
+
+
+def test_metrics_of_a_step_in_parts_are_those_of_the_step():
+    parts = [
+        {"loss": np.array([1.0, 2.0]), "ratio_off": np.float32(0.5), "grad_norm": np.float32(3.0)},
+        {"loss": np.array([2.0, 6.0]), "ratio_off": np.float32(0.1), "grad_norm": np.float32(1.5)},
+    ]
+    found = common.step_metrics(parts)
+    np.testing.assert_array_equal(found["loss"], [1.5, 4.0])
+    assert (found["ratio_off"], found["grad_norm"]) == (np.float32(0.5), 1.5)
+    assert common.step_metrics(parts[:1])["grad_norm"] == 3.0

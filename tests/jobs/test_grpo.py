@@ -157,7 +157,9 @@ def test_a_step_in_parts_is_the_step(model_dir, supervised, finished, tmp_path):
     config = shrink(small(model_dir), supervised)
     config.grpo.traces_at_once = 1
     job.run(config, str(tmp_path))
-    names = ("reward", "loss", "kl", "entropy", "added_low")
+    with (finished[0] / "metrics.jsonl").open() as file:
+        names = set(json.loads(next(file))) - {"step"}
+    assert {"reward", "loss", "kl", "entropy", "grad_norm", "added_low", "reward_spread"} <= names
     same_training(tmp_path, finished[0], 4, names, rel=1e-3, abs=1e-6)
 
 
