@@ -41,6 +41,7 @@ class Model:
       tokenizer: of `transformers`, or None where the directory has none.
       stop: ids of the tokens that end an answer.
       name: where it came from.
+      directory: where its files lie, if it has any.
     """
 
     config: ModelConfig
@@ -48,6 +49,7 @@ class Model:
     tokenizer: Any
     stop: tuple[int, ...]
     name: str
+    directory: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +97,7 @@ def load(
     stop = texts.stop_tokens(directory, tokenizer, vocabulary)
     config, params = models.load(directory, dtype, mesh=mesh)
     config = dataclasses.replace(config, cache_dtype=cache_dtype)
-    return Model(config, params, tokenizer, stop, str(path_or_hub_id))
+    return Model(config, params, tokenizer, stop, str(path_or_hub_id), directory)
 
 
 def encode(

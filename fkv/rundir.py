@@ -1,4 +1,4 @@
-"""The directory of a run: its config, its commit, its metrics and its checkpoints."""
+"""The directory of a run: its config, its inputs, its commit, its metrics and its checkpoints."""
 
 import dataclasses
 import fcntl
@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,13 +19,16 @@ from fkv import checkpoint, parallel
 from fkv.errors import UserError
 from fkv.files import append_text, expand, write_text, writing
 
+PROVENANCE = "provenance.json"
+
 
 @dataclasses.dataclass
 class Run:
     """An open run directory; `open_run` makes one. Only process 0 writes to it.
 
     Attributes:
-      path: `config.json`, `commit.txt`, `metrics.jsonl`, `tb/` and `checkpoints/` lie here.
+      path: `config.json`, `provenance.json`, `commit.txt`, `metrics.jsonl`, `tb/` and
+        `checkpoints/` lie here.
       config: the resolved config as plain JSON data.
     """
 
@@ -82,7 +85,10 @@ class Run:
 
 
 def open_run(
-    workdir: str | os.PathLike, config: ml_collections.ConfigDict, may_differ: Sequence[str] = ()
+    workdir: str | os.PathLike,
+    config: ml_collections.ConfigDict,
+    may_differ: Sequence[str] = (),
+    inputs: Mapping[str, str | list[str]] | None = None,
 ) -> Run:
     """Create the run directory `workdir`, or open it again to go on with the same config.
 
@@ -91,32 +97,58 @@ def open_run(
     Args:
       may_differ: dotted names of fields, or of groups of fields, that may change between openings
         because no result depends on them; `config.json` takes their newest values.
+      inputs: digests (see `fkv.provenance`) of what results depend on beside the config, by the
+        words that name it in errors; a list may grow. `provenance.json` holds all there have been.
 
     Raises:
-      UserError: `workdir` cannot be written, holds a run (or checkpoints) of another config, or is
-        in use by another process.
+      UserError: `workdir` cannot be written, holds a run (or checkpoints) of another config or of
+        other inputs, or is in use by another process.
     """
-    path = check_path(workdir)
-    data = json.loads(json.dumps(config.to_dict()))  # tuples become lists, as in config.json
+    path, data = check_path(workdir), _as_json(config)
     parallel.barrier(f"start of the run in {path}")
-    lock = wrong = None
+    held = by_the_first(path, lambda: _create(path, data, may_differ, inputs or {}))
+    return Run(path, data, _held=held)
+
+
+def check_run(
+    workdir: str | os.PathLike,
+    config: ml_collections.ConfigDict,
+    may_differ: Sequence[str] = (),
+    inputs: Mapping[str, str | list[str]] | None = None,
+) -> None:
+    """Refuses what `open_run` will refuse of a config and inputs, and writes nothing."""
+    path, data = check_path(workdir), _as_json(config)
+    by_the_first(path, lambda: _check(path, data, may_differ, inputs or {}))
+
+
+def _as_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    return json.loads(json.dumps(config.to_dict()))  # tuples become lists, as in config.json
+
+
+def by_the_first(path: Path, act: Callable[[], Any]) -> Any:
+    """What process 0 gets from it; a refusal is all processes'."""
+    found = wrong = None
     if parallel.first():
         try:
-            lock = _create(path, data, may_differ)
+            found = act()
         except UserError as error:
             wrong = error
     if parallel.anywhere(wrong is not None):
         raise wrong or UserError(f"process 0 can't open {path}: see what it said")
-    return Run(path, data, _held=lock)
+    return found
 
 
-def _create(path: Path, data: dict[str, Any], may_differ: Sequence[str]):
+def _create(
+    path: Path, data: dict[str, Any], may_differ: Sequence[str], inputs: Mapping[str, Any]
+) -> IO:
     """What process 0 does to open a run directory; returns its lock."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         held = lock(path)
-        _check_config(path / "config.json", data, may_differ)
+        old = _check(path, data, may_differ, inputs)
         write_text(path / "config.json", json.dumps(data, indent=1) + "\n")
+        if new := {**old, **{name: _longer(old.get(name), x) for name, x in inputs.items()}}:
+            write_inputs(path, new)
         _note_commit(path / "commit.txt")
     except OSError as error:
         raise UserError(
@@ -191,7 +223,75 @@ class _Board:
         self._file.write_event(self._event(wall_time=time.time(), **fields))
 
 
-def _check_config(path: Path, new: dict[str, Any], may_differ: Sequence[str]) -> None:
+def _check(
+    path: Path, data: dict[str, Any], may_differ: Sequence[str], inputs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Refuses another config and other inputs than those of before; returns the latter."""
+    old = read_inputs(path)
+    wrong = []
+    if differing := _config_differs(path / "config.json", data, may_differ):
+        wrong.append(f"with another config ({'; '.join(differing)})")
+    if differing := [
+        name + _where(old[name], new)
+        for name, new in inputs.items()
+        if name in old and _longer(old[name], new) is None
+    ]:
+        wrong.append(f"of other inputs, which have changed since ({'; '.join(differing)})")
+    if wrong:
+        raise UserError(f"{path} holds a run {' and '.join(wrong)}: use another --workdir")
+    return old
+
+
+def read_inputs(path: Path) -> dict[str, Any]:
+    """Digests of the inputs of the run in a directory, as `open_run` got them.
+
+    Raises:
+      UserError: its record is damaged.
+    """
+    record = path / PROVENANCE
+    try:
+        if record.exists():
+            found = json.loads(record.read_text())
+            if not all(isinstance(x, str | list) for x in found.values()):
+                raise TypeError("not digests")
+            return found
+        record = path / "scorers.json"  # what evaluations wrote before there was more to record
+        found = json.loads(record.read_text()) if record.exists() else {}
+        return {answers_of(name): str(one["sha256"]) for name, one in found.items()}
+    except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
+        raise UserError(
+            f"{record}: not the record of what a run has used ({error!r}): use another --workdir"
+        ) from error
+
+
+def answers_of(name: str) -> str:
+    """Words for what answers under this name: scorers or a policy with its settings."""
+    return f"evaluate.scorers or .policies: {name!r}"
+
+
+def write_inputs(path: Path, inputs: Mapping[str, str | list[str]]) -> None:
+    """Writes the record that `read_inputs` reads."""
+    write_text(path / PROVENANCE, json.dumps(dict(inputs), indent=1) + "\n")
+
+
+def _longer(old: str | list[str] | None, new: str | list[str]) -> str | list[str] | None:
+    """The longer of two lists of which one goes on with the other, or what both are; else None."""
+    if isinstance(old, list) and isinstance(new, list):
+        shared = min(len(old), len(new))
+        return max(old, new, key=len) if old[:shared] == new[:shared] else None
+    return new if old is None or old == new else None
+
+
+def _where(old: Any, new: Any) -> str:
+    """Which entries of lists have changed."""
+    if not (isinstance(old, list) and isinstance(new, list)):
+        return ""
+    changed = [i for i, pair in enumerate(zip(old, new, strict=False), 1) if len(set(pair)) > 1]
+    return f", number {changed[0]}" + (f" and {len(changed) - 1} more" if changed[1:] else "")
+
+
+def _config_differs(path: Path, new: dict[str, Any], may_differ: Sequence[str]) -> list[str]:
+    """The fields in which a run's config is another, if there is one."""
     old = checkpoint.newest_info(path.parent).get("config")
     if path.exists():
         try:
@@ -202,20 +302,15 @@ def _check_config(path: Path, new: dict[str, Any], may_differ: Sequence[str]) ->
                 f"{path} is not the JSON of a config ({error}): {advice}use another --workdir"
             ) from error
     if old is None:
-        return
+        return []
     old_fields = dict(_fields(old))
     new_fields = dict(_fields(new))
-    differing = [
+    return [
         f"{name}: {old_fields.get(name, 'absent')} -> {new_fields.get(name, 'absent')}"
         for name in sorted({*old_fields, *new_fields})
         if old_fields.get(name, ...) != new_fields.get(name, ...)
         and not any(f"{name}.".startswith(f"{prefix}.") for prefix in may_differ)
     ]
-    if differing:
-        raise UserError(
-            f"{path.parent} holds a run with another config ({'; '.join(differing)}): "
-            "use another --workdir"
-        )
 
 
 def _fields(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -16,9 +16,9 @@ import pytest
 
 import fkv
 from configs import tiny
-from fkv import checkpoint, models, scorer, sharing
+from fkv import checkpoint, models, rundir, scorer, sharing
 from fkv.errors import UserError
-from fkv.jobs import evaluate, traces
+from fkv.jobs import traces
 from fkv.models import ModelConfig
 from fkv.policies import Foresight
 
@@ -161,12 +161,14 @@ def test_checkpoints_without_scorers(tmp_path, info):
     assert f"{tmp_path}: " in refusal(fkv.load_scorer, tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"foresight": 3}', '{"foresight": {}}'])
-def test_where_scorers_came_from(tmp_path, text):
-    path = tmp_path / "scorers.json"
-    path.write_text(text)
-    message = refusal(evaluate._check_provenance, path, {"foresight": {"from": "", "sha256": ""}})
-    assert f"{path}: " in message
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", '{"foresight": 3}', '{"foresight": {}}', "[" * 100_000, "\xff"]
+)
+@pytest.mark.parametrize("name", ["provenance.json", "scorers.json"])
+def test_what_a_run_has_used(tmp_path, text, name):
+    path = tmp_path / name
+    path.write_text(text, encoding="latin-1")
+    assert f"{path}: " in refusal(rundir.open_run, tmp_path, tiny.get_config(), (), {"x": "0"})
 
 
 # ---- Parquet

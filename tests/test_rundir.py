@@ -241,3 +241,43 @@ sys.stdin.read()
         other.communicate("")
     rundir.open_run(tmp_path, config)  # it has gone
     rundir.open_run(tmp_path, config)  # and one process may open a run again
+
+
+def test_other_inputs_are_refused_by_name(tmp_path):
+    used = {"data.path: traces": "a", "questions": ["q0", "q1"], "model: its weights": "m"}
+    rundir.open_run(tmp_path, make_config(), (), used)
+    before = (tmp_path / "provenance.json").read_bytes()
+    rundir.open_run(tmp_path, make_config(), (), used)
+    rundir.open_run(tmp_path, make_config(), (), {"questions": ["q0"]})  # fewer, and some not used
+    assert (tmp_path / "provenance.json").read_bytes() == before
+    rundir.open_run(tmp_path, make_config(), (), {"questions": ["q0", "q1", "q2"], "new": "n"})
+    assert rundir.read_inputs(tmp_path) == {
+        **used, "questions": ["q0", "q1", "q2"], "new": "n",
+    }  # fmt: skip
+
+    before = (tmp_path / "provenance.json").read_bytes()
+    other = {
+        "data.path: traces": "b",
+        "questions": ["q0", "x", "y", "q3"],
+        "model: its weights": "m",
+    }
+    for attempt in (rundir.open_run, rundir.check_run):
+        with pytest.raises(UserError) as error:
+            attempt(tmp_path, make_config(seed=1), (), other)
+        assert str(error.value) == (
+            f"{tmp_path} holds a run with another config (seed: absent -> 1) and of other inputs, "
+            "which have changed since (data.path: traces; questions, number 2 and 1 more): use "
+            "another --workdir"
+        )
+    assert (tmp_path / "provenance.json").read_bytes() == before
+    assert "seed" not in json.loads((tmp_path / "config.json").read_text())
+    rundir.check_run(tmp_path / "new", make_config(), (), other)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_run_from_before_inputs_were_recorded_takes_those_of_now(tmp_path):
+    rundir.open_run(tmp_path, make_config())
+    assert not (tmp_path / "provenance.json").exists()
+    rundir.open_run(tmp_path, make_config(), (), {"model": "m"})
+    with pytest.raises(UserError, match=r"changed since \(model\)"):
+        rundir.open_run(tmp_path, make_config(), (), {"model": "n"})

@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from fkv import api, cache, costs, files, models, parallel, preemption, tasks
+from fkv import api, cache, costs, files, models, parallel, preemption, provenance, tasks
 from fkv.data import traces
 from fkv.errors import UserError
 from fkv.evaluation import loss_ratio, plots
@@ -90,6 +90,26 @@ def model_config(config: ConfigDict) -> ModelConfig:
 def model_path(config: ConfigDict) -> str | Path:
     """The model's directory or hub id."""
     return tasks.REASONER if config.model == api.EMBEDDED else config.model
+
+
+def language_inputs(model: api.Model) -> dict[str, str]:
+    """Digests of a language model's weights and tokenizer, for `open_run`."""
+    if model.directory is None:  # it is not from files
+        return {}
+    tokenizer = {"model: its tokenizer": provenance.of_tokenizer(model.directory)}
+    return {"model: its weights": provenance.of_weights(model.directory), **tokenizer}
+
+
+def training_inputs(
+    config: ConfigDict, train: traces.Traces, held_out: traces.Traces
+) -> dict[str, str]:
+    """Digests of the model and the traces that scorers learn from, for `open_run`."""
+    directory = models.find(model_path(config), revision(config))
+    return {
+        "model: its weights": provenance.of_weights(directory),
+        "data.path: traces": provenance.of_traces(train),
+        "data.eval_path: held-out traces": provenance.of_traces(held_out),
+    }
 
 
 def load_language_model(config: ConfigDict) -> api.Model:

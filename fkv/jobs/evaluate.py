@@ -1,8 +1,8 @@
 """Evaluation by answers and by loss: every policy at every budget, from a config to tables."""
 
 import dataclasses
-import hashlib
 import json
+import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from fkv import api, decoding, parallel, policies, preemption
+from fkv import api, decoding, files, parallel, policies, preemption, provenance, rundir
 from fkv.api import Model
 from fkv.data import benchmarks
 from fkv.data.traces import Traces
@@ -49,31 +49,69 @@ class Problem:
     check: Callable[[np.ndarray, str], tuple[str, str | None]]
 
 
-def run(config: ConfigDict, workdir: str) -> list[accuracy.Accuracy]:
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is to be answered, by whom.
+
+    Attributes:
+      named: the policies, by the name they are reported under; the full cache is not among them.
+      inputs: digests for `open_run`.
+      model: the language model.
+      held_out: traces to measure losses on, if any are.
+      problems: to be answered.
+      new_tokens: how many an answer may have.
+    """
+
+    named: dict[str, Policy]
+    inputs: dict[str, str | list[str]]
+    model: Model
+    held_out: Traces | None
+    problems: list[Problem]
+    new_tokens: int
+
+
+def check(config: ConfigDict, workdir: str, later: Sequence[str] = ()) -> None:
+    """Refuses what `run` would refuse; nothing is written.
+
+    Args:
+      later: names in `evaluate.scorers` of scorers that are still to be trained.
+    """
+    scorers = [entry for entry in config.evaluate.scorers if entry.partition("=")[0] not in later]
+    part = ConfigDict(config).copy_and_resolve_references()
+    part.evaluate.scorers = tuple(scorers)
+    plan = _plan(part, workdir, math_answers.Checker(part.evaluate.deadline))
+    rundir.check_run(workdir, config, MAY_DIFFER, plan.inputs)
+
+
+def run(config: ConfigDict, workdir: str, anew: Sequence[str] = ()) -> list[accuracy.Accuracy]:
     """Answers with every policy at every budget, and measures losses on held-out traces.
 
     Goes on where it stopped; adds to what is there when asked for more policies, budgets, problems
     or samples. Several processes take a batch each, and all of them know all answers. Writes
     `samples.jsonl`, `accuracy.{txt,md,csv}`, `regressions.csv`, and from the traces `loss_ratio.*`,
     `diagnosis.csv` and pictures.
+
+    Args:
+      anew: names of scorers that may have been trained on since they answered: those answers are
+        dropped and given anew; of all others, what has changed since is refused.
     """
     fields.check(config, "evaluate")
     settings = config.evaluate
-    common.check_budgets(settings.budgets, config.interval, "evaluate.budgets")
     sampling = decoding.Sampling(settings.temperature, settings.top_k, settings.top_p)
-    named, provenance = _policies(config)
-    model = common.load_language_model(config)
-    held_out = _traces(config, model)
     checker = math_answers.Checker(settings.deadline)
-    problems, new_tokens = _problems(config, model, checker)
+    plan = _plan(config, workdir, checker, anew)
+    named, model, problems, new_tokens = plan.named, plan.model, plan.problems, plan.new_tokens
     longest = max(len(p.prompt) for p in problems)
     common.warn_of_length(model.config, longest + new_tokens, "prompt + new_tokens")
-    if held_out is not None:
-        common.warn_of_length(model.config, held_out.length_n.max(), "the longest trace")
+    if plan.held_out is not None:
+        common.warn_of_length(model.config, plan.held_out.length_n.max(), "the longest trace")
 
-    run = open_run(workdir, config, may_differ=MAY_DIFFER)
-    _check_provenance(run.path / "scorers.json", provenance)
+    anew = [name for name in anew if name in named]
+    path = rundir.check_path(workdir)
+    rundir.by_the_first(path, lambda: _forget(path, anew, plan.inputs))
+    run = open_run(workdir, config, MAY_DIFFER, plan.inputs)
     samples = _Samples(run.path / "samples.jsonl", config.interval)
+    _check_references(samples, problems)
     run.resume({})  # metrics are written again from all samples
 
     cells = [("full", 0, policies.get("full"))] if "full" in settings.policies else []
@@ -131,15 +169,33 @@ def run(config: ConfigDict, workdir: str) -> list[accuracy.Accuracy]:
     for result in found:
         name = f"{result.policy}_{result.budget}" if result.budget else result.policy
         run.log(result.budget, {f"pass_at_1/{name}": result.pass_at_1})
-    if held_out is not None:
-        _measure_traces(config, model, named, run, held_out)
+    if plan.held_out is not None:
+        _measure_traces(config, model, named, run, plan.held_out)
     run.close()
     return found
 
 
-def _policies(config: ConfigDict) -> tuple[dict[str, Policy], dict]:
-    """The policies to run, by the name they are reported under, and where scorers came from."""
-    scorers, provenance = {}, {}
+def _plan(
+    config: ConfigDict, workdir: str, checker: math_answers.Checker, anew: Sequence[str] = ()
+) -> Plan:
+    """What is to be answered; refuses what is wrong with it, the cheapest first."""
+    common.check_budgets(config.evaluate.budgets, config.interval, "evaluate.budgets")
+    named, inputs = _policies(config)
+    free = {rundir.answers_of(name) for name in anew}
+    known = {name: x for name, x in inputs.items() if name not in free}
+    rundir.check_run(workdir, config, MAY_DIFFER, known)
+    model = common.load_language_model(config)
+    held_out = _traces(config, model)
+    problems, new_tokens = _problems(config, model, checker)
+    inputs |= common.language_inputs(model)
+    asked = ((problem.prompt, problem.id, problem.reference) for problem in problems)
+    inputs["evaluate.benchmark: questions"] = provenance.of_questions(asked)
+    return Plan(named, inputs, model, held_out, problems, new_tokens)
+
+
+def _policies(config: ConfigDict) -> tuple[dict[str, Policy], dict[str, str]]:
+    """The policies to run, by the name they are reported under, and digests of all there are."""
+    scorers, inputs = {}, {}
     for entry in config.evaluate.scorers:
         name, equals, workdir = entry.partition("=")
         if not equals:
@@ -150,34 +206,53 @@ def _policies(config: ConfigDict) -> tuple[dict[str, Policy], dict]:
             action=config.evaluate.action, temperature=config.evaluate.action_temperature
         )
         scorers[name] = policy
-        leaves = b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(policy.params))
-        provenance[name] = {"from": workdir, "sha256": hashlib.sha256(leaves).hexdigest()}
-    rules = [name for name in config.evaluate.policies if name != "full"]
-    if not rules and not scorers and not config.evaluate.policies:
+        inputs[rundir.answers_of(name)] = provenance.of_arrays(policy.params)
+        inputs[f"settings of the scorers {name!r}"] = str(policy.config)
+    rules = {name: policies.get(name) for name in config.evaluate.policies}
+    for name, policy in rules.items():
+        inputs[rundir.answers_of(name)] = provenance.of_settings(policy)
+        # Another Python compiles the same code to other instructions.
+        code = f"code of {name!r} (Python {'.'.join(platform.python_version_tuple()[:2])})"
+        inputs[code] = provenance.of_policy(policy)
+    if not rules and not scorers:
         raise UserError("evaluate.policies and evaluate.scorers are empty: nothing to evaluate")
+    rules.pop("full", None)
     if not config.evaluate.budgets and (rules or scorers):
         raise UserError("evaluate.budgets is empty: give at least one")
-    return {**scorers, **{name: policies.get(name) for name in rules}}, provenance
+    return {**scorers, **rules}, inputs
 
 
-def _check_provenance(path: Path, provenance: dict) -> None:
-    """Refuses to mix answers of different scorers; new names may come in."""
-    try:
-        old = json.loads(path.read_text()) if path.exists() else {}
-        before = {name: (one["sha256"], one["from"]) for name, one in old.items()}
-    except (ValueError, AttributeError, TypeError, KeyError) as error:
-        raise UserError(
-            f"{path}: not what an evaluation writes ({error!r}): use another --workdir"
-        ) from error
-    for name, one in provenance.items():
-        sha256, place = before.get(name, (one["sha256"], ""))
-        if sha256 != one["sha256"]:
+def _forget(path: Path, names: Sequence[str], inputs: dict[str, str | list[str]]) -> None:
+    """Drops the answers of those of these scorers that are others by now."""
+    keys = {rundir.answers_of(name): name for name in names}
+    old = rundir.read_inputs(path)
+    changed = {keys[key] for key in keys if old.get(key, inputs[key]) != inputs[key]}
+    if not changed:
+        return
+
+    def stays(line):
+        try:
+            return json.loads(line)["policy"] not in changed
+        except (ValueError, TypeError, KeyError):
+            return True  # to be refused by number
+
+    file = path / "samples.jsonl"
+    lines = files.read_text(file).splitlines(keepends=True) if file.exists() else []
+    write_text(file, "".join(line for line in lines if stays(line)))
+    rundir.write_inputs(path, {key: x for key, x in old.items() if keys.get(key) not in changed})
+    common.say(f"{path}: {', '.join(sorted(changed))} has been trained on and answers anew")
+
+
+def _check_references(samples: "_Samples", problems: Sequence[Problem]) -> None:
+    """Refuses answers to other problems; those of runs that recorded no digests show so here."""
+    references = {problem.id: problem.reference for problem in problems}
+    for row in samples.rows:
+        now = references.get(row.get("problem"))
+        if now is not None and row.get("reference", now) != now:
             raise UserError(
-                f"{path.parent} holds answers of another scorer {name!r} (from {place}): use "
-                "another --workdir, or another name for this one"
+                f"{samples.path}: the answer to problem {row['problem']} was compared with "
+                f"{row['reference']!r:.40}, which is now {now!r:.40}: use another --workdir"
             )
-    if parallel.first():
-        write_text(path, json.dumps({**old, **provenance}, indent=1) + "\n")
 
 
 def _problems(

@@ -10,7 +10,18 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from fkv import api, cache, grpo, parallel, policies, preemption, replay, scorer, sft
+from fkv import (
+    api,
+    cache,
+    grpo,
+    parallel,
+    policies,
+    preemption,
+    provenance,
+    replay,
+    scorer,
+    sft,
+)
 from fkv.data import traces
 from fkv.data.traces import Traces
 from fkv.errors import UserError
@@ -20,6 +31,9 @@ from fkv.keys import Purpose, key_of
 from fkv.models import ModelConfig
 from fkv.rundir import open_run
 from fkv.tasks import ledger
+
+# What a run may be asked for more of, and what no result depends on.
+MAY_DIFFER = ("grpo.log_every", "grpo.steps", "grpo.answers", *common.other_jobs("grpo"))
 
 
 def settings_of(config: ConfigDict) -> grpo.GRPOConfig:
@@ -81,7 +95,7 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     supervised = _supervised(config)
     model, model_params = common.load_model(config, "process")
     if answering := _can_answer(config, model):
-        common.load_language_model(config)  # a tokenizer that is missing is found out now
+        _check_answers(config, workdir)
     train = common.load_traces(
         config, "train", config.data.traces, config.budget, model.vocab_size, config.grpo.traces
     )
@@ -93,8 +107,9 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     batches = traces.batches(train, config.grpo.traces, config.seed)
 
     # ---- state, new or from the newest checkpoint
-    may_differ = ("grpo.log_every", "grpo.steps", "grpo.answers", *common.other_jobs("grpo"))
-    run = open_run(workdir, config, may_differ)
+    inputs = common.training_inputs(config, train, held_out)
+    inputs["grpo.scorer: scorers to start from"] = provenance.of_arrays(supervised.params)
+    run = open_run(workdir, config, MAY_DIFFER, inputs)
     state = sft.init_state(supervised.params, optimiser)
     reference = supervised.params
     place = None
@@ -166,15 +181,29 @@ def _can_answer(config: ConfigDict, model: ModelConfig) -> bool:
     return True
 
 
+def _check_answers(config: ConfigDict, workdir: str) -> None:
+    """Finds out now what would be wrong in the end, such as a tokenizer that is missing."""
+    part, path = _evaluation(config, workdir)
+    try:
+        evaluate.check(part, path, later=("grpo",))
+    except UserError as error:
+        raise UserError(f"{error}; or set grpo.answers to 0, for no answers in the end") from error
+
+
 def _answers(config: ConfigDict, workdir: str) -> None:
-    """What both scorers answer, as `launch.evaluate` would have it, in `workdir/answers`."""
+    """What both scorers answer; the reinforced ones anew if they have been trained on since."""
+    evaluate.run(*_evaluation(config, workdir), anew=("grpo",))
+
+
+def _evaluation(config: ConfigDict, workdir: str) -> tuple[ConfigDict, str]:
+    """What `launch.evaluate` is to do, and where."""
     part = ConfigDict(config).copy_and_resolve_references()
     part.evaluate.scorers = (f"supervised={config.grpo.scorer}", f"grpo={workdir}")
     part.evaluate.policies = ("full",)
     part.evaluate.budgets = config.eval.budgets
     part.evaluate.problems = config.grpo.answers
     part.evaluate.traces = 0
-    evaluate.run(part, f"{workdir}/answers")
+    return part, f"{workdir}/answers"
 
 
 def _with_reference(state: sft.TrainState, reference: dict) -> dict:

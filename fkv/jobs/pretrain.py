@@ -15,6 +15,8 @@ from fkv.models import ModelConfig
 from fkv.rundir import open_run
 from fkv.tasks import ledger
 
+MAY_DIFFER = common.other_jobs("pretrain")
+
 
 def model_config(config: ConfigDict) -> ModelConfig:
     """The reasoner's shape: Qwen3-style, tied embeddings."""
@@ -77,7 +79,7 @@ def run(config: ConfigDict, workdir: str) -> float:
         optax.adamw(schedule, b2=0.98, weight_decay=settings.weight_decay),
     )
 
-    run = open_run(workdir, config, common.other_jobs("pretrain"))
+    run = open_run(workdir, config, MAY_DIFFER)
     params = models.init(key_of(config.seed, Purpose.MODEL), model, settings.qk_gain)
     state = {"params": params, "opt_state": optimizer.init(params)}
     start = 0

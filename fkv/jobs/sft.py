@@ -16,6 +16,9 @@ from fkv.jobs import common, fields
 from fkv.keys import Purpose, key_of
 from fkv.rundir import open_run
 
+# No result depends on these.
+MAY_DIFFER = ("sft.log_every", *common.other_jobs("sft"))
+
 
 def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     """Trains (or goes on training) scorers in `workdir` and measures them on held-out traces.
@@ -41,7 +44,8 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     batches = traces.batches(train, config.sft.batch, config.seed)
 
     # ---- state, new or from the newest checkpoint
-    run = open_run(workdir, config, may_differ=("sft.log_every", *common.other_jobs("sft")))
+    inputs = common.training_inputs(config, train, held_out)
+    run = open_run(workdir, config, MAY_DIFFER, inputs)
     params = scorer.init(key_of(config.seed, Purpose.SCORER), model, scorer_config)
     state = sft.init_state(params, optimiser)
     place = None

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from ml_collections import ConfigDict
 
-from fkv import api, decoding, files, parallel, policies, preemption
+from fkv import api, decoding, files, parallel, policies, preemption, provenance
 from fkv.api import Model
 from fkv.data import benchmarks, sources
 from fkv.errors import UserError
@@ -75,7 +75,10 @@ def run(config: ConfigDict, workdir: str) -> int:
     if settings.response:
         longest = max(len(q.prompt) + len(q.response) for q in questions)
     common.warn_of_length(model.config, longest, "the longest prompt and answer")
-    run = open_run(workdir, config, may_differ=MAY_DIFFER)
+    asked = ((q.prompt, q.id, q.response) for q in questions)
+    inputs = common.language_inputs(model)
+    inputs["traces.questions: questions"] = provenance.of_questions(asked)
+    run = open_run(workdir, config, MAY_DIFFER, inputs)
 
     done, first = _done(run.path)
     parallel.barrier("traces, before the first is written")  # what is done is the same to all

@@ -11,17 +11,19 @@ import shutil
 import subprocess
 import sys
 
+import flax.struct
 import jax
 import numpy as np
 import pytest
 import tokenizers
 import transformers
 
-from fkv import api, decoding, models, policies, preemption
+from fkv import api, decoding, models, policies, preemption, rundir
 from fkv.errors import UserError
 from fkv.evaluation import answers, loss_ratio
 from fkv.jobs import evaluate, generate, sft
 from fkv.models import ModelConfig
+from fkv.policies import base
 from fkv.tasks import ledger
 from tests.jobs.test_sft import small
 
@@ -30,7 +32,7 @@ PICTURES = ("accuracy", "loss_ratio", "loss_by_position", "regret", "retention",
             "attention_patterns")  # fmt: skip
 TABLES = ("accuracy.txt", "accuracy.md", "accuracy.csv", "regressions.csv", "loss_ratio.txt",
           "loss_ratio.md", "loss_ratio.csv", "diagnosis.csv", "metrics.jsonl",
-          "scorers.json")  # fmt: skip
+          "provenance.json")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -275,7 +277,9 @@ def test_scorers_can_be_added(scorer_dir, finished_copy, fake_model):
     more = (f"foresight={scorer_dir}", f"second={scorer_dir}")
     results = evaluate.run(recipe(scorer_dir, evaluate__scorers=more), str(finished_copy))
     assert [r.policy for r in results] == ["full", "foresight", "second", "streaming_llm"]
-    assert list(json.loads((finished_copy / "scorers.json").read_text())) == ["foresight", "second"]
+    inputs = rundir.read_inputs(finished_copy)
+    one, two = (inputs[rundir.answers_of(name)] for name in ("foresight", "second"))
+    assert one == two
 
 
 def test_the_limit_on_answers_does_not_depend_on_how_many_are_asked(tmp_path, fake_model):
@@ -383,15 +387,119 @@ def test_other_settings_or_scorers_are_not_mixed(scorer_dir, finished_copy, tmp_
         evaluate.run(recipe(scorer_dir, evaluate__temperature=1.0), str(finished_copy))
     with pytest.raises(UserError, match=r"another config \(cache_dtype:  -> int8\)"):
         evaluate.run(recipe(scorer_dir, cache_dtype="int8"), str(finished_copy))
-    # The same place, but trained on since.
-    path = finished_copy / "scorers.json"
-    assert json.loads(path.read_text())["foresight"]["from"] == str(scorer_dir)
-    changed = json.loads(path.read_text())
-    changed["foresight"]["sha256"] = "0" * 64
-    path.write_text(json.dumps(changed))
-    with pytest.raises(UserError, match="holds answers of another scorer 'foresight'"):
-        evaluate.run(recipe(scorer_dir), str(finished_copy))
     assert len(samples(finished_copy)) == 30 and not fake_model
+
+
+def changed_input(path, name, value):
+    inputs = rundir.read_inputs(path)
+    assert name in inputs
+    rundir.write_inputs(path, {**inputs, name: value})
+
+
+def test_all_that_has_changed_is_named_before_the_model_is_loaded(
+    scorer_dir, finished_copy, fake_model, monkeypatch
+):
+    before = samples(finished_copy)
+    for name in ("foresight", "streaming_llm", "full"):
+        changed_input(finished_copy, rundir.answers_of(name), "0" * 64)
+    monkeypatch.setattr(api, "load", None)
+    kept = (finished_copy / "provenance.json").read_text()
+    with pytest.raises(UserError) as refused:
+        evaluate.run(recipe(scorer_dir, evaluate__temperature=1.0), str(finished_copy))
+    names = "; ".join(
+        f"evaluate.scorers or .policies: '{name}'"
+        for name in ("foresight", "full", "streaming_llm")
+    )
+    assert str(refused.value) == (
+        f"{finished_copy} holds a run with another config (evaluate.temperature: 0.6 -> 1.0) and "
+        f"of other inputs, which have changed since ({names}): use another --workdir"
+    )
+    assert samples(finished_copy) == before and not fake_model
+    assert (finished_copy / "provenance.json").read_text() == kept
+
+
+def test_scorers_that_have_been_trained_on_are_refused_or_answer_anew(
+    scorer_dir, finished, finished_copy, fake_model, capsys
+):
+    changed_input(finished_copy, rundir.answers_of("foresight"), "0" * 64)
+    message = r"changed since \(evaluate.scorers or .policies: 'foresight'\): use another"
+    with pytest.raises(UserError, match=message):
+        evaluate.run(recipe(scorer_dir), str(finished_copy))
+    evaluate.run(recipe(scorer_dir), str(finished_copy), anew=("foresight", "other"))
+    assert "foresight has been trained on and answers anew" in capsys.readouterr().out
+    old, new = (by_key(samples(path)) for path in (finished[0], finished_copy))
+    assert old.keys() == new.keys()
+    assert {key[0] for key in old if old[key] != new[key]} == {"foresight"}
+    assert sum(n > 0 for batch in fake_model for _, n in batch) == 10
+    # Others may not change beside them.
+    changed_input(finished_copy, rundir.answers_of("streaming_llm"), "0" * 64)
+    with pytest.raises(
+        UserError, match=r"since \(evaluate.scorers or .policies: 'streaming_llm'\)"
+    ):
+        evaluate.run(recipe(scorer_dir), str(finished_copy), anew=("foresight",))
+
+
+def test_a_run_from_before_digests_were_recorded(scorer_dir, finished, finished_copy, fake_model):
+    """It knew of its scorers only, and the references are in its samples."""
+    (finished_copy / "provenance.json").unlink()
+    evaluate.run(recipe(scorer_dir), str(finished_copy))
+    assert rundir.read_inputs(finished_copy) == rundir.read_inputs(finished[0])
+
+    (finished_copy / "provenance.json").unlink()
+    old = finished_copy / "scorers.json"
+    sha256 = rundir.read_inputs(finished[0])[rundir.answers_of("foresight")]
+    old.write_text(json.dumps({"foresight": {"from": "there", "sha256": "0" * 64}}))
+    with pytest.raises(UserError, match=r"since \(evaluate.scorers or .policies: 'foresight'\)"):
+        evaluate.run(recipe(scorer_dir), str(finished_copy))
+    old.write_text(json.dumps({"foresight": {"from": "there", "sha256": sha256}}))
+    evaluate.run(recipe(scorer_dir), str(finished_copy))
+    assert rundir.read_inputs(finished_copy) == rundir.read_inputs(finished[0])
+
+    (finished_copy / "provenance.json").unlink()
+    rows = samples(finished_copy)
+    rows[3]["reference"] = "another"
+    (finished_copy / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=r"samples.jsonl: the answer to problem .* with 'another'"):
+        evaluate.run(recipe(scorer_dir), str(finished_copy))
+    assert not fake_model
+
+
+@pytest.fixture
+def own_policy():
+    """A function that registers a policy whose scores are those times a number."""
+
+    def register(by):
+        base._REGISTRY.pop("own", None)
+
+        @base.register("own")
+        @flax.struct.dataclass
+        class Own(base.Policy):
+            def score(self, view):
+                return by * view.cache.position_bks.astype(float)
+
+    yield register
+    base._REGISTRY.pop("own", None)
+
+
+def test_a_policy_that_was_edited_is_not_the_one_that_answered(tmp_path, own_policy, fake_model):
+    config = recipe("", evaluate__scorers=(), evaluate__policies=("full", "own"))
+    own_policy(1)
+    evaluate.run(config, str(tmp_path))
+    own_policy(1)
+    evaluate.run(config, str(tmp_path))
+    answered = len(fake_model)
+    own_policy(-1)
+    with pytest.raises(UserError, match=r"since \(code of 'own' \(Python 3\.\d+\)\): use another"):
+        evaluate.run(config, str(tmp_path))
+    # A policy may not take the place of scorers either, nor another policy.
+    config.evaluate.policies = ("full",)
+    base._REGISTRY.pop("own")
+    evaluate.run(config, str(tmp_path))
+    base._REGISTRY["own"] = base._REGISTRY["knorm"]
+    config.evaluate.policies = ("full", "own")
+    with pytest.raises(UserError, match=r"since \(evaluate.scorers or .policies: 'own'; code of"):
+        evaluate.run(config, str(tmp_path))
+    assert len(fake_model) == answered
 
 
 # ---- bad input, and things to say
@@ -528,6 +636,59 @@ def test_a_benchmark_of_questions(word_model, questions, tmp_path, capsys, monke
         want = "no answer" if box is None else "right" if box == right else "wrong"
         assert r["verdict"] == want, r
     assert [(r.policy, r.right_pn.shape) for r in results] == [("knorm", (3, 8))]
+
+
+def rewrite(path, **changes):
+    """Changes columns of the rows that are numbered from 1: `q3="..."`."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for name, value in changes.items():
+        rows[int(name[1:]) - 1][name[0]] = value
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_questions_that_were_replaced_are_not_those_answered(
+    word_model, questions, tmp_path, fake_model
+):
+    path = str(tmp_path / "run")
+    evaluate.run(words_recipe(word_model, questions, evaluate__problems=2), path)
+    evaluate.run(words_recipe(word_model, questions), path)  # one problem more
+    evaluate.run(words_recipe(word_model, questions, evaluate__problems=1), path)  # two less
+    answered, text = len(fake_model), questions.read_text()
+    for changes, which in (
+        (dict(a1="0.25"), "1"),  # an answer alone
+        (dict(q3="half half"), "2"),  # a question alone; the second row can't be used
+        (dict(a3="7", a5="7"), "2 and 1 more"),
+        (dict(q1=""), "1 and 1 more"),  # all move up
+        (dict(a2="7"), "2 and 1 more"),  # all move down
+    ):
+        rewrite(questions, **changes)
+        with pytest.raises(UserError, match=rf"benchmark: questions, number {which}\): use an"):
+            evaluate.run(words_recipe(word_model, questions), path)
+        questions.write_text(text)
+    evaluate.run(words_recipe(word_model, questions), path)
+    assert len(fake_model) == answered
+
+
+def test_a_model_that_was_replaced_is_not_the_one_that_answered(
+    word_model, questions, tmp_path, fake_model
+):
+    model = shutil.copytree(word_model, tmp_path / "model")
+    path = str(tmp_path / "run")
+    evaluate.run(words_recipe(str(model), questions), path)
+    answered = len(fake_model)
+    config, params = models.load(model)
+    models.save(model, config, jax.device_get(jax.tree.map(lambda x: x * 1.5, params)))
+    with pytest.raises(UserError, match=r"changed since \(model: its weights\): use another"):
+        evaluate.run(words_recipe(str(model), questions), path)
+    models.save(model, config, jax.device_get(params))
+    evaluate.run(words_recipe(str(model), questions), path)
+    # Another template makes other prompts of the same questions.
+    (model / "chat_template.jinja").write_text(TEMPLATE + " one")
+    with pytest.raises(
+        UserError, match=r"\(model: its tokenizer; .*questions, number 1 and 2 more"
+    ):
+        evaluate.run(words_recipe(str(model), questions), path)
+    assert len(fake_model) == answered
 
 
 @pytest.mark.parametrize("special", [False, True], ids=["words", "special tokens"])

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,13 @@ import numpy as np
 import pytest
 
 import fkv
-from fkv import checkpoint, grpo, parallel, preemption
+from fkv import checkpoint, decoding, grpo, parallel, preemption, provenance, rundir
 from fkv.data.traces import Traces
 from fkv.errors import UserError
-from fkv.jobs import common, sft
+from fkv.jobs import common, evaluate, sft
 from fkv.jobs import grpo as job
+from tests.jobs.test_evaluate import by_key
+from tests.jobs.test_evaluate import samples as answers
 from tests.jobs.test_sft import model_dir, same_training, small
 
 __all__ = ["model_dir"]  # a fixture
@@ -65,12 +68,11 @@ def test_run_writes_all_that_it_promises(finished, supervised):
     assert [(a["policy"], a["budget"], a["answers"]) for a in answers] == [
         ("full", "0", "3"), ("supervised", "16", "3"), ("grpo", "16", "3"),
     ]  # fmt: skip
-    of = json.loads((path / "answers" / "scorers.json").read_text())
-    assert {name: x["from"] for name, x in of.items()} == {
-        "supervised": str(supervised), "grpo": str(path),
-    }  # fmt: skip
     # Either stage's scorers load alike, and these have moved.
     before, after = fkv.load_scorer(supervised), fkv.load_scorer(path)
+    inputs = rundir.read_inputs(path / "answers")
+    for name, policy in (("supervised", before), ("grpo", after)):
+        assert inputs[rundir.answers_of(name)] == provenance.of_arrays(policy.params)
     assert before.config == after.config
     assert abs(before.params["w1"] - after.params["w1"]).max() > 1e-4
 
@@ -213,3 +215,49 @@ def test_bad_input_is_refused_before_work_starts(model_dir, supervised, tmp_path
     with pytest.raises(UserError, match=message):
         job.run(config, str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_longer_run_answers_anew_where_its_scorers_have_changed(
+    model_dir, supervised, finished, tmp_path, monkeypatch
+):
+    path = shutil.copytree(finished[0], tmp_path / "run")
+    config = shrink(small(model_dir), supervised)
+    config.grpo.answers, config.evaluate.new_tokens, config.grpo.steps = 3, 24, 5
+    # What can't be gone on with in the end is refused before the first step.
+    config.evaluate.temperature = 1.0
+    monkeypatch.setattr(grpo, "train_step", None)
+    with pytest.raises(
+        UserError, match=r"answers holds .*temperature: 0.6 -> 1.0.* grpo.answers to"
+    ):
+        job.run(config, str(path))
+    config.evaluate.temperature = 0.6
+    monkeypatch.undo()
+
+    job.run(config, str(path))
+    old, new = (by_key(answers(x / "answers")) for x in (finished[0], path))
+    assert old.keys() == new.keys()  # none is lost, none is there twice
+    assert all(old[key] == new[key] for key in old if key[0] != "grpo")
+    model, now = fkv.load(model_dir, "float32"), fkv.load_scorer(path)
+    problems = evaluate._problems(config, model, None)[0]
+    for i in range(3):
+        row = evaluate._answer(
+            config, model, now, 16, problems, [(i, 0)], decoding.Sampling(0.6, 20, 0.95), 24, 64
+        )
+        assert row[0]["text"] == new["grpo", 16, str(i), 0]["text"]
+    table = list(csv.DictReader((path / "answers" / "accuracy.csv").open()))
+    assert [(a["policy"], a["answers"]) for a in table] == [
+        ("full", "3"), ("supervised", "3"), ("grpo", "3"),
+    ]  # fmt: skip
+
+
+def test_other_scorers_to_start_from_are_refused(model_dir, supervised, finished, tmp_path):
+    path, other = (shutil.copytree(x, tmp_path / x.name) for x in (finished[0], supervised))
+    saved = checkpoint.load(other)
+    saved.state["params"]["w1"] *= 2
+    checkpoint.save(other, saved.step + 1, saved.state, saved.info)
+    config = shrink(small(model_dir), supervised)
+    changed = json.loads((path / "config.json").read_text())
+    changed["grpo"]["scorer"] = config.grpo.scorer = str(other)
+    (path / "config.json").write_text(json.dumps(changed))
+    with pytest.raises(UserError, match=r"\(grpo.scorer: scorers to start from\): use another"):
+        job.run(config, str(path))

@@ -17,6 +17,7 @@ from fkv.data import traces
 from fkv.errors import UserError
 from fkv.jobs import common, sft
 from fkv.models import ModelConfig
+from fkv.rundir import open_run, read_inputs
 from fkv.tasks import ledger
 from launch import flags
 
@@ -235,3 +236,53 @@ def test_errors_of_the_command_line_are_one_line(capsys):
     assert end.value.code == 2
     error = "error: config has no field 'bugdet': did you mean budget?\n"
     assert capsys.readouterr() == ("", error)
+
+
+def test_traces_and_weights_that_were_replaced_are_refused(model_dir, finished, tmp_path):
+    """When all steps are done, too: the table would be of scorers that have not seen them."""
+    model = shutil.copytree(model_dir, tmp_path / "model")
+    rows = [
+        {"input_ids": sequence.tolist(), "prompt": length}
+        for sequence, length in zip(
+            *traces.embedded(0, "x", 12, common.spec(small(""))), strict=True
+        )
+    ]
+    train, held_out = tmp_path / "train.jsonl", tmp_path / "held_out.jsonl"
+
+    def write(path, rows):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    write(train, rows[:8])
+    write(held_out, rows[8:])
+    config = small(str(model), data__path=str(train), data__eval_path=str(held_out))
+    config.data.prompt_column, config.eval.budgets, config.eval.policies = "prompt", (16,), ()
+    path = str(tmp_path / "run")
+    inputs = common.training_inputs(
+        config,
+        *(common.load_traces(config, split, 16, 16, 10**6) for split in ("train", "eval")),
+    )
+    open_run(path, config, (), inputs)  # as if all had been done
+
+    changed = [{**rows[0], "input_ids": rows[0]["input_ids"][::-1]}, *rows[1:8]]
+    for file, new, message in (
+        (train, changed, "data.path: traces"),
+        (train, rows[:7], "data.path: traces"),
+        (train, rows[:9], "data.path: traces"),
+        (train, [{**row, "prompt": 3} for row in rows[:8]], "data.path: traces"),
+        (held_out, rows[9:], "data.eval_path: held-out traces"),
+    ):
+        old = file.read_text()
+        write(file, new)
+        with pytest.raises(UserError, match=rf"changed since \({message}\): use another"):
+            sft.run(config, path)
+        file.write_text(old)
+    found, params = models.load(model)
+    models.save(model, found, jax.device_get(jax.tree.map(lambda x: -x, params)))
+    with pytest.raises(UserError, match=r"changed since \(model: its weights\): use another"):
+        sft.run(config, path)
+
+
+def test_what_was_used_is_recorded(model_dir, finished):
+    assert set(read_inputs(finished[0])) == {
+        "model: its weights", "data.path: traces", "data.eval_path: held-out traces",
+    }  # fmt: skip

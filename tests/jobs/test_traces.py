@@ -217,6 +217,24 @@ def test_the_model_answers_questions_of_a_file(word_model, answered, tmp_path):
         assert r["tokens"] <= r["prompt_tokens"] + 6
 
 
+def test_questions_that_were_replaced_are_refused(word_model, answered, tmp_path):
+    config = recipe(questions=str(answered), question="q", response="r", instruction="", count=1)
+    config.model = word_model
+    path = tmp_path / "out"
+    assert traces.run(config, str(path)) == 1
+    config.traces.count = 0
+    text = answered.read_text()
+    for old, new in (("half </think>", "one </think>"), ("one half", "half one")):
+        answered.write_text(text.replace(old, new))
+        with pytest.raises(
+            UserError, match=r"since \(traces.questions: questions, number 1\): use"
+        ):
+            traces.run(config, str(path))
+    answered.write_text(text)
+    assert traces.run(config, str(path)) == 1  # the other one
+    assert len(rows(path)) == 2
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

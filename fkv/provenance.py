@@ -1,0 +1,243 @@
+"""Digests of what results depend on and no config holds: weights, traces, questions, code.
+
+`rundir.open_run` records them, and refuses to go on where they have changed.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import re
+import struct
+import sys
+import sysconfig
+import types
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from fkv.data.traces import Traces
+from fkv.models import loading
+from fkv.policies.base import Policy
+
+WHOLE = 2**28  # bytes; files up to here are read whole
+_BLOCKS, _BLOCK = 16, 4096  # of each tensor of a larger file
+_TOKENIZER = re.compile(
+    r"(generation_|tokenizer_|)config\.json|(tokenizer|vocab|special_tokens_map|added_tokens)\.json"
+    r"|merges\.txt|(tokenizer|spiece|sentencepiece\.bpe)\.model|chat_template\.(json|jinja)"
+)
+
+
+def of_arrays(tree: Any) -> str:
+    """Of the values of a pytree's arrays, in its order."""
+    leaves = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+    return hashlib.sha256(b"".join(leaves)).hexdigest()
+
+
+def of_traces(found: Traces) -> str:
+    """Of the tokens and prompt lengths of traces; not of how they are padded."""
+    sha = hashlib.sha256()
+    for token, length, prompt in zip(found.token_nt, found.length_n, found.prompt_n, strict=True):
+        sha.update(struct.pack("<qq", length, prompt))
+        sha.update(np.ascontiguousarray(token[:length], "<i4"))
+    return sha.hexdigest()
+
+
+def of_questions(questions: Iterable[tuple]) -> list[str]:
+    """One for each, of its prompt's ids and whatever else belongs to it."""
+    found = []
+    for prompt, *rest in questions:
+        rest = [x.tolist() if isinstance(x, np.ndarray) else x for x in rest]
+        text = json.dumps([np.asarray(prompt).tolist(), *rest])
+        found.append(hashlib.sha256(text.encode()).hexdigest()[:16])
+    return found
+
+
+def of_weights(directory: Path) -> str:
+    """Of a checkpoint's `config.json` and tensors.
+
+    Files of more than 256 MiB are read in part: their headers, and of each tensor 16 blocks of
+    4 KiB, spread over it evenly; 20 MB of an 8-billion model's 16 GB.
+    """
+    sha = hashlib.sha256((directory / "config.json").read_bytes())
+    for name in sorted(set(loading.files_of_tensors(directory)[0].values())):
+        path = directory / name
+        sha.update(f"{name} {path.stat().st_size} ".encode())
+        with path.open("rb") as file:
+            if path.stat().st_size <= WHOLE:
+                sha.update(hashlib.file_digest(file, "sha256").digest())
+                continue
+            size = file.read(8)
+            header = file.read(*struct.unpack("<Q", size))
+            sha.update(size + header)
+            tensors = json.loads(header)
+            tensors.pop("__metadata__", None)
+            for name in sorted(tensors):
+                first, end = tensors[name]["data_offsets"]
+                last = max(first, end - _BLOCK)
+                for start in sorted({*np.linspace(first, last, _BLOCKS, dtype=np.int64).tolist()}):
+                    file.seek(8 + len(header) + start)
+                    sha.update(file.read(min(_BLOCK, end - start)))
+    return sha.hexdigest()
+
+
+def of_tokenizer(directory: Path) -> str:
+    """Of the files that say how text becomes tokens, and which tokens end an answer."""
+    sha = hashlib.sha256()
+    for path in sorted(directory.iterdir()):
+        if path.is_file() and _TOKENIZER.fullmatch(path.name):
+            content = hashlib.sha256(path.read_bytes()).hexdigest()
+            sha.update(f"{path.name} {content} ".encode())
+    return sha.hexdigest()
+
+
+def of_settings(policy: Policy) -> str:
+    """Of the name of a policy's class, and of the values of its fields."""
+    return _Code(None).digest(policy)
+
+
+def of_policy(policy: Policy) -> str:
+    """Of a policy's settings, and of the code of its class and of what that calls.
+
+    Code of libraries, and fkv's own outside `fkv.policies`, counts by name alone. Wherever code
+    was defined, in a file or a notebook, it is what Python runs: comments don't count.
+    """
+    ours = {cls.__module__.partition(".")[0] for cls in type(policy).__mro__}
+    return _Code(ours - {"fkv", *sys.stdlib_module_names}).digest(policy)
+
+
+_LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
+_OF_NO_ACCOUNT = {
+    "__dict__", "__weakref__", "__doc__", "__module__", "__qualname__", "__annotations__",
+    "__annotate__", "__annotate_func__", "__annotations_cache__", "__firstlineno__",
+    "__static_attributes__", "__dataclass_params__", "__dataclass_fields__", "__hash__",
+    "__orig_bases__", "__parameters__", "kind",
+}  # fmt: skip
+
+
+class _Code:
+    """Walks through an object and the code that it leads to.
+
+    Attributes:
+      ours: top-level modules that are followed wherever they are installed; None to follow none.
+    """
+
+    def __init__(self, ours: set[str] | None):
+        self.ours, self._sha, self._seen = ours, hashlib.sha256(), {}
+
+    def digest(self, x: Any) -> str:
+        self._walk(x)
+        return self._sha.hexdigest()
+
+    def _say(self, *words: Any) -> None:
+        self._sha.update(repr(words).encode())
+
+    def _followed(self, module: str | None) -> bool:
+        if self.ours is None:
+            return False
+        top, file = (module or "").partition(".")[0], None
+        if top in self.ours or (module or "").startswith("fkv.policies"):
+            return True
+        if top == "fkv" or top in sys.stdlib_module_names:
+            return False
+        if module in sys.modules:
+            file = getattr(sys.modules[module], "__file__", None)
+        return not (file or "").startswith(_LIBRARIES)
+
+    def _walk(self, x: Any) -> None:
+        if x is None or isinstance(x, str | bytes | int | float | complex | type(...)):
+            self._say(type(x).__name__, x)
+            return
+        if id(x) in self._seen:
+            self._say("again", self._seen[id(x)][0])
+            return
+        self._seen[id(x)] = len(self._seen), x  # held, so that no other gets its id
+        if isinstance(x, np.ndarray | np.generic | jax.Array):
+            x = np.asarray(x)
+            self._say(str(x.dtype), x.shape, x.tobytes())
+        elif isinstance(x, tuple | list):
+            self._say(type(x).__name__, len(x))
+            self._all(x)
+        elif isinstance(x, set | frozenset):
+            self._say("set", len(x))
+            self._all(sorted(x, key=repr))
+        elif isinstance(x, Mapping):
+            self._say("map", len(x))
+            for key in sorted(x, key=repr):
+                self._all((key, x[key]))
+        elif isinstance(x, types.ModuleType):
+            self._say("module", x.__name__)
+        elif isinstance(x, types.CodeType):
+            self._say(x.co_code, x.co_names, x.co_exceptiontable)
+            self._all(x.co_consts)
+        elif hasattr(x, "__wrapped__"):  # by jax.jit, functools.wraps, functools.cache
+            self._walk(x.__wrapped__)
+        elif isinstance(x, functools.partial):
+            self._all((x.func, x.args, x.keywords))
+        elif isinstance(x, property):
+            self._all((x.fget, x.fset))
+        elif isinstance(x, staticmethod | classmethod | types.MethodType):
+            self._walk(x.__func__)
+        elif isinstance(x, types.FunctionType):
+            self._function(x)
+        elif isinstance(x, type):
+            self._class(x)
+        else:
+            self._instance(x)
+
+    def _all(self, several: Iterable) -> None:
+        for x in several:
+            self._walk(x)
+
+    def _function(self, x: types.FunctionType) -> None:
+        self._say("function", x.__module__, x.__name__)
+        if not self._followed(x.__module__):
+            return
+        self._all((x.__code__, x.__defaults__, x.__kwdefaults__))
+        for cell in x.__closure__ or ():
+            try:
+                self._walk(cell.cell_contents)
+            except ValueError:  # still empty
+                self._say("empty")
+        names = sorted(_names(x.__code__))
+        self._names(x.__globals__, names)
+
+    def _names(self, scope: Mapping[str, Any], names: list[str]) -> None:
+        """What these names stand for; those of modules that are followed, likewise."""
+        for name in names:
+            if name not in scope:
+                continue
+            value = scope[name]
+            new = id(value) not in self._seen
+            self._say(name)
+            self._walk(value)
+            if isinstance(value, types.ModuleType) and new and self._followed(value.__name__):
+                self._names(vars(value), names)
+
+    def _class(self, x: type) -> None:
+        self._say("class", x.__module__, x.__qualname__)
+        if not self._followed(x.__module__):
+            return
+        self._all(x.__bases__)
+        for name, value in sorted(vars(x).items()):
+            if name not in _OF_NO_ACCOUNT:
+                self._say(name)
+                self._walk(value)
+
+    def _instance(self, x: Any) -> None:
+        self._walk(type(x))
+        if dataclasses.is_dataclass(x):
+            self._walk({f.name: getattr(x, f.name) for f in dataclasses.fields(x)})
+        elif self._followed(type(x).__module__) and hasattr(x, "__dict__"):
+            self._walk(vars(x))
+        else:
+            self._say(re.sub(r" at 0x[0-9a-f]+", "", repr(x)))
+
+
+def _names(code: types.CodeType) -> set[str]:
+    """Names that code looks up, that within it included."""
+    inner = [_names(x) for x in code.co_consts if isinstance(x, types.CodeType)]
+    return set(code.co_names).union(*inner)
