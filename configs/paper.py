@@ -25,6 +25,9 @@ def recipe(name: str, model: str, revision: str, arg: str) -> ConfigDict:
     sizes = {"1k": (1024, 256), "2k": (2048, 256), "4k": (4096, 256), "long": (2048, 512)}
     if (arg or "1k") not in sizes:
         raise UserError(f"--config=configs/{name}.py:{arg}: use one of {', '.join(sizes)}")
+    run = (
+        f"{name}_{arg}" if arg else name
+    )  # as launch names run directories: scorers fit one cadence
     config = tiny.get_config().unlock()
     del config.pretrain, config.task, config.pipeline.changes.grpo
     config.model, config.revision, config.dtype = model, revision, "bfloat16"
@@ -56,7 +59,7 @@ def recipe(name: str, model: str, revision: str, arg: str) -> ConfigDict:
     config.sft.weighting = "plain"
     config.sft.checkpoint_every = 50
 
-    config.grpo.scorer = f"runs/sft_{name}"
+    config.grpo.scorer = f"runs/sft_{run}"
     config.grpo.steps = 250
     config.grpo.traces = 32
     config.grpo.traces_at_once = 1
@@ -70,14 +73,14 @@ def recipe(name: str, model: str, revision: str, arg: str) -> ConfigDict:
     config.grpo.checkpoint_every = 10
     config.grpo.answers = 0
 
-    config.export.scorer = f"runs/grpo_{name}"
+    config.export.scorer = f"runs/grpo_{run}"
 
     config.eval.budgets = (1024, 2048)
     config.eval.traces = 16
     config.eval.batch = 1
     config.eval.policies = RULES
 
-    config.evaluate.scorers = (f"foresight=runs/sft_{name}",)
+    config.evaluate.scorers = (f"supervised=runs/sft_{run}", f"grpo=runs/grpo_{run}")
     config.evaluate.action = "sample"
     config.evaluate.action_temperature = 1.0
     config.evaluate.policies = ("full", *RULES)

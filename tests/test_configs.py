@@ -40,6 +40,16 @@ def test_real_models_have_the_paper_s_settings(name):
     assert e.benchmark in benchmarks.KNOWN and e.problems == 0
 
 
+@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("variant", ["", ":1k", ":2k", ":4k", ":long"])
+def test_a_stage_finds_what_the_one_before_has_written(name, variant):
+    """Each in the directory that its command takes by itself, the variant in its name."""
+    sft, grpo = (parse(job, f"{name}.py{variant}")[1] for job in ("sft", "grpo"))
+    config, _ = parse("evaluate", f"{name}.py{variant}")
+    assert config.grpo.scorer == sft and config.export.scorer == grpo
+    assert config.evaluate.scorers == (f"supervised={sft}", f"grpo={grpo}")
+
+
 def test_variants_are_budgets():
     sizes = {arg: parse("sft", f"r1_qwen.py:{arg}")[0] for arg in ("2k", "4k", "long")}
     assert {arg: (c.budget, c.interval) for arg, c in sizes.items()} == {

@@ -1,12 +1,18 @@
 """All stages one after the other in one directory, from a reasoner to answers."""
 
+import functools
+
 from ml_collections import ConfigDict
 
-from fkv import files
+from fkv import files, rundir
 from fkv.errors import UserError
 from fkv.jobs import common, evaluate, fields, grpo, pretrain, sft
 
-STAGES = {"pretrain": pretrain.run, "sft": sft.run, "grpo": grpo.run, "evaluate": evaluate.run}
+JOBS = {"pretrain": pretrain, "sft": sft, "grpo": grpo, "evaluate": evaluate}
+# The scorers of a reinforcement stage that was asked for more steps answer anew.
+STAGES = {name: job.run for name, job in JOBS.items()} | {
+    "evaluate": functools.partial(evaluate.run, anew=("grpo",))
+}
 
 
 def run(config: ConfigDict, workdir: str) -> None:
@@ -19,6 +25,13 @@ def run(config: ConfigDict, workdir: str) -> None:
     stages = plan(config, workdir)
     for stage, part in stages.items():  # what is wrong with the last is found out before the first
         fields.check(part, stage)
+    for stage, part in stages.items():
+        rundir.check_run(f"{workdir}/{stage}", part, JOBS[stage].MAY_DIFFER)
+    if "evaluate" in stages and "pretrain" not in stages:  # which makes the model
+        own = {str(files.expand(workdir) / stage) for stage in stages}
+        entries = [x.partition("=") for x in stages["evaluate"].evaluate.scorers]
+        later = [name for name, _, place in entries if place in own]
+        evaluate.check(stages["evaluate"], f"{workdir}/evaluate", later)
     for stage, part in stages.items():
         common.say(f"---- {stage} ({workdir}/{stage})")
         STAGES[stage](part, f"{workdir}/{stage}")

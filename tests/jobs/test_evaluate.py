@@ -21,7 +21,7 @@ import transformers
 from fkv import api, decoding, models, policies, preemption, rundir
 from fkv.errors import UserError
 from fkv.evaluation import answers, loss_ratio
-from fkv.jobs import evaluate, generate, sft
+from fkv.jobs import evaluate, generate, pipeline, sft
 from fkv.models import ModelConfig
 from fkv.policies import base
 from fkv.tasks import ledger
@@ -437,6 +437,19 @@ def test_scorers_that_have_been_trained_on_are_refused_or_answer_anew(
         UserError, match=r"since \(evaluate.scorers or .policies: 'streaming_llm'\)"
     ):
         evaluate.run(recipe(scorer_dir), str(finished_copy), anew=("foresight",))
+
+
+def test_a_pipeline_lets_the_scorers_of_a_longer_stage_answer_anew(
+    scorer_dir, finished_copy, fake_model
+):
+    config = recipe(scorer_dir, evaluate__scorers=(f"grpo={scorer_dir}",))
+    evaluate.run(config, str(finished_copy))
+    before = len(samples(finished_copy))
+    changed_input(finished_copy, rundir.answers_of("grpo"), "0" * 64)
+    fake_model.clear()
+    pipeline.STAGES["evaluate"](config, str(finished_copy))
+    assert len(samples(finished_copy)) == before
+    assert sum(n > 0 for batch in fake_model for _, n in batch) == 10
 
 
 def test_a_run_from_before_digests_were_recorded(scorer_dir, finished, finished_copy, fake_model):

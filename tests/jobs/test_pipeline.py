@@ -3,6 +3,7 @@
 import pytest
 
 from configs import tiny
+from fkv import rundir
 from fkv.errors import UserError
 from fkv.jobs import pipeline
 
@@ -57,3 +58,30 @@ def test_a_reasoner_of_ones_own_and_stages_left_out(tmp_path):
 def test_bad_input_is_refused_before_work_starts(tmp_path, fields, message):
     with pytest.raises(UserError, match=message):
         pipeline.plan(recipe(**fields), str(tmp_path))
+
+
+def test_what_a_late_stage_will_refuse_is_found_out_before_the_first(tmp_path, monkeypatch):
+    def started(*_):
+        raise AssertionError("a stage has started")
+
+    monkeypatch.setattr(pipeline, "STAGES", dict.fromkeys(pipeline.STAGES, started))
+    monkeypatch.setattr(pipeline.evaluate, "check", lambda *_: None)
+    for stage, field in (("grpo", "grpo.eta"), ("evaluate", "evaluate.temperature")):
+        root = tmp_path / stage
+        config = pipeline.plan(recipe(), str(root))[stage]
+        group, name = field.split(".")
+        config[group][name] = 0.3
+        rundir.open_run(root / stage, config)
+        with pytest.raises(UserError, match=rf"{stage} holds a run .*{field}: 0.3 -> 0"):
+            pipeline.run(recipe(), str(root))
+
+
+def test_scorers_that_no_stage_will_make_are_asked_for_before_the_first(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(pipeline, "STAGES", dict.fromkeys(pipeline.STAGES, lambda *_: None))
+    monkeypatch.setattr(pipeline.evaluate, "check", lambda *args: asked.append(args))
+    changes = {"evaluate": {"evaluate": {"scorers": (f"a={tmp_path}/sft", f"b={tmp_path}/grpo")}}}
+    pipeline.run(recipe(stages=("sft", "evaluate"), changes=changes), str(tmp_path))
+    ((config, path, later),) = asked
+    assert (path, later) == (f"{tmp_path}/evaluate", ["a"])
+    assert len(config.evaluate.scorers) == 2
