@@ -184,6 +184,7 @@ def get_config() -> ConfigDict:
     config.evaluate.batch = 128
     config.evaluate.deadline = 10.0  # seconds to check one answer
     config.evaluate.traces = 64  # held-out traces for loss ratios; 0 for none
+    config.evaluate.compare = ""  # workdir of another evaluation of the same problems
 
     config.pipeline = ConfigDict()
     config.pipeline.stages = ("sft", "grpo", "evaluate")  # before them "pretrain", to start afresh

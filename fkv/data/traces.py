@@ -1,6 +1,7 @@
 """Traces: the token sequences that policies are trained and measured on."""
 
 import dataclasses
+import hashlib
 import itertools
 import reprlib
 from collections.abc import Sequence
@@ -34,6 +35,16 @@ class Traces:
 
     def __len__(self) -> int:
         return len(self.length_n)
+
+    def digests(self) -> list[str]:
+        """What each one is, and its place, by its tokens and the length of its prompt."""
+        found = []
+        for i, (token_t, length, prompt) in enumerate(
+            zip(self.token_nt, self.length_n, self.prompt_n, strict=True)
+        ):
+            data = np.array([prompt, *token_t[:length]], "<i4").tobytes()
+            found.append(f"{i}-{hashlib.sha256(data).hexdigest()[:16]}")
+        return found
 
     def rows(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Tokens [b, t] of these traces, no wider than the widest of their buckets, and lengths."""

@@ -43,6 +43,11 @@ def key(row: dict) -> tuple[str, int, str, int]:
     return row["policy"], row["budget"], row["problem"], row["sample"]
 
 
+def right(row: dict) -> bool:
+    """Whether it is counted as right."""
+    return row["verdict"] == math_answers.RIGHT
+
+
 def read(path: Path, interval: int | None = None) -> tuple[list[dict], int]:
     """The rows of a file, and how many bytes at its end belong to none.
 

@@ -5,8 +5,11 @@ The tokens that count are those after the prompt, which the model did not write,
 Low-entropy tokens are the share of them with the lowest full-cache entropy, per trace.
 """
 
+import csv as csv_module
 import dataclasses
+import io
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import flax.struct
 import jax
@@ -14,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from fkv import models, parallel, replay
+from fkv import files, models, parallel, replay
+from fkv.errors import UserError
 from fkv.evaluation import tables
 from fkv.models import ModelConfig
 from fkv.policies.base import Policy, View, common_statistics
@@ -103,6 +107,17 @@ class Losses:
         return float(self.overlap.mean()), float(
             self.overlap.std(ddof=1) / len(self.overlap) ** 0.5
         )
+
+
+def difference(ours: Losses, theirs: Losses, kind: int = 0) -> tuple[float, float]:
+    """What our loss ratio has over theirs on the same traces, and its standard error (likewise)."""
+    ratios, parts = [], []
+    for one in (ours, theirs):
+        ratios.append(one.ratio(kind)[0])
+        full = one.full[:, kind]
+        parts.append((one.evicted[:, kind] - ratios[-1] * full) / full.mean())
+    spread = (parts[0] - parts[1]).std(ddof=1)
+    return ratios[0] - ratios[1], float(spread / len(parts[0]) ** 0.5)
 
 
 def low_entropy(entropy_bt: np.ndarray, counted_bt: np.ndarray, share: float) -> np.ndarray:
@@ -303,3 +318,53 @@ def csv(results: Sequence[Losses]) -> str:
         numbers = [*r.ratio(0), *r.ratio(1), *r.ratio(2), *r.added(1), *r.mean_overlap()]
         rows.append([r.policy, r.budget, r.interval, len(r.full), *(f"{x:.6g}" for x in numbers)])
     return tables.comma_separated(head, rows)
+
+
+TRACE_HEAD = (
+    "policy,budget,interval,trace,tokens,evicted,full,tokens_low,evicted_low,full_low,tokens_high,"
+    "evicted_high,full_high"
+).split(",")
+
+
+def traces_csv(results: Sequence[Losses], names: Sequence[str]) -> str:
+    """Losses and tokens of every trace as comma-separated values; `names` say which each is."""
+    rows = []
+    for r in results:
+        sums_nk3 = np.stack([r.tokens, r.evicted, r.full], axis=-1)  # [n, kinds, 3]
+        for name, sums in zip(names, sums_nk3.reshape(len(names), 9).tolist(), strict=True):
+            rows.append([r.policy, r.budget, r.interval, name, *sums])
+    return tables.comma_separated(TRACE_HEAD, rows)
+
+
+def read_traces(path: Path) -> tuple[list[Losses], list[str]]:
+    """Reads what `traces_csv` wrote.
+
+    Returns:
+      The losses, and the names of the traces, which all of them share.
+
+    Raises:
+      UserError: the file is something else.
+    """
+    text = files.read_text(path)
+    lines = list(csv_module.reader(io.StringIO(text)))
+    try:
+        if not text.endswith("\n"):
+            raise ValueError("cut off")
+        if lines[:1] != [TRACE_HEAD]:
+            raise ValueError("another header")
+        found = {}
+        for policy, budget, interval, name, *sums in lines[1:]:
+            cell = found.setdefault((policy, int(budget), int(interval)), {})
+            if name in cell:
+                raise ValueError(f"trace {name} twice")
+            cell[name] = np.array(sums, float).reshape(3, 3)
+        names = [list(cell) for cell in found.values()]
+        if not names or any(one != names[0] for one in names):
+            raise ValueError("policies of different traces, or none")
+    except ValueError as error:
+        raise UserError(f"{path} is not what an evaluation writes ({error}): delete it") from None
+    results = []
+    for key, cell in found.items():
+        tokens, evicted, full = np.moveaxis(np.stack(list(cell.values())), -1, 0)
+        results.append(Losses(*key, evicted, full, tokens))
+    return results, names[0]

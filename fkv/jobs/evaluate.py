@@ -16,7 +16,16 @@ from fkv.api import Model
 from fkv.data import benchmarks
 from fkv.data.traces import Traces
 from fkv.errors import UserError
-from fkv.evaluation import accuracy, answers, diagnosis, math_answers, plots, tables
+from fkv.evaluation import (
+    accuracy,
+    answers,
+    comparison,
+    diagnosis,
+    loss_ratio,
+    math_answers,
+    plots,
+    tables,
+)
 from fkv.jobs import common, fields
 from fkv.policies.base import Policy
 from fkv.rundir import Run, append_text, open_run, write_text
@@ -27,9 +36,10 @@ MAY_DIFFER = (
     *common.other_jobs("evaluate"),
     *(
         f"evaluate.{name}"
-        for name in ("scorers", "policies", "budgets", "problems", "samples", "batch", "traces")
+        for name in ("scorers", "policies", "budgets", "problems", "samples", "batch", "traces",
+                     "compare")
     ),
-)
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +70,8 @@ class Plan:
       held_out: traces to measure losses on, if any are.
       problems: to be answered.
       new_tokens: how many an answer may have.
+      other: another evaluation to compare with, if any is.
+      shared: policies and budgets that both have.
     """
 
     named: dict[str, Policy]
@@ -68,6 +80,8 @@ class Plan:
     held_out: Traces | None
     problems: list[Problem]
     new_tokens: int
+    other: comparison.Other | None
+    shared: list[comparison.Cell]
 
 
 def check(config: ConfigDict, workdir: str, later: Sequence[str] = ()) -> None:
@@ -88,8 +102,9 @@ def run(config: ConfigDict, workdir: str, anew: Sequence[str] = ()) -> list[accu
 
     Goes on where it stopped; adds to what is there when asked for more policies, budgets, problems
     or samples. Several processes take a batch each, and all of them know all answers. Writes
-    `samples.jsonl`, `accuracy.{txt,md,csv}`, `regressions.csv`, and from the traces `loss_ratio.*`,
-    `diagnosis.csv` and pictures.
+    `samples.jsonl`, `accuracy.{txt,md,csv}`, `regressions.csv`, from the traces `loss_ratio.*`,
+    `trace_losses.csv`, `diagnosis.csv` and pictures, and `compared.{txt,md,csv}` with another
+    evaluation.
 
     Args:
       anew: names of scorers that may have been trained on since they answered: those answers are
@@ -114,9 +129,7 @@ def run(config: ConfigDict, workdir: str, anew: Sequence[str] = ()) -> list[accu
     _check_references(samples, problems)
     run.resume({})  # metrics are written again from all samples
 
-    cells = [("full", 0, policies.get("full"))] if "full" in settings.policies else []
-    for budget in settings.budgets:
-        cells += [(name, budget, policy) for name, policy in named.items()]
+    cells = _cells(config, named)
     with checker, preemption.noticed() as asked_to_end:
         for name, budget, policy in cells:
             todo = [
@@ -169,8 +182,14 @@ def run(config: ConfigDict, workdir: str, anew: Sequence[str] = ()) -> list[accu
     for result in found:
         name = f"{result.policy}_{result.budget}" if result.budget else result.policy
         run.log(result.budget, {f"pass_at_1/{name}": result.pass_at_1})
+    losses = []
     if plan.held_out is not None:
-        _measure_traces(config, model, named, run, plan.held_out)
+        losses = _measure_traces(config, model, named, run, plan.held_out)
+    if plan.other is not None:
+        if losses and plan.held_out.digests() != plan.other.traces:
+            losses = []
+        compared = comparison.compare(plan.other, plan.shared, rows, losses)
+        _write_comparison(run, plan.other, compared)
     run.close()
     return found
 
@@ -184,13 +203,27 @@ def _plan(
     free = {rundir.answers_of(name) for name in anew}
     known = {name: x for name, x in inputs.items() if name not in free}
     rundir.check_run(workdir, config, MAY_DIFFER, known)
+    compare = config.evaluate.compare
+    other = comparison.load(compare, workdir) if compare else None
     model = common.load_language_model(config)
     held_out = _traces(config, model)
     problems, new_tokens = _problems(config, model, checker)
     inputs |= common.language_inputs(model)
     asked = ((problem.prompt, problem.id, problem.reference) for problem in problems)
     inputs["evaluate.benchmark: questions"] = provenance.of_questions(asked)
-    return Plan(named, inputs, model, held_out, problems, new_tokens)
+    shared = _shared(
+        config, other, [cell[:2] for cell in _cells(config, named)], problems, held_out
+    )
+    return Plan(named, inputs, model, held_out, problems, new_tokens, other, shared)
+
+
+def _cells(config: ConfigDict, named: dict[str, Policy]) -> list[tuple[str, int, Policy]]:
+    """Policies at their budgets, in the order in which they answer."""
+    settings = config.evaluate
+    cells = [("full", 0, policies.get("full"))] if "full" in settings.policies else []
+    for budget in settings.budgets:
+        cells += [(name, budget, policy) for name, policy in named.items()]
+    return cells
 
 
 def _policies(config: ConfigDict) -> tuple[dict[str, Policy], dict[str, str]]:
@@ -390,12 +423,12 @@ def _write_answers(run: Run, found: Sequence[accuracy.Accuracy], rows: Sequence[
     write_text(run.path / "accuracy.md", tables.markdown(accuracy.HEAD, body) + "\n")
     write_text(run.path / "accuracy.csv", accuracy.csv(found))
 
-    right = {(r["problem"], r["sample"]) for r in rows if _is(r, "full") and _right(r)}
+    right = {(r["problem"], r["sample"]) for r in rows if _is(r, "full") and answers.right(r)}
     worse = [
         [r["policy"], r["budget"], r["problem"], r["sample"], r["verdict"], r["answer"],
          r["reference"]]
         for r in rows
-        if not _is(r, "full") and not _right(r) and (r["problem"], r["sample"]) in right
+        if not _is(r, "full") and not answers.right(r) and (r["problem"], r["sample"]) in right
     ]  # fmt: skip
     head = ["policy", "budget", "problem", "sample", "verdict", "answer", "reference"]
     write_text(run.path / "regressions.csv", tables.comma_separated(head, worse))
@@ -413,8 +446,40 @@ def _is(row, policy) -> bool:
     return row["policy"] == policy
 
 
-def _right(row) -> bool:
-    return row["verdict"] == math_answers.RIGHT
+def _shared(
+    config: ConfigDict,
+    other: comparison.Other | None,
+    cells: Sequence[comparison.Cell],
+    problems: Sequence[Problem],
+    held_out: Traces | None,
+) -> list[comparison.Cell]:
+    """Of which policies and budgets answers can be compared; says what can't be."""
+    if other is None:
+        return []
+    references = {problem.id: problem.reference for problem in problems}
+    found = comparison.shared(other, cells, references, config.evaluate.samples)
+    if left_out := [comparison.label(cell) for cell in cells if cell not in found]:
+        common.say(f"not compared, as {other.path} has none of it: {', '.join(left_out)}")
+    if held_out is not None and held_out.digests() != other.traces:
+        why = "other traces" if other.traces else f"no {comparison.TRACES}"
+        common.say(f"loss ratios are not compared: {other.path} has {why}")
+    return found
+
+
+def _write_comparison(run: Run, other: comparison.Other, found: Sequence) -> None:
+    if not parallel.first():
+        return
+    body = [comparison.cells(one) for one in found]
+    table = tables.text(comparison.HEAD, body)
+    about = (
+        f"here: {run.path}; there: {other.path}; pass@1 in % and points with 95 % intervals, "
+        "paired by problem; loss ratios ± one standard error, paired by trace"
+    )
+    write_text(run.path / "compared.txt", f"{table}\n\n{about}\n")
+    marked = tables.markdown(comparison.HEAD, body)
+    write_text(run.path / "compared.md", f"{marked}\n\n{about}\n")
+    write_text(run.path / "compared.csv", comparison.csv(found))
+    common.say(f"\n{table}\n\n{about}\nwritten to {run.path}: compared.(txt md csv)")
 
 
 def _traces(config: ConfigDict, model: Model) -> Traces | None:
@@ -430,7 +495,7 @@ def _traces(config: ConfigDict, model: Model) -> Traces | None:
     )
 
 
-def _measure_traces(config, model, named, run, held_out) -> None:
+def _measure_traces(config, model, named, run, held_out) -> list[loss_ratio.Losses]:
     """Loss ratios, diagnosis and pictures on held-out traces."""
     settings = config.evaluate
     results = common.measure_losses(
@@ -438,8 +503,9 @@ def _measure_traces(config, model, named, run, held_out) -> None:
     )
     common.write_losses(run, results, len(held_out))
     if not parallel.first():
-        return
+        return results
     path = run.path
+    write_text(path / comparison.TRACES, loss_ratio.traces_csv(results, held_out.digests()))
     write_text(path / "diagnosis.csv", diagnosis.csv(results))
     plots.loss_by_position(results, path / "loss_by_position.png")
     plots.regret(results, path / "regret.png")
@@ -456,6 +522,7 @@ def _measure_traces(config, model, named, run, held_out) -> None:
         diagnosis.patterns(table_ykj), config.interval, path / "attention_patterns.png"
     )
     common.say(
-        f"written to {path}: diagnosis.csv, loss_by_position.png, regret.png, retention.png, "
-        "attention_patterns.png"
+        f"written to {path}: {comparison.TRACES}, diagnosis.csv, loss_by_position.png, regret.png, "
+        "retention.png, attention_patterns.png"
     )
+    return results

@@ -104,7 +104,7 @@ FIELDS = {
         "evaluate",
         {
             **_those(NAMES, "scorers policies"),
-            **_those(TEXT, "action benchmark split subset question answer instruction"),
+            **_those(TEXT, "action benchmark split subset question answer instruction compare"),
             "action_temperature": POSITIVE,
             "budgets": SIZES,
             "chat": SWITCH,

@@ -203,6 +203,7 @@ def _evaluation(config: ConfigDict, workdir: str) -> tuple[ConfigDict, str]:
     part.evaluate.budgets = config.eval.budgets
     part.evaluate.problems = config.grpo.answers
     part.evaluate.traces = 0
+    part.evaluate.compare = ""
     return part, f"{workdir}/answers"
 
 

@@ -31,7 +31,7 @@ PNG = b"\x89PNG"
 PICTURES = ("accuracy", "loss_ratio", "loss_by_position", "regret", "retention",
             "attention_patterns")  # fmt: skip
 TABLES = ("accuracy.txt", "accuracy.md", "accuracy.csv", "regressions.csv", "loss_ratio.txt",
-          "loss_ratio.md", "loss_ratio.csv", "diagnosis.csv", "metrics.jsonl",
+          "loss_ratio.md", "loss_ratio.csv", "trace_losses.csv", "diagnosis.csv", "metrics.jsonl",
           "provenance.json")  # fmt: skip
 
 
@@ -513,6 +513,52 @@ def test_a_policy_that_was_edited_is_not_the_one_that_answered(tmp_path, own_pol
     with pytest.raises(UserError, match=r"since \(evaluate.scorers or .policies: 'own'; code of"):
         evaluate.run(config, str(tmp_path))
     assert len(fake_model) == answered
+
+
+# ---- beside another
+
+
+def test_another_evaluation_is_compared_with(finished, scorer_dir, tmp_path, capsys):
+    """With int8 caches: the same problems and traces, answers and losses of their own."""
+    path = tmp_path / "int8"
+    more = dict(evaluate__traces=3, evaluate__compare=str(finished[0]), cache_dtype="int8")
+    results = evaluate.run(recipe(scorer_dir, evaluate__budgets=(16, 24), **more), str(path))
+    said = capsys.readouterr().out
+    assert "has none of it: foresight at 24, streaming_llm at 24" in said
+    lines = list(csv.DictReader((path / "compared.csv").open()))
+    assert [(line["policy"], line["budget"]) for line in lines] == [
+        ("full", "0"), ("foresight", "16"), ("streaming_llm", "16"), ("golden", "16"),
+    ]  # fmt: skip
+    before, now = (by_key(samples(p)) for p in (finished[0], path))
+    ours = {(r.policy, r.budget): r for r in results}
+    for line in lines[:3]:
+        cell = line["policy"], int(line["budget"])
+        pairs = collections.Counter(
+            (now[key]["verdict"] == "right", row["verdict"] == "right")
+            for key, row in before.items()
+            if key[:2] == cell
+        )
+        assert (int(line["lost"]), int(line["gained"])) == (pairs[False, True], pairs[True, False])
+        assert float(line["here"]) == ours[cell].pass_at_1
+        gap = (pairs[True, False] - pairs[False, True]) / 10
+        assert float(line["difference"]) == pytest.approx(gap)
+        assert float(line["difference_low"]) < gap < float(line["difference_high"])
+    table = csv.DictReader((finished[0] / "loss_ratio.csv").open())
+    measured = {(r["policy"], r["budget"]): r for r in table}
+    for line in lines[1:]:
+        there = measured[line["policy"], line["budget"]]
+        assert float(line["ratio_there"]) == pytest.approx(float(there["ratio"]), rel=1e-5)
+    for name in ("txt", "md"):
+        assert f"there: {finished[0]}" in (path / f"compared.{name}").read_text()
+
+    # Refused before work starts where it does not fit.
+    more["evaluate__compare"] = str(tmp_path / "gone")
+    with pytest.raises(UserError, match=r"gone' has no samples\.jsonl"):
+        evaluate.run(recipe(scorer_dir, **more), str(tmp_path / "new"))
+    more |= dict(evaluate__compare=str(path), evaluate__problems=6)
+    with pytest.raises(UserError, match="no answer of full to problem '5', sample 0"):
+        evaluate.run(recipe(scorer_dir, **more), str(tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
 
 
 # ---- bad input, and things to say
