@@ -1,6 +1,7 @@
 """One answer, streamed to the terminal and kept in the run directory."""
 
 import time
+import warnings
 
 from ml_collections import ConfigDict
 
@@ -35,6 +36,8 @@ def run(config: ConfigDict, workdir: str) -> str:
     if not prompt.strip():
         raise UserError("generate.prompt is empty: give some text")
     ids = api.encode(model, prompt, settings.chat, "generate.prompt")
+    longest = len(ids) + settings.new_tokens
+    common.warn_of_length(model.config, longest, "prompt + generate.new_tokens")
 
     may_differ = ("generate", "budget", "interval", "seed", *common.other_jobs("generate"))
     run = open_run(workdir, config, may_differ)
@@ -52,14 +55,16 @@ def run(config: ConfigDict, workdir: str) -> str:
         settings.top_p,
         config.seed,
     )
-    while True:
-        try:
-            piece = next(pieces)
-            if parallel.first():
-                print(piece, end="", flush=True)
-        except StopIteration as end:
-            one = end.value
-            break
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*max_position_embeddings")  # is said already
+        while True:
+            try:
+                piece = next(pieces)
+                if parallel.first():
+                    print(piece, end="", flush=True)
+            except StopIteration as end:
+                one = end.value
+                break
     seconds = time.perf_counter() - start
     if parallel.first():
         write_text(run.path / "answer.txt", one.text + "\n")

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 
 import flax.struct
 import jax
@@ -839,7 +840,8 @@ def test_generate_answers_as_evaluate_does(finished, answered):
 
 def test_generate_counts_what_it_wrote(finished, answered):
     row = by_key(samples(finished[0]))["foresight", 16, "0", 0]
-    assert f" + {row['tokens']} tokens, {row['evictions']} evictions" in answered[2]
+    cut_off = ", cut off" * row["truncated"]
+    assert f" + {row['tokens']} tokens{cut_off}, {row['evictions']} evictions" in answered[2]
 
 
 def test_generate_takes_the_prompt_and_settings_given(tmp_path, capsys, monkeypatch):
@@ -864,6 +866,22 @@ def test_generate_takes_the_prompt_and_settings_given(tmp_path, capsys, monkeypa
     config.generate.prompt = "start gol <think>"
     generate.run(config, str(tmp_path))
     assert len(given) == 2
+
+
+@pytest.mark.parametrize(("new_tokens", "lines"), [(2045, 0), (2046, 1)])
+def test_generate_warns_of_more_than_the_model_was_made_for_once(
+    new_tokens, lines, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(decoding, "stream", lambda *_: iter([[np.array([5, 2])]]))
+    config = one_answer(generate__prompt="start fan <think>")
+    config.generate.new_tokens = new_tokens
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        generate.run(config, str(tmp_path))
+    said = [x for x in capsys.readouterr().out.splitlines() if x.startswith("warning: ")]
+    assert len(said) == lines
+    for line in said:
+        assert "generate.new_tokens = 2049 tokens, beyond max_position_embeddings = 2048" in line
 
 
 @pytest.mark.parametrize(
