@@ -121,6 +121,8 @@ def encode(
             raise _no_prompt(next(x for x in ids if not _is_id(x)), f"{what} has an entry that is")
     elif model.tokenizer is None:
         raise UserError(f"model {model.name} has no tokenizer: give prompts as token ids")
+    elif chat and not prompt.strip():  # there would be the template's tokens
+        ids = []
     elif chat:
         ids = texts.tokenize(
             model.tokenizer, texts.render(model.tokenizer, prompt, model.name), continued=False
@@ -294,8 +296,8 @@ def stream(
 ) -> Generator[str, None, Generation]:
     """The text of one continuation as it comes, a piece for every `L` tokens.
 
-    The pieces together are what `generate` gives for the same arguments; the generator returns
-    the whole of it.
+    The pieces together are what `generate` gives for the same arguments, of which there is one
+    prompt; the generator returns the whole of it.
     """
     if model.tokenizer is None:
         raise UserError(f"model {model.name} has no tokenizer: there is no text to stream")

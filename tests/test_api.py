@@ -255,6 +255,12 @@ def test_what_is_no_prompt_is_refused_in_one_line(words, name):
             break
 
 
+@pytest.mark.parametrize("text", ["", " \n"])
+def test_an_empty_message_is_no_prompt(words, text):
+    with pytest.raises(UserError, match="prompt 1 is empty"):
+        fkv.generate(words, ["w0", text], chat=True, **SIZES)
+
+
 def test_what_a_tokenizer_returns_is_no_prompt(words, monkeypatch):
     found = words.tokenizer(["w0 w1"])
     with pytest.raises(UserError, match=r"of what a tokenizer returns give \['input_ids'\]"):

@@ -323,7 +323,8 @@ def _question(
 ) -> Problem:
     # Of an answer that is a whole solution, what it puts in its last box.
     reference = math_answers.last_boxed(question.answer) or question.answer
-    prompt = api.encode(model, question.text, chat=config.evaluate.chat)
+    what = f"{config.evaluate.benchmark}: the question {question.id}"
+    prompt = api.encode(model, question.text, config.evaluate.chat, what)
     # There are tokenizers to which the tags of a thought are special tokens.
     opened = math_answers.opens_thought(api.decode(model, prompt, special=True), question.text)
     judge = math_answers.check_choice if question.choice else checker.check
