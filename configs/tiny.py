@@ -162,6 +162,7 @@ def get_config() -> ConfigDict:
 
     config.evaluate = ConfigDict()
     config.evaluate.scorers = ("foresight=runs/sft_tiny",)  # name=workdir of sft or grpo runs
+    config.evaluate.any_interval = False  # scorers may run at another interval than they trained at
     config.evaluate.action = "top"  # or "sample", as in the paper, or "multinomial"
     config.evaluate.action_temperature = 0.3  # of the last two; what the scorers were trained with
     config.evaluate.policies = ("full", *RULES)
@@ -242,6 +243,7 @@ def get_config() -> ConfigDict:
     config.generate.prompt = ""  # the embedded model gets a problem of its task when empty
     config.generate.policy = "snapkv"
     config.generate.scorer = ""  # workdir of an sft or grpo run, for the policy "foresight"
+    config.generate.any_interval = False  # as of evaluate
     config.generate.new_tokens = 512
     config.generate.temperature = 0.6
     config.generate.top_k = 20

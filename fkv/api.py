@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from fkv import decoding, models, policies, sharing, tasks
+from fkv import cache, decoding, models, policies, sharing, tasks
 from fkv.decoding import Sampling
 from fkv.errors import UserError
 from fkv.keys import Purpose, key_of
@@ -40,7 +40,7 @@ class Model:
       config, params: the decoder.
       tokenizer: of `transformers`, or None where the directory has none.
       stop: ids of the tokens that end an answer.
-      name: where it came from.
+      name, revision: where it came from.
       directory: where its files lie, if it has any.
     """
 
@@ -50,6 +50,7 @@ class Model:
     stop: tuple[int, ...]
     name: str
     directory: Path | None = None
+    revision: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +98,8 @@ def load(
     stop = texts.stop_tokens(directory, tokenizer, vocabulary)
     config, params = models.load(directory, dtype, mesh=mesh)
     config = dataclasses.replace(config, cache_dtype=cache_dtype)
-    return Model(config, params, tokenizer, stop, str(path_or_hub_id), directory)
+    name = str(path_or_hub_id)
+    return Model(config, params, tokenizer, stop, name, directory, revision or "")
 
 
 def encode(
@@ -203,8 +205,20 @@ def sample_key(seed: int, prompt: int, sample: int) -> jax.Array:
     return key_of(seed, Purpose.ANSWER, prompt, sample)
 
 
-def _policy(policy: str | Policy) -> Policy:
-    return policies.get(policy) if isinstance(policy, str) else policy
+def _policy(policy: str | Policy, model: Model, budget: int, interval: int) -> Policy:
+    """The policy, by its name or as it is, once it is known to fit the model."""
+    if isinstance(policy, str):
+        policy = policies.get(policy)
+    cache.check_sizes(budget, interval)
+    trained = getattr(policy, "trained", None)
+    try:
+        policies.check(policy, model.config, budget, interval)
+        policy.check_interval(interval)
+    except UserError as error:
+        raise UserError(f"model {model.name}: {error}" if trained else str(error)) from None
+    if trained and (other := trained.other_model(model.name, model.revision)):
+        warnings.warn(other, stacklevel=3)
+    return policy
 
 
 def generate(
@@ -247,7 +261,7 @@ def generate(
     if samples < 1:
         raise UserError(f"samples = {samples} must be at least 1")
     rows = [(i, j) for i in range(len(ids)) for j in range(samples)]
-    policy = _policy(policy)
+    policy = _policy(policy, model, budget, interval)
     _warn_of_length(model, max(map(len, ids)), new_tokens)
     out = decoding.generate(
         model.config,
@@ -301,7 +315,8 @@ def stream(
     """
     if model.tokenizer is None:
         raise UserError(f"model {model.name} has no tokenizer: there is no text to stream")
-    policy, found = _policy(policy), _encode_all(model, prompt, chat)
+    policy = _policy(policy, model, budget, interval)
+    found = _encode_all(model, prompt, chat)
     if len(found) != 1:
         raise UserError(f"stream takes one prompt, not {len(found)}: use generate")
     [ids] = found
@@ -331,15 +346,19 @@ def stream(
     return one
 
 
-def load_scorer(source: str | Path, revision: str | None = None) -> policies.Foresight:
+def load_scorer(
+    source: str | Path, revision: str | None = None, any_interval: bool = False
+) -> policies.Foresight:
     """Trained scorers, as a policy.
 
     Args:
       source: the workdir of a run, a directory that `launch.export` wrote, a checkpoint of the
         released PyTorch code, or the hub id of one of the last two.
       revision: branch, tag or commit of a hub id.
+      any_interval: lets them run at another interval than that of their training, which is refused
+        otherwise. Another budget is normal.
 
     Raises:
       UserError: there are no scorers, or they are damaged.
     """
-    return sharing.load(source, revision)[0]
+    return sharing.load(source, revision)[0].replace(any_interval=any_interval)

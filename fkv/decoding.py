@@ -386,7 +386,7 @@ def _start(
             )
     if new_tokens < 1:
         raise UserError(f"new_tokens = {new_tokens} must be at least 1")
-    kv.check_sizes(budget, interval)
+    replay.check(config, policy, budget, interval, len(prompts))
     token, padding = left_pad(prompts, interval)
     if width > token.shape[1]:
         extra = -(-width // interval) * interval - token.shape[1]

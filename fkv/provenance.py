@@ -208,7 +208,7 @@ class _Code:
     def _names(self, scope: Mapping[str, Any], names: list[str]) -> None:
         """What these names stand for; those of modules that are followed, likewise."""
         for name in names:
-            if name not in scope:
+            if name not in scope or name == "_REGISTRY":  # other policies are no part of one
                 continue
             value = scope[name]
             new = id(value) not in self._seen

@@ -21,7 +21,8 @@ from fkv import cache as kv
 from fkv.errors import UserError
 from fkv.keys import Purpose, key_of, keys_of
 from fkv.models import ModelConfig
-from fkv.policies.base import Policy, View
+from fkv.policies import base
+from fkv.policies.base import Policy, View, check_given
 from fkv.policies.forced import Forced
 
 DECAY = 0.9
@@ -120,13 +121,49 @@ def evict(
     view = View(
         cache, query_blhd, position_bl, chunk, random, stats, budget, jnp.asarray(layer), config
     )
+    lead = cache.position_bks.shape[:2]
     if view.capacity == budget:
         slots = policy.evict(view)
+        check_given(policy, "evict", slots, (*lead, view.interval), jnp.integer)
     else:  # what is dropped leaves empty slots, and those are freed
-        position = jnp.where(policy.drop(view), -1, cache.position_bks)
+        drop = policy.drop(view)
+        check_given(policy, "drop", drop, cache.position_bks.shape, jnp.bool_)
+        position = jnp.where(drop, -1, cache.position_bks)
         cache = cache.replace(position_bks=position)
         slots = kv.choose(jnp.zeros(position.shape), position, view.interval)
     return view, slots, kv.admit(cache, slots)
+
+
+def check(config: ModelConfig, policy: Policy, budget: int, interval: int, rows: int = 2) -> None:
+    """Refuses a policy that does not fit the model or the sizes, before anything is run.
+
+    Beside what the policy says itself, one eviction is traced on shapes alone.
+
+    Args:
+      policy: what was given as such, be it one or not.
+      rows: of the batch, for policies that know them.
+
+    Raises:
+      UserError: one line that names the policy and both sides.
+    """
+    kv.check_sizes(budget, interval)
+    base.check(policy, config, budget, interval)
+    policy.check_interval(interval)
+    if not policy.evicts:
+        return
+
+    def one(policy):
+        policy = jax.tree.map(lambda x: x[0], policy)
+        cache = init_cache(policy, rows, config, budget, interval, jnp.float32)
+        query = jnp.zeros((rows, interval, config.heads, config.head_dim))
+        lse = jnp.zeros((rows, config.kv_heads, config.group_size, interval))
+        position = jnp.zeros((rows, interval), jnp.int32)
+        random = row_keys(jax.random.key(0), rows)
+        return evict(
+            config, policy, cache, query, lse, position, jnp.int32(0), random, budget, jnp.int32(0)
+        )[1]
+
+    jax.eval_shape(one, policy)
 
 
 def layer_pass(
@@ -228,6 +265,7 @@ def replay(
       Hidden states after the last layer [b, t, m], accumulators [layers, ...], and what was
       observed [layers, chunks, ...].
     """
+    base.check(policy, config, budget, interval)
     position = row_positions(token_bt, length_b, padding_b)
     if random_b is None:
         random_b = row_keys(key_of(0, Purpose.REPLAY), token_bt.shape[0])

@@ -8,13 +8,16 @@ opposite, an eviction score: their output weights are negated on import.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
+from fkv import kinds
 from fkv.attention import einsum_f32
 from fkv.errors import UserError
 from fkv.keys import keys_of
@@ -47,10 +50,14 @@ class ScorerConfig:
     form: str = "windowed"
 
     def __post_init__(self):
-        for field, known in (("inputs", INPUTS), ("norm", NORMS), ("form", FORMS)):
-            value = getattr(self, field)
-            if value not in known:
-                raise UserError(f"scorer.{field} = {value!r} must be one of {', '.join(known)}")
+        kinds.check_fields(
+            "scorer.",
+            self,
+            hidden=kinds.whole(1, 2**16),
+            inputs=kinds.one_of(INPUTS),
+            norm=kinds.one_of(NORMS),
+            form=kinds.one_of(FORMS),
+        )
 
     @property
     def statistics(self) -> str | None:
@@ -93,6 +100,52 @@ def init(key: Array, model: ModelConfig, scorer: ScorerConfig) -> dict:
         return Scorer(scorer).init(key, example)["params"]
 
     return layers(keys_of(key, model.layers))
+
+
+def shapes(model: ModelConfig, scorer: ScorerConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters that `init` makes."""
+    lead, hidden = (model.layers, model.kv_heads), scorer.hidden
+    first = (*lead, feature_size(model, scorer), hidden)
+    return {"w1": first, "b1": (*lead, hidden), "w2": (*lead, hidden), "b2": lead}
+
+
+def check_params(where: str, params: Any, hidden: int) -> None:
+    """Refuses what is not the parameters of scorers with a hidden layer of that width.
+
+    Args:
+      where: what the message begins with.
+      params: a dict of arrays; of those that have values, these are looked at, too.
+    """
+    wanted = {"w1": 4, "b1": 3, "w2": 3, "b2": 2}
+    found = params if isinstance(params, Mapping) else {"params": params}
+    arrays = {name: x for name, x in found.items() if hasattr(x, "shape") and hasattr(x, "dtype")}
+    if (
+        {name: x.ndim for name, x in arrays.items()} != wanted
+        or arrays.keys() != found.keys()
+        or any(
+            x.shape[:2] != arrays["w1"].shape[:2] or not jnp.issubdtype(x.dtype, jnp.floating)
+            for x in arrays.values()
+        )
+        or {arrays[name].shape[-1] for name in ("w1", "b1", "w2")} != {hidden}
+    ):
+        said = {
+            name: f"{x.dtype}{list(x.shape)}" if name in arrays else type(x).__name__
+            for name, x in found.items()
+        }
+        raise UserError(
+            f"{where} {said} are not the float32 w1 [y, k, f, o], b1 [y, k, o], w2 [y, k, o] and "
+            f"b2 [y, k] of a scorer with o = {hidden} hidden units"
+        )
+    for name, x in arrays.items():
+        if has_values(x) and not np.isfinite(np.asarray(x, np.float32)).all():
+            raise UserError(f"{where} {name} holds numbers that are not finite")
+
+
+def has_values(x: Any) -> bool:
+    """Whether an array can be read here, which a shape, a tracer or another host's can't."""
+    if isinstance(x, jax.Array):
+        return not isinstance(x, jax.core.Tracer) and x.is_fully_addressable
+    return isinstance(x, np.ndarray)
 
 
 def features(config: ScorerConfig, view: View) -> Array:

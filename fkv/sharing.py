@@ -18,13 +18,14 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 import fkv
-from fkv import checkpoint, files, models
+from fkv import checkpoint, files, models, scorer
 from fkv.errors import UserError
 from fkv.models import loading
-from fkv.policies import Foresight
+from fkv.policies.foresight import Foresight, Trained
 from fkv.scorer import ScorerConfig
 
 WEIGHTS, ABOUT, CARD = "scorer.safetensors", "scorer.json", "README.md"
+KNOWN = ("model", "revision", "budget", "interval")  # of the training, see `Trained`
 _BASE, _JUDGES = "model-base.safetensors", "model-judges.safetensors"
 _FILES = (".json", ".safetensors", ".jinja", ".model", ".txt")
 
@@ -44,72 +45,86 @@ def load(source: str | os.PathLike, revision: str | None = None) -> tuple[Foresi
       UserError: there are no scorers, or they are damaged.
     """
     path = files.expand(source)
-    if _is_shared(path):
-        return _shared(path)
-    if any(path.glob("*.safetensors")):
-        return _released(path)
     # A hub id looks like a path of two parts; that of a run which is not there is no hub id.
     local = path.exists() or path.parent.is_dir() or path.parts[0] == "runs"
     if str(source).count("/") == 1 and not local:
-        directory = models.find(str(source), revision)
-        return _shared(directory) if _is_shared(directory) else _released(directory)
-    saved = checkpoint.load(path)
-    try:
-        config = saved.info["config"]
-        policy = Foresight(saved.state["params"], ScorerConfig(**config["scorer"]))
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: its checkpoints hold no scorers (no {error})") from error
-    _check_shapes(f"{path}: its checkpoints", policy.params)
-    names = ("model", "revision", "budget", "interval")
-    about = {name: config[name] for name in names if name in config}
-    about["steps"] = saved.step
-    if "data" in config:
-        about["data"] = config["data"]["path"] or "the embedded task"
-    return policy, about
+        path = models.find(str(source), revision)
+        return _shared(path, source) if _is_shared(path) else _released(path, source)
+    if _is_shared(path):
+        return _shared(path, source)
+    if any(path.glob("*.safetensors")):
+        return _released(path, source)
+    return _of_run(path, source)
 
 
 def _is_shared(path: Path) -> bool:
     return (path / ABOUT).exists() or (path / WEIGHTS).exists()
 
 
-def _shared(path: Path) -> tuple[Foresight, dict]:
+def _shared(path: Path, source: str | os.PathLike) -> tuple[Foresight, dict]:
     about = models.read_json(path / ABOUT)
     if not (path / WEIGHTS).is_file():  # a pipe would never end
         raise UserError(f"{path / WEIGHTS}: no such file, or not a regular one")
     try:
-        config = ScorerConfig(**about["scorer"])
+        rules = dict(about["scorer"])
         params = load_file(path / WEIGHTS)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"{path}: these scorers can't be read ({error})") from error
-    _check_shapes(f"{path / WEIGHTS}:", params)
-    return Foresight(params, config), about
+    config = _scorer_config(path / ABOUT, rules)
+    policy = _policy(path / WEIGHTS, params, config, _trained(path / ABOUT, source, about))
+    return policy, about
 
 
-def _check_shapes(where: str, params: Mapping[str, Any]) -> None:
-    """Refuses what is not the parameters of scorers."""
-    wanted = {"w1": 4, "b1": 3, "w2": 3, "b2": 2}
-    arrays = all(isinstance(x, np.ndarray) for x in params.values())
-    if (
-        not arrays
-        or {name: x.ndim for name, x in params.items()} != wanted
-        or any(x.shape[:2] != params["w1"].shape[:2] or x.dtype != np.float32
-               for x in params.values())
-    ):  # fmt: skip
-        shapes = {
-            name: f"{x.dtype}{list(x.shape)}" if isinstance(x, np.ndarray) else "a group"
-            for name, x in params.items()
-        }
-        raise UserError(
-            f"{where} {shapes} are not the float32 w1 [y, k, f, o], b1 [y, k, o], "
-            "w2 [y, k, o] and b2 [y, k] of a scorer"
-        )
+def _of_run(path: Path, source: str | os.PathLike) -> tuple[Foresight, dict]:
+    saved = checkpoint.load(path)
+    where = f"{path}: its checkpoints"
+    try:
+        config = saved.info["config"]
+        params, rules = saved.state["params"], dict(config["scorer"])
+        about = {name: config[name] for name in KNOWN if name in config}
+        about["steps"] = saved.step
+        if "data" in config:
+            about["data"] = config["data"]["path"] or "the embedded task"
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{where} hold no scorers (no {error})") from error
+    trained = _trained(where, source, about)
+    return _policy(where, params, _scorer_config(where, rules), trained), about
 
 
-def _released(path: Path) -> tuple[Foresight, dict]:
+def _released(path: Path, source: str | os.PathLike) -> tuple[Foresight, dict]:
     judges = models.load_judges(path)
     # Theirs are eviction scores, ours importances.
     params = judges | {"w2": -judges["w2"], "b2": -judges["b2"]}
-    return Foresight(params, ScorerConfig(form="reference")), {"model": str(path)}
+    about = {"model": str(source)}
+    trained = _trained(path, source, about)
+    return _policy(path, params, ScorerConfig(form="reference"), trained), about
+
+
+def _scorer_config(where: str | Path, rules: dict) -> ScorerConfig:
+    names = {field.name for field in dataclasses.fields(ScorerConfig)}
+    if wrong := sorted(map(str, names ^ rules.keys())):
+        is_in = "has an unknown" if wrong[0] in rules else "lacks"
+        raise UserError(f"{where}: scorer {is_in} {wrong[0]!r}: it has {', '.join(sorted(names))}")
+    try:
+        return ScorerConfig(**rules)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def _trained(where: str | Path, source: str | os.PathLike, about: Mapping[str, Any]) -> Trained:
+    """What is known; older directories lack some of it, and `null` stands for the same."""
+    known = {name: about[name] for name in KNOWN if about.get(name) is not None}
+    try:
+        return Trained(str(source), **known)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def _policy(where: str | Path, params: Any, config: ScorerConfig, trained: Trained) -> Foresight:
+    scorer.check_params(f"{where}:", params, config.hidden)
+    if wrong := {name: str(x.dtype) for name, x in params.items() if x.dtype != np.float32}:
+        raise UserError(f"{where}: {wrong} are not float32, as scorers are")
+    return Foresight(params, config, trained=trained)
 
 
 def check_directory(directory: str | os.PathLike, released: bool = False) -> Path:

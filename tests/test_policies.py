@@ -689,8 +689,8 @@ def test_the_registry_knows_the_names():
         policies.get("h2o", b=1, a=2)
     with pytest.raises(UserError, match=r"'foresight' needs params, config"):
         policies.get("foresight")
-    with pytest.raises(ValueError, match="registered twice"):
-        policies.register("h2o")(policies.H2O)
+    with pytest.raises(UserError, match="registered twice"):
+        policies.register("h2o")(policies.TOVA)
     assert policies.get("rkv", mix=0.3).mix == 0.3
 
 

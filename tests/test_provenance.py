@@ -6,6 +6,7 @@ import struct
 import sys
 import textwrap
 
+import flax.struct
 import jax
 import numpy as np
 import pytest
@@ -273,3 +274,17 @@ def test_questions():
         (np.array([1, 2]), "a", "5", np.array([7])),
     ):
         assert provenance.of_questions([other]) != [first]
+
+
+def test_a_policy_registered_beside_it_is_none_of_a_policy_s_business(monkeypatch):
+    monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
+    before = provenance.of_policy(policies.get("knorm")), provenance.of_policy(policies.get("rkv"))
+
+    @policies.register("beside")
+    @flax.struct.dataclass
+    class Beside(policies.Policy):
+        pass
+
+    assert before == (
+        provenance.of_policy(policies.get("knorm")), provenance.of_policy(policies.get("rkv")),
+    )  # fmt: skip

@@ -63,6 +63,7 @@ class Accuracy:
       undecided: how many were not checked to the end, and count as wrong: beyond the deadline, and
         those that broke the parser.
       difference: to the full cache; None for itself, and without it.
+      trained: at which budget its scorers were trained, as `Trained.at` says it; else empty.
     """
 
     policy: str
@@ -76,6 +77,7 @@ class Accuracy:
     no_answer: float = 0.0
     undecided: tuple[int, int] = (0, 0)
     difference: Difference | None = None
+    trained: str = ""
 
     @property
     def pass_at_1(self) -> float:
@@ -179,6 +181,7 @@ HEAD = (
     "points to full",
     "lost",
     "gained",
+    "trained at",
 )
 
 
@@ -196,6 +199,7 @@ def cells(result: Accuracy) -> list[str]:
         f"{result.evictions:.1f}",
         "" if result.difference is None else str(result.difference),
         *("" if n is None else str(n) for n in (result.lost, result.gained)),
+        result.trained,
     ]
 
 
@@ -203,7 +207,7 @@ def csv(results: Sequence[Accuracy]) -> str:
     """The same as comma-separated values; shares and differences of shares, not points."""
     head = (
         "policy,budget,answers,pass_at_1,low,high,tokens,cut off,no answer,evictions,difference,"
-        "difference_low,difference_high,lost,gained"
+        "difference_low,difference_high,lost,gained,trained_at"
     ).split(",")
     rows = []
     for r in results:
@@ -211,6 +215,7 @@ def csv(results: Sequence[Accuracy]) -> str:
         mean = (r.tokens, r.truncated, r.no_answer, r.evictions)
         shares = (r.pass_at_1, *r.interval(), *mean, *against)
         rows.append([r.policy, r.budget, r.right_pn.size, *shares, r.lost, r.gained])
+        rows[-1].append(r.trained)
     return tables.comma_separated(head, rows)
 
 

@@ -52,6 +52,8 @@ def retention(
     """
     if token_bt.shape[0] != 1:
         raise ValueError(f"retention is drawn for one trace, not {token_bt.shape[0]}")
+    for policy in policies.values():
+        replay.check(config, policy, budget, interval, rows=1)
     t = token_bt.shape[1]
 
     golden, _, _ = jax.jit(replay.golden_policy, static_argnums=(0, 4, 5))(

@@ -21,7 +21,7 @@ from fkv import files, models, parallel, replay
 from fkv.errors import UserError
 from fkv.evaluation import tables
 from fkv.models import ModelConfig
-from fkv.policies.base import Policy, View, common_statistics
+from fkv.policies.base import Policy, View, common_statistics, trained_at
 
 
 @flax.struct.dataclass
@@ -60,6 +60,7 @@ class Losses:
 
     Attributes:
       policy, budget, interval: what ran.
+      trained: at which budget its scorers were trained, as `Trained.at` says it; else empty.
       evicted, full: summed loss per trace over the counted tokens, nats, each [n, 3]: of all,
         low-entropy and high-entropy tokens.
       tokens: how many tokens each of these sums is over, [n, 3].
@@ -80,6 +81,7 @@ class Losses:
     recall_nyk: np.ndarray | None = None
     regret_nyk: np.ndarray | None = None
     excess_nt: np.ndarray | None = None
+    trained: str = ""
 
     @property
     def overlap(self) -> np.ndarray | None:
@@ -158,6 +160,8 @@ def measure(
     Returns:
       One `Losses` per policy: full, golden, then `policies` in their order.
     """
+    for policy in policies.values():
+        replay.check(config, policy, budget, interval, batch)
     replay.check_lengths(length_b, budget, interval)
     n, t = token_bt.shape
     # Those that need more room than B can share neither a pass nor a golden cache with others.
@@ -260,6 +264,7 @@ def measure(
             recall.get(name),
             regret.get(name),
             np.where(counted, x - nll["full"], np.nan),
+            trained_at(policies.get(name), interval),
         )
         for name, x in nll.items()
     ]
@@ -285,6 +290,7 @@ HEAD = (
     "high-entropy",
     "added nats, low",
     "overlap",
+    "trained at",
 )
 
 
@@ -294,7 +300,7 @@ def _cells(result: Losses) -> list[str]:
     mean, spread = result.mean_overlap()
     overlap = "" if result.overlap is None else f"{mean:.3f} ± {spread:.3f}"
     added = f"{value:.4f} ± {error:.4f}"
-    return [result.policy, str(result.budget), *ratios, added, overlap]
+    return [result.policy, str(result.budget), *ratios, added, overlap, result.trained]
 
 
 def table(results: Sequence[Losses]) -> str:
@@ -311,12 +317,14 @@ def csv(results: Sequence[Losses]) -> str:
     """The same as comma-separated values, with a header."""
     head = (
         "policy,budget,interval,traces,ratio,ratio_se,ratio_low,ratio_low_se,ratio_high,"
-        "ratio_high_se,added_low,added_low_se,overlap,overlap_se"
+        "ratio_high_se,added_low,added_low_se,overlap,overlap_se,"
+        "trained_at"
     ).split(",")
     rows = []
     for r in results:
         numbers = [*r.ratio(0), *r.ratio(1), *r.ratio(2), *r.added(1), *r.mean_overlap()]
         rows.append([r.policy, r.budget, r.interval, len(r.full), *(f"{x:.6g}" for x in numbers)])
+        rows[-1].append(r.trained)
     return tables.comma_separated(head, rows)
 
 

@@ -163,9 +163,11 @@ def run(config: ConfigDict, workdir: str) -> dict:
     if settings.random_weights:
         shape = costs.shape_of(common.model_path(config), settings.layers)
         model = common.as_configured(config, shape)
+        _check_policies(config, model)
     else:
         if settings.layers:
             raise UserError("benchmark.layers is for benchmark.random_weights = True")
+        _check_policies(config, common.model_config(config))
         model, params = common.load_model(config)
     run = open_run(workdir, config, common.other_jobs("benchmark"))
     if settings.random_weights:
@@ -241,6 +243,13 @@ def _check(config: ConfigDict) -> None:
     if {"labels", "steps"} & set(s.sections):
         lengths = (*s.label_lengths, s.step_length)
         replay.check_lengths([min(lengths)], config.budget, config.interval)
+
+
+def _check_policies(config: ConfigDict, model: ModelConfig) -> None:
+    s = config.benchmark
+    named = {name: policies.get(name) for name in (*s.policies, *s.peer_policies)
+             if name != "foresight"}  # fmt: skip
+    common.check_policies(config, model, named, s.budgets)
 
 
 def _about(bench: Bench) -> dict:

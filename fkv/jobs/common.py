@@ -11,13 +11,14 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from fkv import api, cache, costs, files, models, parallel, preemption, provenance, tasks
+from fkv import api, cache, costs, files, models, parallel, preemption, provenance, replay, tasks
 from fkv.data import traces
 from fkv.errors import UserError
 from fkv.evaluation import loss_ratio, plots
 from fkv.keys import Purpose, key_of
 from fkv.models import ModelConfig
 from fkv.policies.base import Policy
+from fkv.policies.foresight import Trained
 from fkv.rundir import Run, write_text
 from fkv.tasks import ledger
 
@@ -189,6 +190,32 @@ def check_budgets(budgets: Sequence[int], interval: int, where: str) -> None:
             cache.check_sizes(budget, interval)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
+
+
+def check_policies(
+    config: ConfigDict, model: ModelConfig, named: Mapping[str, Policy], budgets: Sequence[int]
+) -> None:
+    """Refuses policies that do not fit the model at all of these budgets, before any is run.
+
+    Says of which scorers the language model is another one.
+
+    Args:
+      named: policies by the name that they are reported under.
+    """
+    for name, policy in named.items():
+        try:
+            for budget in budgets:
+                replay.check(model, policy, budget, config.interval)
+        except UserError as error:
+            raise UserError(f"{name!r} with model {config.model}: {error}") from None
+        if policy.trained and (other := policy.trained.other_model(config.model, revision(config))):
+            say(f"{name}: {other}")
+
+
+def trained_for(config: ConfigDict, workdir: str | Path) -> Trained:
+    """What is known of the scorers that a run of this config trains in `workdir`."""
+    where = (config.model, config.revision, config.budget, config.interval)
+    return Trained(str(workdir), *where)
 
 
 def measure_losses(

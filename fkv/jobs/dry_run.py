@@ -244,13 +244,15 @@ def _cells(config: ConfigDict, model: ModelConfig) -> list[tuple[str, int, polic
     if "full" in settings.policies:
         cells.append(("full", 0, policies.get("full")))
     rules = [name for name in settings.policies if name != "full"]
+    named = {name: policies.get(name) for name in rules}
+    common.check_policies(config, model, named, settings.budgets)
     if settings.scorers:
         scorer_config = scorer.ScorerConfig(**config.scorer)
         key = key_of(0, Purpose.SCORER)
         params = jax.eval_shape(lambda: scorer.init(key, model, scorer_config))
         name, policy = "foresight", policies.Foresight(params, scorer_config)
     elif rules:
-        name, policy = rules[0], policies.get(rules[0])
+        name, policy = next(iter(named.items()))
     else:
         return cells
     return cells + [(name, budget, policy) for budget in settings.budgets]

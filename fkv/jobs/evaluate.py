@@ -27,19 +27,16 @@ from fkv.evaluation import (
     tables,
 )
 from fkv.jobs import common, fields
-from fkv.policies.base import Policy
+from fkv.policies.base import Policy, trained_at
 from fkv.rundir import Run, append_text, open_run, write_text
 from fkv.tasks import ledger
 
 # What a run may be asked for more of; everything else must stay as it was.
+_MORE = "scorers any_interval policies budgets problems samples batch traces compare"
 MAY_DIFFER = (
     *common.other_jobs("evaluate"),
-    *(
-        f"evaluate.{name}"
-        for name in ("scorers", "policies", "budgets", "problems", "samples", "batch", "traces",
-                     "compare")
-    ),
-)  # fmt: skip
+    *(f"evaluate.{name}" for name in _MORE.split()),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +174,10 @@ def run(config: ConfigDict, workdir: str, anew: Sequence[str] = ()) -> list[accu
             row["sample"],
         )
     )
-    found = accuracy.summarise(rows)
+    found = [
+        dataclasses.replace(r, trained=trained_at(named.get(r.policy), config.interval))
+        for r in accuracy.summarise(rows)
+    ]
     _write_answers(run, found, rows)
     for result in found:
         name = f"{result.policy}_{result.budget}" if result.budget else result.policy
@@ -205,6 +205,7 @@ def _plan(
     rundir.check_run(workdir, config, MAY_DIFFER, known)
     compare = config.evaluate.compare
     other = comparison.load(compare, workdir) if compare else None
+    common.check_policies(config, common.model_config(config), named, config.evaluate.budgets)
     model = common.load_language_model(config)
     held_out = _traces(config, model)
     problems, new_tokens = _problems(config, model, checker)
@@ -235,7 +236,7 @@ def _policies(config: ConfigDict) -> tuple[dict[str, Policy], dict[str, str]]:
             raise UserError(f"evaluate.scorers: {entry!r} must be of the form name=workdir")
         if name in policies.names() and name != "foresight":
             raise UserError(f"evaluate.scorers: {name!r} is the name of a rule; take another")
-        policy = api.load_scorer(workdir).replace(
+        policy = api.load_scorer(workdir, any_interval=config.evaluate.any_interval).replace(
             action=config.evaluate.action, temperature=config.evaluate.action_temperature
         )
         scorers[name] = policy

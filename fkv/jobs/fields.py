@@ -104,6 +104,7 @@ FIELDS = {
         "evaluate",
         {
             **_those(NAMES, "scorers policies"),
+            "any_interval": SWITCH,
             **_those(TEXT, "action benchmark split subset question answer instruction compare"),
             "action_temperature": POSITIVE,
             "budgets": SIZES,
@@ -143,6 +144,7 @@ FIELDS = {
         "generate",
         {
             **_those(TEXT, "prompt policy scorer"),
+            "any_interval": SWITCH,
             "new_tokens": whole(1),
             "chat": SWITCH,
             **_SAMPLING,

@@ -9,6 +9,7 @@ from fkv import api, parallel, policies
 from fkv import cache as kv
 from fkv.errors import UserError
 from fkv.jobs import common, fields
+from fkv.policies.base import trained_at
 from fkv.rundir import open_run, write_text
 from fkv.tasks import ledger
 
@@ -25,9 +26,11 @@ def run(config: ConfigDict, workdir: str) -> str:
     if settings.scorer:
         if settings.policy != "foresight":
             raise UserError("generate.scorer is for generate.policy=foresight")
-        policy = api.load_scorer(settings.scorer)
+        policy = api.load_scorer(settings.scorer, any_interval=settings.any_interval)
     else:
         policy = policies.get(settings.policy)
+    shape = common.model_config(config)
+    common.check_policies(config, shape, {settings.policy: policy}, [config.budget])
     model = common.load_language_model(config)
     problem, prompt = None, settings.prompt
     if not prompt and config.model == api.EMBEDDED:
@@ -68,10 +71,12 @@ def run(config: ConfigDict, workdir: str) -> str:
     seconds = time.perf_counter() - start
     if parallel.first():
         write_text(run.path / "answer.txt", one.text + "\n")
+    trained = trained_at(policy, config.interval)
     common.say(
         f"\n\n{settings.policy}, B = {config.budget}, L = {config.interval}: {len(ids)} + "
         f"{len(one.tokens)} tokens{', cut off' if one.truncated else ''}, {one.evictions} "
         f"evictions, {seconds:.1f} s with compilation"
+        f"{trained and f', scorers trained at B = {trained}'}"
     )
     if problem is not None:
         common.say(f"the right answer: {' '.join(problem.answer[1:-1])}")

@@ -93,6 +93,9 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     settings, parts, optimiser, make_step = recipe(config, mesh)
     rules = {name: policies.get(name) for name in config.eval.policies}
     supervised = _supervised(config)
+    shape = common.model_config(config)
+    common.check_policies(config, shape, {"grpo.scorer": supervised}, [config.budget])
+    common.check_policies(config, shape, rules, config.eval.budgets)
     model, model_params = common.load_model(config, "process")
     if answering := _can_answer(config, model):
         _check_answers(config, workdir)
@@ -159,8 +162,10 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
 
     # ---- measuring
     learned = {
-        "supervised": policies.Foresight(jax.device_get(reference), supervised.config),
-        "grpo": policies.Foresight(jax.device_get(state.params), supervised.config),
+        "supervised": supervised.replace(params=jax.device_get(reference)),
+        "grpo": supervised.replace(
+            params=jax.device_get(state.params), trained=common.trained_for(config, workdir)
+        ),
     }
     copy = parallel.view(model_params, parallel.make_mesh(config.model_axis, "copy"))
     results = common.measure_losses(config, model, copy, {**learned, **rules}, held_out)

@@ -32,6 +32,13 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     mesh = parallel.make_mesh(config.model_axis)
     parts, scorer_config, optimiser, make_step = recipe(config, mesh)
     rules = {name: policies.get(name) for name in config.eval.policies}
+    shape = common.model_config(config)
+    scorers = jax.eval_shape(lambda: scorer.init(jax.random.key(0), shape, scorer_config))
+    learned = policies.Foresight(
+        scorers, scorer_config, trained=common.trained_for(config, workdir)
+    )
+    common.check_policies(config, shape, {"foresight": learned}, [config.budget])
+    common.check_policies(config, shape, rules, config.eval.budgets)
     model, model_params = common.load_model(config, "process")
     train = common.load_traces(
         config, "train", config.data.traces, config.budget, model.vocab_size, config.sft.batch
@@ -82,7 +89,7 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     bar.close()
 
     # ---- measuring
-    learned = policies.Foresight(jax.device_get(state.params), scorer_config)
+    learned = learned.replace(params=jax.device_get(state.params))
     policies_by_name = {"foresight": learned, **rules}
     copy = parallel.view(model_params, parallel.make_mesh(config.model_axis, "copy"))
     results = common.measure_losses(config, model, copy, policies_by_name, held_out)

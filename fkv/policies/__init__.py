@@ -1,7 +1,7 @@
 """Eviction policies: `get(name, **fields)` and `names()`."""
 
 from fkv.policies.ada import Ada
-from fkv.policies.base import Policy, View, get, names, register
+from fkv.policies.base import Policy, View, check, get, names, register
 from fkv.policies.expected_attention import ExpectedAttention
 from fkv.policies.forced import Forced
 from fkv.policies.foresight import Foresight
@@ -35,6 +35,7 @@ __all__ = [
     "SnapKV",
     "StreamingLLM",
     "View",
+    "check",
     "get",
     "names",
     "register",

@@ -4,6 +4,9 @@ import flax.struct
 import jax.numpy as jnp
 from jax import Array
 
+from fkv import kinds
+from fkv.errors import UserError
+from fkv.models import ModelConfig
 from fkv.policies.base import View, register
 from fkv.policies.snapkv import SnapKV
 
@@ -20,6 +23,20 @@ class Ada(SnapKV):
 
     safeguard: float = flax.struct.field(pytree_node=False, default=0.2)
     room: float = flax.struct.field(pytree_node=False, default=2.0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        kinds.check_fields(
+            f"{self.name}: ", self, safeguard=kinds.number(0, 1), room=kinds.number(1)
+        )
+
+    def check(self, config: ModelConfig, budget: int, interval: int) -> None:
+        super().check(config, budget, interval)
+        if self.room > max(config.kv_heads, 2):
+            raise UserError(
+                f"{self.name}: room = {self.room:g} must be at most {max(config.kv_heads, 2)}: the "
+                f"{config.kv_heads} KV heads of a layer hold no more together"
+            )
 
     def capacity(self, budget: int) -> int:
         return max(budget + 1, round(self.room * budget))

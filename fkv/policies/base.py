@@ -9,7 +9,7 @@ fields are static. A new policy is one file: a subclass of `Policy` under `@regi
 import ast
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
@@ -17,10 +17,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fkv import attention
+from fkv import attention, kinds
 from fkv import cache as kv
 from fkv.errors import UserError
 from fkv.models import ModelConfig
+
+STATISTICS = (None, "sums", "windowed", "reference")
 
 
 @flax.struct.dataclass
@@ -86,23 +88,83 @@ class Policy:
       statistics: what `evict` reads of the view's statistics: None, `sums` (the cumulative sums
         alone), or all of them in the `windowed` or `reference` form of `attention.statistics`.
       evicts: False for the full cache.
-      kind: names the class, as a static field. JAX (0.10 to 0.12) takes the tree structures of two
+      trained: what its parameters were trained for, where that is known (`foresight.Trained`).
+      kind: the class, as a static field. JAX (0.10 to 0.12) takes the tree structures of two
         dataclasses for equal when their fields are, whatever their classes, but hashes them apart:
-        one call in some dozens would run a program compiled for another policy.
+        one call in some dozens would run a program compiled for another policy. The class, not its
+        name: a notebook's cell that is changed and run again defines another one of that name.
     """
 
     statistics = None
     evicts = True
+    trained = None
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        cls.__annotations__ = {**inspect.get_annotations(cls), "kind": str}
-        cls.kind = flax.struct.field(
-            pytree_node=False,
-            default=f"{cls.__module__}.{cls.__qualname__}",
-            kw_only=True,
-            repr=False,
-        )
+        cls.__annotations__ = {**inspect.get_annotations(cls), "kind": type}
+        cls.kind = flax.struct.field(pytree_node=False, default=cls, kw_only=True, repr=False)
+
+    @property
+    def name(self) -> str:
+        """As registered, or else that of the class."""
+        cls = type(self)
+        return cls.registered_as if "registered_as" in vars(cls) else cls.__name__
+
+    def check(self, config: ModelConfig, budget: int, interval: int) -> None:
+        """Refuses a model, or sizes, that the policy does not fit; a cheap look, before any pass.
+
+        Here: all arrays have the model's layers first, and there is room for the budget. A subclass
+        that knows more says so in its own `check`, and calls this one.
+
+        Raises:
+          UserError: one line that names the policy and both sides.
+        """
+        for inner in self._inner():
+            check(inner, config, budget, interval)
+        for path, leaf in jax.tree.leaves_with_path(self):
+            field = path[0].name
+            static = (
+                f"what is no parameter is static: {field}: ... = "
+                "flax.struct.field(pytree_node=False, default=...)"
+            )
+            if not hasattr(leaf, "shape"):
+                raise UserError(f"{self.name}: {field} = {leaf!r} is no array; {static}")
+            if leaf.shape[:1] != (config.layers,):
+                raise UserError(
+                    f"{self.name}: {field} has shape {list(leaf.shape)}, but parameters have the "
+                    f"model's {config.layers} layers first; {static}"
+                )
+        if self.statistics not in STATISTICS:
+            raise UserError(
+                f"{self.name}: statistics = {self.statistics!r} must be None or one of "
+                f"{', '.join(STATISTICS[1:])}"
+            )
+        if not self.evicts:
+            return
+        if not _defines(self, "score", "evict"):
+            raise UserError(f"{self.name} defines no score(view): give the importance of each slot")
+        room = self.capacity(budget)
+        if not kinds.whole(budget).fits(room):
+            raise UserError(
+                f"{self.name}: capacity({budget}) gives {room!r}, but must give a whole number, "
+                "the budget at least"
+            )
+        if room > budget and not _defines(self, "keep", "drop"):
+            raise UserError(
+                f"{self.name} has room for {room} entries of a budget of {budget}: define "
+                "keep(view, importance), too"
+            )
+
+    def check_interval(self, interval: int) -> None:
+        """Refuses parameters that were trained at another interval, unless that was asked for."""
+        for inner in self._inner():
+            inner.check_interval(interval)
+
+    def _inner(self) -> list["Policy"]:
+        """The policies that this one is made of."""
+        fields = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        leaves = jax.tree.leaves(fields, is_leaf=lambda x: isinstance(x, Policy))
+        return [x for x in leaves if isinstance(x, Policy)]
 
     def score(self, view: View) -> Array:
         """Importance [b, k, s] of every slot, float32; empty slots may hold anything."""
@@ -115,7 +177,11 @@ class Policy:
     def importance(self, view: View) -> Array:
         """`score`, infinite where protected and minus infinity where empty."""
         score, position = self.score(view), view.cache.position_bks
-        newest = jnp.arange(score.shape[-1]) >= score.shape[-1] - self.protected(view)
+        check_given(self, "score", score, position.shape, jnp.floating)
+        newest = self.protected(view)
+        slots = position.shape[-1]
+        kinds.check(f"{self.name}: protected(view)", newest, kinds.whole(0, view.capacity))
+        newest = jnp.arange(slots) >= slots - newest
         return jnp.where(position < 0, -jnp.inf, jnp.where(newest[None, None], jnp.inf, score))
 
     def evict(self, view: View) -> Array:
@@ -136,22 +202,87 @@ class Policy:
         """Entries to drop, bool [b, k, s]: all but the `keep` most important."""
         importance = self.importance(view)
         rank = jnp.argsort(jnp.argsort(-importance, axis=-1), axis=-1)
-        return rank >= self.keep(view, importance)[..., None]
+        keep = self.keep(view, importance)
+        check_given(self, "keep", keep, importance.shape[:2], jnp.integer)
+        return rank >= keep[..., None]
 
 
-_REGISTRY: dict[str, Callable[..., Policy]] = {}
+def check(policy: Any, config: ModelConfig, budget: int, interval: int) -> None:
+    """Refuses what is no policy, and a policy that does not fit the model or the sizes."""
+    if isinstance(policy, type) and issubclass(policy, Policy):
+        raise UserError(
+            f"{policy.__name__} is a class, and a policy is an object of it: {policy.__name__}(...)"
+        )
+    if not isinstance(policy, Policy):
+        raise UserError(
+            f"{policy!r} is no policy: give one of the names in fkv.policies.names(), or an object "
+            "of one of the classes in fkv.policies"
+        )
+    _check_decorated(type(policy))
+    policy.check(config, budget, interval)
+
+
+_NUMBERS = {jnp.floating: "float32", jnp.integer: "int32", jnp.bool_: "bool"}
+
+
+def check_given(policy: Policy, method: str, got: Any, shape: Sequence[int], numbers: type) -> None:
+    """Refuses what a method of a policy gives when it is not of that shape and kind of number."""
+    is_array = hasattr(got, "shape") and hasattr(got, "dtype")
+    if not (is_array and got.shape == tuple(shape) and jnp.issubdtype(got.dtype, numbers)):
+        given = f"{got.dtype} {list(got.shape)}" if is_array else repr(got)
+        axes = ("batch", "KV heads", "slots")[: len(shape)]
+        raise UserError(
+            f"{policy.name}: {method} gives {given}, but must give {_NUMBERS[numbers]} "
+            f"{list(shape)}, [{', '.join(axes)}]"
+        )
+
+
+def _defines(policy: Policy, *methods: str) -> bool:
+    return any(getattr(type(policy), name) is not getattr(Policy, name) for name in methods)
+
+
+def _check_decorated(cls: type[Policy]) -> None:
+    if "_flax_dataclass" not in vars(cls):
+        raise UserError(
+            f"class {cls.__name__} is no flax dataclass: put @flax.struct.dataclass right above it"
+        )
+
+
+_REGISTRY: dict[str, type[Policy]] = {}
 
 
 def register(name: str) -> Callable[[type[Policy]], type[Policy]]:
-    """Class decorator: makes a policy known under `name`."""
+    """Class decorator: makes a policy known under `name`, with `get` and on command lines.
+
+    The same class once more, as when a notebook's cell is run again, takes the place of the old.
+
+    Raises:
+      UserError: the name is that of another class, or what is registered is no policy.
+    """
+    if not isinstance(name, str) or not name or set(name) & set(":,= "):
+        raise UserError(
+            f'@register takes a name without spaces, ":", "," and "=", as in @register("mine"), '
+            f"not {name!r}"
+        )
 
     def add(policy: type[Policy]) -> type[Policy]:
-        if name in _REGISTRY:
-            raise ValueError(f"policy {name!r} is registered twice")
+        if not (isinstance(policy, type) and issubclass(policy, Policy)):
+            raise UserError(f"policy {name!r}: {policy!r} is no subclass of fkv.policies.Policy")
+        old = _REGISTRY.get(name, policy)
+        if _full_name(old) != _full_name(policy):
+            raise UserError(
+                f"policy {name!r} is registered twice, by {_full_name(old)} and by "
+                f"{_full_name(policy)}: take another name"
+            )
         _REGISTRY[name] = policy
+        policy.registered_as = name
         return policy
 
     return add
+
+
+def _full_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def names() -> list[str]:
@@ -168,17 +299,23 @@ def get(name: str, **fields: Any) -> Policy:
     Raises:
       UserError: no policy has this name (the known ones are listed), or it has no such field.
     """
+    if not isinstance(name, str):
+        raise UserError(f"{name!r} is no name of a policy; known are {', '.join(names())}")
     name, _, text = name.partition(":")
     for field in filter(None, text.split(",")):
         key, _, value = field.partition("=")
         try:
-            fields[key.strip()] = ast.literal_eval(value.strip())
-        except (ValueError, SyntaxError):
+            value = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             raise UserError(
                 f"policy {name!r}: {field!r} must be of the form field=number"
             ) from None
+        if key.strip() in fields:
+            raise UserError(f"policy {name!r}: {key.strip()} is given twice")
+        fields[key.strip()] = value
     if name not in _REGISTRY:
         raise UserError(f"policy {name!r} is not known; known are {', '.join(names())}")
+    _check_decorated(_REGISTRY[name])
     known = {k: f for k, f in _REGISTRY[name].__dataclass_fields__.items() if k != "kind"}
     wrong = sorted(set(fields) - set(known))
     if wrong:
@@ -194,6 +331,20 @@ def get(name: str, **fields: Any) -> Policy:
             f"policy {name!r} needs {', '.join(missing)}, which a name alone can't give"
         )
     return _REGISTRY[name](**fields)
+
+
+def check_sinks(policy: Policy, sinks: int, budget: int, interval: int) -> None:
+    """Refuses more sinks than can stay beside the newest `L`."""
+    if sinks > budget - interval:
+        raise UserError(
+            f"{policy.name}: sinks = {sinks} must be at most budget - interval = "
+            f"{budget - interval}, as the newest {interval} stay, too"
+        )
+
+
+def trained_at(policy: Policy | None, interval: int) -> str:
+    """At which budget the scorers of a policy were trained, as tables say it; else empty."""
+    return policy.trained.at(interval) if policy is not None and policy.trained else ""
 
 
 def common_statistics(*policies: Policy) -> str | None:

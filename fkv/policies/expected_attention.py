@@ -5,8 +5,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fkv import attention, models
-from fkv.policies.base import Policy, View, register
+from fkv import attention, kinds, models
+from fkv.models import ModelConfig
+from fkv.policies.base import Policy, View, check_sinks, register
 
 
 def future_queries(view: View, horizon: int) -> Array:
@@ -39,6 +40,15 @@ class ExpectedAttention(Policy):
 
     horizon: int = flax.struct.field(pytree_node=False, default=512)
     sinks: int = flax.struct.field(pytree_node=False, default=4)
+
+    def __post_init__(self):
+        kinds.check_fields(
+            f"{self.name}: ", self, horizon=kinds.whole(1, 2**20), sinks=kinds.whole(0)
+        )
+
+    def check(self, config: ModelConfig, budget: int, interval: int) -> None:
+        super().check(config, budget, interval)
+        check_sinks(self, self.sinks, budget, interval)
 
     def score(self, view: View) -> Array:
         key, position = view.key_bksd, view.cache.position_bks

@@ -1,15 +1,77 @@
 """ForesightKV: the trained scorers choose."""
 
+import dataclasses
+import os
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fkv import scorer
+from fkv import kinds, scorer
 from fkv.errors import UserError
+from fkv.models import ModelConfig
 from fkv.policies.base import Policy, View, register, row_by_row
 
 ACTIONS = ("top", "sample", "multinomial")
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """Where scorers are from and what they were trained for; empty or 0 where that is not known.
+
+    All records are equal, so that programs compiled for scorers of one shape serve all of them.
+
+    Attributes:
+      source: the directory or hub id that they were loaded from.
+      model, revision: of the language model.
+      budget, interval: B and L of the training.
+    """
+
+    source: str = dataclasses.field(default="", compare=False)
+    model: str = dataclasses.field(default="", compare=False)
+    revision: str = dataclasses.field(default="", compare=False)
+    budget: int = dataclasses.field(default=0, compare=False)
+    interval: int = dataclasses.field(default=0, compare=False)
+
+    def __post_init__(self):
+        kinds.check_fields("", self, source=kinds.TEXT, model=kinds.TEXT, revision=kinds.TEXT)
+        kinds.check_fields("", self, budget=kinds.whole(0), interval=kinds.whole(0))
+
+    def at(self, interval: int) -> str:
+        """At which budget, and interval where it is another, as tables say it."""
+        other = self.interval and self.interval != interval
+        if not self.budget:
+            return ""
+        return f"{self.budget}, L = {self.interval}" if other else str(self.budget)
+
+    def other_model(self, model: str, revision: str | None) -> str:
+        """A warning that names both, where the model to run is another; else empty."""
+        if not self.model:
+            return ""
+        ours, theirs = (_place(self.model, self.revision), _place(model, revision))
+        if ours == theirs:
+            return ""
+        return (
+            f"{self.source or 'these scorers'}: trained for model {_said(*ours)}, and used with "
+            f"{_said(*theirs)}"
+        )
+
+
+def _place(model: str, revision: str | None) -> tuple[str, str]:
+    """A model and its revision; a directory has none."""
+    path = os.path.expanduser(model)
+    if os.path.isdir(path):
+        return os.path.realpath(path), ""
+    return model, "" if revision in (None, "main") else revision
+
+
+def _said(model: str, revision: str) -> str:
+    return f"{model}@{revision}" if revision else model
+
+
+_CONFIG = kinds.Kind("a ScorerConfig", lambda value: isinstance(value, scorer.ScorerConfig))
+_TRAINED = kinds.Kind("a Trained", lambda value: isinstance(value, Trained))
 
 
 @register("foresight")
@@ -24,18 +86,51 @@ class Foresight(Policy):
         replacement from the `2L` least important, with probability
         softmax(-importance / temperature); `multinomial` draws from all candidates.
       temperature: of the draw.
+      trained: what the scorers were trained for.
+      any_interval: lets them run at another interval than that of their training.
     """
 
     params: dict
     config: scorer.ScorerConfig = flax.struct.field(pytree_node=False)
     action: str = flax.struct.field(pytree_node=False, default="top")
     temperature: float = flax.struct.field(pytree_node=False, default=1.0)
+    trained: Trained = flax.struct.field(pytree_node=False, default=Trained())
+    any_interval: bool = flax.struct.field(pytree_node=False, default=False)
 
     def __post_init__(self):
-        if self.action not in ACTIONS:
-            raise UserError(f"action = {self.action!r} must be one of {', '.join(ACTIONS)}")
-        if not self.temperature > 0:
-            raise UserError(f"temperature = {self.temperature} must be above 0")
+        kinds.check_fields(
+            f"{self.name}: ",
+            self,
+            config=_CONFIG,
+            action=kinds.one_of(ACTIONS),
+            temperature=kinds.number(0, above=True),
+            trained=_TRAINED,
+            any_interval=kinds.SWITCH,
+        )
+
+    def check(self, config: ModelConfig, budget: int, interval: int) -> None:
+        """Refuses scorers of another shape, or of numbers that are not finite."""
+        where = self.trained.source or self.name
+        scorer.check_params(f"{where}: params", self.params, self.config.hidden)
+        layers, heads, size, _ = self.params["w1"].shape
+        theirs = (config.layers, config.kv_heads, scorer.feature_size(config, self.config))
+        if (layers, heads, size) != theirs:
+            raise UserError(
+                f"{where}: scorers of {layers} layers x {heads} KV heads with {size} features "
+                f"don't fit a model of {theirs[0]} layers x {theirs[1]} KV heads with {theirs[2]} "
+                f"features (scorer.inputs = {self.config.inputs!r})"
+            )
+        super().check(config, budget, interval)
+
+    def check_interval(self, interval: int) -> None:
+        """Refuses another interval than that of the training; another budget is normal."""
+        where, trained = self.trained.source or self.name, self.trained.interval
+        if trained and trained != interval and not self.any_interval:
+            raise UserError(
+                f"{where}: trained at interval = {trained}, not {interval}: set interval to "
+                f"{trained}, or any_interval to True (of load_scorer, evaluate or generate) to use "
+                "them all the same"
+            )
 
     @property
     def statistics(self) -> str | None:

@@ -5,7 +5,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fkv.policies.base import Policy, View, register
+from fkv import kinds
+from fkv.errors import UserError
+from fkv.models import ModelConfig
+from fkv.policies.base import Policy, View, check_sinks, register
 
 
 def lag_scores(x_bkpld: Array) -> Array:
@@ -35,6 +38,19 @@ class LagKV(Policy):
 
     sinks: int = flax.struct.field(pytree_node=False, default=4)
     lag: int = flax.struct.field(pytree_node=False, default=0)
+
+    def __post_init__(self):
+        kinds.check_fields(f"{self.name}: ", self, sinks=kinds.whole(0), lag=kinds.whole(0))
+
+    def check(self, config: ModelConfig, budget: int, interval: int) -> None:
+        super().check(config, budget, interval)
+        check_sinks(self, self.sinks, budget, interval)
+        held = budget + interval - self.sinks
+        if 2 * self.lag > held:
+            raise UserError(
+                f"{self.name}: lag = {self.lag} must be at most {held // 2}, so that two "
+                f"partitions fit in the {held} slots beside the sinks"
+            )
 
     def score(self, view: View) -> Array:
         cache, slots = view.cache, view.cache.position_bks.shape[-1]

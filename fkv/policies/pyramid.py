@@ -4,6 +4,7 @@ import flax.struct
 import jax.numpy as jnp
 from jax import Array
 
+from fkv import kinds
 from fkv.policies.base import View, register
 from fkv.policies.snapkv import SnapKV
 
@@ -18,6 +19,10 @@ class Pyramid(SnapKV):
     """
 
     beta: float = flax.struct.field(pytree_node=False, default=20.0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        kinds.check_fields(f"{self.name}: ", self, beta=kinds.number(1))
 
     def _last(self, budget: int) -> int:
         return min(budget, max(round(budget / self.beta), self.window))

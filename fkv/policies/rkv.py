@@ -5,9 +5,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from fkv import kinds
 from fkv.attention import einsum_f32
+from fkv.models import ModelConfig
 from fkv.policies.base import Policy, View, by_position, register, row_by_row
-from fkv.policies.snapkv import pooled_attention
+from fkv.policies.snapkv import ODD, check_kernel, pooled_attention
 
 # Keys compared with all others at once: their similarities stay in a processor's cache, and no
 # S x S matrix is ever held (three times faster on a CPU).
@@ -74,6 +76,20 @@ class RKV(Policy):
     window: int = flax.struct.field(pytree_node=False, default=8)
     kernel: int = flax.struct.field(pytree_node=False, default=7)
     threshold: float = flax.struct.field(pytree_node=False, default=0.5)
+
+    def __post_init__(self):
+        kinds.check_fields(
+            f"{self.name}: ",
+            self,
+            mix=kinds.number(0, 1),
+            window=kinds.whole(1),
+            kernel=ODD,
+            threshold=kinds.number(-1, 1),
+        )
+
+    def check(self, config: ModelConfig, budget: int, interval: int) -> None:
+        super().check(config, budget, interval)
+        check_kernel(self, self.kernel, budget, interval)
 
     def protected(self, view: View) -> int:
         return min(self.window, view.interval)

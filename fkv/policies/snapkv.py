@@ -5,7 +5,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fkv import attention
+from fkv import attention, kinds
+from fkv.errors import UserError
+from fkv.models import ModelConfig
 from fkv.policies.base import Policy, View, by_position, max_pool, register
 
 
@@ -32,6 +34,21 @@ def pooled_attention(view: View, window: int, kernel: int) -> Array:
     return jnp.take_along_axis(score, inverse, axis=-1)
 
 
+ODD = kinds.Kind(
+    "an odd whole number of at least 1", lambda value: kinds.whole(1).fits(value) and value % 2 == 1
+)
+
+
+def check_kernel(policy: Policy, kernel: int, budget: int, interval: int) -> None:
+    """Refuses a kernel that pools over all slots wherever it is: all would be as important."""
+    slots = policy.capacity(budget) + interval
+    if kernel // 2 >= slots - 1:
+        raise UserError(
+            f"{policy.name}: kernel = {kernel} must be at most {2 * slots - 3}, as it pools over "
+            f"{slots} slots"
+        )
+
+
 @register("snapkv")
 @flax.struct.dataclass
 class SnapKV(Policy):
@@ -42,6 +59,13 @@ class SnapKV(Policy):
 
     window: int = flax.struct.field(pytree_node=False, default=8)
     kernel: int = flax.struct.field(pytree_node=False, default=7)
+
+    def __post_init__(self):
+        kinds.check_fields(f"{self.name}: ", self, window=kinds.whole(1), kernel=ODD)
+
+    def check(self, config: ModelConfig, budget: int, interval: int) -> None:
+        super().check(config, budget, interval)
+        check_kernel(self, self.kernel, budget, interval)
 
     def protected(self, view: View) -> int:
         return min(self.window, view.interval)

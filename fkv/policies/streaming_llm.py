@@ -4,7 +4,9 @@ import flax.struct
 import jax.numpy as jnp
 from jax import Array
 
-from fkv.policies.base import Policy, View, register
+from fkv import kinds
+from fkv.models import ModelConfig
+from fkv.policies.base import Policy, View, check_sinks, register
 
 
 @register("streaming_llm")
@@ -13,6 +15,13 @@ class StreamingLLM(Policy):
     """Keeps the first `sinks` positions and the newest `B - sinks` (arXiv 2309.17453)."""
 
     sinks: int = flax.struct.field(pytree_node=False, default=4)
+
+    def __post_init__(self):
+        kinds.check_fields(f"{self.name}: ", self, sinks=kinds.whole(0))
+
+    def check(self, config: ModelConfig, budget: int, interval: int) -> None:
+        super().check(config, budget, interval)
+        check_sinks(self, self.sinks, budget, interval)
 
     def score(self, view: View) -> Array:
         position = view.cache.position_bks

@@ -769,6 +769,7 @@ def test_a_box_in_an_unfinished_thought_is_no_answer(tmp_path, monkeypatch, open
     params = jax.device_get(models.init(jax.random.key(0), config))
     model = api.Model(config, params, tokenizer, (1,), "thinker")
     monkeypatch.setattr(evaluate.common, "load_language_model", lambda config: model)
+    monkeypatch.setattr(evaluate.common, "model_config", lambda _: model.config)
     said = {
         r"\boxed{2} <eos>": not opens,
         r"one \boxed{2}": not opens,
