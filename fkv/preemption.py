@@ -48,15 +48,19 @@ def noticed() -> Iterator[Callable[[], bool]]:
             yield lambda: bool(came)
     except Preempted as ended:
         # Of several processes, another may have been asked.
-        number = signal.Signals(came[0] if came else signal.SIGTERM)
-        print(
-            f"ended by {number.name}: {ended.message}; run the same command again to go on",
-            flush=True,
-        )
+        number = came[0] if came else signal.SIGTERM
+        say(number, f"{ended.message}; ")
         ended.code = 128 + number
         raise
     if came:
         signal.raise_signal(came[0])
+
+
+def say(number: int, done: str = "") -> None:
+    """Says what ended this process, unless the terminal is what went away."""
+    with contextlib.suppress(OSError):
+        name = signal.Signals(number).name
+        print(f"ended by {name}: {done}run the same command again to go on", flush=True)
 
 
 @contextlib.contextmanager

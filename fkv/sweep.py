@@ -248,9 +248,8 @@ def _run_job(arguments: Sequence[str], log: IO | None) -> int:
             job.terminate()
         code = job.wait()
     if came:
-        number = signal.Signals(came[0])
-        print(f"ended by {number.name}: run the same command again to go on", flush=True)
-        sys.exit(128 + number)
+        preemption.say(came[0])
+        sys.exit(128 + came[0])
     return code
 
 

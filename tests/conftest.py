@@ -48,6 +48,16 @@ def forget_programs():
     jax.clear_caches()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def heeded_signals():
+    """What starts the tests in the background may ignore Ctrl-C, and nohup SIGHUP."""
+    for number, handler in (
+        (signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL),
+    ):  # fmt: skip
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
 @pytest.fixture
 def sigterm_in(monkeypatch):
     """A function that has SIGTERM come in a certain call of a function; undo it by `undo()`."""
