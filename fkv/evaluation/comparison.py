@@ -65,7 +65,7 @@ def load(name: str, workdir: str | Path) -> Other:
       UserError: there is none, it is damaged, or it is the same.
     """
     path = files.expand(name)
-    if path.resolve() == Path(workdir).resolve():
+    if path.resolve() == files.expand(workdir).resolve():
         raise UserError(f"evaluate.compare = {name!r} is this evaluation itself: give another's")
     if not (path / "samples.jsonl").is_file():
         raise UserError(

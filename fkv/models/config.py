@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from fkv import files
 from fkv.errors import UserError
 
 ARCHITECTURES = {
@@ -356,7 +357,7 @@ def read(directory: str | Path) -> ModelConfig:
     Raises:
       UserError: the file is missing, is not JSON, or describes a decoder that is not supported.
     """
-    path = Path(directory) / "config.json"
+    path = files.expand(directory) / "config.json"
     if not path.exists():
         raise UserError(f"{path}: no such file; a Hugging Face checkpoint directory is needed")
     return from_hf(read_json(path), str(path))
