@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from fkv import attention, models, replay
+from fkv import attention, kinds, models, replay
 from fkv import cache as kv
 from fkv.errors import UserError
 from fkv.keys import Purpose, key_of
@@ -27,6 +27,11 @@ from fkv.models import ModelConfig
 from fkv.policies.base import Policy
 
 NO_TOKEN = -1
+SAMPLING = {
+    "temperature": kinds.number(0),
+    "top_k": kinds.whole(0),
+    "top_p": kinds.number(0, 1, above=True),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +50,7 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self):
-        if not self.temperature >= 0:
-            raise UserError(f"temperature = {self.temperature} must be 0 or more")
-        if self.top_k < 0:
-            raise UserError(f"top_k = {self.top_k} must be 0 (off) or more")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p = {self.top_p} must be above 0 and at most 1 (off)")
+        kinds.check_fields("", self, **SAMPLING)
 
 
 def sample(logits_bv: Array, key_b: Array, sampling: Sampling) -> Array:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from fkv import models, replay, scorer
+from fkv import kinds, models, replay, scorer
 from fkv.errors import UserError
 from fkv.models import ModelConfig
 from fkv.policies import Foresight, View
@@ -26,6 +26,20 @@ from fkv.sft import TrainState, mean_so_far, updates_made
 
 REWARDS = ("all", "low", "high", "low_large", "low_large_squared")
 LOG_PROBS = ("plackett_luce", "independent")
+POSITIVE = kinds.number(0, above=True)
+SETTINGS = {
+    "reward": kinds.one_of(REWARDS),
+    "log_prob": kinds.one_of(LOG_PROBS),
+    "rollouts": kinds.whole(2),  # a group compares
+    "epochs": kinds.whole(1),
+    "temperature": POSITIVE,
+    "eta": kinds.number(0),
+    "high_fraction": kinds.number(0, 1, below=True),  # or nothing would be low
+    "clip": POSITIVE,
+    "kl_weight": kinds.number(0),
+    "kl_steps": kinds.whole(0),
+    "rollouts_at_once": kinds.whole(0),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,33 +73,7 @@ class GRPOConfig:
     rollouts_at_once: int = 0
 
     def __post_init__(self):
-        for field, known in (("reward", REWARDS), ("log_prob", LOG_PROBS)):
-            if getattr(self, field) not in known:
-                value, names = getattr(self, field), ", ".join(known)
-                raise UserError(f"grpo.{field} = {value!r} must be one of {names}")
-        if self.rollouts < 2:
-            raise UserError(f"grpo.rollouts = {self.rollouts} must be 2 or more: a group compares")
-        if self.epochs < 1:
-            raise UserError(f"grpo.epochs = {self.epochs} must be 1 or more")
-        if not 0 <= self.high_fraction < 1:
-            raise UserError(f"grpo.high_fraction = {self.high_fraction} must be in [0, 1)")
-        if self.rollouts_at_once < 0:
-            raise UserError(f"grpo.rollouts_at_once = {self.rollouts_at_once} must not be negative")
-        if not self.temperature > 0:
-            raise UserError(f"grpo.temperature = {self.temperature} must be above 0")
-
-
-def low_entropy(entropy_t: Array, skip: int, high_fraction: float) -> Array:
-    """Which tokens count as low-entropy, bool [t].
-
-    Of the tokens after the first `skip`, all but the `high_fraction` (rounded down to a whole
-    number) with the largest full-cache entropy.
-    """
-    index = jnp.arange(entropy_t.shape[0])
-    entropy = jnp.where(index >= skip, entropy_t, -jnp.inf)
-    high = int((entropy_t.shape[0] - skip) * high_fraction)
-    rank = jnp.argsort(jnp.argsort(-entropy, stable=True))
-    return (index >= skip) & (rank >= high)
+        kinds.check_fields("grpo.", self, **SETTINGS)
 
 
 def reward(evicted_nll_t: Array, full_nll_t: Array, counted_t: Array, eta: float) -> Array:
@@ -164,15 +152,6 @@ def optimizer(learning_rate: float, warmup: int, clip: float) -> optax.GradientT
 # ---- rollouts
 
 
-def split_entropy(entropy_bt: Array, counted_bt: Array, high_fraction: float) -> Array:
-    """Of each row's counted tokens, those that are low-entropy (bool [b, t]), as `low_entropy`."""
-    entropy = jnp.where(counted_bt, entropy_bt, -jnp.inf)
-    rank = jnp.argsort(jnp.argsort(-entropy, axis=-1, stable=True), axis=-1)
-    # A tenth of a thousandth, for products such as 0.2 * 5 that fall short of a whole number.
-    high = (counted_bt.sum(-1, keepdims=True) * high_fraction + 1e-4).astype(jnp.int32)
-    return counted_bt & (rank >= high)
-
-
 def rollout_reward(
     config: GRPOConfig, evicted_bt: Array, full_bt: Array, entropy_bt: Array, counted_bt: Array
 ) -> Array:
@@ -183,7 +162,7 @@ def rollout_reward(
       entropy_bt: full-cache entropies.
       counted_bt: which tokens an eviction can change and the model wrote.
     """
-    low = split_entropy(entropy_bt, counted_bt, config.high_fraction)
+    low = replay.low_entropy(entropy_bt, counted_bt, config.high_fraction)
     excess = evicted_bt - full_bt
     over = {"all": counted_bt, "high": counted_bt & ~low}.get(config.reward, low)
     if config.reward.startswith("low_large"):
@@ -464,7 +443,7 @@ def train_step(
     empty = jnp.zeros((*kept, interval))
     (state, _), metrics = jax.lax.scan(update, (state, empty), jnp.arange(grpo.epochs))
 
-    low = split_entropy(batch.entropy_bt, batch.counted_bt, grpo.high_fraction)
+    low = replay.low_entropy(batch.entropy_bt, batch.counted_bt, grpo.high_fraction)
     total = lambda x, mask: jax.lax.psum(jnp.where(mask, x, 0.0).sum(), axis)  # noqa: E731
     for name, mask in (("low", low), ("high", batch.counted_bt & ~low)):
         metrics[f"evicted_{name}"] = total(nll, mask)

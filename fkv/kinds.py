@@ -26,16 +26,19 @@ def whole(least: int, most: int = 2**31 - 1) -> Kind:
     return Kind(f"a whole number from {least} to {most}", fits)
 
 
-def number(least: float, most: float = math.inf, above: bool = False) -> Kind:
-    """Finite numbers of a range, inclusive; `above` leaves out the least."""
+def number(least: float, most: float = math.inf, above: bool = False, below: bool = False) -> Kind:
+    """Finite numbers of a range, inclusive; `above` leaves out the least, `below` the most."""
 
     def fits(value):
         if not isinstance(value, numbers.Real) or isinstance(value, bool):
             return False
-        return least <= value <= most and abs(value) < math.inf and not (above and value == least)
+        if (above and value == least) or (below and value == most):
+            return False
+        return least <= value <= most and abs(value) < math.inf
 
     said = f"a number {'above' if above else 'of at least'} {least:g}"
-    return Kind(said + (f" and at most {most:g}" if most < math.inf else ""), fits)
+    upper = f" and {'below' if below else 'at most'} {most:g}" if most < math.inf else ""
+    return Kind(said + upper, fits)
 
 
 def several(kind: Kind, what: str, count: int | None = None) -> Kind:

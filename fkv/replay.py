@@ -14,6 +14,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from fkv import attention, golden, models
@@ -373,6 +374,20 @@ def token_losses(
     return jax.tree.map(
         lambda x: jnp.moveaxis(x, 0, 1).reshape(b, blocks * block)[:, : t - 1], losses
     )
+
+
+def low_entropy(entropy_bt: Array, counted_bt: Array, high_fraction: float) -> Array:
+    """Which tokens count as low-entropy, bool [b, t].
+
+    Of each row's counted tokens all but the `high_fraction` (rounded down to a whole number) with
+    the largest entropy; among equals the earlier is high. The one place that says so: rewards and
+    tables split alike, token for token.
+    """
+    entropy = jnp.where(counted_bt, entropy_bt, -jnp.inf)
+    rank = jnp.argsort(jnp.argsort(-entropy, axis=-1, stable=True), axis=-1)
+    # Of every possible number, by float64: a hair more, as 0.29 * 100 falls short of 29.
+    high = np.floor(np.arange(entropy.shape[-1] + 1) * high_fraction + 1e-9).astype(np.int32)
+    return counted_bt & (rank >= jnp.asarray(high)[counted_bt.sum(-1, keepdims=True)])
 
 
 def check_lengths(lengths, budget: int, interval: int) -> None:

@@ -14,13 +14,14 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from fkv import models, replay, scorer
+from fkv import kinds, models, replay, scorer
 from fkv.errors import UserError
 from fkv.keys import Purpose, key_of
 from fkv.models import ModelConfig
 from fkv.policies import Forced, View
 
 WEIGHTINGS = ("plain", "sqrt_gap")
+SETTINGS = {"margin": kinds.number(0), "weighting": kinds.one_of(WEIGHTINGS)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +38,7 @@ class LossConfig:
     weighting: str = "plain"
 
     def __post_init__(self):
-        if self.weighting not in WEIGHTINGS:
-            known = ", ".join(WEIGHTINGS)
-            raise UserError(f"loss.weighting = {self.weighting!r} must be one of {known}")
+        kinds.check_fields("sft.", self, **SETTINGS)
 
 
 def ranking_loss(
@@ -189,7 +188,9 @@ def optimizer(
 ) -> optax.GradientTransformation:
     """Adam after clipping by global norm; linear warm-up, then cosine to zero at `steps`."""
     if not 0 <= warmup < steps:
-        raise UserError(f"warmup = {warmup} must be less than steps = {steps}, and not negative")
+        raise UserError(
+            f"sft.warmup = {warmup} must be less than sft.steps = {steps}, and not negative"
+        )
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, steps)
     return optax.chain(optax.clip_by_global_norm(clip), optax.adam(schedule))
 

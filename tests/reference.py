@@ -193,9 +193,9 @@ def check_losses(path: Path) -> list[Row]:
     )
     row("grpo loss", loss, v["grpo_loss"])
     row("grpo kl", kl, v["grpo_kl"])
-    counted = grpo.low_entropy(
-        v["reward_entropy"], int(v["reward_skip"]), float(v["reward_high_entropy_fraction"])
-    )
+    entropy, fraction = v["reward_entropy"][None], float(v["reward_high_entropy_fraction"])
+    late = np.arange(entropy.shape[1])[None] >= int(v["reward_skip"])
+    counted = replay.low_entropy(entropy, late, fraction)[0]
     ours = grpo.reward(
         v["reward_evicted_nll"], v["reward_full_nll"], counted, float(v["reward_eta"])
     )

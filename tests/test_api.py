@@ -387,7 +387,7 @@ def test_impossible_requests_are_refused(words, bare, tmp_path):
         fkv.generate(words, "w1", "snapvk", **SIZES)
     with pytest.raises(UserError, match="samples = 0 must be at least 1"):
         fkv.generate(words, "w1", samples=0, **SIZES)
-    with pytest.raises(UserError, match="top_p = 2 must be above 0"):
+    with pytest.raises(UserError, match="top_p = 2 must be a number above 0"):
         fkv.generate(words, "w1", top_p=2, **SIZES)
 
 

@@ -252,11 +252,13 @@ def test_the_vocabulary_is_not_sorted_under_top_k():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"temperature": -0.1}, "temperature = -0.1 must be 0 or more"),
+        ({"temperature": -0.1}, "temperature = -0.1 must be a number of at least 0"),
         ({"temperature": float("nan")}, "temperature = nan"),
-        ({"top_k": -1}, r"top_k = -1 must be 0 \(off\) or more"),
-        ({"top_p": 0.0}, "top_p = 0.0 must be above 0"),
-        ({"top_p": 1.1}, "top_p = 1.1 must be above 0 and at most 1"),
+        ({"temperature": float("inf")}, "temperature = inf"),
+        ({"top_k": 2.5}, "top_k = 2.5 must be a whole number"),
+        ({"top_k": -1}, "top_k = -1 must be a whole number from 0"),
+        ({"top_p": 0.0}, "top_p = 0.0 must be a number above 0 and at most 1"),
+        ({"top_p": 1.1}, "top_p = 1.1 must be a number above 0 and at most 1"),
     ],
 )
 def test_impossible_sampling_is_refused(fields, message):

@@ -80,23 +80,6 @@ def test_equal_rewards_are_no_spread(size):
         np.testing.assert_allclose(advantage, np.zeros(size), atol=1e-3, err_msg=str(reward))
 
 
-@pytest.mark.parametrize("fraction", [0.0, 0.2, 0.5])
-@pytest.mark.parametrize("length", [9, 10, 14, 30])
-def test_low_entropy(length, fraction):
-    skip = 4
-    entropy = np.random.default_rng(length).permutation(length) / 3  # no ties
-    largest_first = sorted(range(skip, length), key=lambda i: -entropy[i])
-    high = largest_first[: int(fraction * (length - skip))]
-    want = [i for i in range(skip, length) if i not in high]
-    got = grpo.low_entropy(jnp.asarray(entropy), skip, fraction)
-    assert np.flatnonzero(got).tolist() == want
-
-
-def test_as_many_are_high_entropy_whatever_the_ties():
-    got = np.asarray(grpo.low_entropy(jnp.zeros(24), 4, 0.2))
-    assert not got[:4].any() and got.sum() == 16
-
-
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.5])
 def test_reward(eta):
     rng = np.random.default_rng(0)

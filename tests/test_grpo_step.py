@@ -315,7 +315,8 @@ def test_reward_agrees_with_the_released_form():
     evicted = full + 3 * rng.random((1, 60))
     config = grpo.GRPOConfig(eta=1.5, high_fraction=0.2)
     counted = np.arange(60)[None] >= 10
-    want = grpo.reward(evicted[0], full[0], grpo.low_entropy(jnp.asarray(entropy[0]), 10, 0.2), 1.5)
+    low = replay.low_entropy(entropy, counted, 0.2)
+    want = grpo.reward(evicted[0], full[0], low[0], 1.5)
     got = grpo.rollout_reward(config, evicted, full, jnp.asarray(entropy), counted)
     np.testing.assert_allclose(got[0], want, rtol=1e-6)
 
@@ -325,10 +326,15 @@ def test_reward_agrees_with_the_released_form():
     [
         (dict(reward="some"), r"grpo.reward = 'some' must be one of all, low, high"),
         (dict(log_prob="exact"), r"grpo.log_prob = 'exact' must be one of plackett_luce"),
-        (dict(rollouts=1), r"grpo.rollouts = 1 must be 2 or more"),
-        (dict(epochs=0), r"grpo.epochs = 0 must be 1 or more"),
-        (dict(high_fraction=1.0), r"grpo.high_fraction = 1.0 must be in \[0, 1\)"),
-        (dict(temperature=0.0), r"grpo.temperature = 0.0 must be above 0"),
+        (dict(rollouts=1), r"grpo.rollouts = 1 must be a whole number from 2"),
+        (dict(epochs=0), r"grpo.epochs = 0 must be a whole number from 1"),
+        (dict(high_fraction=1), r"grpo.high_fraction = 1 must be a number of at least 0 and below"),
+        (dict(temperature=0.0), r"grpo.temperature = 0.0 must be a number above 0"),
+        (dict(temperature=float("inf")), r"grpo.temperature = inf must be a number above 0"),
+        (dict(clip=0), r"grpo.clip = 0 must be a number above 0"),
+        (dict(eta=-1.0), r"grpo.eta = -1.0 must be a number of at least 0"),
+        (dict(kl_weight=float("nan")), r"grpo.kl_weight = nan must be a number of at least 0"),
+        (dict(kl_steps=1.5), r"grpo.kl_steps = 1.5 must be a whole number from 0"),
     ],
 )
 def test_settings_are_checked(fields, message):

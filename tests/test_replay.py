@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -280,3 +281,22 @@ def test_an_observer_sees_the_features_of_the_definition(form, model):
             np.testing.assert_allclose(sums, want[1], rtol=1e-4)  # minima are tiny
             evictions += 1
     assert evictions == (4 + 2 + 1) * config.layers * config.kv_heads
+
+
+@pytest.mark.parametrize("fraction", ["0", "0.1", "0.2", "0.25", "0.29", "0.7", "0.99"])
+def test_low_entropy_is_all_but_the_highest_fraction_of_the_counted(fraction):
+    """As many as the decimal says, 1 of 5 at 0.2; among equal entropies the earlier is high."""
+    rng = np.random.default_rng(0)
+    # Every number of counted tokens up to 100, anywhere in the row; many entropies are equal.
+    entropy = (rng.integers(40, size=(101, 120)) / 7).astype(np.float32)
+    entropy[:, ::3] = 0.0
+    counted = np.argsort(rng.random((101, 120)), axis=1) < np.arange(101)[:, None]
+    in_numpy = replay.low_entropy(entropy, counted, float(fraction))
+    for got in (in_numpy, jax.jit(replay.low_entropy, static_argnums=2)(
+        jnp.asarray(entropy), jnp.asarray(counted), 1 - float(1 - Fraction(fraction))
+    )):  # fmt: skip
+        for row in range(101):
+            index = np.flatnonzero(counted[row])
+            largest_first = sorted(index, key=lambda i: -entropy[row, i])
+            low = largest_first[int(Fraction(fraction) * len(index)) :]
+            assert np.flatnonzero(got[row]).tolist() == sorted(low)

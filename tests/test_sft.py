@@ -78,7 +78,7 @@ def test_loss_of_the_right_order_beyond_the_margin_is_zero():
 
 
 def test_refuses_an_unknown_weighting():
-    with pytest.raises(UserError, match=r"loss.weighting = 'gap' must be one of plain, sqrt_gap"):
+    with pytest.raises(UserError, match=r"sft.weighting = 'gap' must be one of plain, sqrt_gap"):
         sft.LossConfig(weighting="gap")
 
 
@@ -225,7 +225,7 @@ def test_optimizer_without_warm_up_starts_at_the_peak():
 
 @pytest.mark.parametrize(("warmup", "steps"), [(10, 10), (11, 10), (-1, 10), (0, 0)])
 def test_optimizer_refuses_a_warm_up_that_does_not_fit(warmup, steps):
-    message = f"warmup = {warmup} must be less than steps = {steps}, and not negative"
+    message = f"sft.warmup = {warmup} must be less than sft.steps = {steps}, and not negative"
     with pytest.raises(UserError, match=re.escape(message)):
         sft.optimizer(1e-2, warmup, steps, 1.0)
 

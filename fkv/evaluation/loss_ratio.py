@@ -2,7 +2,8 @@
 
 The tokens that count are those after the prompt, which the model did not write, and after the first
 `B + L`: no eviction changes an earlier one.
-Low-entropy tokens are the share of them with the lowest full-cache entropy, per trace.
+Low-entropy tokens are the share of them with the lowest full-cache entropy, per trace, as in the
+rewards of the reinforcement stage.
 """
 
 import csv as csv_module
@@ -122,14 +123,6 @@ def difference(ours: Losses, theirs: Losses, kind: int = 0) -> tuple[float, floa
     return ratios[0] - ratios[1], float(spread / len(parts[0]) ** 0.5)
 
 
-def low_entropy(entropy_bt: np.ndarray, counted_bt: np.ndarray, share: float) -> np.ndarray:
-    """Of each row's counted tokens, the `share` with the lowest entropy (bool [b, t])."""
-    entropy = np.where(counted_bt, entropy_bt, np.inf)
-    rank = np.argsort(np.argsort(entropy, axis=1, kind="stable"), axis=1, kind="stable")
-    high = (counted_bt.sum(1, keepdims=True) * (1 - share) + 1e-9).astype(int)
-    return counted_bt & (rank < counted_bt.sum(1, keepdims=True) - high)
-
-
 def measure(
     config: ModelConfig,
     params: models.Params,
@@ -140,7 +133,7 @@ def measure(
     interval: int,
     key: Array,
     batch: int = 32,
-    low_share: float = 0.8,
+    high_fraction: float = 0.2,
     prompt_b: np.ndarray | None = None,
     padded_b: np.ndarray | None = None,
 ) -> list[Losses]:
@@ -153,7 +146,8 @@ def measure(
       token_bt, length_b: right-padded traces, each longer than `B + L`.
       key: PRNG key for policies that draw.
       batch: traces at once.
-      low_share: of the counted tokens of a trace, this share is called low-entropy.
+      high_fraction: of the counted tokens of a trace, this share is called high-entropy, see
+        `replay.low_entropy`.
       prompt_b: tokens of each trace's prompt; without it only `B + L` sets the first to count.
       padded_b: width that each trace is run at, `t` if not given; those of a width run together.
 
@@ -246,7 +240,7 @@ def measure(
     if prompt_b is not None:
         first = np.maximum(first, prompt_b)
     counted = (index >= first[:, None] - 1) & (index < length_b[:, None] - 1)
-    low = low_entropy(entropy, counted, low_share)
+    low = np.asarray(replay.low_entropy(entropy, counted, high_fraction))
     masks = np.stack([counted, low, counted & ~low], axis=-1)  # [n, t - 1, 3]
 
     def sums(x):

@@ -11,7 +11,19 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from fkv import api, cache, costs, files, models, parallel, preemption, provenance, replay, tasks
+from fkv import (
+    api,
+    cache,
+    costs,
+    files,
+    grpo,
+    models,
+    parallel,
+    preemption,
+    provenance,
+    replay,
+    tasks,
+)
 from fkv.data import traces
 from fkv.errors import UserError
 from fkv.evaluation import loss_ratio, plots
@@ -226,8 +238,12 @@ def measure_losses(
     held_out: traces.Traces,
     budgets: Sequence[int] | None = None,
 ) -> list[loss_ratio.Losses]:
-    """Loss ratios of policies on held-out traces, at `eval.budgets` unless said."""
+    """Loss ratios of policies on held-out traces, at `eval.budgets` unless said.
+
+    Tokens are low- and high-entropy as in rewards: by `grpo.high_fraction`.
+    """
     say(f"measuring on {len(held_out)} held-out traces")
+    stage = config.grpo if "grpo" in config else grpo.GRPOConfig()
     results = []
     for budget in progress(budgets or config.eval.budgets, desc="budgets"):
         results += loss_ratio.measure(
@@ -240,6 +256,7 @@ def measure_losses(
             config.interval,
             key_of(config.seed, Purpose.REPLAY),
             config.eval.batch,
+            stage.high_fraction,
             prompt_b=held_out.prompt_n,
             padded_b=held_out.padded_n,
         )

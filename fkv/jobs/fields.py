@@ -11,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from fkv import kinds
+from fkv import decoding, grpo, kinds, sft
 from fkv.errors import UserError, suggest
 from fkv.kinds import SWITCH, TEXT, Kind, number, several, whole
 from fkv.models.config import CACHE_DTYPES
@@ -21,7 +21,6 @@ NAMES = several(TEXT, "a tuple of text")
 SIZES = several(whole(1), "a tuple of whole numbers from 1")
 RANGE = several(whole(0), "a range (low, high) of whole numbers", 2)
 POSITIVE = number(0, above=True)
-_SAMPLING = {"temperature": number(0), "top_k": whole(0), "top_p": number(0, 1, above=True)}
 
 
 def _in(group: str, fields: Mapping[str, Kind]) -> dict[str, Kind]:
@@ -70,7 +69,7 @@ FIELDS = {
             "chat": SWITCH,
             **_those(whole(0), "count new_tokens"),
             **_those(whole(1), "samples batch"),
-            **_SAMPLING,
+            **decoding.SAMPLING,
         },
     ),
     **_in("scorer", {"hidden": whole(1), **_those(TEXT, "inputs norm form")}),
@@ -80,20 +79,17 @@ FIELDS = {
             **_those(whole(1), "steps batch log_every checkpoint_every"),
             **_those(whole(0), "at_once warmup"),
             **_those(POSITIVE, "learning_rate clip"),
-            "margin": number(0),
-            "weighting": TEXT,
+            **sft.SETTINGS,
         },
     ),
     **_in(
         "grpo",
         {
-            **_those(TEXT, "scorer reward log_prob"),
-            **_those(whole(1), "steps traces epochs log_every checkpoint_every"),
-            "rollouts": whole(2),
-            **_those(whole(0), "traces_at_once rollouts_at_once warmup kl_steps answers"),
-            **_those(POSITIVE, "learning_rate clip_norm temperature clip"),
-            **_those(number(0), "eta kl_weight"),
-            "high_fraction": number(0, 1),
+            "scorer": TEXT,
+            **grpo.SETTINGS,
+            **_those(whole(1), "steps traces log_every checkpoint_every"),
+            **_those(whole(0), "traces_at_once warmup answers"),
+            **_those(POSITIVE, "learning_rate clip_norm"),
         },
     ),
     **_in(
@@ -111,7 +107,7 @@ FIELDS = {
             "chat": SWITCH,
             **_those(whole(1), "samples batch"),
             **_those(whole(0), "problems new_tokens traces"),
-            **_SAMPLING,
+            **decoding.SAMPLING,
             "deadline": number(0, 86_400, above=True),
         },
     ),
@@ -147,7 +143,7 @@ FIELDS = {
             "any_interval": SWITCH,
             "new_tokens": whole(1),
             "chat": SWITCH,
-            **_SAMPLING,
+            **decoding.SAMPLING,
         },
     ),
 }
@@ -158,9 +154,9 @@ _MODEL = (
 USED = {
     "pretrain": ("seed", "budget", "interval", "task", "pretrain"),
     "traces": (*_MODEL, "traces"),
-    "sft": (*_MODEL, "data", "scorer", "sft", "eval"),
+    "sft": (*_MODEL, "data", "scorer", "sft", "eval", "grpo.high_fraction"),
     "grpo": (*_MODEL, "data", "scorer", "grpo", "eval", "evaluate"),
-    "evaluate": (*_MODEL, "data", "eval", "evaluate"),
+    "evaluate": (*_MODEL, "data", "eval", "evaluate", "grpo.high_fraction"),
     "pipeline": ("pipeline.stages",),
     "benchmark": (*_MODEL, "benchmark"),
     "export": ("model", "revision", "export"),
@@ -204,6 +200,8 @@ def check(config: ConfigDict, job: str) -> None:
     for used in USED[job]:
         if used == "task" and "task" not in config:
             continue  # traces and questions are from files
+        if used == "grpo.high_fraction" and "grpo" not in config:
+            continue  # the paper's then, in tables
         for name, kind in FIELDS.items():
             if name == used or name.startswith(f"{used}."):
                 kinds.check(name, _value(config, name), kind)

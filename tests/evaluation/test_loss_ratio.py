@@ -270,20 +270,6 @@ def test_refuses_traces_without_an_eviction(model):
         loss_ratio.measure(*model, POLICIES, token, length, 16, 8, jax.random.key(0))
 
 
-@pytest.mark.parametrize(("share", "tenths"), [(0.8, 8), (0.5, 5), (0.9, 9), (1.0, 10)])
-def test_low_entropy_is_the_lowest_share_of_the_counted(share, tenths):
-    rng = np.random.default_rng(0)
-    # Every number of counted tokens from 1 to 60, anywhere in the row; some entropies are equal.
-    entropy = rng.integers(40, size=(60, 70)) / 7
-    counted = np.argsort(rng.random((60, 70)), axis=1) < np.arange(1, 61)[:, None]
-    got = loss_ratio.low_entropy(entropy, counted, share)
-    for row in range(60):
-        index = np.flatnonzero(counted[row])
-        high = len(index) * (10 - tenths) // 10
-        low = sorted(index, key=lambda i: entropy[row, i])[: len(index) - high]
-        assert np.flatnonzero(got[row]).tolist() == sorted(low)
-
-
 # ---- standard errors, tables, pictures
 
 

@@ -8,7 +8,9 @@ import pytest
 
 from configs import tiny
 from fkv import models, policies, scorer, sharing
+from fkv.data import traces
 from fkv.errors import UserError
+from fkv.evaluation import loss_ratio
 from fkv.jobs import common, evaluate, grpo, sft
 from tests.jobs.test_sft import model_dir, small
 
@@ -49,7 +51,7 @@ def test_every_way_to_the_model_has_the_cache_that_is_asked_for():
 
 def test_losses_are_measured_after_the_prompt(model_dir):
     config = small(model_dir)
-    config.eval.budgets = (16, 56)
+    config.eval.budgets, config.grpo.high_fraction = (16, 56), 0.4
     model, params = common.load_model(config)
     held_out = common.load_traces(config, "eval", 4, 56, model.vocab_size)
     named = {"random": policies.get("random")}
@@ -63,6 +65,20 @@ def test_losses_are_measured_after_the_prompt(model_dir):
     for r in results:
         counted = [n - max(r.budget + 8, prompt) for n, prompt in lengths]
         assert r.tokens[:, 0].tolist() == counted
+        # Tables split tokens as rewards do.
+        assert r.tokens[:, 2].tolist() == [n * 4 // 10 for n in counted]
+
+
+def test_a_config_without_the_reinforcement_stage_splits_as_the_paper_does(monkeypatch):
+    seen = []
+    monkeypatch.setattr(loss_ratio, "measure", lambda *args, **_: seen.append(args[9]) or [])
+    config, none = tiny.get_config().unlock(), np.zeros(0, np.int32)
+    held_out = traces.Traces(none[:, None], none, none, none)
+    config.grpo.high_fraction = 0.35
+    common.measure_losses(config, None, None, {}, held_out, (16,))
+    del config.grpo
+    common.measure_losses(config, None, None, {}, held_out, (16,))
+    assert seen == [0.35, 0.2]
 
 
 class Warned(Exception):
