@@ -139,7 +139,8 @@ def compare(
         theirs = other.losses.get(cell)
         if one.policy == "full" or theirs is None:
             continue
-        if np.array_equal(theirs.tokens[:, 0], one.tokens[:, 0]):  # another interval counts others
+        # Another interval counts other tokens, another `grpo.high_fraction` splits them otherwise.
+        if np.array_equal(theirs.tokens, one.tokens):
             before = found.get(cell, Compared(*cell))
             found[cell] = dataclasses.replace(before, losses_there=theirs, losses_here=one)
     return sorted(found.values(), key=lambda one: one.budget)

@@ -115,10 +115,11 @@ def test_losses_are_paired_by_trace(there):
     assert float(lines[0]["there"]) == 0.5 and lines[0]["lost"] == "0"
 
 
-def test_losses_of_other_tokens_are_not_compared(there):
+@pytest.mark.parametrize("kind", [0, 1, 2])
+def test_losses_of_other_tokens_are_not_compared(there, kind):
     other = comparison.load(str(there), "here")
     mine = losses_of("golden", 16, 5)
-    mine.tokens[3, 0] += 1
+    mine.tokens[3, kind] += 1
     assert comparison.compare(other, [], [], [mine]) == []
 
 
