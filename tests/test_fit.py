@@ -173,6 +173,12 @@ def test_scorers_of_one_shape_share_a_program_whatever_they_were_trained_for():
     assert len(traces) == 1
 
 
+def test_streams_refuse_scorers_before_they_read_the_prompt():
+    model = dataclasses.replace(MODEL, tokenizer=object())
+    with pytest.raises(UserError, match=r"model owner/name: .*scorers of 5 layers"):
+        next(fkv.stream(model, "text", scorers(layers=5), BUDGET, INTERVAL))
+
+
 # ---- what scorers were trained for, in files
 
 
@@ -409,6 +415,8 @@ def test_settings_in_text_are_refused_alike():
     }.items():
         with pytest.raises(UserError, match=message):
             policies.get(text)
+    with pytest.raises(UserError, match=r"'foresight' needs params, config.*; load scorers"):
+        policies.get("foresight")
     with pytest.raises(UserError, match="3 is no name of a policy; known are"):
         policies.get(3)
 
@@ -440,6 +448,9 @@ def test_settings_that_just_fit_run():
 # ---- policies of one's own
 
 
+FINE = lambda view: view.key_bksd[..., 0]  # noqa: E731
+
+
 @flax.struct.dataclass
 class Plain(policies.Policy):
     stride: int = 4
@@ -466,6 +477,9 @@ def scoring(function, **methods):
 def test_what_is_no_policy_is_refused_everywhere(entry):
     with pytest.raises(UserError, match=r"Knorm is a class, and a policy .*: Knorm\(\.\.\.\)"):
         entry(policies.Knorm)
+    if entry is not run_generate:
+        with pytest.raises(UserError, match=r"'h2o' is a name: policies.get\('h2o'\) makes"):
+            entry("h2o")
     for wrong in (None, 3, lambda view: 0):
         with pytest.raises(UserError, match=r"is no policy: give one of the names"):
             entry(wrong)
@@ -482,6 +496,21 @@ def test_a_plain_setting_must_be_static(entry):
     for leaf in (np.float32(2), jnp.ones(3), jnp.ones((1, 2))):
         with pytest.raises(UserError, match=r"Weighted: weight_y has shape .* 2 layers first"):
             entry(Weighted(leaf))
+
+
+@flax.struct.dataclass
+class Listed(policies.Policy):
+    strides: list = flax.struct.field(pytree_node=False, default_factory=list)
+
+    def score(self, view):
+        return FINE(view)
+
+
+def test_a_static_setting_must_be_hashable():
+    with pytest.raises(UserError, match=r"Listed: strides is static and can't be a list: make it"):
+        run_generate(Listed())
+    with pytest.raises(UserError, match=r"Listed: strides is static and can't be a \w*Array"):
+        run_generate(Listed(jnp.zeros(3)))
 
 
 def test_parameters_with_the_layers_first_run():
@@ -507,9 +536,6 @@ def test_a_score_of_the_wrong_shape_is_named(function, message):
         with pytest.raises(UserError, match=f"Mine: .*{message}") as error:
             entry(scoring(function))
         one_line(error)
-
-
-FINE = lambda view: view.key_bksd[..., 0]  # noqa: E731
 
 
 @pytest.mark.parametrize(

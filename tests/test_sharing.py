@@ -212,6 +212,12 @@ def test_scorers_that_the_released_code_does_not_know_are_refused(base, tmp_path
         sharing.export_released(policy, base[0], tmp_path / "out")
 
 
+def test_scorers_of_another_model_are_not_put_into_this_one(base, tmp_path):
+    with pytest.raises(UserError, match=r"scorers of 3 layers .* don't fit a model of 2 layers"):
+        sharing.export_released(scorers("none", layers=3), base[0], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 # ---- the job
 
 

@@ -121,6 +121,13 @@ class Policy:
         """
         for inner in self._inner():
             check(inner, config, budget, interval)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not field.metadata.get("pytree_node", True) and not _hashable(value):
+                raise UserError(
+                    f"{self.name}: {field.name} is static and can't be a {type(value).__name__}: "
+                    "make it a tuple, a number or text"
+                )
         for path, leaf in jax.tree.leaves_with_path(self):
             field = path[0].name
             static = (
@@ -213,6 +220,8 @@ def check(policy: Any, config: ModelConfig, budget: int, interval: int) -> None:
         raise UserError(
             f"{policy.__name__} is a class, and a policy is an object of it: {policy.__name__}(...)"
         )
+    if isinstance(policy, str):
+        raise UserError(f"{policy!r} is a name: policies.get({policy!r}) makes a policy of it")
     if not isinstance(policy, Policy):
         raise UserError(
             f"{policy!r} is no policy: give one of the names in fkv.policies.names(), or an object "
@@ -235,6 +244,14 @@ def check_given(policy: Policy, method: str, got: Any, shape: Sequence[int], num
             f"{policy.name}: {method} gives {given}, but must give {_NUMBERS[numbers]} "
             f"{list(shape)}, [{', '.join(axes)}]"
         )
+
+
+def _hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
 
 
 def _defines(policy: Policy, *methods: str) -> bool:
@@ -327,8 +344,10 @@ def get(name: str, **fields: Any) -> Policy:
         if f.name not in fields and f.default is f.default_factory is dataclasses.MISSING
     ]
     if missing:
+        of_scorers = "; load scorers by fkv.load_scorer, evaluate.scorers or generate.scorer"
         raise UserError(
             f"policy {name!r} needs {', '.join(missing)}, which a name alone can't give"
+            f"{of_scorers if name == 'foresight' else ''}"
         )
     return _REGISTRY[name](**fields)
 
