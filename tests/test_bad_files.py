@@ -191,6 +191,14 @@ def test_traces_written_by_somebody_else(tmp_path, columns):
     assert f"{file} " in refusal(traces._done, tmp_path)
 
 
+def test_ids_of_traces_that_are_not_utf8(tmp_path):
+    offsets = pa.array([0, 2], pa.int32()).buffers()[1]
+    bad = pa.Array.from_buffers(pa.string(), 1, [None, offsets, pa.py_buffer(b"\xff\xfe")])
+    file = tmp_path / "traces-000-00000.parquet"
+    pq.write_table(pa.table({"id": bad, "sample": pa.array([0], pa.int32())}), file)
+    assert f"{file} can't be read (" in refusal(traces._done, tmp_path)
+
+
 def test_what_is_written_holds_no_pickles(tmp_path):
     """Arrays, JSON, Parquet of plain types: bytes that begin like a pickle are nowhere."""
     checkpoint.save(tmp_path, 1, {"x": np.ones(3), "n": 3}, {"config": {}})

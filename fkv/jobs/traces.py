@@ -236,6 +236,7 @@ def _done(path: Path) -> tuple[set[tuple[str, int]], int]:
     for file in sorted(path.glob("traces-*.parquet")):
         try:
             table = pq.read_table(file, schema=KEYS)
+            table.validate(full=True)
             if any(column.null_count for column in table.columns):
                 raise pa.ArrowInvalid("rows without id or sample")
         except (OSError, pa.ArrowException) as error:

@@ -519,13 +519,13 @@ def test_a_policy_that_was_edited_is_not_the_one_that_answered(tmp_path, own_pol
 # ---- beside another
 
 
-def test_another_evaluation_is_compared_with(finished, scorer_dir, tmp_path, capsys):
+def test_another_evaluation_is_compared_with(finished, scorer_dir, tmp_path, capsys, fake_model):
     """With int8 caches: the same problems and traces, answers and losses of their own."""
     path = tmp_path / "int8"
     more = dict(evaluate__traces=3, evaluate__compare=str(finished[0]), cache_dtype="int8")
-    results = evaluate.run(recipe(scorer_dir, evaluate__budgets=(16, 24), **more), str(path))
-    said = capsys.readouterr().out
-    assert "has none of it: foresight at 24, streaming_llm at 24" in said
+    more["evaluate__policies"] = ("full", "streaming_llm", "knorm")
+    results = evaluate.run(recipe(scorer_dir, **more), str(path))
+    assert "has none of it: knorm at 16\n" in capsys.readouterr().out
     lines = list(csv.DictReader((path / "compared.csv").open()))
     assert [(line["policy"], line["budget"]) for line in lines] == [
         ("full", "0"), ("foresight", "16"), ("streaming_llm", "16"), ("golden", "16"),
@@ -557,9 +557,10 @@ def test_another_evaluation_is_compared_with(finished, scorer_dir, tmp_path, cap
     with pytest.raises(UserError, match=r"gone' has no samples\.jsonl"):
         evaluate.run(recipe(scorer_dir, **more), str(tmp_path / "new"))
     more |= dict(evaluate__compare=str(path), evaluate__problems=6)
+    answered = len(fake_model)
     with pytest.raises(UserError, match="no answer of full to problem '5', sample 0"):
         evaluate.run(recipe(scorer_dir, **more), str(tmp_path / "new"))
-    assert not (tmp_path / "new").exists()
+    assert not (tmp_path / "new").exists() and len(fake_model) == answered
 
 
 # ---- bad input, and things to say
