@@ -62,13 +62,13 @@ def _is_shared(path: Path) -> bool:
 
 
 def _shared(path: Path, source: str | os.PathLike) -> tuple[Foresight, dict]:
-    about = models.read_json(path / ABOUT)
-    if not (path / WEIGHTS).is_file():  # a pipe would never end
-        raise UserError(f"{path / WEIGHTS}: no such file, or not a regular one")
     try:
+        about = models.read_json(path / ABOUT)
+        if not (path / WEIGHTS).is_file():  # a pipe would never end
+            raise UserError(f"{path / WEIGHTS}: no such file, or not a regular one")
         rules = dict(about["scorer"])
         params = load_file(path / WEIGHTS)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (UserError, OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"{path}: these scorers can't be read ({error})") from error
     config = _scorer_config(path / ABOUT, rules)
     policy = _policy(path / WEIGHTS, params, config, _trained(path / ABOUT, source, about))
@@ -164,10 +164,16 @@ def export(
     with files.writing(path):
         path.mkdir(parents=True, exist_ok=True)
     params = {name: np.ascontiguousarray(x, np.float32) for name, x in policy.params.items()}
-    loading.write_tensors(path / WEIGHTS, params, "fkv")
     data = {"fkv": fkv.__version__, "scorer": dataclasses.asdict(policy.config), **about}
-    files.write_text(path / ABOUT, json.dumps(data, indent=1) + "\n")
-    files.write_text(path / CARD, _card(data, metrics))
+    # All three or none: weights beside what is said of others would be read wrongly.
+    with (
+        files.whole(path / WEIGHTS) as weights,
+        files.whole(path / ABOUT) as what,
+        files.whole(path / CARD) as card,
+    ):
+        loading.write_tensors(weights, params, "fkv")
+        what.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        card.write_text(_card(data, metrics), encoding="utf-8")
 
 
 def _card(data: Mapping[str, Any], metrics: str) -> str:

@@ -25,7 +25,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from fkv import checkpoint, models
+from fkv import checkpoint, files, models
 from fkv.evaluation import tables
 from fkv.models import ModelConfig
 from fkv.tasks import ledger
@@ -302,7 +302,9 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50, help="in all stages together")
     parser.add_argument("--stages", default=",".join(STAGES))
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--dir", type=Path, required=True, help="a new directory for the runs")
+    parser.add_argument(
+        "--dir", type=files.expand, required=True, help="a new directory for the runs"
+    )
     options = parser.parse_args()
     stages = options.stages.split(",")
     if unknown := set(stages) - set(STAGES):

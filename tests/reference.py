@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from fkv import attention, grpo, models, policies, replay, scorer, sft, sharing
+from fkv import attention, files, grpo, models, policies, replay, scorer, sft, sharing
 from fkv import cache as kv
 
 LOGITS = 1e-4  # logits, losses per token, scorer scores
@@ -266,7 +266,7 @@ def check(directory: Path) -> list[Row]:
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dir", type=Path, required=True, help="directory of vectors")
+    parser.add_argument("--dir", type=files.expand, required=True, help="directory of vectors")
     directory = parser.parse_args(argv).dir
     jax.config.update("jax_default_matmul_precision", "highest")
     rows = check(directory)

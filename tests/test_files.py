@@ -2,14 +2,16 @@
 
 import errno
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from fkv import files, models
+import fkv
+from fkv import costs, files, models
 from fkv.errors import UserError
-from fkv.evaluation import plots
+from fkv.evaluation import peers, plots
 from fkv.jobs import traces
 from fkv.models import loading
 from tests import oracles
@@ -111,3 +113,31 @@ def test_text_that_is_none_is_named(tmp_path):
         files.read_text(tmp_path / "a")
     with pytest.raises(UserError, match=r"b can't be read \(No such file"):
         files.read_text(tmp_path / "b")
+
+
+def test_home_is_where_a_shell_has_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    config, params = oracles.make_model()
+    models.save("~/model", config, params)
+    assert models.read("~/model") == fkv.load("~/model").config == config
+    assert costs.shape_of("~/model") == config
+    python = tmp_path / "me" / "python"
+    python.write_text("#!/bin/sh\nread question\necho '{\"version\": 1}'\nread end\n")
+    python.chmod(0o755)
+    peer = peers.Peer("transformers", "~/python", "model", "float32")
+    assert peer.about == {"version": 1}
+    peer.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["me"]
+
+
+def test_nobodys_home_is_an_error(monkeypatch):
+    for path in ("~nosuchuser", "~nosuchuser/x"):
+        with pytest.raises(UserError, match=f"{path}: no home directory is known for ~nosuchuser"):
+            files.expand(path)
+    for path in ("a/~/b", "./~a", "/~a", "a~", ""):
+        assert "~" not in files.expand(path).parts[:1]
+    assert files.expand("./~a") == Path.cwd() / "~a"
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as in some containers
+    with pytest.raises(UserError, match="no home directory is known for ~; write the path out"):
+        files.expand("~/x")

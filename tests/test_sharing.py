@@ -135,6 +135,21 @@ def test_where_scorers_can_not_be_written_is_one_line(base, tmp_path, monkeypatc
     assert sharing.load(tmp_path / "me" / "scorers")
 
 
+@pytest.mark.parametrize("file", ["scorer.safetensors", "scorer.json", "README.md"])
+def test_an_export_over_another_is_whole(tmp_path, file):
+    """Weights of one beside the description of another would be read without a word."""
+    sharing.export(scorers("none"), tmp_path, ABOUT)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    (tmp_path / f"{file}.tmp").symlink_to("/dev/full")
+    if file == "scorer.safetensors":  # whose writer takes the place of what is there
+        (tmp_path / f"{file}.tmp").unlink()
+        (tmp_path / f"{file}.tmp").mkdir()
+    with pytest.raises(UserError, match="cannot write"):
+        sharing.export(scorers("rms", seed=1), tmp_path, ABOUT)
+    for name, data in before.items():
+        assert (tmp_path / name).read_bytes() == data
+
+
 # ---- the layout of the released code
 
 
