@@ -159,7 +159,7 @@ def check(config: ModelConfig, policy: Policy, budget: int, interval: int, rows:
         query = jnp.zeros((rows, interval, config.heads, config.head_dim))
         lse = jnp.zeros((rows, config.kv_heads, config.group_size, interval))
         position = jnp.zeros((rows, interval), jnp.int32)
-        random = row_keys(jax.random.key(0), rows)
+        random = row_keys(key_of(0, Purpose.REPLAY), rows)
         return evict(
             config, policy, cache, query, lse, position, jnp.int32(0), random, budget, jnp.int32(0)
         )[1]

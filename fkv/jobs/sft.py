@@ -33,7 +33,8 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     parts, scorer_config, optimiser, make_step = recipe(config, mesh)
     rules = {name: policies.get(name) for name in config.eval.policies}
     shape = common.model_config(config)
-    scorers = jax.eval_shape(lambda: scorer.init(jax.random.key(0), shape, scorer_config))
+    first_key = key_of(config.seed, Purpose.SCORER)
+    scorers = jax.eval_shape(lambda: scorer.init(first_key, shape, scorer_config))
     learned = policies.Foresight(
         scorers, scorer_config, trained=common.trained_for(config, workdir)
     )
@@ -53,7 +54,7 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     # ---- state, new or from the newest checkpoint
     inputs = common.training_inputs(config, train, held_out)
     run = open_run(workdir, config, MAY_DIFFER, inputs)
-    params = scorer.init(key_of(config.seed, Purpose.SCORER), model, scorer_config)
+    params = scorer.init(first_key, model, scorer_config)
     state = sft.init_state(params, optimiser)
     place = None
     if (saved := run.resume(state)) is not None:
