@@ -27,6 +27,7 @@ from fkv.models import ModelConfig
 from fkv.policies.base import Policy
 
 NO_TOKEN = -1
+_NOT_FINITE = -2  # in place of a token where logits are NaN or infinite; ends the row
 SAMPLING = {
     "temperature": kinds.number(0),
     "top_k": kinds.whole(0),
@@ -121,12 +122,15 @@ class State:
 def _next(hidden_bm, config, params, key_b, position_b, sampling):
     logits = models.unembed(config, params, hidden_bm[:, None])[:, 0]
     key_b = jax.vmap(lambda key, at: key_of(key, Purpose.TOKEN, at))(key_b, position_b)
-    return sample(logits, key_b, sampling)
+    token = sample(logits, key_b, sampling)
+    return jnp.where(jnp.isfinite(logits.max(-1)), token, _NOT_FINITE)
 
 
 def _left(token_b, left_b, stop):
-    """Tokens left after drawing `token_b`: none after a stop token."""
-    stopped = (token_b[:, None] == jnp.asarray(stop, jnp.int32).reshape(1, -1)).any(-1)
+    """Tokens left after drawing `token_b`: none after a stop token, or if it is none."""
+    stopped = (token_b == _NOT_FINITE) | (
+        token_b[:, None] == jnp.asarray(stop, jnp.int32).reshape(1, -1)
+    ).any(-1)
     return jnp.where(stopped, 0, jnp.maximum(left_b - 1, 0))
 
 
@@ -449,12 +453,26 @@ def generate(
         config, params, policy, state, width, budget, interval, sampling, stop, new_tokens
     )
     limit = [new_tokens] * len(prompts) if limit is None else limit
-    return [
+    rows = [
         row[: min(n, most)]
         for row, n, most in zip(
             np.asarray(out), (np.asarray(out) != NO_TOKEN).sum(1), limit, strict=True
         )
     ]
+    _check_finite(rows, params)
+    return rows
+
+
+def _check_finite(rows: Sequence[np.ndarray], params: models.Params) -> None:
+    """Refuses rows in which a token could not be drawn."""
+    if bad := [i for i, row in enumerate(rows) if (row == _NOT_FINITE).any()]:
+        dtype = params["embed_vm"].dtype
+        other = "float32" if dtype == jnp.bfloat16 else "bfloat16 or float32"
+        cure = "check its weights" if dtype == jnp.float32 else f"set dtype to {other}"
+        raise UserError(
+            f"the language model's logits are NaN or infinite in {dtype} (row {bad[0]}, and "
+            f"{len(bad) - 1} more of {len(rows)}): {cure}"
+        )
 
 
 def stream(
@@ -477,7 +495,9 @@ def stream(
         state, tokens = _decode_chunk(
             config, params, policy, state, width, budget, interval, sampling, stop
         )
-        yield [row[row != NO_TOKEN] for row in np.asarray(tokens)]
+        rows = [row[row != NO_TOKEN] for row in np.asarray(tokens)]
+        _check_finite(rows, params)
+        yield rows
         if (np.asarray(state.token_b) == NO_TOKEN).all():
             return
 

@@ -497,3 +497,28 @@ def test_bfloat16_weights_and_caches(name):
     assert len(words) > 8
     if name == "full":
         assert words == thought[: len(words)]
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, WARM, Sampling(0.8)])
+def test_logits_that_are_no_numbers_are_no_answer(sampling):
+    """Weights may be finite, and what is made of them not."""
+    config, params = model()
+    config = dataclasses.replace(config, tied_embeddings=False)
+    head = jnp.array(params.get("head_vm", params["embed_vm"]))
+    many = {**params, "head_vm": head * 1e38}
+    one = {**params, "head_vm": head.at[5].set(jnp.nan)}
+    minus = {**params, "head_vm": head.at[5].set(0)}
+    sizes = (NEW, BUDGET, INTERVAL, sampling)
+    for wrong in (many, one):
+        for name in ("full", "snapkv"):
+            message = r"logits are NaN or infinite in float32 \(row 0, and 4 more of 5\): check its"
+            with pytest.raises(UserError, match=message):
+                decoding.generate(config, wrong, policies.get(name), PROMPTS, KEYS, *sizes)
+            with pytest.raises(UserError, match="logits are NaN or infinite in float32"):
+                next(decoding.stream(config, wrong, policies.get(name), PROMPTS, KEYS, *sizes))
+    decoding.generate(config, minus, policies.get("full"), PROMPTS, KEYS, *sizes)
+    # Rows that are left out answer nothing, and so nothing wrong.
+    out = decoding.generate(
+        config, many, policies.get("full"), PROMPTS, KEYS, *sizes, limit=[0] * 5
+    )
+    assert all(len(row) == 0 for row in out)

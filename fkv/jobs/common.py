@@ -260,6 +260,12 @@ def measure_losses(
             prompt_b=held_out.prompt_n,
             padded_b=held_out.padded_n,
         )
+    for one in results:
+        if not (np.isfinite(one.evicted).all() and np.isfinite(one.full).all()):
+            raise UserError(
+                f"losses of {one.policy!r} at budget {one.budget} are NaN or infinite with the "
+                f"language model in {config.dtype}: set dtype to one with a wider range"
+            )
     return results
 
 

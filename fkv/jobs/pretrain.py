@@ -108,6 +108,8 @@ def run(config: ConfigDict, workdir: str) -> float:
                 bar.set_postfix(loss=f"{loss:.4f}", accuracy=f"{accuracy:.3f}", refresh=False)
             end = parallel.anywhere(asked_to_end())
             if done % settings.checkpoint_every == 0 or done == total or end:
+                norm = float(optax.tree.norm(state["params"]))
+                common.check_finite({"loss": float(loss), "weights": norm}, done, workdir)
                 run.save(done, state)
             if end:
                 raise common.preempted(run, bar, done)

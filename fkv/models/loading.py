@@ -107,7 +107,8 @@ def load(
       tensors are: a stored `lm_head.weight` that differs from the embedding is used.
 
     Raises:
-      UserError: the checkpoint is absent, damaged, or is not the decoder its config describes.
+      UserError: the checkpoint is absent, damaged, not finite, or is not the decoder its config
+        describes.
     """
     if dtype is not None:
         try:
@@ -164,7 +165,25 @@ def load(
                     stack = _insert(layers[t.ours], tensor, t.layer, ours)
                     # Reading runs ahead of the device: without waiting the host fills up.
                     layers[t.ours] = stack.block_until_ready()
+    finite = jax.device_get(_finite(params))
+    for t in tensors:
+        fits = finite[t.ours] if t.layer is None else finite["layers"][t.ours][t.layer]
+        if not fits:
+            raise UserError(
+                f"{stored[t.name].path}: {stored[t.name].name} holds NaN or infinity in {dtype}: "
+                "the checkpoint is damaged, or needs a wider dtype (bfloat16 or float32)"
+            )
     return config, params
+
+
+@jax.jit
+def _finite(params: Params) -> dict:
+    """Whether all is finite, of each parameter, and of those of layers for each layer."""
+    layers = {
+        name: jnp.isfinite(x).all(tuple(range(1, x.ndim))) for name, x in params["layers"].items()
+    }
+    top = {name: jnp.isfinite(x).all() for name, x in params.items() if name != "layers"}
+    return {"layers": layers, **top}
 
 
 def _as_stored(tensor: _Tensor, ours: NamedSharding | None) -> NamedSharding | None:

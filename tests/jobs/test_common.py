@@ -122,3 +122,15 @@ def test_metrics_of_a_step_in_parts_are_those_of_the_step():
     np.testing.assert_array_equal(found["loss"], [1.5, 4.0])
     assert (found["ratio_off"], found["grad_norm"]) == (np.float32(0.5), 1.5)
     assert common.step_metrics(parts[:1])["grad_norm"] == 3.0
+
+
+@pytest.mark.parametrize("field", ["evicted", "full"])
+def test_losses_that_are_no_numbers_are_no_table(monkeypatch, field):
+    config = tiny.get_config()
+    some = {"evicted": np.ones((2, 3)), "full": np.ones((2, 3))}
+    some[field][1, 2] = np.nan
+    losses = [loss_ratio.Losses("h2o", 48, 16, some["evicted"], some["full"], np.ones((2, 3)))]
+    monkeypatch.setattr(loss_ratio, "measure", lambda *args, **kwargs: losses)
+    held_out = traces.collect([np.arange(99)], 64, 16, "here")
+    with pytest.raises(UserError, match=r"losses of 'h2o' at budget 48 are NaN .* in float32"):
+        common.measure_losses(config, None, None, {}, held_out, [48])

@@ -49,6 +49,20 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, sigterm_in):
     assert params["layers"]["q_mhd"].shape == (2, 16, 2, 8)
 
 
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path, monkeypatch):
+    """Their loss is that of the step before; it may not be looked at for long."""
+    step = pretrain.train_step
+
+    def overflows(*args):
+        params, *rest = step(*args)
+        return jax.tree.map(lambda x: x * jnp.inf, params), *rest
+
+    monkeypatch.setattr(pretrain, "train_step", overflows)
+    with pytest.raises(FloatingPointError, match="weights of step 2 not finite"):
+        job.run(small(log_every=100), str(tmp_path))
+    assert checkpoint.latest_step(tmp_path) is None and not (tmp_path / "model").exists()
+
+
 def test_cycles_must_cover_the_stages(tmp_path):
     with pytest.raises(UserError, match=r"cycles = \(4, 3\) must add up to the 8 steps"):
         job.run(small(cycles=(4, 3)), str(tmp_path))

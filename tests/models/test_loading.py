@@ -739,3 +739,26 @@ def test_one_tensor_at_a_time_lies_in_memory_twice(checkpoint, monkeypatch):
     monkeypatch.setattr(loading, "_open", watched)
     loading.load(checkpoint, "bfloat16")
     assert len(held) == len(list(loading._tensors(QWEN3))) and max(held) <= 1
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_no_numbers_are_named(tmp_path, wrong):
+    params = jax.device_get(random_params(QWEN3))
+    models.save(tmp_path, QWEN3, params)
+    sound = load_file(tmp_path / "model.safetensors")
+    for name in ("model.layers.1.self_attn.k_proj.weight", "model.norm.weight"):
+        tensors = {key: x.copy() for key, x in sound.items()}
+        tensors[name].reshape(-1)[3] = wrong
+        save_file(tensors, tmp_path / "model.safetensors")
+        message = rf"model\.safetensors: {name} holds NaN or infinity in float32: the checkpoint"
+        with pytest.raises(UserError, match=message):
+            models.load(tmp_path)
+
+
+def test_weights_beyond_a_dtype_are_named(tmp_path):
+    params = jax.device_get(random_params(QWEN3))
+    params["layers"]["q_mhd"][0, 0] = 1e6
+    models.save(tmp_path, QWEN3, params)
+    models.load(tmp_path, "bfloat16")
+    with pytest.raises(UserError, match=r"layers.0.self_attn.q_proj.weight holds .* in float16"):
+        models.load(tmp_path, "float16")
