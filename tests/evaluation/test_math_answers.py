@@ -44,6 +44,7 @@ TOWER = r"\boxed{9^{9^{9^{9}}}}"  # no computer writes this number out
         (r"<think> <think> \boxed{1}</think> \boxed{2}</think> \boxed{3}", "3"),
         (r"<think>\boxed{1</think>}", None),
         (r"\boxed{1}</think>\boxed{2}</think>", None),
+        (r"\boxed{1}<think>a</think>\boxed{2}</think> so", None),
         # A backslash that is escaped itself escapes no brace, and a box is one after a line break.
         (r"\boxed{42\\}", r"42\\"),
         (r"\boxed{42\\\}}", r"42\\\}"),
