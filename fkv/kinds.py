@@ -58,10 +58,15 @@ def one_of(known: Sequence[str]) -> Kind:
     )
 
 
+def said(value: Any) -> str:
+    """A value in a message: short, and in one line."""
+    return " ".join(reprlib.repr(value).split())
+
+
 def check(name: str, value: Any, kind: Kind) -> None:
     """Refuses a value that is not of the kind; `name` is the field's."""
     if not kind.fits(value):
-        raise UserError(f"{name} = {reprlib.repr(value)} must be {kind.said}")
+        raise UserError(f"{name} = {said(value)} must be {kind.said}")
 
 
 def check_fields(where: str, owner: Any, **kinds: Kind) -> None:

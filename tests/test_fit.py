@@ -480,9 +480,10 @@ def test_what_is_no_policy_is_refused_everywhere(entry):
     if entry is not run_generate:
         with pytest.raises(UserError, match=r"'h2o' is a name: policies.get\('h2o'\) makes"):
             entry("h2o")
-    for wrong in (None, 3, lambda view: 0):
-        with pytest.raises(UserError, match=r"is no policy: give one of the names"):
+    for wrong in (None, lambda view: 0, np.zeros((3, 3))):
+        with pytest.raises(UserError, match=r"is no policy: give one of the names") as error:
             entry(wrong)
+        one_line(error)
 
 
 @entries
@@ -504,6 +505,20 @@ class Listed(policies.Policy):
 
     def score(self, view):
         return FINE(view)
+
+
+def test_a_field_may_be_called_name():
+    @flax.struct.dataclass
+    class Named(policies.Policy):
+        name: str = flax.struct.field(pytree_node=False)
+
+        def score(self, view):
+            return FINE(view)
+
+    assert Named("x").name == "x"
+    replay.check(CONFIG, Named("x"), BUDGET, INTERVAL)
+    with pytest.raises(TypeError, match="name"):
+        Named()
 
 
 def test_a_static_setting_must_be_hashable():

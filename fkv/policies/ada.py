@@ -7,7 +7,7 @@ from jax import Array
 from fkv import kinds
 from fkv.errors import UserError
 from fkv.models import ModelConfig
-from fkv.policies.base import View, register
+from fkv.policies.base import View, name_of, register
 from fkv.policies.snapkv import SnapKV
 
 
@@ -27,14 +27,15 @@ class Ada(SnapKV):
     def __post_init__(self):
         super().__post_init__()
         kinds.check_fields(
-            f"{self.name}: ", self, safeguard=kinds.number(0, 1), room=kinds.number(1)
+            f"{name_of(self)}: ", self, safeguard=kinds.number(0, 1), room=kinds.number(1)
         )
 
     def check(self, config: ModelConfig, budget: int, interval: int) -> None:
         super().check(config, budget, interval)
-        if self.room > max(config.kv_heads, 2):
+        most = max(config.kv_heads, 2)
+        if self.room > most:
             raise UserError(
-                f"{self.name}: room = {self.room:g} must be at most {max(config.kv_heads, 2)}: the "
+                f"{name_of(self)}: room = {self.room:g} must be at most {most}: the "
                 f"{config.kv_heads} KV heads of a layer hold no more together"
             )
 

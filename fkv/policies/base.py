@@ -104,12 +104,6 @@ class Policy:
         cls.__annotations__ = {**inspect.get_annotations(cls), "kind": type}
         cls.kind = flax.struct.field(pytree_node=False, default=cls, kw_only=True, repr=False)
 
-    @property
-    def name(self) -> str:
-        """As registered, or else that of the class."""
-        cls = type(self)
-        return cls.registered_as if "registered_as" in vars(cls) else cls.__name__
-
     def check(self, config: ModelConfig, budget: int, interval: int) -> None:
         """Refuses a model, or sizes, that the policy does not fit; a cheap look, before any pass.
 
@@ -119,13 +113,14 @@ class Policy:
         Raises:
           UserError: one line that names the policy and both sides.
         """
+        name = name_of(self)
         for inner in self._inner():
             check(inner, config, budget, interval)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if not field.metadata.get("pytree_node", True) and not _hashable(value):
                 raise UserError(
-                    f"{self.name}: {field.name} is static and can't be a {type(value).__name__}: "
+                    f"{name}: {field.name} is static and can't be a {type(value).__name__}: "
                     "make it a tuple, a number or text"
                 )
         for path, leaf in jax.tree.leaves_with_path(self):
@@ -135,30 +130,30 @@ class Policy:
                 "flax.struct.field(pytree_node=False, default=...)"
             )
             if not hasattr(leaf, "shape"):
-                raise UserError(f"{self.name}: {field} = {leaf!r} is no array; {static}")
+                raise UserError(f"{name}: {field} = {kinds.said(leaf)} is no array; {static}")
             if leaf.shape[:1] != (config.layers,):
                 raise UserError(
-                    f"{self.name}: {field} has shape {list(leaf.shape)}, but parameters have the "
+                    f"{name}: {field} has shape {list(leaf.shape)}, but parameters have the "
                     f"model's {config.layers} layers first; {static}"
                 )
         if self.statistics not in STATISTICS:
             raise UserError(
-                f"{self.name}: statistics = {self.statistics!r} must be None or one of "
+                f"{name}: statistics = {kinds.said(self.statistics)} must be None or one of "
                 f"{', '.join(STATISTICS[1:])}"
             )
         if not self.evicts:
             return
         if not _defines(self, "score", "evict"):
-            raise UserError(f"{self.name} defines no score(view): give the importance of each slot")
+            raise UserError(f"{name} defines no score(view): give the importance of each slot")
         room = self.capacity(budget)
         if not kinds.whole(budget).fits(room):
             raise UserError(
-                f"{self.name}: capacity({budget}) gives {room!r}, but must give a whole number, "
-                "the budget at least"
+                f"{name}: capacity({budget}) gives {kinds.said(room)}, but must give a whole "
+                "number, the budget at least"
             )
         if room > budget and not _defines(self, "keep", "drop"):
             raise UserError(
-                f"{self.name} has room for {room} entries of a budget of {budget}: define "
+                f"{name} has room for {room} entries of a budget of {budget}: define "
                 "keep(view, importance), too"
             )
 
@@ -187,7 +182,7 @@ class Policy:
         check_given(self, "score", score, position.shape, jnp.floating)
         newest = self.protected(view)
         slots = position.shape[-1]
-        kinds.check(f"{self.name}: protected(view)", newest, kinds.whole(0, view.capacity))
+        kinds.check(f"{name_of(self)}: protected(view)", newest, kinds.whole(0, view.capacity))
         newest = jnp.arange(slots) >= slots - newest
         return jnp.where(position < 0, -jnp.inf, jnp.where(newest[None, None], jnp.inf, score))
 
@@ -224,8 +219,8 @@ def check(policy: Any, config: ModelConfig, budget: int, interval: int) -> None:
         raise UserError(f"{policy!r} is a name: policies.get({policy!r}) makes a policy of it")
     if not isinstance(policy, Policy):
         raise UserError(
-            f"{policy!r} is no policy: give one of the names in fkv.policies.names(), or an object "
-            "of one of the classes in fkv.policies"
+            f"{kinds.said(policy)} is no policy: give one of the names in fkv.policies.names(), or "
+            "an object of one of the classes in fkv.policies"
         )
     _check_decorated(type(policy))
     policy.check(config, budget, interval)
@@ -234,14 +229,20 @@ def check(policy: Any, config: ModelConfig, budget: int, interval: int) -> None:
 _NUMBERS = {jnp.floating: "float32", jnp.integer: "int32", jnp.bool_: "bool"}
 
 
+def name_of(policy: Policy) -> str:
+    """As registered, or else that of the class; no attribute, which a field might have for name."""
+    cls = type(policy)
+    return cls.registered_as if "registered_as" in vars(cls) else cls.__name__
+
+
 def check_given(policy: Policy, method: str, got: Any, shape: Sequence[int], numbers: type) -> None:
     """Refuses what a method of a policy gives when it is not of that shape and kind of number."""
     is_array = hasattr(got, "shape") and hasattr(got, "dtype")
     if not (is_array and got.shape == tuple(shape) and jnp.issubdtype(got.dtype, numbers)):
-        given = f"{got.dtype} {list(got.shape)}" if is_array else repr(got)
+        given = f"{got.dtype} {list(got.shape)}" if is_array else kinds.said(got)
         axes = ("batch", "KV heads", "slots")[: len(shape)]
         raise UserError(
-            f"{policy.name}: {method} gives {given}, but must give {_NUMBERS[numbers]} "
+            f"{name_of(policy)}: {method} gives {given}, but must give {_NUMBERS[numbers]} "
             f"{list(shape)}, [{', '.join(axes)}]"
         )
 
@@ -284,7 +285,9 @@ def register(name: str) -> Callable[[type[Policy]], type[Policy]]:
 
     def add(policy: type[Policy]) -> type[Policy]:
         if not (isinstance(policy, type) and issubclass(policy, Policy)):
-            raise UserError(f"policy {name!r}: {policy!r} is no subclass of fkv.policies.Policy")
+            raise UserError(
+                f"policy {name!r}: {kinds.said(policy)} is no subclass of fkv.policies.Policy"
+            )
         old = _REGISTRY.get(name, policy)
         if _full_name(old) != _full_name(policy):
             raise UserError(
@@ -356,7 +359,7 @@ def check_sinks(policy: Policy, sinks: int, budget: int, interval: int) -> None:
     """Refuses more sinks than can stay beside the newest `L`."""
     if sinks > budget - interval:
         raise UserError(
-            f"{policy.name}: sinks = {sinks} must be at most budget - interval = "
+            f"{name_of(policy)}: sinks = {sinks} must be at most budget - interval = "
             f"{budget - interval}, as the newest {interval} stay, too"
         )
 

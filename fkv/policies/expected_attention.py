@@ -7,7 +7,7 @@ from jax import Array
 
 from fkv import attention, kinds, models
 from fkv.models import ModelConfig
-from fkv.policies.base import Policy, View, check_sinks, register
+from fkv.policies.base import Policy, View, check_sinks, name_of, register
 
 
 def future_queries(view: View, horizon: int) -> Array:
@@ -43,7 +43,7 @@ class ExpectedAttention(Policy):
 
     def __post_init__(self):
         kinds.check_fields(
-            f"{self.name}: ", self, horizon=kinds.whole(1, 2**20), sinks=kinds.whole(0)
+            f"{name_of(self)}: ", self, horizon=kinds.whole(1, 2**20), sinks=kinds.whole(0)
         )
 
     def check(self, config: ModelConfig, budget: int, interval: int) -> None:

@@ -8,7 +8,7 @@ from jax import Array
 from fkv import kinds
 from fkv.errors import UserError
 from fkv.models import ModelConfig
-from fkv.policies.base import STATISTICS, Policy, View, register
+from fkv.policies.base import STATISTICS, Policy, View, name_of, register
 
 _NONE_OR_FORM = kinds.Kind(
     f"None or one of {', '.join(STATISTICS[1:])}", lambda value: value in STATISTICS
@@ -31,20 +31,20 @@ class Forced(Policy):
     statistics: str | None = flax.struct.field(pytree_node=False, default=None)
 
     def __post_init__(self):
-        kinds.check_fields(f"{self.name}: ", self, statistics=_NONE_OR_FORM)
+        kinds.check_fields(f"{name_of(self)}: ", self, statistics=_NONE_OR_FORM)
 
     def check(self, config: ModelConfig, budget: int, interval: int) -> None:
         x = self.position_yebkl
         if not hasattr(x, "shape") or x.ndim != 5 or not jnp.issubdtype(x.dtype, jnp.integer):
             got = f"{x.dtype} {list(x.shape)}" if hasattr(x, "shape") else repr(x)
             raise UserError(
-                f"{self.name}: position_yebkl = {got} must be whole numbers "
+                f"{name_of(self)}: position_yebkl = {got} must be whole numbers "
                 "[layers, evictions, batch, KV heads, interval]"
             )
         layers, _, _, heads, dropped = x.shape
         if (layers, heads, dropped) != (config.layers, config.kv_heads, interval):
             raise UserError(
-                f"{self.name}: position_yebkl is of {layers} layers, {heads} KV heads and "
+                f"{name_of(self)}: position_yebkl is of {layers} layers, {heads} KV heads and "
                 f"interval = {dropped}, the model of {config.layers} layers and {config.kv_heads} "
                 f"KV heads, at interval = {interval}"
             )
@@ -60,7 +60,7 @@ class Forced(Policy):
         rows = self.position_yebkl.shape[1]
         if rows != position.shape[0]:
             raise UserError(
-                f"{self.name}: position_yebkl lists a batch of {rows}, this one has "
+                f"{name_of(self)}: position_yebkl lists a batch of {rows}, this one has "
                 f"{position.shape[0]} rows"
             )
         drop = jax.lax.dynamic_index_in_dim(self.position_yebkl, index, axis=0, keepdims=False)

@@ -11,7 +11,7 @@ from jax import Array
 from fkv import kinds, scorer
 from fkv.errors import UserError
 from fkv.models import ModelConfig
-from fkv.policies.base import Policy, View, register, row_by_row
+from fkv.policies.base import Policy, View, name_of, register, row_by_row
 
 ACTIONS = ("top", "sample", "multinomial")
 
@@ -99,7 +99,7 @@ class Foresight(Policy):
 
     def __post_init__(self):
         kinds.check_fields(
-            f"{self.name}: ",
+            f"{name_of(self)}: ",
             self,
             config=_CONFIG,
             action=kinds.one_of(ACTIONS),
@@ -110,7 +110,7 @@ class Foresight(Policy):
 
     def check(self, config: ModelConfig, budget: int, interval: int) -> None:
         """Refuses scorers of another shape, or of numbers that are not finite."""
-        where = self.trained.source or self.name
+        where = self.trained.source or name_of(self)
         scorer.check_params(f"{where}: params", self.params, self.config.hidden)
         layers, heads, size, _ = self.params["w1"].shape
         theirs = (config.layers, config.kv_heads, scorer.feature_size(config, self.config))
@@ -124,7 +124,7 @@ class Foresight(Policy):
 
     def check_interval(self, interval: int) -> None:
         """Refuses another interval than that of the training; another budget is normal."""
-        where, trained = self.trained.source or self.name, self.trained.interval
+        where, trained = self.trained.source or name_of(self), self.trained.interval
         if trained and trained != interval and not self.any_interval:
             raise UserError(
                 f"{where}: trained at interval = {trained}, not {interval}: set interval to "

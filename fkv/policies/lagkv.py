@@ -8,7 +8,7 @@ from jax import Array
 from fkv import kinds
 from fkv.errors import UserError
 from fkv.models import ModelConfig
-from fkv.policies.base import Policy, View, check_sinks, register
+from fkv.policies.base import Policy, View, check_sinks, name_of, register
 
 
 def lag_scores(x_bkpld: Array) -> Array:
@@ -40,7 +40,7 @@ class LagKV(Policy):
     lag: int = flax.struct.field(pytree_node=False, default=0)
 
     def __post_init__(self):
-        kinds.check_fields(f"{self.name}: ", self, sinks=kinds.whole(0), lag=kinds.whole(0))
+        kinds.check_fields(f"{name_of(self)}: ", self, sinks=kinds.whole(0), lag=kinds.whole(0))
 
     def check(self, config: ModelConfig, budget: int, interval: int) -> None:
         super().check(config, budget, interval)
@@ -48,7 +48,7 @@ class LagKV(Policy):
         held = budget + interval - self.sinks
         if 2 * self.lag > held:
             raise UserError(
-                f"{self.name}: lag = {self.lag} must be at most {held // 2}, so that two "
+                f"{name_of(self)}: lag = {self.lag} must be at most {held // 2}, so that two "
                 f"partitions fit in the {held} slots beside the sinks"
             )
 

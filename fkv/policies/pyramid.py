@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from fkv import kinds
-from fkv.policies.base import View, register
+from fkv.policies.base import View, name_of, register
 from fkv.policies.snapkv import SnapKV
 
 
@@ -22,7 +22,7 @@ class Pyramid(SnapKV):
 
     def __post_init__(self):
         super().__post_init__()
-        kinds.check_fields(f"{self.name}: ", self, beta=kinds.number(1))
+        kinds.check_fields(f"{name_of(self)}: ", self, beta=kinds.number(1))
 
     def _last(self, budget: int) -> int:
         return min(budget, max(round(budget / self.beta), self.window))

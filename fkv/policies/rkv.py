@@ -8,7 +8,7 @@ from jax import Array
 from fkv import kinds
 from fkv.attention import einsum_f32
 from fkv.models import ModelConfig
-from fkv.policies.base import Policy, View, by_position, register, row_by_row
+from fkv.policies.base import Policy, View, by_position, name_of, register, row_by_row
 from fkv.policies.snapkv import ODD, check_kernel, pooled_attention
 
 # Keys compared with all others at once: their similarities stay in a processor's cache, and no
@@ -79,7 +79,7 @@ class RKV(Policy):
 
     def __post_init__(self):
         kinds.check_fields(
-            f"{self.name}: ",
+            f"{name_of(self)}: ",
             self,
             mix=kinds.number(0, 1),
             window=kinds.whole(1),

@@ -8,7 +8,7 @@ from jax import Array
 from fkv import attention, kinds
 from fkv.errors import UserError
 from fkv.models import ModelConfig
-from fkv.policies.base import Policy, View, by_position, max_pool, register
+from fkv.policies.base import Policy, View, by_position, max_pool, name_of, register
 
 
 def window_attention(view: View, window: int) -> Array:
@@ -44,8 +44,8 @@ def check_kernel(policy: Policy, kernel: int, budget: int, interval: int) -> Non
     slots = policy.capacity(budget) + interval
     if kernel // 2 >= slots - 1:
         raise UserError(
-            f"{policy.name}: kernel = {kernel} must be at most {2 * slots - 3}, as it pools over "
-            f"{slots} slots"
+            f"{name_of(policy)}: kernel = {kernel} must be at most {2 * slots - 3}, as it pools "
+            f"over {slots} slots"
         )
 
 
@@ -61,7 +61,7 @@ class SnapKV(Policy):
     kernel: int = flax.struct.field(pytree_node=False, default=7)
 
     def __post_init__(self):
-        kinds.check_fields(f"{self.name}: ", self, window=kinds.whole(1), kernel=ODD)
+        kinds.check_fields(f"{name_of(self)}: ", self, window=kinds.whole(1), kernel=ODD)
 
     def check(self, config: ModelConfig, budget: int, interval: int) -> None:
         super().check(config, budget, interval)

@@ -6,7 +6,7 @@ from jax import Array
 
 from fkv import kinds
 from fkv.models import ModelConfig
-from fkv.policies.base import Policy, View, check_sinks, register
+from fkv.policies.base import Policy, View, check_sinks, name_of, register
 
 
 @register("streaming_llm")
@@ -17,7 +17,7 @@ class StreamingLLM(Policy):
     sinks: int = flax.struct.field(pytree_node=False, default=4)
 
     def __post_init__(self):
-        kinds.check_fields(f"{self.name}: ", self, sinks=kinds.whole(0))
+        kinds.check_fields(f"{name_of(self)}: ", self, sinks=kinds.whole(0))
 
     def check(self, config: ModelConfig, budget: int, interval: int) -> None:
         super().check(config, budget, interval)
