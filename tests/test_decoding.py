@@ -225,6 +225,8 @@ def test_top_p_reaches_its_share_exactly():
     logits = np.log([0.5, 0.25, 0.125, 0.125])
     assert (draw(logits, Sampling(1.0, 0, 0.74)) > 0).tolist() == [True, True, False, False]
     assert (draw(logits, Sampling(1.0, 0, 0.76)) > 0).sum() == 3
+    # Without rounding: of four alike, two are enough for a half.
+    assert (draw(np.zeros(4), Sampling(1.0, 0, 0.5)) > 0).sum() == 2
 
 
 def test_temperature_zero_takes_the_likeliest():

@@ -149,6 +149,14 @@ def test_the_clearest_come_first_and_at_most_six():
     assert found["recalled"].shape == (0, 12)
 
 
+def test_recalled_is_what_was_silent_for_four_blocks():
+    score = np.zeros((1, 1, 48, 12))
+    for token, block in ((0, 5), (1, 4)):  # silent in blocks 1 to 4, and 1 to 3
+        score[0, 0, token, [0, block]] = 0.1, 0.5
+    found = diagnosis.patterns(score)["recalled"]
+    np.testing.assert_array_equal(found, score[0, 0, :1])
+
+
 # ---- tables and pictures
 
 

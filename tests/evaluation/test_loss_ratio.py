@@ -320,6 +320,17 @@ def test_standard_error_is_the_spread_over_samples():
     assert r.ratio()[1] == pytest.approx(ratios.std(), rel=0.1)
 
 
+def test_standard_errors_of_two_traces_by_hand():
+    # Residuals are 1/2 and -1/2 in both: their spread, of one degree of freedom, is 1 / sqrt(2).
+    column = lambda *x: np.repeat(np.array(x)[:, None], 3, axis=1)  # noqa: E731
+    recall = np.array([0.2, 0.6]).reshape(2, 1, 1)
+    r = loss_ratio.Losses("h2o", 16, 8, column(2.0, 4.0), column(1.0, 3.0), column(2, 6), recall)
+    for kind in range(3):
+        assert r.ratio(kind) == pytest.approx((1.5, 0.5 / 2))  # of a mean loss of 2
+        assert r.added(kind) == pytest.approx((0.25, 0.5 / 4))  # of 4 tokens on average
+    assert r.mean_overlap() == pytest.approx((0.4, 0.2))
+
+
 def test_the_full_cache_has_ratio_one_and_no_overlap():
     r = random_losses("full", 16)
     r = loss_ratio.Losses("full", 16, 8, r.full, r.full, r.tokens, None)

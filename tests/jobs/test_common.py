@@ -12,6 +12,7 @@ from fkv.data import traces
 from fkv.errors import UserError
 from fkv.evaluation import loss_ratio
 from fkv.jobs import common, evaluate, grpo, sft
+from tests import figures
 from tests.jobs.test_sft import model_dir, small
 
 __all__ = ["model_dir"]  # a fixture
@@ -49,6 +50,16 @@ def test_every_way_to_the_model_has_the_cache_that_is_asked_for():
     assert common.model_config(config).cache_dtype == "int8"
 
 
+FIGURES = {
+    "full, 16": [0.0, 0.0, 0.0, 0.0, 0.0, 0.0],
+    "golden, 16": [-0.08004826, 0.01985361, -0.1058965, 0.03665722, -0.03963283, 0.01307764],
+    "random, 16": [0.06825213, 0.06489312, 0.07302014, 0.06051189, 0.060794, 0.08188905],
+    "full, 56": [0.0, 0.0, 0.0, 0.0, 0.0, 0.0],
+    "golden, 56": [0.02062108, 0.008511816, 0.01317313, 0.01583097, 0.03334534, 0.02947795],
+    "random, 56": [-0.003049997, 0.02366449, 0.006204931, 0.02573504, -0.0188607, 0.04894659],
+}  # fmt: skip
+
+
 def test_losses_are_measured_after_the_prompt(model_dir):
     config = small(model_dir)
     config.eval.budgets, config.grpo.high_fraction = (16, 56), 0.4
@@ -67,6 +78,9 @@ def test_losses_are_measured_after_the_prompt(model_dir):
         assert r.tokens[:, 0].tolist() == counted
         # Tables split tokens as rewards do.
         assert r.tokens[:, 2].tolist() == [n * 4 // 10 for n in counted]
+    # Nats added per token, and their standard errors: of all, low- and high-entropy ones.
+    cells = {f"{r.policy}, {r.budget}": [x for i in range(3) for x in r.added(i)] for r in results}
+    figures.check(cells, FIGURES)
 
 
 def test_a_config_without_the_reinforcement_stage_splits_as_the_paper_does(monkeypatch):

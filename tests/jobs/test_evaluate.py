@@ -26,7 +26,8 @@ from fkv.jobs import evaluate, generate, pipeline, sft
 from fkv.models import ModelConfig
 from fkv.policies import base
 from fkv.tasks import ledger
-from tests.jobs.test_sft import small
+from tests import figures
+from tests.jobs.test_sft import SEED, small
 
 PNG = b"\x89PNG"
 PICTURES = ("accuracy", "loss_ratio", "loss_by_position", "regret", "retention",
@@ -137,10 +138,42 @@ def test_run_writes_all_that_it_promises(finished):
     )
 
 
+FIGURES = {
+    "full, 0": ["++++++++--", 0.8, 30.9, 0.0, 0.0, 0, 0],
+    "foresight, 16": ["----------", 0.0, 40.0, 1.0, 8.2, 8, 0],
+    "streaming_llm, 16": ["----------", 0.0, 40.0, 1.0, 8.2, 8, 0],
+    "words, full, 0": "hmm gal kan mule 8 8 well kan",
+    "words, foresight, 16": "hmm gal then gal boat 4 4 well",
+    "words, streaming_llm, 16": "hmm gal hmm gal men cart 9 so",
+    "traces, full, 16": [1.0, 0.0],
+    "traces, golden, 16": [1.18091, 0.181937, 1.0],
+    "traces, foresight, 16": [5.61856, 4.71206, 0.491443],
+    "traces, streaming_llm, 16": [5.73413, 4.80533, 0.378472],
+}  # fmt: skip
+
+
+def test_figures_of_a_seeded_run(finished):
+    path, results = finished
+    found = {
+        f"{r.policy}, {r.budget}": [
+            "".join("-+"[int(right)] for right in r.right_pn.ravel()),
+            r.pass_at_1, r.tokens, r.truncated, r.evictions, r.lost, r.gained,
+        ]
+        for r in results
+    }  # fmt: skip
+    for (name, budget, problem, sample), row in by_key(samples(path)).items():
+        if (problem, sample) == ("4", 1):  # the last of all
+            found[f"words, {name}, {budget}"] = " ".join(row["text"].split()[:8])
+    for line in csv.DictReader((path / "loss_ratio.csv").open()):
+        numbers = [float(line[name]) for name in ("ratio", "added_low", "overlap")]
+        found[f"traces, {line['policy']}, {line['budget']}"] = [x for x in numbers if x == x]
+    figures.check(found, FIGURES)
+
+
 def test_answers_are_judged_counted_and_compared(finished, scorer_dir):
     path, results = finished
     spec = {name: tuple(b) for name, b in recipe(scorer_dir).task.items()}
-    problems = ledger.problems(0, "eval", 0, 5, ledger.Spec(**spec))
+    problems = ledger.problems(SEED, "eval", 0, 5, ledger.Spec(**spec))
     rows = samples(path)
     assert {r["verdict"] for r in rows} == {"right", "wrong"}  # or the rest would say nothing
     for r in rows:
@@ -178,10 +211,10 @@ def test_answers_are_those_of_the_library(finished, scorer_dir):
     path, _ = finished
     model, config = api.load(api.EMBEDDED, np.float32), recipe(scorer_dir)
     spec = ledger.Spec(**{name: tuple(b) for name, b in config.task.items()})
-    prompts = [ledger.encode(p.prompt) for p in ledger.problems(0, "eval", 0, 5, spec)]
+    prompts = [ledger.encode(p.prompt) for p in ledger.problems(SEED, "eval", 0, 5, spec)]
     longest = max(range(5), key=lambda i: len(prompts[i]))
     first = prompts[longest] if longest else prompts[1]  # keys go by place: problem 0 and another
-    out = api.generate(model, [prompts[0], first], "streaming_llm", 16, 8, 40, samples=2)
+    out = api.generate(model, [prompts[0], first], "streaming_llm", 16, 8, 40, samples=2, seed=SEED)
     rows = by_key(samples(path))
     for i, j in np.ndindex(1, 2):
         one, row = out[i][j], rows["streaming_llm", 16, str(i), j]
@@ -840,6 +873,14 @@ def test_generate_answers_as_evaluate_does(finished, answered):
     assert "foresight, B = 16, L = 8: " in said
 
 
+ANSWER = "well rel pen m1 boat 3 0 m1 0 now"
+
+
+def test_the_answer_of_a_seeded_run(answered):
+    begin = " ".join(answered[0].split()[:10])
+    figures.check({"text": begin}, {"text": ANSWER})
+
+
 def test_generate_counts_what_it_wrote(finished, answered):
     row = by_key(samples(finished[0]))["foresight", 16, "0", 0]
     cut_off = ", cut off" * row["truncated"]
@@ -911,7 +952,9 @@ def command(job, workdir, *overrides):
     task = ("task.facts=(4, 6)", "task.hops=(3, 4)", "task.remarks=(0, 1)", "task.marks=(0, 1)")
     line = [sys.executable, "-m", f"launch.{job}", "--config=configs/tiny.py"]
     line += [f"--workdir={workdir}"]
-    line += [f"--config.{o}" for o in (*task, "budget=16", "interval=8", *overrides)]
+    line += [
+        f"--config.{o}" for o in (*task, f"seed={SEED}", "budget=16", "interval=8", *overrides)
+    ]
     return subprocess.run(line, capture_output=True, text=True)
 
 

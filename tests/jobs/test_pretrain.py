@@ -1,5 +1,7 @@
 """Training of the embedded reasoner, a few steps of it, and the reasoner that is shipped."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,10 +13,12 @@ from fkv import checkpoint, models, preemption, pretrain, tasks
 from fkv.errors import UserError
 from fkv.jobs import pretrain as job
 from fkv.tasks import ledger
+from tests import figures
 
 
 def small(**changes):
     config = tiny.get_config()
+    config.seed = 3
     config.task.facts, config.task.hops = (3, 4), (2, 3)
     config.task.remarks, config.task.marks = (0, 1), (0, 1)
     settings = config.pretrain
@@ -23,6 +27,7 @@ def small(**changes):
     settings.cycles = (5, 3)
     settings.warmup, settings.log_every, settings.checkpoint_every = 1, 1, 2
     settings.eval_problems, settings.eval_batch = 6, 4
+    settings.clip, settings.weight_decay = 0.3, 1.0  # so that both can be seen in eight steps
     for name in "abcd":
         settings.stages[name].update(
             steps=2, batch=4, facts=(3, 4), hops=(2, 3), remarks=(0, 1), marks=(0, 1)
@@ -31,10 +36,35 @@ def small(**changes):
     return config
 
 
-def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, sigterm_in):
-    straight, broken = tmp_path / "straight", tmp_path / "broken"
-    job.run(small(), str(straight))
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    path = tmp_path_factory.mktemp("finished")
+    job.run(small(), str(path))
+    return path
 
+
+FIGURES = {
+    "loss": [4.791915, 4.871162, 4.660133, 4.581667, 4.716725, 4.675199, 4.797855, 4.435875],
+    "accuracy": [0.02150538, 0.0, 0.0106383, 0.04587156, 0.02702703, 0.01149425, 0.03529412,
+        0.03157895],
+    "stage": [0, 0, 1, 1, 2, 2, 3, 3],
+    "answers": [0.0],
+    "sizes": [8.143988, 5.671679],
+}  # fmt: skip
+
+
+def test_figures_of_a_seeded_run(finished):
+    rows = [json.loads(line) for line in (finished / "metrics.jsonl").open()]
+    names = ("loss", "accuracy", "stage", "answers")
+    found = {name: figures.column(rows, name) for name in names}
+    _, params = models.load(finished / "model")
+    size = lambda x: float(np.linalg.norm(x))  # noqa: E731
+    found["sizes"] = [size(params["embed_vm"]), size(params["layers"]["q_mhd"])]
+    figures.check(found, FIGURES)
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(finished, tmp_path, sigterm_in):
+    straight, broken = finished, tmp_path
     sigterm_in(pretrain, "train_step", 5)
     with pytest.raises(preemption.Preempted):
         job.run(small(), str(broken))

@@ -7,12 +7,14 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import fkv
 from configs import tiny
-from fkv import checkpoint, models, preemption
+from fkv import checkpoint, models, parallel, preemption
+from fkv import sft as stage
 from fkv.data import traces
 from fkv.errors import UserError
 from fkv.jobs import common, sft
@@ -20,6 +22,9 @@ from fkv.models import ModelConfig
 from fkv.rundir import open_run, read_inputs
 from fkv.tasks import ledger
 from launch import flags
+from tests import figures
+
+SEED = 3  # what takes 0 for it is noticed
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +42,7 @@ def model_dir(tmp_path_factory):
 def small(model_dir, **changes):
     """The tiny recipe, tinier; `changes` are dotted overrides with `__` for the dot."""
     config = tiny.get_config()
+    config.seed = SEED
     config.model = model_dir
     config.budget = 16
     config.interval = 8
@@ -93,6 +99,33 @@ def test_run_writes_all_that_it_promises(finished):
     assert saved.step == 6 and saved.info["data"] == {"next_index": 6}
 
 
+FIGURES = {
+    "loss": [2.228517, 1.989918, 2.017133, 1.889919, 1.923734, 1.878608],
+    "overlap": [0.4453125, 0.5236607, 0.53125, 0.546875, 0.5347222, 0.5178571],
+    "grad_norm": [2.036395, 1.834898, 1.618019, 0.888815, 1.44189, 1.112987],
+    "full, 16": [0.0, 0.0, 0.0],
+    "golden, 16": [-0.07921267, -0.08435266, -0.05670599, 1.0],
+    "foresight, 16": [0.07059003, 0.1000066, -0.05820599, 0.5504093],
+    "snapkv, 16": [0.01080905, 0.023042, -0.04275049, 0.5375537],
+    "random, 16": [0.04992626, 0.09243407, -0.1361885, 0.5017155],
+    "full, 24": [0.0, 0.0, 0.0],
+    "golden, 24": [-0.02417023, -0.02749243, -0.009624894, 1.0],
+    "foresight, 24": [0.03430321, 0.03886428, 0.01433558, 0.3584202],
+    "snapkv, 24": [-0.02143998, -0.03080943, 0.01958455, 0.3879465],
+    "random, 24": [-0.00456257, 0.009461391, -0.06596318, 0.3489335],
+}  # fmt: skip
+
+
+def test_figures_of_a_seeded_run(finished):
+    path, results = finished
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").open()]
+    found = {name: figures.column(rows, name) for name in ("loss", "overlap", "grad_norm")}
+    for r in results:  # nats added per token of all kinds, and the golden overlap
+        numbers = [*(r.added(kind)[0] for kind in range(3)), r.mean_overlap()[0]]
+        found[f"{r.policy}, {r.budget}"] = [x for x in numbers if np.isfinite(x)]
+    figures.check(found, FIGURES)
+
+
 def test_both_lengths_are_trained_on(model_dir, finished):
     config = uneven(model_dir)
     found = common.load_traces(config, "train", 16, 16, len(ledger.VOCABULARY), 2)
@@ -141,6 +174,26 @@ def test_a_batch_in_parts_is_the_batch(model_dir, finished, tmp_path):
     same_training(tmp_path, finished[0], 6, ("loss", "overlap", "grad_norm"), rel=1e-4)
 
 
+def same_updates(one, two):
+    """Whether two optimisers make the same of gradients of all sizes."""
+    states = [x.init(jnp.zeros(2)) for x in (one, two)]
+    for size in (9.0, 0.1, 3.0, 0.4):
+        found = [
+            x.update(jnp.full(2, size), state) for x, state in zip((one, two), states, strict=True)
+        ]
+        np.testing.assert_array_equal(found[0][0], found[1][0])
+        states = [state for _, state in found]
+
+
+def test_the_step_is_that_of_the_config():
+    config = small("", budget=24)
+    config.sft.update(learning_rate=0.2, warmup=2, clip=0.5, margin=0.3, weighting="plain")
+    _, _, optimiser, make_step = sft.recipe(config, parallel.make_mesh())
+    same_updates(optimiser, stage.optimizer(0.2, 2, 6, 0.5))
+    step = make_step(None)
+    assert step.args[2] == stage.LossConfig(0.3, "plain") and step.args[4:6] == (24, 8)
+
+
 def test_trained_scorers_load_as_a_policy(finished):
     policy = fkv.load_scorer(finished[0])
     assert policy.config.norm == "rms"
@@ -150,7 +203,7 @@ def test_trained_scorers_load_as_a_policy(finished):
 
 def test_short_traces_are_skipped_and_counted(capsys):
     config = small("", task__facts=(2, 8), task__hops=(1, 8))
-    lengths = [len(s) for s in traces.embedded(0, "train", 64, common.spec(config))[0]]
+    lengths = [len(s) for s in traces.embedded(SEED, "train", 64, common.spec(config))[0]]
     longer = sum(length > 72 for length in lengths)
     assert 0 < longer < 64
     found = common.load_traces(config, "train", 64, 64, len(ledger.VOCABULARY))
@@ -211,7 +264,8 @@ def test_missing_checkpoint_is_named(tmp_path):
 def test_command_line(model_dir, finished, tmp_path):
     """The very command of the README, at the smallest size: what `run` does, from a shell."""
     overrides = (
-        f"model={model_dir}", "budget=16", "interval=8", "task.facts=(2, 8)", "task.hops=(1, 6)",
+        f"seed={SEED}", f"model={model_dir}", "budget=16", "interval=8",
+        "task.facts=(2, 8)", "task.hops=(1, 6)",
         "task.remarks=(0, 1)", "task.marks=(0, 1)", "data.traces=16", "data.buckets=2",
         "sft.steps=6", "sft.batch=2", "sft.warmup=1", "sft.log_every=1",
         "sft.checkpoint_every=2", "eval.budgets=(16, 24)",

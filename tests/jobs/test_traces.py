@@ -16,7 +16,9 @@ from fkv.jobs import traces
 from fkv.keys import Purpose, key_of
 from fkv.models import ModelConfig, texts
 from fkv.tasks import ledger
+from tests import figures
 from tests.jobs.test_evaluate import WORDS, word_model
+from tests.jobs.test_sft import SEED
 from tests.models import test_texts
 
 __all__ = ["word_model"]  # a fixture
@@ -24,6 +26,7 @@ __all__ = ["word_model"]  # a fixture
 
 def recipe(**changes):
     config = tiny.get_config()
+    config.seed = SEED
     config.task.facts, config.task.hops = (4, 6), (3, 4)
     config.task.remarks, config.task.marks = (0, 1), (0, 1)
     config.traces.count, config.traces.batch = 5, 4
@@ -52,11 +55,11 @@ def test_traces_are_the_model_s_own_answers(finished, monkeypatch):
     monkeypatch.setattr(api, "sample_key", key)
     assert [(r["id"], r["sample"]) for r in found] == [(str(i), 0) for i in range(5)]
     spec = ledger.Spec(**{name: tuple(bounds) for name, bounds in recipe().task.items()})
-    problems = ledger.problems(0, "train", 0, 5, spec)
+    problems = ledger.problems(SEED, "train", 0, 5, spec)
     model = fkv.load("embedded", "float32")
     answers = fkv.generate(
         model, [ledger.encode(p.prompt) for p in problems], new_tokens=spec.max_new_tokens(),
-        budget=32, interval=16, temperature=0.6, top_k=20, top_p=0.95,
+        budget=32, interval=16, temperature=0.6, top_k=20, top_p=0.95, seed=SEED,
     )  # fmt: skip
     for row, problem, (answer,) in zip(found, problems, answers, strict=True):
         prompt = ledger.encode(problem.prompt)
@@ -66,6 +69,24 @@ def test_traces_are_the_model_s_own_answers(finished, monkeypatch):
     assert len(list(finished.glob("*.parquet"))) == 2  # a file a batch
     about = pq.read_schema(next(finished.glob("*.parquet"))).metadata[b"fkv"]
     assert json.loads(about)["traces"]["temperature"] == 0.6
+
+
+FIGURES = {
+    "prompt_tokens": [44, 40, 45, 44, 41],
+    "tokens": [75, 72, 73, 68, 68],
+    "truncated": [False, False, False, False, False],
+    "last answer": "okay bon tal m1 boat 5 5 m1 5 next tal lal mule 2 7 okay lal home mule 2 9 "
+        "</think> m1 5 total 9 <eos>",
+}  # fmt: skip
+
+
+def test_figures_of_a_seeded_run(finished):
+    found = rows(finished)
+    names = ("prompt_tokens", "tokens", "truncated")
+    told = {name: figures.column(found, name) for name in names}
+    answer = found[-1]["input_ids"][found[-1]["prompt_tokens"] :]
+    told["last answer"] = " ".join(ledger.decode(answer))
+    figures.check(told, FIGURES)
 
 
 def test_what_is_written_is_what_training_reads(finished):
