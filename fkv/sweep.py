@@ -178,6 +178,9 @@ def run_local(
 def _run(points, root, common, show):
     failed = []
     done = {p.name for p in points if _is_done(Path(root, p.name), p)}
+    for point in points:  # what one that is run again gives may be other than what was used
+        if set(point.needs()) & {p.name for p in points} - done:
+            done.discard(point.name)
     for i, point in enumerate(points, 1):
         path = Path(root, point.name)
         label = f"[{i}/{len(points)}] {point.name}"

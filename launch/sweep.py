@@ -8,7 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from fkv import files, pods, sweep
+from fkv import files, pods, rundir, sweep
 from fkv.errors import UserError
 from fkv.jobs import common
 from launch import flags
@@ -35,7 +35,9 @@ def main(argv):
     points = sweep.check(_points(options, path), common.JOBS)
     for point in points:  # what is wrong with the last is found out before the first runs
         try:
-            flags.parse(point.arguments(root, shared), options=OPTIONS)
+            config, _ = flags.parse(point.arguments(root, shared), options=OPTIONS)
+            if Path(root, point.name, sweep.DONE).exists():  # with this config, say of --config?
+                rundir.check_run(Path(root, point.name), config, common.other_jobs(point.job))
         except UserError as error:
             raise UserError(f"sweep point {point.name!r}: {error}") from None
     some = sweep.choose(points, options.points.split(","), root) if options.points else points

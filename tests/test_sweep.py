@@ -664,3 +664,34 @@ def test_buckets_are_no_run_directories(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="gs:// is no file system: mount the bucket"):
         sweep.run_local([Point("sft", "a", {})], "gs://b/x", [])
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- what a point was made from
+
+
+def test_what_needs_a_point_that_is_run_again_is_run_again(fake_jobs, tmp_path):
+    sweep.run_local(list(points()), tmp_path, [])
+    fake_jobs[0].clear()
+    (tmp_path / "a1" / sweep.DONE).unlink()
+    sweep.run_local(list(points()), tmp_path, [])
+    assert fake_jobs[0] == ["a1", "b1"]  # its job sees whether it has changed
+    sweep.run_local(list(points()), tmp_path, [])
+    assert fake_jobs[0] == ["a1", "b1"]
+
+
+def test_points_that_are_done_with_another_config_are_not_counted(fake_jobs, tmp_path, command):
+    path, root = tmp_path / "some.py", tmp_path / "s"
+    path.write_text(
+        "from configs.tiny import get_config\nfrom tests.test_sweep import points as sweep"
+    )
+    options = (f"--config={path}", f"--workdir={root}")
+    config, _ = flags.parse(["launch/sft.py", f"--config={path}", "--config.seed=1"])
+    rundir.open_run(root / "a1", config)  # as the job does
+    assert command(*options)[0] == 0
+    code, _, error = command(*options, "--config.budget=96")
+    assert code == 2 and error == (
+        f"error: sweep point 'a1': {root}/a1 holds a run with another config (budget: 64 -> 96): "
+        "use another --workdir"
+    )
+    assert command(*options, "--config.grpo.steps=7")[0] == 0  # no matter to `sft`
+    assert len(fake_jobs[0]) == 4

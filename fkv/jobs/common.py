@@ -1,8 +1,9 @@
 """What several jobs do alike: read their parts of the config, with errors before work starts."""
 
+import contextlib
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,36 @@ def check_vocabulary(config: ConfigDict, vocabulary: int) -> None:
         )
 
 
+@contextlib.contextmanager
+def of_field(name: str) -> Iterator[None]:
+    """Names the field of the config that a refusal within is about."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
+
+
+@contextlib.contextmanager
+def scorers_of(field: str, source: str, job: str = "") -> Iterator[None]:
+    """Names the field whose scorers are loaded within, and the command that makes them.
+
+    Args:
+      field: what the config says, `grpo.scorer = 'runs/sft_tiny'`.
+      source: where they are to be.
+      job: that makes them; by default what the name of the place says.
+    """
+    try:
+        yield
+    except UserError as error:
+        if files.expand(source).exists():  # they are damaged, or others
+            raise UserError(f"{field}: {error}") from error
+        job = job or ("grpo" if "grpo" in Path(source).name else "sft")
+        raise UserError(
+            f"{field}: {error}. Make some with `python -m launch.{job} --config=... "
+            f"--workdir={source}`, or set {field.partition(' ')[0]} to others"
+        ) from error
+
+
 def load_traces(
     config: ConfigDict, split: str, count: int, budget: int, vocabulary: int, at_least: int = 1
 ) -> traces.Traces:
@@ -159,12 +190,18 @@ def load_traces(
       vocabulary: ids must be below this.
       at_least: how many must share a length, as a batch does.
     """
-    path = config.data.path if split == "train" else config.data.eval_path
-    if path:
+    field = "path" if split == "train" else "eval_path"
+    if path := config.data[field]:
+        if not files.expand(path).exists():
+            raise UserError(
+                f"data.{field} = {path!r}: no such file or directory. `python -m launch.traces "
+                f"--config=... --workdir={path}` writes traces to a directory"
+            )
         where, corrupt = path, None if config.data.strict else []
-        sequences, prompts = traces.read(
-            path, config.data.column, config.data.prompt_column, corrupt, vocabulary
-        )
+        with of_field(f"data.{field}"):
+            sequences, prompts = traces.read(
+                path, config.data.column, config.data.prompt_column, corrupt, vocabulary
+            )
         sequences, prompts = sequences[:count], prompts[:count] if prompts else None
         for _, wrong in corrupt or ():
             say(f"{path}: left out, {wrong}")

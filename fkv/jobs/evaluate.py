@@ -236,10 +236,11 @@ def _policies(config: ConfigDict) -> tuple[dict[str, Policy], dict[str, str]]:
             raise UserError(f"evaluate.scorers: {entry!r} must be of the form name=workdir")
         if name in policies.names() and name != "foresight":
             raise UserError(f"evaluate.scorers: {name!r} is the name of a rule; take another")
-        policy = api.load_scorer(workdir, any_interval=config.evaluate.any_interval).replace(
+        with common.scorers_of(f"evaluate.scorers = {entry!r}", workdir):
+            policy = api.load_scorer(workdir, any_interval=config.evaluate.any_interval)
+        policy = scorers[name] = policy.replace(
             action=config.evaluate.action, temperature=config.evaluate.action_temperature
         )
-        scorers[name] = policy
         inputs[rundir.answers_of(name)] = provenance.of_arrays(policy.params)
         inputs[f"settings of the scorers {name!r}"] = str(policy.config)
     rules = {name: policies.get(name) for name in config.evaluate.policies}
@@ -308,7 +309,8 @@ def _problems(
     source = benchmarks.known(
         settings.benchmark, settings.split, settings.subset, settings.question, settings.answer
     )
-    benchmark = benchmarks.load(source, settings.instruction)
+    with common.of_field("evaluate.benchmark"):
+        benchmark = benchmarks.load(source, settings.instruction)
     for row, why in benchmark.unusable:
         common.say(f"{settings.benchmark}: row {row} left out, {why}")
     if benchmark.unusable:

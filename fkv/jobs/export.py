@@ -30,7 +30,8 @@ def run(config: ConfigDict, workdir: str) -> None:
 def _write(config: ConfigDict, workdir: str) -> None:
     settings = config.export
     sharing.check_directory(workdir, settings.layout == "released")  # before a model is downloaded
-    policy, about = sharing.load(settings.scorer)
+    with common.scorers_of(f"export.scorer = {settings.scorer!r}", settings.scorer):
+        policy, about = sharing.load(settings.scorer)
     if settings.layout == "released":
         path = tasks.REASONER if config.model == EMBEDDED else config.model
         sharing.export_released(policy, models.find(path, common.revision(config)), workdir)

@@ -26,7 +26,8 @@ def run(config: ConfigDict, workdir: str) -> str:
     if settings.scorer:
         if settings.policy != "foresight":
             raise UserError("generate.scorer is for generate.policy=foresight")
-        policy = api.load_scorer(settings.scorer, any_interval=settings.any_interval)
+        with common.scorers_of(f"generate.scorer = {settings.scorer!r}", settings.scorer):
+            policy = api.load_scorer(settings.scorer, any_interval=settings.any_interval)
     else:
         policy = policies.get(settings.policy)
     shape = common.model_config(config)

@@ -224,13 +224,9 @@ def _with_reference(state: sft.TrainState, reference: dict) -> dict:
 
 def _supervised(config: ConfigDict) -> policies.Foresight:
     """The scorers to start from."""
-    try:
-        policy = api.load_scorer(config.grpo.scorer)
-    except UserError as error:
-        raise UserError(
-            f"grpo.scorer = {config.grpo.scorer!r}: {error}. Make one with `python -m launch.sft "
-            f"--config=... --workdir={config.grpo.scorer}`"
-        ) from error
+    source = config.grpo.scorer
+    with common.scorers_of(f"grpo.scorer = {source!r}", source, "sft"):
+        policy = api.load_scorer(source)
     wanted = scorer.ScorerConfig(**config.scorer)
     if policy.config != wanted:
         raise UserError(

@@ -139,7 +139,8 @@ def _questions(config: ConfigDict, model: Model) -> tuple[list[Question], int]:
         return questions, settings.new_tokens or spec.max_new_tokens()
 
     where = settings.questions
-    rows = sources.open_rows(where, settings.split, settings.subset)
+    with common.of_field("traces.questions"):
+        rows = sources.open_rows(where, settings.split, settings.subset)
     asked = sources.column(rows, settings.question, where)
     given = sources.column(rows, settings.response, where) if settings.response else asked
     end = None

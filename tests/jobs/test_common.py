@@ -11,7 +11,7 @@ from fkv import models, policies, scorer, sharing
 from fkv.data import traces
 from fkv.errors import UserError
 from fkv.evaluation import loss_ratio
-from fkv.jobs import common, evaluate, grpo, sft
+from fkv.jobs import common, evaluate, export, generate, grpo, sft
 from tests import figures
 from tests.jobs.test_sft import model_dir, small
 
@@ -148,3 +148,40 @@ def test_losses_that_are_no_numbers_are_no_table(monkeypatch, field):
     held_out = traces.collect([np.arange(99)], 64, 16, "here")
     with pytest.raises(UserError, match=r"losses of 'h2o' at budget 48 are NaN .* in float32"):
         common.measure_losses(config, None, None, {}, held_out, [48])
+
+
+@pytest.mark.parametrize(
+    ("job", "field", "value", "command"),
+    [
+        (
+            evaluate,
+            "evaluate.scorers",
+            ("a=runs/none/grpo_x",),
+            "launch.grpo --config=... --workdir",
+        ),
+        (evaluate, "evaluate.scorers", ("a=runs/none/sft_x",), "launch.sft --config=... --workdir"),
+        (grpo, "grpo.scorer", "runs/none/grpo_x", "launch.sft --config=... --workdir"),
+        (generate, "generate.scorer", "runs/none/sft_x", "launch.sft --config=... --workdir"),
+        (export, "export.scorer", "runs/none/grpo_x", "launch.grpo --config=... --workdir"),
+        (
+            sft,
+            "data.path",
+            "runs/none/train",
+            "launch.traces --config=... --workdir=runs/none/train",
+        ),
+        (sft, "data.eval_path", "runs/none/x.jsonl", "launch.traces --config=... --workdir"),
+    ],
+)
+def test_what_is_missing_is_named_with_the_command_that_makes_it(
+    tmp_path, job, field, value, command
+):
+    config = tiny.get_config()
+    config.generate.policy = "foresight"
+    group, name = field.split(".")
+    config[group][name] = value
+    with pytest.raises(UserError) as refused:
+        job.run(config, str(tmp_path / "run"))
+    message = str(refused.value)
+    said = value[0] if isinstance(value, tuple) else value
+    assert message.startswith(f"{field} = {said!r}: no ") and command in message
+    assert "\n" not in message and not (tmp_path / "run").exists()
