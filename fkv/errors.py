@@ -1,4 +1,4 @@
-"""The one exception that is the user's to fix, and how it offers what was meant."""
+"""The exceptions that are the user's to fix, and how they offer what was meant."""
 
 import difflib
 from collections.abc import Sequence
@@ -6,6 +6,10 @@ from collections.abc import Sequence
 
 class UserError(Exception):
     """Bad input: one line that names the file, field or value and says what to do about it."""
+
+
+class DivergedError(UserError, FloatingPointError):
+    """Training has come to NaN or infinity."""
 
 
 def suggest(name: str, known: Sequence[str]) -> str:

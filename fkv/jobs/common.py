@@ -26,7 +26,7 @@ from fkv import (
     tasks,
 )
 from fkv.data import traces
-from fkv.errors import UserError
+from fkv.errors import DivergedError, UserError
 from fkv.evaluation import loss_ratio, plots
 from fkv.keys import Purpose, key_of
 from fkv.models import ModelConfig
@@ -345,12 +345,21 @@ def preempted(run: Run, bar: tqdm, step: int) -> preemption.Preempted:
     return preemption.Preempted(f"step {step} is saved in {run.path}")
 
 
-def check_finite(metrics: dict, step: int, workdir: str | Path) -> None:
-    """Stops a run whose loss or gradient is not a number."""
+def check_finite(
+    job: str, metrics: Mapping, step: int, workdir: str | Path, ids: Sequence[int] = ()
+) -> None:
+    """Stops a run of which a loss, a gradient or a weight is not a number.
+
+    Args:
+      ids: of the step's traces, if they are known.
+    """
     bad = [name for name, value in metrics.items() if not np.all(np.isfinite(value))]
     if bad:
-        raise FloatingPointError(
-            f"{', '.join(bad)} of step {step} not finite; the checkpoints in {workdir} are intact"
+        of = f" (traces {list(ids)})" if len(ids) else ""
+        raise DivergedError(
+            f"{', '.join(bad)} of step {step}{of} NaN or infinite: set {job}.learning_rate lower, "
+            "or dtype to one with a wider range, and use another --workdir; the checkpoints in "
+            f"{workdir} are intact"
         )
 
 

@@ -143,7 +143,7 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
                 state, metrics = step_fn(state, everywhere, reference, part)
                 found.append(metrics)
             metrics = _with_ratios(common.step_metrics(found))
-            _check(metrics, step + 1, ids, workdir)
+            common.check_finite("grpo", metrics, step + 1, workdir, ids.tolist())
             done = step + 1
             if done % config.grpo.log_every == 0 or done == steps:
                 run.log(done, _flat(metrics))
@@ -302,13 +302,6 @@ def _with_ratios(metrics: dict) -> dict:
             metrics[f"loss_ratio_{name}"] = evicted / full
             metrics[f"added_{name}"] = (evicted - full) / tokens
     return metrics
-
-
-def _check(metrics, step, ids, workdir) -> None:
-    try:
-        common.check_finite(metrics, step, workdir)
-    except FloatingPointError as error:
-        raise FloatingPointError(f"{error}; traces {ids.tolist()}") from None
 
 
 def _flat(metrics) -> dict:

@@ -103,13 +103,14 @@ def run(config: ConfigDict, workdir: str) -> float:
             done = step + 1
             if done % settings.log_every == 0 or done == total:
                 metrics = {"loss": float(loss), "accuracy": float(accuracy), "stage": stage}
-                common.check_finite(metrics, done, workdir)
+                common.check_finite("pretrain", metrics, done, workdir)
                 run.log(done, metrics)
                 bar.set_postfix(loss=f"{loss:.4f}", accuracy=f"{accuracy:.3f}", refresh=False)
             end = parallel.anywhere(asked_to_end())
             if done % settings.checkpoint_every == 0 or done == total or end:
                 norm = float(optax.tree.norm(state["params"]))
-                common.check_finite({"loss": float(loss), "weights": norm}, done, workdir)
+                metrics = {"loss": float(loss), "weights": norm}
+                common.check_finite("pretrain", metrics, done, workdir)
                 run.save(done, state)
             if end:
                 raise common.preempted(run, bar, done)

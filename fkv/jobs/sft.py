@@ -136,7 +136,7 @@ def recipe(
 
 def _report(run, bar, step, found, config) -> None:
     metrics = common.step_metrics(found)
-    common.check_finite(metrics, step, run.path)
+    common.check_finite("sft", metrics, step, run.path)
     loss, overlap = float(np.sum(metrics["loss"])), float(np.mean(metrics["overlap"]))
     if step % config.sft.log_every == 0 or step == config.sft.steps:
         layers = {

@@ -10,7 +10,7 @@ from scipy import stats
 
 from configs import tiny
 from fkv import checkpoint, models, preemption, pretrain, tasks
-from fkv.errors import UserError
+from fkv.errors import DivergedError, UserError
 from fkv.jobs import pretrain as job
 from fkv.tasks import ledger
 from tests import figures
@@ -88,7 +88,7 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path, monkeypatch):
         return jax.tree.map(lambda x: x * jnp.inf, params), *rest
 
     monkeypatch.setattr(pretrain, "train_step", overflows)
-    with pytest.raises(FloatingPointError, match="weights of step 2 not finite"):
+    with pytest.raises(DivergedError, match="weights of step 2 NaN or infinite"):
         job.run(small(log_every=100), str(tmp_path))
     assert checkpoint.latest_step(tmp_path) is None and not (tmp_path / "model").exists()
 

@@ -80,6 +80,26 @@ def finished_copy(finished, tmp_path):
     return shutil.copytree(finished[0], tmp_path / "copy")
 
 
+def test_a_run_that_diverges_ends_in_one_line(model_dir, tmp_path, monkeypatch, capsys):
+    step = stage.train_step
+
+    def poisoned(*args):
+        state, metrics = step(*args)
+        late = state.step == 3
+        return state, {**metrics, "grad_norm": jnp.where(late, jnp.inf, 1.0)}
+
+    monkeypatch.setattr(stage, "train_step", poisoned)
+    with pytest.raises(SystemExit) as end:
+        flags.guard(lambda _: sft.run(small(model_dir), str(tmp_path)), [])
+    assert end.value.code == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line == (
+        "error: grad_norm of step 3 NaN or infinite: set sft.learning_rate lower, or dtype to one "
+        f"with a wider range, and use another --workdir; the checkpoints in {tmp_path} are intact"
+    )
+    assert checkpoint.latest_step(tmp_path) == 2
+
+
 def test_run_writes_all_that_it_promises(finished):
     path, results = finished
 
