@@ -1,9 +1,11 @@
 """Training of the embedded reasoner from scratch: next-token loss on the chain of thought."""
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
@@ -38,6 +40,25 @@ def loss(
     nll = optax.softmax_cross_entropy_with_integer_labels(x, target)
     hit = x.argmax(-1) == target
     return (nll * weight).sum() / weight.sum(), (hit * weight).sum() / weight.sum()
+
+
+def optimizer(
+    learning_rate: float, warmup: int, cycles: Sequence[int], clip: float, weight_decay: float
+) -> optax.GradientTransformation:
+    """AdamW after clipping by global norm, with decay decoupled from the gradient.
+
+    Args:
+      cycles: steps of each cycle: linear warm-up, then cosine to a fiftieth of the rate.
+    """
+    cosines = [
+        optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, steps, 0.02 * learning_rate)
+        for steps in cycles
+    ]
+    schedule = optax.join_schedules(cosines, np.cumsum(cycles[:-1]).tolist())
+    return optax.chain(
+        optax.clip_by_global_norm(clip),
+        optax.adamw(schedule, b2=0.98, weight_decay=weight_decay),
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("config", "optimizer"), donate_argnums=(0, 1))

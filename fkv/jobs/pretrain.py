@@ -66,17 +66,12 @@ def run(config: ConfigDict, workdir: str) -> float:
             f"pretrain.cycles = {settings.cycles} must add up to the {total} steps of the stages, "
             f"each longer than warmup = {settings.warmup}"
         )
-    peak = settings.learning_rate
-    schedule = optax.join_schedules(
-        [
-            optax.warmup_cosine_decay_schedule(0.0, peak, settings.warmup, steps, 0.02 * peak)
-            for steps in settings.cycles
-        ],
-        list(np.cumsum(settings.cycles[:-1])),
-    )
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(settings.clip),
-        optax.adamw(schedule, b2=0.98, weight_decay=settings.weight_decay),
+    optimizer = pretrain.optimizer(
+        settings.learning_rate,
+        settings.warmup,
+        settings.cycles,
+        settings.clip,
+        settings.weight_decay,
     )
 
     run = open_run(workdir, config, MAY_DIFFER)

@@ -105,6 +105,40 @@ def test_problems_longer_than_the_model_are_refused(tmp_path):
         job.run(config, str(tmp_path))
 
 
+def test_optimizer_is_clipped_adam_with_decoupled_decay_on_cycles():
+    rate, warmup, cycles, clip, decay = 0.2, 2, (5, 4), 1.0, 0.3
+    optimiser = pretrain.optimizer(rate, warmup, cycles, clip, decay)
+    x, rng = np.linspace(-1, 1, 8), np.random.default_rng(0)
+    state, update = optimiser.init(jnp.zeros(8)), jax.jit(optimiser.update)
+    mean, square = np.zeros(8), np.zeros(8)
+    for step in range(9):
+        g = rng.normal(size=8) * (10.0 if step % 2 else 0.1)  # clipped, and not
+        got, state = update(jnp.asarray(g, jnp.float32), state, jnp.asarray(x, jnp.float32))
+        assert (np.linalg.norm(g) > clip) == (step % 2 == 1)
+        g = g * min(1.0, clip / np.linalg.norm(g))
+        mean, square = 0.9 * mean + 0.1 * g, 0.98 * square + 0.02 * g**2
+        adam = mean / (1 - 0.9 ** (step + 1))
+        adam /= np.sqrt(square / (1 - 0.98 ** (step + 1))) + 1e-8
+        at, steps = (step, 5) if step < 5 else (step - 5, 4)
+        cosine = (1 + np.cos(np.pi * (at - warmup) / (steps - warmup))) / 2
+        lr = rate * (at / warmup if at < warmup else 0.02 + 0.98 * cosine)
+        np.testing.assert_allclose(got, -lr * (adam + decay * x), rtol=1e-4, atol=1e-7)
+        x = x + got
+
+
+def test_the_optimiser_is_that_of_the_config(monkeypatch, tmp_path):
+    class Asked(Exception):
+        pass
+
+    def asked(*args):
+        raise Asked(*args)
+
+    monkeypatch.setattr(pretrain, "optimizer", asked)
+    with pytest.raises(Asked) as found:
+        job.run(small(learning_rate=0.2), str(tmp_path))
+    assert found.value.args == (0.2, 1, (5, 3), 0.3, 1.0)
+
+
 def test_loss_is_of_the_tokens_after_the_prompt_alone():
     config = job.model_config(small())
     params = models.init(jax.random.key(0), config)
