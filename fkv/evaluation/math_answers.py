@@ -4,6 +4,7 @@ Text written by a language model is untrusted and can make a parser run for ever
 runs in a process of its own that is killed at a deadline and started anew.
 """
 
+import decimal
 import json
 import logging
 import multiprocessing
@@ -12,6 +13,7 @@ import re
 import signal
 import threading
 import unicodedata
+from collections.abc import Sequence
 
 from fkv.errors import UserError
 
@@ -123,8 +125,9 @@ def chosen(answer: str) -> str | None:
     """
     text = unicodedata.normalize("NFKC", answer).replace(r"\{", "[").replace(r"\}", "]")
     text = _BLANK.sub(" ", _DRESS.sub("", text)).strip()
-    if text[:1] + text[-1:] in ("**", "__", "''", '""', "‘’", "“”"):
-        text = text[1:-1].strip()
+    for _ in range(2):
+        if text[:1] + text[-1:] in ("**", "__", "''", '""', "‘’", "“”"):
+            text = text[1:-1].strip()
     letter = _LETTER.match(text, _SAID.match(text).end())
     if letter is None:
         return None
@@ -141,24 +144,63 @@ def check_choice(text: str, reference: str, opened: bool = False) -> tuple[str, 
     return (RIGHT if chosen(answer) == reference else WRONG), answer
 
 
-_NUMBER = re.compile(r"([+-]?)([0-9]+)(?:\.([0-9]*))?(?:[eE]([+-]?[0-9]{1,4}))?")
+# Decimals, in scientific notation or not: `1.6e-19`, `1.6 \times 10^{-19}`, `10^6`.
+_EXPONENT = r"[+-]?[0-9]{1,4}"
+_POWER = rf"10 ?\^ ?(?:({_EXPONENT})|\{{ ?({_EXPONENT}) ?\}})"
+_NUMBER = re.compile(
+    rf"([+-]?) ?(?:{_POWER}|([0-9]*+)(?:\.([0-9]*+))?(?: ?(?:\\times|\\cdot|\*|×) ?{_POWER}"
+    rf"|[eE]({_EXPONENT}))?)"
+)
+_THOUSANDS = re.compile(r"(?<=[0-9])(?:\{,\}|,(?:\\!)?|\\[, ;])(?=[0-9]{3}(?![0-9]))")
+_CLOSE = decimal.Decimal("1e-5")
+
+
+def _number(text: str) -> tuple[str, str, int] | None:
+    """Sign, digits and power of ten of a text that is a number and nothing else."""
+    found = _NUMBER.fullmatch(re.sub(r"\s+", " ", _THOUSANDS.sub("", text)))
+    if found is None:
+        return None
+    sign, *powers, whole, fraction, times, times_braced, e = found.groups()
+    exponent = int(next(filter(None, (*powers, times, times_braced, e)), 0))
+    if any(powers):
+        whole = "1"
+    fraction = fraction or ""
+    if not whole and not fraction:
+        return None
+    return sign, (whole + fraction).lstrip("0") or "0", exponent - len(fraction)
+
+
+def _far_apart(pair: Sequence[str]) -> bool | None:
+    """Whether two numbers differ by more than rounding can; None if it is for math-verify to say.
+
+    To it decimals are equal if six places are, and so are all small powers of ten.
+    """
+    numbers = [_number(text) for text in pair]
+    if None in numbers:
+        return None
+    one, two = (decimal.Decimal(f"{sign}{digits}e{power}") for sign, digits, power in numbers)
+    if one == two:
+        return False
+    with decimal.localcontext(prec=30, Emin=decimal.MIN_EMIN, Emax=decimal.MAX_EMAX):
+        return True if abs(one - two) > _CLOSE * max(abs(one), abs(two)) else None
 
 
 def _tidy(text: str) -> str:
     r"""The text as math-verify reads it right.
 
-    To it `1e-5` is e - 5, decimals are equal if six places are, and `42\\` is no number.
+    To it `1e-5` is e - 5, decimals are equal if six places are, `42\\` and `42.` no numbers.
     """
     text = text.strip().strip("$").rstrip("\\").strip()
-    number = _NUMBER.fullmatch(text)
+    if text.endswith(".") and not text.endswith(r"\right."):
+        text = text[:-1].rstrip()
+    number = _number(text)
     if number is None:
+        return text.replace(r"\degree", r"^\circ")
+    sign, digits, power = number
+    small = digits != "0" and len(digits) + power < -2
+    if not small and set(text) <= set("+-.0123456789"):
         return text
-    sign, whole, fraction, exponent = number[1], number[2], number[3] or "", number[4]
-    small = not whole.strip("0") and fraction.startswith("000") and fraction.strip("0")
-    if exponent is None and not small:
-        return text
-    digits = (whole + fraction).lstrip("0") or "0"
-    return rf"{sign}{digits} \times 10^{{{int(exponent or 0) - len(fraction)}}}"
+    return rf"{sign}{digits} \times 10^{{{power}}}"
 
 
 def _serve(connection, deadline: float) -> None:
@@ -242,6 +284,8 @@ class Checker:
         pair = [_tidy(answer), _tidy(reference)]
         if pair[0] == pair[1]:
             return RIGHT, answer
+        if (far := _far_apart(pair)) is not None:
+            return (WRONG if far else RIGHT), answer
         with self._lock:
             # A scheduler's SIGTERM ends the process, too: only what crashes it twice has failed.
             for _ in range(2):
