@@ -1,5 +1,6 @@
 """Digests of what results depend on: they change when that does, and at nothing else."""
 
+import dataclasses
 import importlib.util
 import os
 import struct
@@ -11,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from fkv import models, policies, provenance
+from fkv import models, policies, provenance, scorer
 from fkv.data import traces
 from fkv.models import ModelConfig
 from fkv.policies import base
@@ -22,15 +23,30 @@ MODEL = ModelConfig("qwen3", 29, 16, 2, 2, 1, 8, 16, qk_norm=True, tied_embeddin
 # ---- code
 
 MINE = """
+    import functools
     import flax.struct
     import jax
     import jax.numpy as jnp
+    import numpy as np
     import {helpers}
     from {helpers} import scale
     from fkv.policies.base import Policy
 
     WEIGHT = 2.0
     TABLE = {{"a": [1, 2], "b": (3.0, {{4, 5}})}}
+    ARRAY = np.array([1.5, 2.5])
+    PART = functools.partial(max, 9)
+
+    class Helper:
+        def lift(self, x):
+            return x + 6
+
+    HELPER = Helper()
+
+    def power_of(power):
+        return lambda x: x**power
+
+    CUBE = power_of(3)
 
     @jax.jit
     def compiled(x):
@@ -50,7 +66,8 @@ MINE = """
 
         def score(self, view):
             key = view.key_bksd.astype(jnp.float32)
-            return inner(key) + len(TABLE) + {helpers}.shift(key)
+            more = ARRAY.sum() + PART(1) + HELPER.lift(2) + CUBE(2)
+            return inner(key) + len(TABLE) + {helpers}.shift(key) + more
 
         def unused(self):
             return self.twice
@@ -66,8 +83,8 @@ MINE = """
 HELPERS = """
     LIMIT = 7
 
-    def scale(x, by=2):
-        return min(x * by, LIMIT)
+    def scale(x, by=2, *, least=0):
+        return max(min(x * by, LIMIT), least)
 
     def shift(x):
         return 0
@@ -111,11 +128,16 @@ def test_code_counts_wherever_it_is_reached(written):
         "+ len(TABLE)": "- len(TABLE)",
         "scale(3)": "scale(4)",
         "mix: float = 0.5": "mix: float = 0.25",  # a setting
+        "[1.5, 2.5]": "[1.5, 3.5]",
+        "(max, 9)": "(max, 8)",
+        "x + 6": "x + 7",  # of an object's class
+        "power_of(3)": "power_of(4)",  # in a closure
     }.items():
         assert old in MINE
         assert provenance.of_policy(written(MINE.replace(old, new))) != first, new
     for old, new in {
         "by=2": "by=3",  # a default
+        "least=0": "least=1",
         "LIMIT = 7": "LIMIT = 8",  # of another file
         "return 0": "return 1",  # by way of the module
     }.items():
@@ -164,6 +186,9 @@ def test_settings_and_class_of_a_policy():
     settings = {provenance.of_settings(policies.get(name)) for name in names}
     code = {provenance.of_policy(policies.get(name)) for name in names}
     assert len(settings) == len(code) == len(names)
+    scorers = (np.zeros(2), np.ones(2), np.ones((2, 1)), np.ones(2, np.float32))
+    scorers = [policies.Foresight({"w1": x}, scorer.ScorerConfig()) for x in scorers]
+    assert len({provenance.of_settings(policy) for policy in scorers}) == len(scorers)
     for name in policies.names():
         if name not in ("foresight", "forced"):
             one, two = policies.get(name), policies.get(name)
@@ -214,6 +239,10 @@ def test_weights(model, monkeypatch, whole):
         assert provenance.of_weights(model) != first
         flip(path, at)
     assert provenance.of_weights(model) == first
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b'"F32"', b'"I32"'))  # of a header
+    assert provenance.of_weights(model) != first
+    path.write_bytes(data)
     text = (model / "config.json").read_text()
     (model / "config.json").write_text(text.replace("10000", "20000"))
     assert provenance.of_weights(model) != first
@@ -231,6 +260,14 @@ def test_a_large_file_is_read_in_part_but_every_tensor(model, monkeypatch):
         assert provenance.of_weights(model) != first, name
     models.save(model, config, jax.device_get(params))
     assert provenance.of_weights(model) == first
+
+
+def test_scorers():
+    of = provenance.of_arrays
+    first = of({"w1": np.zeros(2), "w2": np.ones(2)})
+    assert of({"w2": np.ones(2), "w1": np.zeros(2)}) == first
+    assert of({"w1": np.zeros(2), "w2": np.zeros(2)}) != first
+    assert of({"w1": np.ones(2), "w2": np.ones(2)}) != first
 
 
 def test_tokenizers(tmp_path):
@@ -256,6 +293,9 @@ def test_traces():
     )
     first = find(rows, [2, 3])
     assert find(rows, [2, 3], buckets=2) == first
+    found = traces.collect(rows, 8, 8, "here", [2, 3])
+    wider = dataclasses.replace(found, token_nt=np.pad(found.token_nt, ((0, 0), (0, 8))))
+    assert provenance.of_traces(wider) == first
     assert find([*rows, np.arange(4, dtype=np.int32)], [2, 3, 1]) == first  # too short to count
     assert find(rows, [2, 4]) != first
     assert find(rows[::-1], [3, 2]) != first
