@@ -497,6 +497,17 @@ def test_a_config_without_scaling_or_optional_fields():
     assert (config.rope_theta, config.rope_scaling) == (1e4, ())
 
 
+def test_biases_that_a_family_has_not_are_none():
+    """As in transformers: Qwen2 has those of queries, keys and values, whatever is said."""
+    qwen2, qwen3 = (
+        from_hf(HF | {"architectures": None, "model_type": family, "attention_bias": True}
+                | {"mlp_bias": True})
+        for family in ("qwen2", "qwen3")
+    )  # fmt: skip
+    assert (qwen2.qkv_bias, qwen2.out_bias, qwen2.mlp_bias) == (True, False, False)
+    assert (qwen3.qkv_bias, qwen3.out_bias, qwen3.mlp_bias) == (True, True, False)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -609,6 +620,7 @@ def test_what_llama_says_of_windows():
         ("qwen2", {"rope_scaling": {"rope_type": "yarn", "factor": None,
                                     "original_max_position_embeddings": 16}}),
         ("qwen3", {"rope_scaling": YARN | {"attn_factor": 0.9}}),
+        ("qwen3", {"rope_scaling": YARN | {"truncate": False}}),
     ],
 )  # fmt: skip
 def test_what_is_absent_is_as_in_transformers(family, settings):
