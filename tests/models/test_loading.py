@@ -515,6 +515,7 @@ def test_biases_that_a_family_has_not_are_none():
         ({"hidden_size": None}, "'hidden_size' must be a positive integer, not None"),
         ({"num_hidden_layers": "two"}, "'num_hidden_layers' must be a positive integer, not 'two'"),
         ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple"),
+        ({"head_dim": 9}, "head_dim 9 is odd"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"quantization_config": {"bits": 4}}, "quantised"),
         ({"use_sliding_window": True}, "sliding-window"),
