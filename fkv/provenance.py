@@ -4,8 +4,10 @@
 """
 
 import dataclasses
+import dis
 import functools
 import hashlib
+import importlib.util
 import json
 import re
 import struct
@@ -109,6 +111,7 @@ def of_policy(policy: Policy) -> str:
     return _Code(ours - {"fkv", *sys.stdlib_module_names}).digest(policy)
 
 
+_PLAIN = (bool, int, float, complex, str, bytes)
 _LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
 _OF_NO_ACCOUNT = {
     "__dict__", "__weakref__", "__doc__", "__module__", "__qualname__", "__annotations__",
@@ -126,7 +129,8 @@ class _Code:
     """
 
     def __init__(self, ours: set[str] | None):
-        self.ours, self._sha, self._seen = ours, hashlib.sha256(), {}
+        self.ours, self._sha = ours, hashlib.sha256()
+        self._seen, self._looked_up = {}, set()
 
     def digest(self, x: Any) -> str:
         self._walk(x)
@@ -148,8 +152,12 @@ class _Code:
         return not (file or "").startswith(_LIBRARIES)
 
     def _walk(self, x: Any) -> None:
-        if x is None or isinstance(x, str | bytes | int | float | complex | type(...)):
+        if x is None or x is ... or type(x) in _PLAIN:
             self._say(type(x).__name__, x)
+            return
+        if type(x) in (tuple, frozenset):  # whether two equal ones are the same is Python's affair
+            self._say(type(x).__name__, len(x))
+            self._all(x if isinstance(x, tuple) else sorted(x, key=repr))
             return
         if id(x) in self._seen:
             self._say("again", self._seen[id(x)][0])
@@ -158,33 +166,33 @@ class _Code:
         if isinstance(x, np.ndarray | np.generic | jax.Array):
             x = np.asarray(x)
             self._say(str(x.dtype), x.shape, x.tobytes())
-        elif isinstance(x, tuple | list):
-            self._say(type(x).__name__, len(x))
-            self._all(x)
-        elif isinstance(x, set | frozenset):
-            self._say("set", len(x))
-            self._all(sorted(x, key=repr))
-        elif isinstance(x, Mapping):
-            self._say("map", len(x))
-            for key in sorted(x, key=repr):
-                self._all((key, x[key]))
         elif isinstance(x, types.ModuleType):
             self._say("module", x.__name__)
         elif isinstance(x, types.CodeType):
+            arguments = x.co_varnames[: x.co_argcount + x.co_kwonlyargcount]
+            self._say(x.co_argcount, x.co_posonlyargcount, arguments, x.co_flags)
             self._say(x.co_code, x.co_names, x.co_exceptiontable)
             self._all(x.co_consts)
-        elif hasattr(x, "__wrapped__"):  # by jax.jit, functools.wraps, functools.cache
+        elif isinstance(x, types.FunctionType):
+            self._function(x)
+        elif isinstance(x, type):
+            self._class(x)
+        elif hasattr(x, "__wrapped__"):  # by jax.jit or functools.cache
             self._walk(x.__wrapped__)
         elif isinstance(x, functools.partial):
             self._all((x.func, x.args, x.keywords))
         elif isinstance(x, property):
             self._all((x.fget, x.fset))
+        elif isinstance(x, functools.cached_property):
+            self._walk(x.func)
         elif isinstance(x, staticmethod | classmethod | types.MethodType):
             self._walk(x.__func__)
-        elif isinstance(x, types.FunctionType):
-            self._function(x)
-        elif isinstance(x, type):
-            self._class(x)
+        elif isinstance(x, tuple | list | set | frozenset | Mapping):
+            self._walk(type(x))
+            self._say(len(x))
+            if isinstance(x, Mapping):
+                x = list(x.items())
+            self._all(sorted(x, key=repr) if isinstance(x, set | frozenset) else x)
         else:
             self._instance(x)
 
@@ -193,29 +201,60 @@ class _Code:
             self._walk(x)
 
     def _function(self, x: types.FunctionType) -> None:
-        self._say("function", x.__module__, x.__name__)
-        if not self._followed(x.__module__):
+        # A decorator gives what it makes the name of what it was given, and the module.
+        module = x.__globals__.get("__name__")
+        self._say("function", module, x.__name__)
+        if self.ours is None:
             return
-        self._all((x.__code__, x.__defaults__, x.__kwdefaults__))
         for cell in x.__closure__ or ():
             try:
-                self._walk(cell.cell_contents)
+                value = cell.cell_contents
             except ValueError:  # still empty
                 self._say("empty")
+                continue
+            # Of what libraries make, such as jax.vmap, what they were given.
+            if self._followed(module) or isinstance(value, (*_PLAIN, tuple, types.FunctionType)):
+                self._walk(value)
+        if hasattr(x, "__wrapped__"):
+            self._walk(x.__wrapped__)
+            if isinstance(registry := getattr(x, "registry", None), Mapping):  # singledispatch
+                self._walk(registry)
+        if not self._followed(module):
+            return
+        self._all((x.__code__, x.__defaults__, x.__kwdefaults__))
         names = sorted(_names(x.__code__))
         self._names(x.__globals__, names)
+        for up, name in sorted(_imports(x.__code__)):
+            module = self._imported("." * up + name, x.__globals__.get("__package__"))
+            if module is not None:
+                self._module(module, names)
+
+    def _imported(self, name: str, package: str | None) -> types.ModuleType | None:
+        """A module that code imports where it runs; None for those of libraries."""
+        try:
+            name = importlib.util.resolve_name(name, package)
+            top = importlib.util.find_spec(name.partition(".")[0])
+            if top is None or not self._followed(name) or (top.origin or "").startswith(_LIBRARIES):
+                return None
+            return importlib.import_module(name)
+        except Exception:  # the policy will say so
+            return None
 
     def _names(self, scope: Mapping[str, Any], names: list[str]) -> None:
         """What these names stand for; those of modules that are followed, likewise."""
         for name in names:
             if name not in scope or name == "_REGISTRY":  # other policies are no part of one
                 continue
-            value = scope[name]
-            new = id(value) not in self._seen
             self._say(name)
-            self._walk(value)
-            if isinstance(value, types.ModuleType) and new and self._followed(value.__name__):
-                self._names(vars(value), names)
+            self._walk(scope[name])
+            if isinstance(scope[name], types.ModuleType):
+                self._module(scope[name], names)
+
+    def _module(self, module: types.ModuleType, names: list[str]) -> None:
+        key = module.__name__, tuple(names)
+        if key not in self._looked_up and self._followed(module.__name__):
+            self._looked_up.add(key)
+            self._names(vars(module), names)
 
     def _class(self, x: type) -> None:
         self._say("class", x.__module__, x.__qualname__)
@@ -229,10 +268,16 @@ class _Code:
 
     def _instance(self, x: Any) -> None:
         self._walk(type(x))
+        for kind in _PLAIN:
+            if isinstance(x, kind):
+                self._say(kind.__repr__(x))
         if dataclasses.is_dataclass(x):
             self._walk({f.name: getattr(x, f.name) for f in dataclasses.fields(x)})
         elif self._followed(type(x).__module__) and hasattr(x, "__dict__"):
             self._walk(vars(x))
+        elif self._followed(type(x).__module__):
+            slots = [name for cls in type(x).__mro__ for name in vars(cls).get("__slots__", ())]
+            self._walk({name: getattr(x, name, None) for name in slots})
         else:
             self._say(re.sub(r" at 0x[0-9a-f]+", "", repr(x)))
 
@@ -241,3 +286,12 @@ def _names(code: types.CodeType) -> set[str]:
     """Names that code looks up, that within it included."""
     inner = [_names(x) for x in code.co_consts if isinstance(x, types.CodeType)]
     return set(code.co_names).union(*inner)
+
+
+def _imports(code: types.CodeType) -> set[tuple[int, str]]:
+    """What code imports where it runs, (how many packages up, name), that within it included."""
+    steps, found = list(dis.get_instructions(code)), set()
+    for i, step in enumerate(steps):
+        if step.opname == "IMPORT_NAME":
+            found.add((steps[i - 2].argval, step.argval))
+    return found.union(*(_imports(x) for x in code.co_consts if isinstance(x, types.CodeType)))

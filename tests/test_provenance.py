@@ -144,6 +144,61 @@ def test_code_counts_wherever_it_is_reached(written):
         assert provenance.of_policy(written(helpers=HELPERS.replace(old, new))) != first, new
 
 
+SMALL = """
+    import enum
+    import functools
+    import jax
+    import flax.struct
+    import {helpers}
+    from fkv.policies.base import Policy
+
+    @flax.struct.dataclass
+    class Mine(Policy):
+        def score(self, view):
+            return f(view)
+"""
+# What else f may be, and then: the code of a line or more, and what to put for what.
+KINDS = {
+    "names of arguments": ("def g(a, b): return a - b\ndef f(x): return g(a=1, b=2)",
+                           "g(a, b): return a - b", "g(b, a): return b - a"),
+    "a star": ("def g(a): return len(a)\ndef f(x): return g(x)", "g(a)", "g(*a)"),
+    "a module used twice": ("def f(x): return {helpers}.scale(x) + z(x)\n"
+                            "def z(x): return {helpers}.shift(x)", "return 0", "return 1"),
+    "an import where it runs": ("def f(x):\n    from {helpers} import LIMIT as most\n"
+                                "    return most", "LIMIT = 7", "LIMIT = 8"),
+    "a decorator": ("def more(g):\n    @functools.wraps(g)\n    def within(x): return g(x) + 1\n"
+                    "    return within\n@more\ndef f(x): return x", "+ 1", "+ 2"),
+    "what a library makes": ("def g(x): return x\nf = jax.vmap(g, in_axes=0)", "=0", "=1"),
+    "functions by type": ("@functools.singledispatch\ndef f(x): return 1\n@f.register\n"
+                          "def _(x: int): return 2", "return 2", "return 3"),
+    "a cached property": ("class S:\n    @functools.cached_property\n    def one(self): return 1\n"
+                          "s = S()\ndef f(x): return s.one", "return 1", "return 2"),
+    "an object with slots": ("class S:\n    __slots__ = ('k',)\n"
+                             "    def __init__(self, k): self.k = k\n"
+                             "s = S(1)\ndef f(x): return s.k", "S(1)", "S(2)"),
+    "a kind of number": ("class N(int):\n    def half(self): return self / 2\n"
+                         "n = N(1)\ndef f(x): return n.half()", "/ 2", "/ 3"),
+    "its value": ("class N(int): pass\nn = N(1)\ndef f(x): return n", "N(1)", "N(2)"),
+    "the order of a dict": ("D = dict(a=1, b=2)\ndef f(x): return list(D)[0]",
+                            "a=1, b=2", "b=2, a=1"),
+    "an enumeration": ("class E(enum.IntEnum):\n    A = 1\ndef f(x): return E.A", "A = 1", "A = 2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("code", "old", "new"), KINDS.values(), ids=KINDS.keys())
+def test_code_counts_of_whatever_kind_it_is(written, code, old, new):
+    mine, helpers = textwrap.dedent(SMALL) + code, textwrap.dedent(HELPERS)
+    if "import LIMIT" in code:
+        mine = mine.replace("import {helpers}\n", "", 1)
+    first = provenance.of_policy(written(mine, helpers))
+    assert provenance.of_policy(written(mine, helpers)) == first
+    place = mine if old in code else helpers
+    assert old in place
+    changed = place.replace(old, new)
+    both = (changed, helpers) if place is mine else (mine, changed)
+    assert provenance.of_policy(written(*both)) != first
+
+
 def test_what_is_not_run_does_not_count(written):
     first = provenance.of_policy(written())
     for old, new in {
