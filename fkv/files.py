@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import reprlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,8 @@ def expand(path: str | os.PathLike) -> Path:
     """The path with a leading `~` or `~user` filled in, as a shell does it.
 
     Raises:
-      UserError: there is no such user, or nobody knows where home is.
+      UserError: there is no such user, nobody knows where home is, or the file system can't have
+        such a path, say because it is too long.
     """
     given = os.fspath(path)
     found = os.path.expanduser(given)
@@ -24,8 +26,29 @@ def expand(path: str | os.PathLike) -> Path:
             f"{given}: no home directory is known for {Path(given).parts[0]}; write the path out, "
             "or ./~... for a name that begins with ~"
         )
+    try:
+        os.stat(found)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{reprlib.repr(given)} can't be a path here ({reason})") from None
     # Of ./~x a Path forgets the dot, and the next would take it for a user.
     return Path(found).absolute() if str(Path(found)).startswith("~") else Path(found)
+
+
+def read_bytes(path: Path) -> bytes:
+    """What a file holds.
+
+    Raises:
+      UserError: it can't be read, or is a directory, or a pipe, which would never end.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} can't be read (not a regular file): move it away")
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} can't be read ({error.strerror or error})") from None
 
 
 def read_text(path: Path) -> str:
@@ -35,13 +58,11 @@ def read_text(path: Path) -> str:
       UserError: it can't be read, or is something else.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        return read_bytes(path).decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path} is not UTF-8 text ({error.reason} at byte {error.start})"
         ) from None
-    except OSError as error:
-        raise UserError(f"{path} can't be read ({error.strerror or error})") from None
 
 
 def write_text(path: Path, text: str) -> None:

@@ -17,7 +17,7 @@ import ml_collections
 import fkv
 from fkv import checkpoint, parallel
 from fkv.errors import UserError
-from fkv.files import append_text, expand, write_text, writing
+from fkv.files import append_text, expand, read_bytes, write_text, writing
 
 PROVENANCE = "provenance.json"
 
@@ -159,7 +159,12 @@ def _create(
 
 
 def check_path(workdir: str | os.PathLike) -> Path:
-    """The path with `~` filled in; refuses `gs://...` and the like, which are no file system."""
+    """The path with `~` filled in; refuses `gs://...` and the like, which are no file system.
+
+    It refuses an empty name, too, as an unset variable of a shell leaves it.
+    """
+    if not os.fspath(workdir).strip():
+        raise UserError("--workdir is empty: name a directory")
     if match := re.match(r"(\w+)://", os.fspath(workdir)):
         raise UserError(
             f"{workdir}: {match[1]}:// is no file system: mount the bucket (gcsfuse; --bucket of "
@@ -251,12 +256,12 @@ def read_inputs(path: Path) -> dict[str, Any]:
     record = path / PROVENANCE
     try:
         if record.exists():
-            found = json.loads(record.read_text())
+            found = json.loads(read_bytes(record))
             if not all(isinstance(x, str | list) for x in found.values()):
                 raise TypeError("not digests")
             return found
         record = path / "scorers.json"  # what evaluations wrote before there was more to record
-        found = json.loads(record.read_text()) if record.exists() else {}
+        found = json.loads(read_bytes(record)) if record.exists() else {}
         return {answers_of(name): str(one["sha256"]) for name, one in found.items()}
     except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
         raise UserError(
@@ -295,7 +300,7 @@ def _config_differs(path: Path, new: dict[str, Any], may_differ: Sequence[str]) 
     old = checkpoint.newest_info(path.parent).get("config")
     if path.exists():
         try:
-            old = dict(json.loads(path.read_text()))
+            old = dict(json.loads(read_bytes(path)))
         except (ValueError, TypeError, RecursionError) as error:
             advice = "delete it, as the checkpoints know the config, too; or " if old else ""
             raise UserError(
@@ -323,7 +328,7 @@ def _fields(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 def _note_commit(path: Path) -> None:
     # A run that goes on under newer code has a line for each.
-    text = path.read_bytes().decode(errors="backslashreplace") if path.exists() else ""
+    text = read_bytes(path).decode(errors="backslashreplace") if path.exists() else ""
     commits = text.splitlines()
     if (commit := source_version()) not in commits[-1:]:
         write_text(path, "".join(f"{line}\n" for line in [*commits, commit]))
@@ -348,12 +353,12 @@ def source_version() -> str:
 
 def _trim_metrics(path: Path, last_step: float = math.inf) -> None:
     """Drop the records of later steps, and a last line that was cut off when the run was killed."""
-    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    lines = read_bytes(path).decode(errors="replace").splitlines() if path.exists() else []
     kept = []
     for number, line in enumerate(lines, 1):
         try:
             stays = json.loads(line)["step"] <= last_step
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             if number == len(lines):
                 break
             raise UserError(f"{path}, line {number} is not a record: delete that line") from error

@@ -265,11 +265,11 @@ def _is_done(path: Path, point: Point) -> bool:
     if not mark.exists():
         return False
     try:
-        before = json.loads(mark.read_bytes())
+        before = json.loads(files.read_bytes(mark))
         was = before["job"], before["values"]
         if not isinstance(was[0], str) or not isinstance(was[1], dict):
             raise TypeError("no job, or no values")
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(
             f"{mark} is not the mark of a point that is done ({error!r}): delete it, and run the "
             "sweep again"
@@ -313,8 +313,8 @@ def _figures(path: Path, figures: Sequence[str]) -> Iterator[dict[str, Any]]:
         )
 
     try:
-        text = path.read_bytes().decode()
-    except (OSError, UnicodeDecodeError) as error:
+        text = files.read_bytes(path).decode()
+    except UnicodeDecodeError as error:
         raise refuse(error) from error
     if not text.endswith("\n"):
         raise refuse("cut off" if text else "empty")

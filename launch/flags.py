@@ -1,6 +1,7 @@
 """The command line that every job shares: `flags.run(main)` calls `main(config, workdir)`."""
 
 import argparse
+import contextlib
 import difflib
 import errno
 import importlib.util
@@ -87,12 +88,21 @@ _REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 def guard(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:
     """Call `main(argv)`; a `UserError` becomes one line on stderr and exit code 2.
 
-    So does a disk that takes nothing, wherever it is met; and Ctrl-C, with 130, the shell's code.
+    So does a disk that takes nothing, wherever it is met, and a pipe whose reader has gone; and
+    Ctrl-C, with 130, the shell's code. What a terminal has no letters for is shown as escapes.
     """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # a notebook's
+            stream.reconfigure(errors="backslashreplace")
     try:
         main(argv)
+        sys.stdout.flush()
     except UserError as error:
         message = str(error)
+    except BrokenPipeError:
+        message = "nobody reads what is printed any more: run the same command again, to a file"
+        # Python writes what is left when it ends, and would say so once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         if error.errno not in _REFUSALS:
             raise
@@ -141,7 +151,9 @@ def parse(
     config = _load(path, argument)
     _override(config, rest, options)
     name = "_".join([path.stem, *argument.replace("/", "_").split()])
-    workdir = given.workdir or str(Path("runs", f"{Path(argv[0]).stem}_{name}"))
+    workdir = given.workdir
+    if workdir is None:
+        workdir = str(Path("runs", f"{Path(argv[0]).stem}_{name}"))
     return config, str(rundir.check_path(workdir))
 
 
@@ -177,14 +189,14 @@ def find_config(given: str) -> tuple[Path, str]:
     path = files.expand(name)
     script = path.with_name(f"{path.name}.py") if path.name else path
     for found in (path, script, CONFIGS / path, CONFIGS / script):
-        if found.is_file():
+        if os.path.isfile(found):  # a Path would mind names that are too long
             return found, argument
     if "=" in name:
         raise UserError(f"--config={given}: a field of the config is set by --config.{given}")
     folder = path.parent if path.parent.parts else CONFIGS
     others = [p for p in sorted(folder.glob("*.py")) if p.stem != "__init__"]
     known = [p.stem if folder == CONFIGS else str(p.with_suffix("")) for p in others]
-    wanted = path.stem if folder == CONFIGS else str(path.with_suffix(""))
+    wanted = path.stem if folder == CONFIGS else str(path.parent / path.stem)
     raise UserError(f"config file {name} not found{suggest(wanted, known)}")
 
 

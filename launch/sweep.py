@@ -30,7 +30,8 @@ def main(argv):
         raise flags.no_config(rest)
     shared = [f"--config={options.config}", *rest]
     path, _ = flags.find_config(options.config)
-    root = options.workdir or flags.parse([argv[0], *shared], options=OPTIONS)[1]
+    where = [] if options.workdir is None else [f"--workdir={options.workdir}"]
+    root = options.workdir or flags.parse([argv[0], *shared, *where], options=OPTIONS)[1]
     root = str(files.expand(root)) if root.startswith("~") else root
     points = sweep.check(_points(options, path), common.JOBS)
     for point in points:  # what is wrong with the last is found out before the first runs

@@ -1,6 +1,7 @@
 """The command line: overrides, defaults, and errors in one line."""
 
 import errno
+import io
 import os
 import subprocess
 import sys
@@ -110,6 +111,12 @@ def test_overrides_and_defaults():
         (["--config=toy", "--workdir=~nosuchuser/x"], "no home directory is known for ~nosuchu"),
         (["--config=configs/"], "configs/ not found: there are empty, fixed, other, toy$"),
         (["--config=configs"], "configs not found: there are empty, fixed, other, toy$"),
+        (["--config=/"], "config file / not found"),
+        ([f"--config={'x' * 5000}"], r"'xxx.*' can't be a path here \(File name too long\)"),
+        ([f"--config={'x' * 254}"], "config file xxx.* not found"),
+        (["--config=toy", "--workdir="], "--workdir is empty: name a directory"),
+        (["--config=toy", "--workdir", " "], "--workdir is empty: name a directory"),
+        (["--config=toy", f"--workdir={'x' * 256}"], r"'xxx.*' can't be a path here"),
     ],
 )
 def test_refusals(arguments, message):
@@ -193,6 +200,29 @@ def test_a_disk_that_takes_nothing_is_one_line(code, capsys):
         flags.guard(main, [])
     assert stopped.value.code == 2
     assert capsys.readouterr().err.startswith(f"error: [Errno {code}] {os.strerror(code)}: 'x': ")
+
+
+def test_a_pipe_that_nobody_reads_is_one_line():
+    code = (
+        "from launch import flags; flags.guard(lambda _: [print('x' * 99) for _ in range(999)], [])"
+    )
+    command = [sys.executable, "-c", code]
+    here = Path(flags.__file__).parents[1]
+    with subprocess.Popen(
+        command, cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as job:
+        job.stdout.close()
+        told = job.stderr.read()
+    assert job.returncode == 2
+    assert told.startswith("error: nobody reads what is printed any more") and told.count("\n") == 1
+
+
+def test_what_a_terminal_has_no_letters_for_is_escaped(monkeypatch):
+    """Tables have a plus-minus sign, and paths any bytes."""
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", shown)
+    flags.guard(lambda argv: print("1 \u00b1 2 in \udcff"), [])
+    assert shown.buffer.getvalue() == b"1 \\xb1 2 in \\udcff\n"
 
 
 def test_ctrl_c_is_one_line(capsys):

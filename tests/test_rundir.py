@@ -1,6 +1,7 @@
 """Run directories: what is recorded, what is refused, what resuming forgets."""
 
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -178,6 +179,34 @@ def test_small_files_that_are_not_text(tmp_path):
         (tmp_path / "config.json").write_bytes(bad)
         with pytest.raises(UserError, match=r"config\.json is not the JSON of a config"):
             rundir.open_run(tmp_path, make_config())
+
+
+def test_files_that_are_no_files(tmp_path):
+    """Of directories JSON's reader knows nothing, and a pipe never ends."""
+    names = ("config.json", "provenance.json", "metrics.jsonl", "commit.txt")
+    for name, make in itertools.product(names, (os.mkdir, os.mkfifo)):
+        path = tmp_path / f"{name}-{make.__name__}"
+        path.mkdir()
+        make(path / name)
+        with pytest.raises(UserError, match=rf"{name} can't be read \(not a regular file\): move"):
+            rundir.open_run(path, make_config())
+        if name.endswith(".json"):
+            with pytest.raises(UserError, match=rf"{name} can't be read \(not a regular file\)"):
+                rundir.check_run(path, make_config())
+
+
+def test_metrics_nested_too_deeply_are_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("[" * 100_000 + '\n{"step": 1}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 1 is not a record"):
+        rundir.open_run(tmp_path, make_config())
+
+
+def test_names_that_no_file_system_has(tmp_path):
+    for name in ("x" * 256, "a\0b"):
+        with pytest.raises(UserError, match="can't be a path here"):
+            rundir.check_run(f"{tmp_path}/{name}", make_config())
+    with pytest.raises(UserError, match="--workdir is empty"):
+        rundir.open_run("", make_config())
 
 
 def test_home_is_where_a_shell_has_it(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fkv import files
 from fkv.errors import UserError
 from fkv.evaluation import math_answers
 
@@ -60,10 +61,7 @@ def read(path: Path, interval: int | None = None) -> tuple[list[dict], int]:
       UserError: the file can't be read; or a line is no sample, is one that lacks a field or has
         one that is not what it may be, or answers what an earlier line does. The message names it.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} can't be read ({error.strerror or error})") from error
+    data = files.read_bytes(path)
     whole, lines, rows = data[: data.rfind(b"\n") + 1], {}, []
     for number, line in enumerate(whole.split(b"\n")[:-1], 1):
         try:
