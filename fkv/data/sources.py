@@ -49,7 +49,7 @@ Rows = datasets.Dataset | JsonRows
 
 def is_file(path: str) -> bool:
     """Whether the name is that of a file or directory of rows, and not a hub id."""
-    return Path(path).suffix in _KINDS or files.expand(path).is_dir()
+    return Path(path).suffix in _KINDS or files.expand(path).exists()
 
 
 def open_file(path: str) -> Rows:
@@ -74,6 +74,8 @@ def open_file(path: str) -> Rows:
             return JsonRows(_parse(place.read_bytes()))
         about = {}
         for file in parts:
+            if not Path(file).is_file():  # a pipe would never end
+                raise ValueError("not a regular file")
             about[file] = pq.read_metadata(file)
             if about[file].schema.names != about[parts[0]].schema.names:
                 raise ValueError(f"other columns than in {parts[0]}")

@@ -192,7 +192,7 @@ def _ids(entry: Any) -> np.ndarray | None:
 
 def _whole(value: Any) -> int | None:
     """The number; None if it is no whole one. One that was read with gaps may be a float."""
-    if isinstance(value, float) and value.is_integer():
+    if isinstance(value, float | np.floating) and float(value).is_integer():
         return int(value)
     return value if type(value) is int else None
 

@@ -1,6 +1,7 @@
 """Rows of files: in every form that is one, and one line about every file that is none."""
 
 import json
+import os
 import re
 
 import datasets
@@ -160,6 +161,23 @@ def test_files_of_a_directory_are_named(tmp_path):
     (tmp_path / "b.parquet").write_bytes(data[:-9])
     with pytest.raises(UserError, match=r"b\.parquet: can't be read as parquet"):
         sources.open_file(str(tmp_path))
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero")])
+def test_files_of_a_directory_are_regular_files(tmp_path, make):
+    """A pipe that nobody writes to would never end."""
+    parquet(tmp_path / "a.parquet", {"a": [1]})
+    make(tmp_path / "b.parquet")
+    with pytest.raises(UserError, match=r"b\.parquet: can't be read .*\(not a regular file\)$"):
+        sources.open_file(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["questions.csv", "questions.jsonl.gz", "questions"])
+def test_a_file_of_another_kind_is_not_looked_for_on_the_hub(tmp_path, name):
+    path = tmp_path / name
+    path.write_text("problem,answer\n1 + 1,2\n")
+    with pytest.raises(UserError, match=r"rows are read from \.parquet or \.jsonl files"):
+        sources.open_rows(str(path), "train")
 
 
 def test_single_precision_stays_that(tmp_path):

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from configs import tiny
@@ -101,6 +103,15 @@ def test_lengths_read_with_gaps_are_whole_numbers(tmp_path):
     assert [wrong for _, wrong in corrupt] == [
         f"row {i} of 'n' is {n}, not a whole number" for i, n in ((1, None), (2, 0.5), (3, "nan"))
     ]
+
+
+@pytest.mark.parametrize("kind", ["float16", "float32"])
+def test_lengths_in_single_precision_are_whole_numbers(tmp_path, kind):
+    table = pa.table({"input_ids": [[1, 2]] * 2, "n": np.array([1, 0.5], kind)})
+    pq.write_table(table, tmp_path / "x.parquet")
+    corrupt = []
+    assert traces.read(str(tmp_path / "x.parquet"), "input_ids", "n", corrupt)[1] == [1]
+    assert len(corrupt) == 1 and "row 1 of 'n' is " in corrupt[0][1]
 
 
 def test_ids_beyond_the_vocabulary_are_named_and_left_out(tmp_path):
