@@ -12,6 +12,9 @@ from fkv.models.config import brief, read_json
 _CONFIG, _TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 # All may be absent, but for one of the first two.
 _FILES = ("tokenizer.json", _CONFIG, "special_tokens_map.json", "added_tokens.json")
+# Llama 3.2's template writes today's date unless told one. With its own default, prompts are the
+# same tomorrow.
+_DATE = "26 Jul 2024"
 _ANSWER = "The answer is forty-two."
 
 
@@ -193,12 +196,13 @@ def render(tokenizer: Any, text: str, name: str) -> str:
             f"name one so in {_CONFIG}, or give the whole prompt as text, chat off"
         )
     try:
-        whole = _render(tokenizer, [{"role": "user", "content": text}], True)
+        whole = _render(tokenizer, _asked(text), True)
         begin = tokenizer.bos_token
         if begin and whole.lstrip().startswith(begin) and text.lstrip().startswith(begin):
             text = text.lstrip().removeprefix(begin)
-            whole = _render(tokenizer, [{"role": "user", "content": text}], True)
-        if text.strip() not in whole:
+            whole = _render(tokenizer, _asked(text), True)
+        # It may write the text in its own way: escaped, or in upper case.
+        if text.strip() not in whole and whole == _render(tokenizer, _asked(text + _ANSWER), True):
             raise ValueError("what it makes of a message does not have the message in it")
     except Exception as error:  # a template is a program
         raise UserError(
@@ -208,8 +212,14 @@ def render(tokenizer: Any, text: str, name: str) -> str:
     return whole
 
 
+def _asked(text: str) -> list[dict]:
+    return [{"role": "user", "content": text}]
+
+
 def _render(tokenizer: Any, messages: list[dict], answering: bool) -> str:
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=answering, tokenize=False)
+    return tokenizer.apply_chat_template(
+        messages, add_generation_prompt=answering, tokenize=False, date_string=_DATE
+    )
 
 
 def end_of_answer(tokenizer: Any, stop: tuple[int, ...], chat: bool) -> int | None:
@@ -219,10 +229,7 @@ def end_of_answer(tokenizer: Any, stop: tuple[int, ...], chat: bool) -> int | No
     Llama 3, which ends texts with another); else, and where no template says, the tokenizer's EOS.
     """
     if chat and tokenizer.chat_template:
-        messages = [
-            {"role": "user", "content": "What is six times seven?"},
-            {"role": "assistant", "content": _ANSWER},
-        ]
+        messages = [*_asked("What is six times seven?"), {"role": "assistant", "content": _ANSWER}]
         try:
             _, found, after = _render(tokenizer, messages, False).rpartition(_ANSWER)
             ended = [x for x in _ids(tokenizer, after, False) if x in stop] if found else []

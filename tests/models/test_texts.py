@@ -116,6 +116,21 @@ def test_templates_that_fail(template, says):
     assert says in refusal(texts.render, make(template), "one", "x")
 
 
+@pytest.mark.parametrize("write", ["upper", "tojson", "replace('*', 'x')", "title"])
+def test_a_template_may_write_a_message_in_its_own_way(write):
+    shown = texts.render(make("{{ messages[0].content | " + write + " }}"), 'is "3 * 4" 12', "x")
+    assert "3" in shown and shown != 'is "3 * 4" 12'
+
+
+def test_the_date_in_a_prompt_is_the_same_tomorrow():
+    """As in Llama 3.2's: another prompt would be another run, and a resumed one be refused."""
+    dated = (
+        "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}"
+        "{% endif %}Today Date: {{ date_string }} {{ messages[0].content }}"
+    )
+    assert texts.render(make(dated), "one", "x") == "Today Date: 26 Jul 2024 one"
+
+
 def test_named_templates_have_a_default():
     tokenizer = make({"tools": "{{ 1 / 0 }}", "default": CHAT})
     assert texts.render(tokenizer, "one", "x") == "<user> one <eot> <bot>"
