@@ -105,12 +105,7 @@ class ModelConfig:
 
     def beyond(self, tokens: int, what: str) -> str:
         """A warning where so many tokens are more than the model was made for; else empty."""
-        scaling = dict(self.rope_scaling)
-        positions, factor = self.max_positions, scaling.get("factor", 1)
-        if scaling.get("rope_type") == "linear":
-            positions = int(positions * factor)
-        if scaling.get("rope_type") == "yarn":
-            positions = max(positions, int(scaling[_LENGTH] * factor))
+        positions = _reach(self.max_positions, self.rope_scaling)
         if tokens <= positions:
             return ""
         scaled = "" if positions == self.max_positions else f", scaled to {positions}"
@@ -122,6 +117,16 @@ class ModelConfig:
     def inv_frequencies(self) -> tuple[np.ndarray, float]:
         """Rotary inverse frequencies [head_dim / 2] and the factor on cos and sin (float64)."""
         return _inv_frequencies(self)
+
+
+def _reach(positions: int, scaling: tuple[tuple[str, float | str], ...]) -> int:
+    """The length that a model of so many positions was made for, its scaling included."""
+    rope = dict(scaling)
+    if rope.get("rope_type") == "linear":
+        return int(positions * rope["factor"])
+    if rope.get("rope_type") == "yarn":
+        return max(positions, int(rope[_LENGTH] * rope["factor"]))
+    return positions
 
 
 def from_hf(config: Mapping, where: str = "config.json") -> ModelConfig:
@@ -172,7 +177,9 @@ def from_hf(config: Mapping, where: str = "config.json") -> ModelConfig:
             )
     layers = need("num_hidden_layers", most=_MOST_LAYERS)
     positions = need("max_position_embeddings", _POSITIONS[family], 2**31 - 1)
-    if _slides(config, family, layers, positions, flag("use_sliding_window"), where):
+    theta, scaling = _rope(config, positions, where)
+    reach = _reach(positions, scaling)
+    if _slides(config, family, layers, reach, flag("use_sliding_window"), where):
         raise UserError(
             f"{where}: sliding-window attention is not supported, and some layers slide by "
             "layer_types, or use_sliding_window, sliding_window and max_window_layers"
@@ -180,7 +187,6 @@ def from_hf(config: Mapping, where: str = "config.json") -> ModelConfig:
     eps = config.get("rms_norm_eps", 1e-6)
     if not _is_number(eps) or not 0 <= eps < 1:
         raise wrong("rms_norm_eps", "a number from 0 to 1")
-    theta, scaling = _rope(config, positions, where)
 
     width, heads = need("hidden_size"), need("num_attention_heads")
     kv_heads = need("num_key_value_heads", heads)
@@ -240,9 +246,7 @@ def _family(config: Mapping, where: str) -> str:
     return family
 
 
-def _slides(
-    config: Mapping, family: str, layers: int, positions: int, asked: bool, where: str
-) -> bool:
+def _slides(config: Mapping, family: str, layers: int, reach: int, asked: bool, where: str) -> bool:
     """Whether a window hides anything from any layer, by the rules of transformers."""
     kinds = config.get("layer_types")
     if kinds is not None:
@@ -266,7 +270,7 @@ def _slides(
         has_window = window is not None or "sliding_window" not in config
         slides = asked and has_window and config.get("max_window_layers", 28) < layers
     # A window as wide as the context hides nothing.
-    return slides and (window is None or window < positions)
+    return slides and (window is None or window < reach)
 
 
 def _rope(
@@ -325,6 +329,10 @@ def _rope(
             f"{where}: 'truncate' of {field} must be true or false, "
             f"not {brief(spelled['truncate'])}"
         )
+    # Without both of them there is no scale, and 0 is none.
+    for key in ("mscale", "mscale_all_dim"):
+        if type(rope.get(key)) in (int, float) and rope[key] == 0:
+            del rope[key]
     for key in dict.fromkeys((*needed, *rope)):
         if not _is_number(rope.get(key)) or rope[key] <= 0:
             raise UserError(

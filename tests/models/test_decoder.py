@@ -60,6 +60,8 @@ def test_logits_are_those_of_the_released_code(name, shared_reference):
         (40_960, 1e6, YARN | {"original_max_position_embeddings": 32_768}),
         (4096, 1e4, YARN | {"truncate": False, "beta_fast": 16, "beta_slow": 2}),
         (4096, 1e4, YARN | {"mscale": 1.0, "mscale_all_dim": 0.7}),
+        (4096, 1e4, YARN | {"mscale": 1.0, "mscale_all_dim": 0}),
+        (4096, 1e4, YARN | {"mscale": 0.0, "mscale_all_dim": 0.7}),
         (4096, 1e4, YARN | {"attention_factor": 1.5}),
         (4096, 1e4, {"rope_type": "yarn", "factor": 4.0}),
         (4096, 1e4, LINEAR),

@@ -571,6 +571,9 @@ def test_every_field_of_the_wrong_kind_is_named(family):
                 assert field.removesuffix("s") in message, (field, value, message)
 
 
+SCALED = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
+
 @pytest.mark.parametrize(
     ("settings", "slides"),
     [
@@ -585,6 +588,9 @@ def test_every_field_of_the_wrong_kind_is_named(family):
           "layer_types": ["full_attention"] * 2}, False),
         ({"use_sliding_window": True, "sliding_window": 16,
           "layer_types": ["full_attention", "sliding_attention"]}, True),
+        # Scaled to 256 tokens.
+        ({"use_sliding_window": True, "max_window_layers": 0, "sliding_window": 64,
+          "rope_scaling": SCALED}, True),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
@@ -594,7 +600,8 @@ def test_a_window_is_refused_where_it_hides_something(family, settings, slides):
     transformers = pytest.importorskip("transformers")
     theirs = getattr(transformers, f"{name}Config")(**SMALL | settings)
     window = theirs.sliding_window or 64
-    assert ("sliding_attention" in theirs.layer_types and window < 64) == slides
+    reach = 256 if "rope_scaling" in settings else 64
+    assert ("sliding_attention" in theirs.layer_types and window < reach) == slides
     settings = HF | settings | {"architectures": [f"{name}ForCausalLM"], "model_type": family}
     if slides:
         assert "sliding-window attention is not supported" in refusal(from_hf, settings)
