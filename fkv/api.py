@@ -166,6 +166,8 @@ def _encode_all(model: Model, prompts: Prompt | Sequence[Prompt], chat: bool) ->
 def _listed(value: Any, what: str) -> Sequence:
     """The entries of a list, a tuple or an array."""
     if hasattr(value, "__array__") and not isinstance(value, np.generic):  # NumPy's, JAX's, torch's
+        if np.ma.is_masked(value):  # NumPy would forget the mask
+            raise _no_prompt(value, f"{what} is")
         try:
             value = np.asarray(value)
         except Exception:  # one of torch's that is on another device, or has gradients

@@ -228,6 +228,7 @@ NO_PROMPT = {
     "ids too deep": ([[[4]]], r"prompt 0 has an entry that is \[4\], and"),
     "an array too deep": (np.ones((1, 1, 2), int), r"prompt 0 has an entry that is \[1, 1\], and"),
     "a batch of texts in a batch": ([["w0", "w1"]], "prompt 0 has an entry that is 'w0', and"),
+    "masked ids": (np.ma.array([4, 5], mask=[0, 1]), "the prompt is masked_array"),
     "nobody": ([], "no prompts given: a prompt is"),
     "no rows": (np.zeros((0, 3), int), "no prompts given"),
     "no text": ("", "prompt 0 is empty"),
