@@ -95,6 +95,12 @@ def test_directories_take_the_place_of_others_whole(tmp_path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert [p.name for p in path.iterdir()] == ["b"]
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    for suffix in (".tmp", ".old.tmp"):  # of one that was killed
+        (tmp_path / f"model{suffix}" / "part").mkdir(parents=True)
+    with files.whole_directory(path) as directory:
+        (directory / "d").write_text("d")
+    assert [p.name for p in path.iterdir()] == ["d"]
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_models_config_is_written_whole(tmp_path):
