@@ -15,6 +15,7 @@ from fkv.evaluation import peers, plots
 from fkv.jobs import traces
 from fkv.models import loading
 from tests import oracles
+from tests.test_checkpoint import small_files_only
 
 REFUSALS = [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO]
 
@@ -101,6 +102,17 @@ def test_directories_take_the_place_of_others_whole(tmp_path):
         (directory / "d").write_text("d")
     assert [p.name for p in path.iterdir()] == ["d"]
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_line_of_which_a_part_fits_is_not_there(tmp_path):
+    path = tmp_path / "lines"
+    files.append_text(path, "one\n")
+    with (
+        pytest.raises(UserError, match=rf"cannot write {path} \(File too large\)"),
+        small_files_only(7),
+    ):
+        files.append_text(path, "another\n")
+    assert path.read_text() == "one\n"
 
 
 def test_a_models_config_is_written_whole(tmp_path):

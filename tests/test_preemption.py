@@ -1,5 +1,6 @@
 """SIGTERM is noted where work can be saved, and obeyed elsewhere."""
 
+import errno
 import signal
 import threading
 
@@ -40,6 +41,17 @@ def test_ctrl_c_and_a_terminal_that_goes_away_are_noted_alike(number, capsys):
     assert capsys.readouterr().out == told
 
 
+def test_a_terminal_that_is_gone_is_told_nothing(monkeypatch):
+    def gone(*_, **__):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("builtins.print", gone)
+    with pytest.raises(preemption.Preempted) as ended, preemption.noticed():
+        signal.raise_signal(signal.SIGHUP)
+        raise preemption.Preempted("all is saved")
+    assert ended.value.code == 128 + signal.SIGHUP
+
+
 def test_the_second_ctrl_c_ends_at_once():
     with pytest.raises(KeyboardInterrupt), preemption.noticed() as asked_to_end:
         signal.raise_signal(signal.SIGINT)
@@ -47,6 +59,7 @@ def test_the_second_ctrl_c_ends_at_once():
         signal.raise_signal(signal.SIGTERM)  # schedulers may repeat it
         assert asked_to_end()
         signal.raise_signal(signal.SIGINT)
+        pytest.fail("the second was noted like the first")
 
 
 def test_what_nohup_ignores_stays_ignored():

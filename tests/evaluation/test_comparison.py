@@ -49,7 +49,8 @@ def write(path, rows, losses=()):
 @pytest.fixture
 def there(tmp_path):
     rows = rows_of("full", 0, "++ ++ ++") + rows_of("knorm", 16, "++ +- --")
-    return write(tmp_path / "there", rows, [losses_of("knorm", 16, 1), losses_of("golden", 16, 2)])
+    losses = [losses_of(*one) for one in (("full", 16, 3), ("knorm", 16, 1), ("golden", 16, 2))]
+    return write(tmp_path / "there", rows, losses)
 
 
 def test_answers_are_paired_by_problem(there):
