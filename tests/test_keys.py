@@ -39,6 +39,7 @@ def table(key, depth):
 
 def test_no_two_draws_share_a_key():
     assert set(INDICES) | {Purpose.BENCHMARK, Purpose.TOKEN, Purpose.EVICTION} == set(Purpose)
+    assert len(Purpose) == len(Purpose.__members__)  # two of one number would be one
     draws, rows = [], []
     for seed in (0, 1):
         for purpose, depth in INDICES.items():
@@ -85,6 +86,7 @@ def test_more_layers_or_rows_leave_the_keys_of_the_first_as_they_are():
     np.testing.assert_array_equal(few, many[:1])
     few, many = (jax.random.key_data(keys_of(key, n)) for n in (2, 5))
     np.testing.assert_array_equal(few, many[:2])
+    assert len(np.unique(many, axis=0)) == 5
 
 
 def test_only_one_module_makes_keys():

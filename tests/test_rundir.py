@@ -310,3 +310,7 @@ def test_a_run_from_before_inputs_were_recorded_takes_those_of_now(tmp_path):
     rundir.open_run(tmp_path, make_config(), (), {"model": "m"})
     with pytest.raises(UserError, match=r"changed since \(model\)"):
         rundir.open_run(tmp_path, make_config(), (), {"model": "n"})
+
+    (tmp_path / "provenance.json").unlink()
+    (tmp_path / "scorers.json").write_text('{"mine": {"source": "a", "sha256": "s"}}')
+    assert rundir.read_inputs(tmp_path) == {rundir.answers_of("mine"): "s"}

@@ -274,6 +274,11 @@ def test_stop_tokens_that_are_ids(tmp_path):
     for ids, stop in (([2, 3, 2], (2, 3)), (10, (10,)), (0, (0,)), ([], ()), (None, (2,))):
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
         assert texts.stop_tokens(tmp_path, make(), len(WORDS)) == stop
+    (tmp_path / "config.json").write_text('{"eos_token_id": 5}')  # comes second
+    assert texts.stop_tokens(tmp_path, make(), len(WORDS)) == (5,)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 3}')
+    assert texts.stop_tokens(tmp_path, make(), len(WORDS)) == (3,)
+    (tmp_path / "config.json").unlink()
     (tmp_path / "generation_config.json").write_text("{}")
     message = refusal(texts.stop_tokens, tmp_path, make(), 2)
     assert "'eos_token' '</s>' has the id 2, but config.json a 'vocab_size' of 2" in message
