@@ -230,6 +230,25 @@ def test_optimizer_refuses_a_warm_up_that_does_not_fit(warmup, steps):
         sft.optimizer(1e-2, warmup, steps, 1.0)
 
 
+def test_parts_of_a_step_count_by_their_mean():
+    whole = sft.optimizer(0.2, 1, 5, 1.0)
+    parts = sft.accumulated(whole, 3)
+    params = jnp.zeros(4)
+    state, whole_state, rng = parts.init(params), whole.init(params), np.random.default_rng(0)
+    for step in range(3):
+        grads = rng.normal(size=(3, 4)).astype(np.float32)
+        for i, grad in enumerate(grads):
+            mean = sft.mean_so_far(grad, state)
+            np.testing.assert_allclose(mean, grads[: i + 1].mean(0), rtol=1e-5)
+            updates, state = parts.update(grad, state, params)
+            assert sft.updates_made(jnp.int32(step), state) == step + (i == 2)
+            assert i == 2 or not updates.any()
+        want, whole_state = whole.update(grads.mean(0), whole_state, params)
+        np.testing.assert_allclose(updates, want, rtol=1e-4, atol=1e-6)
+        assert sft.updates_made(jnp.int32(step), whole_state) == step + 1
+        assert sft.mean_so_far(grad, whole_state) is grad
+
+
 # ---- the training step
 
 RATE, WARMUP, STEPS, CLIP = 3e-2, 2, 200, 0.5

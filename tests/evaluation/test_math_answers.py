@@ -204,6 +204,8 @@ def test_equal_in_another_form_is_right(checker, answer, reference):
     "answer, reference",
     [
         ("3", "2"),
+        ("-3", "3"),
+        ("-1e-7", "1e-7"),
         ("1/3", "0.5"),
         ("(1,2)", "(2,1)"),
         ("B", "A"),
