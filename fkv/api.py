@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from fkv import cache, decoding, models, policies, sharing, tasks
+from fkv import cache, decoding, kinds, models, policies, sharing, tasks
 from fkv.decoding import Sampling
 from fkv.errors import UserError
 from fkv.keys import Purpose, key_of
@@ -211,6 +211,8 @@ def _policy(policy: str | Policy, model: Model, budget: int, interval: int) -> P
     """The policy, by its name or as it is, once it is known to fit the model."""
     if isinstance(policy, str):
         policy = policies.get(policy)
+    kinds.check("budget", budget, kinds.whole(1))
+    kinds.check("interval", interval, kinds.whole(1))
     cache.check_sizes(budget, interval)
     trained = getattr(policy, "trained", None)
     try:
@@ -260,8 +262,8 @@ def generate(
       UserError: a prompt is none or empty, the policy is unknown, or a size is wrong.
     """
     ids = _encode_all(model, prompts, chat)
-    if samples < 1:
-        raise UserError(f"samples = {samples} must be at least 1")
+    kinds.check("samples", samples, kinds.whole(1, 2**16))
+    kinds.check("new_tokens", new_tokens, kinds.whole(1))
     rows = [(i, j) for i in range(len(ids)) for j in range(samples)]
     policy = _policy(policy, model, budget, interval)
     _warn_of_length(model, max(map(len, ids)), new_tokens)
@@ -317,6 +319,7 @@ def stream(
     """
     if model.tokenizer is None:
         raise UserError(f"model {model.name} has no tokenizer: there is no text to stream")
+    kinds.check("new_tokens", new_tokens, kinds.whole(1))
     policy = _policy(policy, model, budget, interval)
     found = _encode_all(model, prompt, chat)
     if len(found) != 1:

@@ -386,8 +386,17 @@ def test_impossible_requests_are_refused(words, bare, tmp_path):
         fkv.generate(words, [], **SIZES)
     with pytest.raises(UserError, match="'snapvk' is not known; known are"):
         fkv.generate(words, "w1", "snapvk", **SIZES)
-    with pytest.raises(UserError, match="samples = 0 must be at least 1"):
-        fkv.generate(words, "w1", samples=0, **SIZES)
+    for name, values in {
+        "samples": (0, 1.0, "2", None, True, 10**9),
+        "new_tokens": (0, 1.5, "4", None, True),
+        "budget": (0, 16.0, "16", None),
+        "interval": (0, 8.0, "8", None, True),
+    }.items():
+        for value in values:
+            with pytest.raises(UserError, match=f"{name} = .* must be a whole number from 1 to"):
+                fkv.generate(words, "w1", **SIZES | {name: value})
+    with pytest.raises(UserError, match="new_tokens = None must be a whole number"):
+        next(fkv.stream(words, "w1", **SIZES | {"new_tokens": None}))
     with pytest.raises(UserError, match="top_p = 2 must be a number above 0"):
         fkv.generate(words, "w1", top_p=2, **SIZES)
 
