@@ -204,9 +204,17 @@ def test_ratios_of_the_drawing_parameters_are_exactly_one(setup):
     np.testing.assert_array_equal(metrics["clip_fraction"], [0, 0])
     assert metrics["loss"][0] == metrics["loss"][1]
     np.testing.assert_allclose(metrics["kl"], [0, 0], atol=1e-8)
-    assert metrics["grad_norm"][0] > 0 and metrics["reward_spread"] > 0
+    assert metrics["grad_norm"][0] > 1e-3 and metrics["reward_spread"] > 0
+    np.testing.assert_allclose(*metrics["grad_norm"], rtol=1e-5)
     assert int(state.step) == 1
     jax.tree.map(np.testing.assert_array_equal, state.params, setup[2])
+
+
+def test_ratios_are_to_the_scorers_that_drew(setup):
+    # And not to those of the epoch before: small steps in one direction add up.
+    _, metrics = make_step(setup, dataclasses.replace(CONFIG, epochs=3), learning_rate=1e-4)
+    first, second, third = metrics["ratio_off"]
+    assert first == 0 < 1.3 * second < third
 
 
 def test_a_step_moves_the_scorers_and_reports(setup):
