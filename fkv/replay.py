@@ -126,6 +126,7 @@ def evict(
     if view.capacity == budget:
         slots = policy.evict(view)
         check_given(policy, "evict", slots, (*lead, view.interval), jnp.integer)
+        slots = slots.astype(jnp.int32)  # others may be too small to count in
     else:  # what is dropped leaves empty slots, and those are freed
         drop = policy.drop(view)
         check_given(policy, "drop", drop, cache.position_bks.shape, jnp.bool_)

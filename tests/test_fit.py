@@ -445,6 +445,28 @@ def test_settings_that_just_fit_run():
         replay.check(CONFIG, policies.get(name), BUDGET, INTERVAL)
 
 
+@pytest.mark.parametrize("sizes", [(2, 1), (3, 1), (4, 2), (6, 3)])
+@pytest.mark.parametrize("name", ["streaming_llm", "expected_attention", "lagkv", "rkv", "pyramid"])
+def test_defaults_give_way_to_small_caches_and_nothing_else_does(name, sizes):
+    policy, (budget, interval) = policies.get(name), sizes
+    replay.check(CONFIG, policy, budget, interval)
+    field = "kernel" if hasattr(policy, "kernel") else "sinks"
+    with pytest.raises(UserError, match=f"{field} = 31 must be at most"):
+        replay.check(CONFIG, policy.replace(**{field: 31}), budget, interval)
+
+
+@pytest.mark.parametrize("name", ["streaming_llm", "expected_attention", "lagkv"])
+def test_as_many_sinks_as_fit_stay(name):
+    """With more, they would be no more important than the newest, and go as the lowest slots."""
+    run = jax.jit(replay.replay, static_argnums=(0, 5, 6))
+    token, length = oracles.make_tokens(CONFIG, [20])
+    two, four = (
+        np.asarray(run(CONFIG, PARAMS, token, length, policy, 4, 2)[0])
+        for policy in (policies.get(name, sinks=2), policies.get(name))
+    )
+    np.testing.assert_array_equal(two, four)
+
+
 # ---- policies of one's own
 
 
@@ -580,6 +602,71 @@ def test_other_methods_that_are_wrong_are_named(methods, message):
         with pytest.raises(UserError, match=f"Mine.*{message}") as error:
             entry(scoring(FINE, **methods))
         one_line(error)
+
+
+@pytest.mark.parametrize("name", ["cumulative", "decayed"])
+def test_sums_that_nobody_asked_for_are_named(name):
+    def score(view):
+        return getattr(view, f"{name}_bksg").sum(-1)
+
+    with pytest.raises(UserError, match=rf'view.{name}_bksg is kept for .* statistics = "sums"'):
+        replay.check(CONFIG, scoring(score), BUDGET, INTERVAL)
+    replay.check(CONFIG, scoring(score, statistics="sums"), BUDGET, INTERVAL)
+
+
+@pytest.mark.parametrize("value", [np.array([1, None]), np.array(["a", "b"])])
+def test_arrays_of_objects_are_no_parameters(value):
+    with pytest.raises(UserError, match=r"Weighted: weight_y = array.* is no array; what is no"):
+        replay.check(CONFIG, Weighted(value), BUDGET, INTERVAL)
+
+
+def test_a_field_may_not_be_called_kind():
+    """It says of which class a policy is; a setting of that name would be lost."""
+    for body in ({"kind": "x"}, {"__annotations__": {"kind": str}}):
+        with pytest.raises(UserError, match="class Mine: kind is taken, give the field another"):
+            type("Mine", (policies.Policy,), {"__module__": __name__, **body})
+
+
+def evict_once(policy, empty=0):
+    """One eviction at B = 4 and L = 2, of positions as slots: the slots, and what stays."""
+    cache = replay.init_cache(policy, 1, CONFIG, 4, 2, jnp.float32)
+    slots = cache.position_bks.shape[-1]
+    position = jnp.where(jnp.arange(slots) < empty, -1, jnp.arange(slots))
+    cache = cache.replace(position_bks=jnp.broadcast_to(position, (1, 2, slots)))
+    query = jnp.zeros((1, 2, CONFIG.heads, CONFIG.head_dim))
+    lse = jnp.zeros((1, 2, CONFIG.group_size, 2))
+    key = replay.row_keys(jax.random.key(0), 1)
+    _, evicted, cache = replay.evict(
+        CONFIG, policy, cache, query, lse, position[None, -2:], 0, key, 4, 0
+    )
+    held = np.asarray(cache.position_bks[0, 0])
+    return evicted, sorted(held[held >= 0].tolist())
+
+
+def test_a_score_that_is_nan_is_the_least_and_no_empty_slot_stays_for_it():
+    one = scoring(lambda view: jnp.where(view.cache.position_bks == 3, jnp.nan, 0.0))
+    assert evict_once(one, empty=2)[1] == [2, 3, 4, 5]
+    assert evict_once(one)[1] == [1, 2, 4, 5]
+
+
+def test_heads_that_keep_more_than_there_is_room_for_lose_the_least_important():
+    def keep(self, view, importance):
+        return jnp.full(importance.shape[:2], 99)
+
+    def score(view):
+        return -view.cache.position_bks.astype(jnp.float32)
+
+    policy = scoring(score, keep=keep, capacity=lambda self, budget: budget + 1)
+    assert evict_once(policy)[1] == [0, 1, 2, 5, 6]
+
+
+def test_slots_of_a_small_type_are_counted_in_a_large_one():
+    def evict(self, view):
+        shape = (*view.cache.position_bks.shape[:2], view.interval)
+        return jnp.broadcast_to(jnp.arange(view.interval, dtype=jnp.int8), shape)
+
+    slots, held = evict_once(scoring(FINE, evict=evict))
+    assert slots.dtype == jnp.int32 and held == [2, 3, 4, 5]
 
 
 def test_a_policy_without_a_score_or_a_decorator_is_named():

@@ -73,11 +73,19 @@ class View:
 
     @property
     def cumulative_bksg(self) -> Array:
-        return self.cache.entry["cumulative"]
+        return self._sums("cumulative")
 
     @property
     def decayed_bksg(self) -> Array:
-        return self.cache.entry["decayed"]
+        return self._sums("decayed")
+
+    def _sums(self, name: str) -> Array:
+        if not self.cache.entry:
+            raise UserError(
+                f"view.{name}_bksg is kept for policies that ask for it: write "
+                'statistics = "sums" (without annotation) in the class of yours'
+            )
+        return self.cache.entry[name]
 
 
 @flax.struct.dataclass
@@ -101,6 +109,8 @@ class Policy:
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
+        if "kind" in vars(cls) or "kind" in inspect.get_annotations(cls):
+            raise UserError(f"class {cls.__name__}: kind is taken, give the field another name")
         cls.__annotations__ = {**inspect.get_annotations(cls), "kind": type}
         cls.kind = flax.struct.field(pytree_node=False, default=cls, kw_only=True, repr=False)
 
@@ -129,7 +139,8 @@ class Policy:
                 f"what is no parameter is static: {field}: ... = "
                 "flax.struct.field(pytree_node=False, default=...)"
             )
-            if not hasattr(leaf, "shape"):
+            kind = getattr(getattr(leaf, "dtype", None), "kind", "O")
+            if not hasattr(leaf, "shape") or kind in "OSUMm":  # objects, text and times
                 raise UserError(f"{name}: {field} = {kinds.said(leaf)} is no array; {static}")
             if leaf.shape[:1] != (config.layers,):
                 raise UserError(
@@ -169,7 +180,10 @@ class Policy:
         return [x for x in leaves if isinstance(x, Policy)]
 
     def score(self, view: View) -> Array:
-        """Importance [b, k, s] of every slot, float32; empty slots may hold anything."""
+        """Importance [b, k, s] of every slot, float32, NaN being the least.
+
+        Empty slots may hold anything.
+        """
         raise NotImplementedError
 
     def protected(self, view: View) -> int:
@@ -184,6 +198,7 @@ class Policy:
         slots = position.shape[-1]
         kinds.check(f"{name_of(self)}: protected(view)", newest, kinds.whole(0, view.capacity))
         newest = jnp.arange(slots) >= slots - newest
+        score = jnp.where(jnp.isnan(score), -jnp.inf, score)  # it would go before empty slots
         return jnp.where(position < 0, -jnp.inf, jnp.where(newest[None, None], jnp.inf, score))
 
     def evict(self, view: View) -> Array:
@@ -206,7 +221,7 @@ class Policy:
         rank = jnp.argsort(jnp.argsort(-importance, axis=-1), axis=-1)
         keep = self.keep(view, importance)
         check_given(self, "keep", keep, importance.shape[:2], jnp.integer)
-        return rank >= keep[..., None]
+        return rank >= jnp.minimum(keep, view.capacity)[..., None]
 
 
 def check(policy: Any, config: ModelConfig, budget: int, interval: int) -> None:
@@ -355,9 +370,14 @@ def get(name: str, **fields: Any) -> Policy:
     return _REGISTRY[name](**fields)
 
 
+def is_default(policy: Policy, field: str) -> bool:
+    """Whether a setting is that of a policy made without it: it is cut where it does not fit."""
+    return getattr(policy, field) == type(policy).__dataclass_fields__[field].default
+
+
 def check_sinks(policy: Policy, sinks: int, budget: int, interval: int) -> None:
-    """Refuses more sinks than can stay beside the newest `L`."""
-    if sinks > budget - interval:
+    """Refuses more sinks than can stay beside the newest `L`, unless nobody asked for them."""
+    if sinks > budget - interval and not is_default(policy, "sinks"):
         raise UserError(
             f"{name_of(policy)}: sinks = {sinks} must be at most budget - interval = "
             f"{budget - interval}, as the newest {interval} stay, too"

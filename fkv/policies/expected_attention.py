@@ -61,4 +61,5 @@ class ExpectedAttention(Policy):
         x = jnp.where((position >= 0)[:, :, None], mean + variance / 2, attention.MASKED)
         expected = jax.nn.softmax(x, axis=-1).mean(2)
         score = expected * jnp.linalg.norm(view.value_bksd.astype(jnp.float32), axis=-1)
-        return jnp.where(position < self.sinks, jnp.inf, score)
+        sinks = min(self.sinks, view.budget - view.interval)
+        return jnp.where(position < sinks, jnp.inf, score)

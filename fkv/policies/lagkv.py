@@ -45,7 +45,7 @@ class LagKV(Policy):
     def check(self, config: ModelConfig, budget: int, interval: int) -> None:
         super().check(config, budget, interval)
         check_sinks(self, self.sinks, budget, interval)
-        held = budget + interval - self.sinks
+        held = budget + interval - min(self.sinks, budget - interval)
         if 2 * self.lag > held:
             raise UserError(
                 f"{name_of(self)}: lag = {self.lag} must be at most {held // 2}, so that two "
@@ -55,13 +55,14 @@ class LagKV(Policy):
     def score(self, view: View) -> Array:
         cache, slots = view.cache, view.cache.position_bks.shape[-1]
         lag = self.lag or view.interval
+        sinks = min(self.sinks, view.budget - view.interval)
         empty = cache.position_bks < 0
         order = jnp.argsort(jnp.where(empty, jnp.iinfo(jnp.int32).max, cache.position_bks), axis=-1)
-        partitions = -(-(slots - self.sinks) // lag)
-        pad = partitions * lag - (slots - self.sinks)
+        partitions = -(-(slots - sinks) // lag)
+        pad = partitions * lag - (slots - sinks)
 
         def split(x):
-            x = jnp.take_along_axis(x, order[..., None], axis=2)[:, :, self.sinks :]
+            x = jnp.take_along_axis(x, order[..., None], axis=2)[:, :, sinks:]
             x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, 0), (0, pad), (0, 0)))
             return x.reshape(*x.shape[:2], partitions, lag, -1)
 
@@ -70,13 +71,13 @@ class LagKV(Policy):
         rank = rank.reshape(*rank.shape[:2], -1)
         index = jnp.arange(slots)[None, None]
         held = (~empty).sum(-1, keepdims=True)
-        complete = (held - self.sinks) // lag
-        compete = (index >= self.sinks) & (index < self.sinks + (complete - 1) * lag)
+        complete = (held - sinks) // lag
+        compete = (index >= sinks) & (index < sinks + (complete - 1) * lag)
         rank = jnp.pad(
-            rank, ((0, 0), (0, 0), (self.sinks, slots - self.sinks - rank.shape[-1])),
+            rank, ((0, 0), (0, 0), (sinks, slots - sinks - rank.shape[-1])),
             constant_values=jnp.inf,
         )  # fmt: skip
         # Should fewer compete than must go, the oldest of the rest follow; the sinks last of all.
-        rest = jnp.where(index < self.sinks, slots, lag) + index / slots
+        rest = jnp.where(index < sinks, slots, lag) + index / slots
         importance = jnp.where(compete, rank + index / slots, rest.astype(jnp.float32))
         return jnp.take_along_axis(importance, jnp.argsort(order, axis=-1), axis=-1)

@@ -8,7 +8,15 @@ from jax import Array
 from fkv import attention, kinds
 from fkv.errors import UserError
 from fkv.models import ModelConfig
-from fkv.policies.base import Policy, View, by_position, max_pool, name_of, register
+from fkv.policies.base import (
+    Policy,
+    View,
+    by_position,
+    is_default,
+    max_pool,
+    name_of,
+    register,
+)
 
 
 def window_attention(view: View, window: int) -> Array:
@@ -29,6 +37,7 @@ def window_attention(view: View, window: int) -> Array:
 def pooled_attention(view: View, window: int, kernel: int) -> Array:
     """`window_attention`, max-pooled over neighbours in the order of positions, [b, k, s]."""
     score = window_attention(view, window)
+    kernel = min(kernel, widest(score.shape[-1]))
     order, inverse = by_position(view.cache.position_bks)
     score = max_pool(jnp.take_along_axis(score, order, axis=-1), kernel)
     return jnp.take_along_axis(score, inverse, axis=-1)
@@ -39,12 +48,17 @@ ODD = kinds.Kind(
 )
 
 
+def widest(slots: int) -> int:
+    """The largest kernel that does not pool over all slots wherever it is."""
+    return 2 * slots - 3
+
+
 def check_kernel(policy: Policy, kernel: int, budget: int, interval: int) -> None:
-    """Refuses a kernel that pools over all slots wherever it is: all would be as important."""
+    """Refuses a kernel that would make all slots as important, unless nobody asked for it."""
     slots = policy.capacity(budget) + interval
-    if kernel // 2 >= slots - 1:
+    if kernel > widest(slots) and not is_default(policy, "kernel"):
         raise UserError(
-            f"{name_of(policy)}: kernel = {kernel} must be at most {2 * slots - 3}, as it pools "
+            f"{name_of(policy)}: kernel = {kernel} must be at most {widest(slots)}, as it pools "
             f"over {slots} slots"
         )
 

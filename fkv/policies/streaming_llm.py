@@ -12,7 +12,10 @@ from fkv.policies.base import Policy, View, check_sinks, name_of, register
 @register("streaming_llm")
 @flax.struct.dataclass
 class StreamingLLM(Policy):
-    """Keeps the first `sinks` positions and the newest `B - sinks` (arXiv 2309.17453)."""
+    """Keeps the first `sinks` positions and the newest `B - sinks` (arXiv 2309.17453).
+
+    The default gives way where fewer fit beside the newest `L`, with every policy that has sinks.
+    """
 
     sinks: int = flax.struct.field(pytree_node=False, default=4)
 
@@ -25,4 +28,5 @@ class StreamingLLM(Policy):
 
     def score(self, view: View) -> Array:
         position = view.cache.position_bks
-        return jnp.where(position < self.sinks, jnp.inf, position.astype(jnp.float32))
+        sinks = min(self.sinks, view.budget - view.interval)
+        return jnp.where(position < sinks, jnp.inf, position.astype(jnp.float32))
