@@ -268,6 +268,7 @@ def replay(
       observed [layers, chunks, ...].
     """
     base.check(policy, config, budget, interval)
+    policy.check_interval(interval)
     position = row_positions(token_bt, length_b, padding_b)
     if random_b is None:
         random_b = row_keys(key_of(0, Purpose.REPLAY), token_bt.shape[0])

@@ -66,7 +66,8 @@ def _shared(path: Path, source: str | os.PathLike) -> tuple[Foresight, dict]:
         about = models.read_json(path / ABOUT)
         if not (path / WEIGHTS).is_file():  # a pipe would never end
             raise UserError(f"{path / WEIGHTS}: no such file, or not a regular one")
-        rules = dict(about["scorer"])
+        if not isinstance(rules := about.get("scorer"), dict):
+            raise UserError(f"{ABOUT} does not say what they are made of: scorer is {rules!r:.40}")
         params = load_file(path / WEIGHTS)
     except (UserError, OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"{path}: these scorers can't be read ({error})") from error

@@ -292,7 +292,7 @@ def register(name: str) -> Callable[[type[Policy]], type[Policy]]:
     Raises:
       UserError: the name is that of another class, or what is registered is no policy.
     """
-    if not isinstance(name, str) or not name or set(name) & set(":,= "):
+    if not isinstance(name, str) or name.split() != [name] or set(name) & set(":,="):
         raise UserError(
             f'@register takes a name without spaces, ":", "," and "=", as in @register("mine"), '
             f"not {name!r}"
@@ -343,7 +343,7 @@ def get(name: str, **fields: Any) -> Policy:
             value = ast.literal_eval(value.strip())
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             raise UserError(
-                f"policy {name!r}: {field!r} must be of the form field=number"
+                f"policy {name!r}: {field!r:.60} must be of the form field=number"
             ) from None
         if key.strip() in fields:
             raise UserError(f"policy {name!r}: {key.strip()} is given twice")
