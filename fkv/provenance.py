@@ -8,6 +8,7 @@ import dis
 import functools
 import hashlib
 import importlib.util
+import inspect
 import json
 import re
 import struct
@@ -105,7 +106,8 @@ def of_policy(policy: Policy) -> str:
     """Of a policy's settings, and of the code of its class and of what that calls.
 
     Code of libraries, and fkv's own outside `fkv.policies`, counts by name alone. Wherever code
-    was defined, in a file or a notebook, it is what Python runs: comments don't count.
+    was defined, in a file or a notebook, it is what Python runs: comments don't count, nor what
+    docstrings say.
     """
     ours = {cls.__module__.partition(".")[0] for cls in type(policy).__mro__}
     return _Code(ours - {"fkv", *sys.stdlib_module_names}).digest(policy)
@@ -172,7 +174,7 @@ class _Code:
             arguments = x.co_varnames[: x.co_argcount + x.co_kwonlyargcount]
             self._say(x.co_argcount, x.co_posonlyargcount, arguments, x.co_flags)
             self._say(x.co_code, x.co_names, x.co_exceptiontable)
-            self._all(x.co_consts)
+            self._all(x.co_consts[1:] if _has_docstring(x) else x.co_consts)
         elif isinstance(x, types.FunctionType):
             self._function(x)
         elif isinstance(x, type):
@@ -280,6 +282,15 @@ class _Code:
             self._walk({name: getattr(x, name, None) for name in slots})
         else:
             self._say(re.sub(r" at 0x[0-9a-f]+", "", repr(x)))
+
+
+def _has_docstring(code: types.CodeType) -> bool:
+    """Whether the first constant is what a function says of itself."""
+    if sys.version_info >= (3, 13):
+        return bool(code.co_flags & 0x4000000)  # inspect.CO_HAS_DOCSTRING
+    # Neither the body of a class nor a lambda or a comprehension has one.
+    function = code.co_flags & inspect.CO_OPTIMIZED and not code.co_name.startswith("<")
+    return bool(function) and isinstance(code.co_consts[0], str)
 
 
 def _names(code: types.CodeType) -> set[str]:

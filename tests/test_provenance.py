@@ -65,6 +65,7 @@ MINE = """
         mix: float = 0.5
 
         def score(self, view):
+            "Scores."
             key = view.key_bksd.astype(jnp.float32)
             more = ARRAY.sum() + PART(1) + HELPER.lift(2) + CUBE(2)
             return inner(key) + len(TABLE) + {helpers}.shift(key) + more
@@ -74,6 +75,7 @@ MINE = """
 
     def inner(key):
         def within(x):
+            "Inside."
             return compiled(x).sum(-1)
         return within(key) * scale(3)
 
@@ -203,6 +205,8 @@ def test_what_is_not_run_does_not_count(written):
     first = provenance.of_policy(written())
     for old, new in {
         "Keeps what it likes.": "Keeps everything that it likes.",
+        '"Scores."': '"Scores keys."',
+        '"Inside."': '"Within."',
         "def nothing_to_do_with_it():\n        return 1": "def nothing():\n        return 2",
         "key = view": "# for this reason\n            key = view",
     }.items():
