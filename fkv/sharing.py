@@ -172,8 +172,10 @@ def export(
         files.whole(path / ABOUT) as what,
         files.whole(path / CARD) as card,
     ):
-        loading.write_tensors(weights, params, "fkv")
-        what.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        with files.writing(path / WEIGHTS):
+            loading.write_tensors_into(weights, params, "fkv")
+        with files.writing(path / ABOUT):
+            what.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
         card.write_text(_card(data, metrics), encoding="utf-8")
 
 
@@ -254,7 +256,7 @@ def export_released(policy: Foresight, model: str | os.PathLike, directory: str 
             if file.is_file() and file.suffix in _FILES and file.name != index:
                 # A file of this name alone would be taken for the whole.
                 _link(file, temporary / (_BASE if file.name == "model.safetensors" else file.name))
-        loading.write_tensors(temporary / _JUDGES, tensors, "pt")
+        loading.write_tensors_into(temporary / _JUDGES, tensors, "pt")
         (temporary / index).write_text(json.dumps(data, indent=1) + "\n")
 
 

@@ -238,10 +238,19 @@ def write_tensors(path: Path, tensors: dict[str, np.ndarray], kind: str) -> None
       UserError: the file system refuses, say because the disk is full.
     """
     with files.whole(path) as temporary:
-        try:
-            save_file(tensors, temporary, metadata={"format": kind})
-        except SafetensorError as error:  # has no errno
-            raise OSError(str(error)) from error
+        write_tensors_into(temporary, tensors, kind)
+
+
+def write_tensors_into(path: Path, tensors: dict[str, np.ndarray], kind: str) -> None:
+    """The same to a file that somebody else makes whole.
+
+    Raises:
+      OSError: the file system refuses.
+    """
+    try:
+        save_file(tensors, path, metadata={"format": kind})
+    except SafetensorError as error:  # has no errno
+        raise OSError(str(error)) from error
 
 
 def load_judges(path_or_hub_id: str | Path, revision: str | None = None) -> dict[str, np.ndarray]:
