@@ -157,10 +157,13 @@ def _encode_all(model: Model, prompts: Prompt | Sequence[Prompt], chat: bool) ->
             raise UserError(f"no prompts given: {_PROMPTS}")
         # One flat list of ids is a prompt, not several.
     one = isinstance(prompts, str) or _is_id(prompts[0])
-    return [
-        encode(model, prompt, chat, f"prompt {i}")
-        for i, prompt in enumerate([prompts] if one else prompts)
-    ]
+    found = []
+    for i, prompt in enumerate([prompts] if one else prompts):
+        found.append(encode(model, prompt, chat, f"prompt {i}"))
+        if isinstance(prompt, str):
+            if warning := texts.unknown(model.tokenizer, prompt, found[-1]):
+                warnings.warn(f"prompt {i}: {warning}", stacklevel=3)
+    return found
 
 
 def _listed(value: Any, what: str) -> Sequence:
@@ -256,7 +259,8 @@ def generate(
       For each prompt its samples.
 
     Warns:
-      UserWarning: a prompt and its answer may be longer than the model was made for.
+      UserWarning: a prompt and its answer may be longer than the model was made for, or a prompt
+        has words that the tokenizer does not know.
 
     Raises:
       UserError: a prompt is none or empty, the policy is unknown, or a size is wrong.

@@ -115,6 +115,24 @@ def test_damaged_and_absent_models_are_refused(tmp_path):
 # ---- generating
 
 
+def test_what_is_no_mesh_is_refused():
+    with pytest.raises(UserError, match=r"mesh = 3 must be devices, of fkv.parallel.make_mesh"):
+        fkv.load(mesh=3)
+
+
+def test_words_that_the_tokenizer_does_not_know_are_warned_of(words, monkeypatch):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prompts_of(words, ["w0 w1", "<unk> w0", [0, 4]], monkeypatch)  # asked for by name, or id
+    says = "prompt 1: 2 of its 3 tokens are '<unk>', for words that the tokenizer does not know"
+    with pytest.warns(UserWarning, match=says) as warned:
+        prompts_of(words, ["w0", "zero w0 one"], monkeypatch)
+    assert len(warned) == 1
+    # Its tokenizer has such a token, and does not say so.
+    with pytest.warns(UserWarning, match="5 of its 5 tokens are '<pad>'"):
+        next(fkv.stream(fkv.load(), "Hello, how are you ?", "full", 32, 16, 16))
+
+
 def test_one_text_or_several_with_samples(words):
     one = fkv.generate(words, "w3 w1 w4", "snapkv", samples=2, **SIZES)
     assert len(one) == 1 and len(one[0]) == 2

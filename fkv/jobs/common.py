@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from tqdm import tqdm
 from fkv import (
     api,
     cache,
+    checkpoint,
     costs,
     files,
     grpo,
@@ -29,7 +30,7 @@ from fkv.data import traces
 from fkv.errors import DivergedError, UserError
 from fkv.evaluation import loss_ratio, plots
 from fkv.keys import Purpose, key_of
-from fkv.models import ModelConfig
+from fkv.models import ModelConfig, texts
 from fkv.policies.base import Policy
 from fkv.policies.foresight import Trained
 from fkv.rundir import Run, write_text
@@ -232,6 +233,22 @@ def warn_of_length(model: ModelConfig, tokens: int, what: str) -> None:
         say(f"warning: {warning}")
 
 
+def warn_of_unknown(
+    model: api.Model, encoded: Iterable[tuple[str, str, Sequence[int]]], kind: str = "texts"
+) -> None:
+    """Says so, in a line, if there are words that the tokenizer does not know.
+
+    Args:
+      encoded: of each text its name, itself and its token ids.
+      kind: of texts they are.
+    """
+    found = [(name, texts.unknown(model.tokenizer, text, ids)) for name, text, ids in encoded]
+    warned = [(name, warning) for name, warning in found if warning]
+    if warned:
+        others = f" (so it is with {len(warned)} of {len(found)} {kind})" if len(found) > 1 else ""
+        say("warning: {}: {}".format(*warned[0]) + others)
+
+
 def check_budgets(budgets: Sequence[int], interval: int, where: str) -> None:
     """Refuses budgets that do not fit the interval; `where` names the field."""
     for budget in budgets:
@@ -356,10 +373,11 @@ def check_finite(
     bad = [name for name, value in metrics.items() if not np.all(np.isfinite(value))]
     if bad:
         of = f" (traces {list(ids)})" if len(ids) else ""
+        saved = checkpoint.latest_step(workdir) is not None
         raise DivergedError(
             f"{', '.join(bad)} of step {step}{of} NaN or infinite: set {job}.learning_rate lower, "
-            "or dtype to one with a wider range, and use another --workdir; the checkpoints in "
-            f"{workdir} are intact"
+            "or dtype to one with a wider range, and use another --workdir"
+            + (f"; the checkpoints in {workdir} are intact" if saved else "")
         )
 
 

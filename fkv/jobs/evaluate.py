@@ -315,10 +315,14 @@ def _problems(
         common.say(f"{settings.benchmark}: row {row} left out, {why}")
     if benchmark.unusable:
         common.say(f"{settings.benchmark}: {len(benchmark.unusable)} rows left out")
-    return [
-        _question(config, model, checker, q)
-        for q in benchmark.questions[: settings.problems or None]
-    ], settings.new_tokens or 32_768
+    asked = benchmark.questions[: settings.problems or None]
+    found = [_question(config, model, checker, question) for question in asked]
+    encoded = [
+        (f"{settings.benchmark}: the question {problem.id}", question.text, problem.prompt)
+        for question, problem in zip(asked, found, strict=True)
+    ]
+    common.warn_of_unknown(model, encoded, "questions")
+    return found, settings.new_tokens or 32_768
 
 
 def _question(

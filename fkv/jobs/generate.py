@@ -40,6 +40,7 @@ def run(config: ConfigDict, workdir: str) -> str:
     if not prompt.strip():
         raise UserError("generate.prompt is empty: give some text")
     ids = api.encode(model, prompt, settings.chat, "generate.prompt")
+    common.warn_of_unknown(model, [("generate.prompt", prompt, ids)])
     longest = len(ids) + settings.new_tokens
     common.warn_of_length(model.config, longest, "prompt + generate.new_tokens")
 

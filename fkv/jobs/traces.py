@@ -146,7 +146,7 @@ def _questions(config: ConfigDict, model: Model) -> tuple[list[Question], int]:
     end = None
     if settings.response and model.tokenizer is not None:
         end = texts.end_of_answer(model.tokenizer, model.stop, settings.chat)
-    questions, unusable = [], 0
+    questions, encoded, unusable = [], [], 0
     for i, values in enumerate(zip(asked, given, strict=True)):
         if settings.count and len(questions) == settings.count:
             break
@@ -160,14 +160,17 @@ def _questions(config: ConfigDict, model: Model) -> tuple[list[Question], int]:
         text, response = found
         asked_for = f"{settings.instruction} {text}".strip()
         prompt = api.encode(model, asked_for, settings.chat, f"{where}: row {i}")
+        encoded.append((f"{where}: row {i}", asked_for, prompt))
         answer = None
         if settings.response:
             answer = _answer(model, prompt, response, end, f"{where}: the answer of row {i}")
+            encoded.append((f"{where}: the answer of row {i}", response, answer))
         questions.append(Question(str(i), prompt, answer))
     if unusable:
         common.say(f"{where}: {unusable} rows left out")
     if not questions:
         raise UserError(f"{where}: none of its {len(rows)} rows can be used")
+    common.warn_of_unknown(model, encoded)
     return questions, settings.new_tokens or 32_768
 
 

@@ -1,7 +1,7 @@
 """Tokenizers and chat templates, those of `transformers`, and the ids that end an answer."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +162,26 @@ def tokenize(tokenizer: Any, text: str, continued: bool = True) -> list[int]:
         start -= 1
         return whole[:start] + ids
     return whole[: start + len(ids)]
+
+
+def unknown(tokenizer: Any, text: str, ids: Sequence[int]) -> str:
+    """A warning if words of a text became the token for what the tokenizer does not know.
+
+    Args:
+      ids: what became of the text.
+    """
+    inner = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    token = getattr(tokenizer, "unk_token", None) or getattr(inner, "unk_token", None)
+    # Where it has other uses, the tokenizer knows all text (GPT-2's, byte by byte).
+    if not token or token in (tokenizer.bos_token, tokenizer.eos_token):
+        return ""
+    count = list(ids).count(tokenizer.convert_tokens_to_ids(token)) - text.count(token)
+    if count <= 0:
+        return ""
+    return (
+        f"{count} of its {len(ids)} tokens are {token!r}, for words that the tokenizer does not "
+        "know: the model can't tell these apart"
+    )
 
 
 def _begins_with(tokenizer: Any, text: str, ids: list[int], token: int) -> bool:

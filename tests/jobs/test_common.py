@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from configs import tiny
-from fkv import models, policies, scorer, sharing
+from fkv import checkpoint, models, policies, scorer, sharing
 from fkv.data import traces
-from fkv.errors import UserError
+from fkv.errors import DivergedError, UserError
 from fkv.evaluation import loss_ratio
 from fkv.jobs import common, evaluate, export, generate, grpo, sft
 from tests import figures
@@ -136,6 +136,14 @@ def test_metrics_of_a_step_in_parts_are_those_of_the_step():
     np.testing.assert_array_equal(found["loss"], [1.5, 4.0])
     assert (found["ratio_off"], found["grad_norm"]) == (np.float32(0.5), 1.5)
     assert common.step_metrics(parts[:1])["grad_norm"] == 3.0
+
+
+def test_a_run_that_diverges_has_intact_checkpoints_only_where_it_has_some(tmp_path):
+    with pytest.raises(DivergedError, match=r"loss of step 1 NaN .* use another --workdir$"):
+        common.check_finite("sft", {"loss": np.nan}, 1, tmp_path)
+    checkpoint.save(tmp_path, 1, {"x": np.ones(3)}, {})
+    with pytest.raises(DivergedError, match=f"the checkpoints in {tmp_path} are intact$"):
+        common.check_finite("sft", {"loss": np.nan}, 2, tmp_path)
 
 
 @pytest.mark.parametrize("field", ["evicted", "full"])

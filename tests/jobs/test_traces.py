@@ -152,6 +152,20 @@ def test_answers_that_are_there_become_traces(word_model, answered, tmp_path, ca
     assert not any(r["truncated"] for r in rows(tmp_path / "out"))
 
 
+def test_words_that_the_tokenizer_does_not_know_are_warned_of_in_one_line(
+    word_model, tmp_path, capsys
+):
+    rows = [{"q": "one", "r": "zwei half"}, {"q": "drei", "r": "half"}]
+    path = tmp_path / "answered.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = recipe(questions=str(path), question="q", response="r", instruction="", count=0)
+    config.model = word_model
+    traces.run(config, str(tmp_path / "out"))
+    [said] = [x for x in capsys.readouterr().out.splitlines() if x.startswith("warning: ")]
+    assert said.startswith(f"warning: {path}: the answer of row 0: 1 of its 3 tokens are ")
+    assert said.endswith(" (so it is with 2 of 4 texts)")
+
+
 def answers(template, stop, **settings):
     """A function that makes the tokens of an answer to "one", and the words of its prompt."""
     tokenizer = test_texts.make(template)
