@@ -24,7 +24,7 @@ from safetensors.numpy import save_file
 
 from fkv import files, parallel
 from fkv.errors import UserError
-from fkv.models.config import ARCHITECTURES, ModelConfig, from_hf, read, read_json
+from fkv.models.config import ARCHITECTURES, ModelConfig, brief, from_hf, read, read_json
 from fkv.models.decoder import Params, param_shapes
 
 # Our names to Hugging Face's. These arrays are the same on both sides.
@@ -117,6 +117,8 @@ def load(
             pass
         if str(dtype) not in _DTYPES.values():
             raise UserError(f"dtype {dtype!r} is not supported; use {_some(_DTYPES.values())}")
+    if not isinstance(mesh, Mesh | None):
+        raise UserError(f"mesh = {brief(mesh)} must be devices, of fkv.parallel.make_mesh(...)")
     directory = find(path_or_hub_id, revision)
     config = read(directory)
     stored = _stored(directory)
