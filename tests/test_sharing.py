@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 import fkv
 from configs import tiny
-from fkv import checkpoint, models, policies, replay, scorer, sharing
+from fkv import checkpoint, models, parallel, policies, replay, scorer, sharing
 from fkv.errors import UserError
 from fkv.jobs import export
 from tests import oracles
@@ -257,3 +257,16 @@ def test_the_job_shares_a_run(base, tmp_path):
     with pytest.raises(UserError, match="layout = 'torch' must be one of fkv, released"):
         export.run(config, str(tmp_path / "released"))
     assert jnp.isfinite(again.params["w1"]).all()
+
+
+def test_processes_meet_where_the_first_refuses_to_export(tmp_path, monkeypatch):
+    config, met = tiny.get_config(), []
+    config.export.scorer = str(tmp_path / "none")
+    monkeypatch.setattr(parallel, "barrier", lambda name, **_: met.append(name))
+    with pytest.raises(UserError, match=r"export.scorer = .*/none': no checkpoint in"):
+        export.run(config, str(tmp_path / "out"))
+    monkeypatch.setattr(parallel, "first", lambda: False)
+    monkeypatch.setattr(parallel, "anywhere", lambda flag: True)
+    with pytest.raises(UserError, match=r"process 0 can't export to .*/out: see what it said"):
+        export.run(config, str(tmp_path / "out"))
+    assert len(met) == 2

@@ -21,9 +21,15 @@ def run(config: ConfigDict, workdir: str) -> None:
     settings = config.export
     if settings.layout not in LAYOUTS:
         raise UserError(f"export.layout = {settings.layout!r} must be one of {', '.join(LAYOUTS)}")
+    wrong = None
     if parallel.first():
-        _write(config, workdir)
+        try:
+            _write(config, workdir)
+        except UserError as error:
+            wrong = error
     parallel.barrier("end of the export")
+    if parallel.anywhere(wrong is not None):
+        raise wrong or UserError(f"process 0 can't export to {workdir}: see what it said")
     common.say(f"written to {workdir}: fkv.load_scorer({str(workdir)!r}) reads it")
 
 
