@@ -215,6 +215,8 @@ def _plan(
     shared = _shared(
         config, other, [cell[:2] for cell in _cells(config, named)], problems, held_out
     )
+    if other is not None:
+        _check_questions(config, other, problems, inputs)
     return Plan(named, inputs, model, held_out, problems, new_tokens, other, shared)
 
 
@@ -472,6 +474,33 @@ def _shared(
         why = "other traces" if other.traces else f"no {comparison.TRACES}"
         common.say(f"loss ratios are not compared: {other.path} has {why}")
     return found
+
+
+def _check_questions(
+    config: ConfigDict, other: comparison.Other, problems: Sequence[Problem], inputs: dict
+) -> None:
+    """Refuses to compare with answers to other questions, though the right answers are the same.
+
+    Where prompts are made in another way, or nobody recorded of what, there is no telling.
+    """
+    try:
+        there = dict(json.loads(files.read_bytes(other.path / "config.json"))["evaluate"])
+    except (UserError, ValueError, TypeError, KeyError, RecursionError):
+        return
+    theirs, tokenizer = rundir.read_inputs(other.path), "model: its tokenizer"
+    alike = theirs.get(tokenizer) == inputs.get(tokenizer) and all(
+        there.get(name) == config.evaluate[name] for name in ("instruction", "chat")
+    )
+    name = "evaluate.benchmark: questions"
+    if not alike or not isinstance(theirs.get(name), list):
+        return
+    known = set(theirs[name])
+    new = [p.id for p, one in zip(problems, inputs[name], strict=True) if one not in known]
+    if new:
+        raise UserError(
+            f"evaluate.compare: {other.path} has other questions: problem {new[0]!r} is another "
+            "there"
+        )
 
 
 def _write_comparison(run: Run, other: comparison.Other, found: Sequence) -> None:

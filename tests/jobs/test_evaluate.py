@@ -595,6 +595,16 @@ def test_another_evaluation_is_compared_with(finished, scorer_dir, tmp_path, cap
         evaluate.run(recipe(scorer_dir, **more), str(tmp_path / "new"))
     assert not (tmp_path / "new").exists() and len(fake_model) == answered
 
+    # Questions may be others though their right answers are not.
+    more["evaluate__problems"] = 5
+    record = json.loads((path / "provenance.json").read_text())
+    record["evaluate.benchmark: questions"][3] = "another"
+    (path / "provenance.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="int8 has other questions: problem '3' is another there"):
+        evaluate.check(recipe(scorer_dir, **more), str(tmp_path / "new"))
+    more["evaluate__chat"] = not recipe(scorer_dir).evaluate.chat  # prompts are made otherwise
+    evaluate.check(recipe(scorer_dir, **more), str(tmp_path / "new"))
+
 
 # ---- bad input, and things to say
 
