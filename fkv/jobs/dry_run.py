@@ -127,12 +127,15 @@ def _stage(
     mesh: Mesh,
 ) -> list[str]:
     tokens, why = _trace_length(config, model)
-    shorter = max(tokens // 2 // config.interval, 1) * config.interval
-    common.say(f"compiling for traces of {shorter:,} and {tokens:,} tokens")
+    half = tokens // 2 // config.interval * config.interval
+    # Nothing is evicted from one that is too short.
+    other = half if half > config.budget + config.interval else 2 * tokens
+    shorter, longer = sorted((tokens, other))
+    common.say(f"compiling for traces of {shorter:,} and {longer:,} tokens")
     weights = costs.parameter_bytes(model, config.dtype) // config.model_axis
     fixed = costs.size(state)
-    points = [(n, weights + fixed + needed(n)) for n in (shorter, tokens)]
-    total = points[1][1]
+    points = [(n, weights + fixed + needed(n)) for n in (shorter, longer)]
+    total = dict(points)[tokens]
     step = operations(tokens)
     rows = [
         ["language model", _gb(weights)],

@@ -51,6 +51,11 @@ def test_the_supervised_stage(described):
     check_stage(dry_run.run("sft", described), described.sft.steps)
 
 
+def test_traces_of_which_half_is_too_short_to_evict_from(described):
+    described.traces.new_tokens = 64  # and B + L = 48
+    assert "traces of 64 tokens" in dry_run.run("sft", described)
+
+
 def test_the_reinforcement_stage_needs_more_for_more_rows_at_once(described):
     little = dry_run.run("grpo", described)
     check_stage(little, described.grpo.steps)
