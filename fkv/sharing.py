@@ -140,6 +140,7 @@ def check_directory(directory: str | os.PathLike, released: bool = False) -> Pat
     if released and kept:
         raise UserError(f"{path} is there already: give another directory")
     ours = (WEIGHTS, ABOUT, CARD, *(f"{name}.tmp" for name in (WEIGHTS, ABOUT, CARD)))
+    ours += ("log.txt", "sweep_point.json")  # a sweep keeps them beside what its points write
     others = sorted(name for name in kept if name not in ours and not name.startswith("."))
     if others and ABOUT not in kept:
         raise UserError(f"{path} holds other files ({others[0]}): give another directory")

@@ -270,3 +270,10 @@ def test_processes_meet_where_the_first_refuses_to_export(tmp_path, monkeypatch)
     with pytest.raises(UserError, match=r"process 0 can't export to .*/out: see what it said"):
         export.run(config, str(tmp_path / "out"))
     assert len(met) == 2
+
+
+def test_a_point_of_a_sweep_exports_beside_its_log(tmp_path):
+    (tmp_path / "log.txt").write_text("what it printed")
+    sharing.export(scorers(), tmp_path, ABOUT)
+    assert sharing.load(tmp_path)
+    assert (tmp_path / "log.txt").exists()
