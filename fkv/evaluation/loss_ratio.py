@@ -360,6 +360,8 @@ def read_traces(path: Path) -> tuple[list[Losses], list[str]]:
             if name in cell:
                 raise ValueError(f"trace {name} twice")
             cell[name] = np.array(sums, float).reshape(3, 3)
+            if not np.isfinite(cell[name]).all():
+                raise ValueError(f"{policy!r} has NaN or infinity of trace {name}")
         names = [list(cell) for cell in found.values()]
         if not names or any(one != names[0] for one in names):
             raise ValueError("policies of different traces, or none")
