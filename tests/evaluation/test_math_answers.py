@@ -299,26 +299,26 @@ def test_a_signal_is_not_taken_for_a_wrong_answer(monkeypatch):
     before, times = children(), []
     with Checker(deadline=60.0) as checker:
         checker.check(r"\boxed{1/3}", "3")
-        poll = checker._ours.poll.__func__
+        send = checker._ours.send_bytes.__func__
 
-        def killed_once(ours, seconds):
-            if len(times) < 1:
-                times.append(seconds)
-                checker._process.terminate()
-                checker._process.join()
-            return poll(ours, seconds)
+        def killed(most):
+            def send_and_kill(ours, message):
+                if len(times) < most:
+                    times.append(message)
+                    # Halted first, as it might be quicker with its answer than the signal.
+                    os.kill(checker._process.pid, signal.SIGSTOP)
+                    send(ours, message)
+                    checker._process.kill()
+                    checker._process.join()
+                else:
+                    send(ours, message)
 
-        monkeypatch.setattr(type(checker._ours), "poll", killed_once)
-        assert checker.check(r"\boxed{6/2}", "4") == ("wrong", "6/2") and times
+            monkeypatch.setattr(type(checker._ours), "send_bytes", send_and_kill)
 
-        def killed(ours, seconds):
-            if seconds == checker.deadline:  # and not while it starts
-                checker._process.terminate()
-                checker._process.join()
-            return poll(ours, seconds)
-
-        monkeypatch.setattr(type(checker._ours), "poll", killed)
-        assert checker.check(r"\boxed{6/2}", "3") == ("failed", "6/2")
+        killed(1)
+        assert checker.check(r"\boxed{6/2}", "4") == ("wrong", "6/2")
+        killed(3)
+        assert checker.check(r"\boxed{6/2}", "3") == ("failed", "6/2") and len(times) == 3
     assert children() == before
 
 
