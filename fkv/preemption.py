@@ -5,12 +5,11 @@ SIGINT, and a terminal or an ssh connection that goes away sends SIGHUP.
 """
 
 import contextlib
-import ctypes
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -79,18 +78,21 @@ def handled(handler: Callable) -> Iterator[None]:
             signal.signal(number, old or signal.SIG_DFL)
 
 
-def follow_parent() -> Callable[[], None] | None:
-    """What a child calls before its program starts, so that SIGTERM comes when this process dies.
+# Not by `preexec_fn`, which forks: JAX has threads, and warns of deadlocks.
+_FOLLOW = """\
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG, which stays over execv
+if os.getppid() != int(sys.argv[1]):  # it died before
+    sys.exit(128 + signal.SIGTERM)
+os.execv(sys.argv[2], sys.argv[2:])
+"""
 
-    Nothing else can be told of a SIGKILL. Only Linux has this; elsewhere there is nothing to call.
+
+def following(command: Sequence[str]) -> list[str]:
+    """The command of a child to which SIGTERM comes when this process dies.
+
+    Nothing else can be told of a SIGKILL. Only Linux has this; elsewhere it is the command itself.
     """
     if sys.platform != "linux":
-        return None
-    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
-
-    def follow():
-        prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:  # it died before
-            os._exit(128 + signal.SIGTERM)
-
-    return follow
+        return [*command]
+    return [sys.executable, "-c", _FOLLOW, str(os.getpid()), *command]

@@ -239,11 +239,10 @@ def _run_job(arguments: Sequence[str], log: IO | None) -> int:
     with (
         preemption.handled(pass_on),
         subprocess.Popen(
-            [sys.executable, "-m", *arguments],
+            preemption.following([sys.executable, "-m", *arguments]),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log and subprocess.STDOUT,
-            preexec_fn=preemption.follow_parent(),
         ) as job,
     ):
         jobs.append(job)

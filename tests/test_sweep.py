@@ -255,7 +255,9 @@ def stand_in(tmp_path, on_sigterm=SAVES):
     """A program in Python's place that works until it is asked to end."""
     job = tmp_path / "job"
     job.write_text(
-        f"#!/bin/sh\ntrap '{on_sigterm}' TERM\necho $$ > {tmp_path}/pid.tmp\n"
+        # What follows its parent begins in a real Python.
+        f'#!/bin/sh\n[ "$1" = -c ] && exec {sys.executable} "$@"\n'
+        f"trap '{on_sigterm}' TERM\necho $$ > {tmp_path}/pid.tmp\n"
         f"mv {tmp_path}/pid.tmp {tmp_path}/pid\nwhile :; do sleep 0.02; done\n"
     )
     job.chmod(0o755)
