@@ -51,7 +51,7 @@ def test_a_shared_directory_gives_the_scorers_back(tmp_path):
     # It acts alike.
     config, params = oracles.make_model()
     token, length = oracles.make_tokens(config, [50])
-    both = [replay.replay(config, params, token, length, p, 16, 8)[0] for p in (policy, again)]
+    both = [replay.replay(config, params, token, length, p, 32, 16)[0] for p in (policy, again)]
     np.testing.assert_array_equal(*both)
 
 

@@ -212,7 +212,7 @@ def test_cells_and_tables():
     cells = accuracy.cells(one)
     assert cells == [
         "h2o", "64", "62.5", f"{100 * low:.1f}-{100 * high:.1f}", "1234", "12.5 %", "25.0 %", "7.2",
-        "-25.0 (-50.0 to +6.2)", "3", "0",
+        "-25.0 (-50.0 to +6.2)", "3", "0", "",
     ]  # fmt: skip
     full = dataclasses.replace(result([[1]]), policy="full", budget=0)
     assert accuracy.cells(full)[:3] == ["full", "", "100.0"]
