@@ -228,9 +228,9 @@ def test_cells_and_tables():
 
     marked = tables.markdown(accuracy.HEAD, [cells]).splitlines()
     assert marked[0] == "| policy | budget | pass@1 | 95 % interval | tokens | cut off | " + (
-        "no answer | evictions | points to full | lost | gained |"
+        "no answer | evictions | points to full | lost | gained | trained at |"
     )
-    assert marked[1].split("|")[1:-1] == [" --- ", *[" ---: "] * 10]
+    assert marked[1].split("|")[1:-1] == [" --- ", *[" ---: "] * 11]
     assert marked[2] == f"| {' | '.join(cells)} |"
 
     lines = list(csv.DictReader(io.StringIO(accuracy.csv([full, one]))))
@@ -238,7 +238,7 @@ def test_cells_and_tables():
         "policy": "h2o", "budget": "64", "answers": "8", "pass_at_1": "0.625", "low": str(low),
         "high": str(high), "tokens": "1234.4", "cut off": "0.125", "no answer": "0.25",
         "evictions": "7.25", "difference": "-0.25", "difference_low": "-0.5",
-        "difference_high": "0.0625", "lost": "3", "gained": "0",
+        "difference_high": "0.0625", "lost": "3", "gained": "0", "trained_at": "",
     }  # fmt: skip
     assert lines[0]["difference"] == lines[0]["lost"] == ""
 
