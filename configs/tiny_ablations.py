@@ -8,7 +8,7 @@ under the three actions too. The summary has one line a group, policy and budget
 """
 
 from configs import tiny
-from fkv.sweep import Point, grid
+from fkv.runs.sweep import Point, grid
 
 SEEDS = (0, 1, 2)
 SCORERS = {

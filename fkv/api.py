@@ -17,12 +17,15 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from fkv import cache, decoding, kinds, models, policies, sharing, tasks
-from fkv.decoding import Sampling
+from fkv import kinds, models, policies, tasks
+from fkv.cache import slots as cache
+from fkv.engine import decoding
+from fkv.engine.decoding import Sampling
 from fkv.errors import UserError
 from fkv.keys import Purpose, key_of
 from fkv.models import ModelConfig, texts
 from fkv.policies.base import Policy
+from fkv.runs import sharing
 
 EMBEDDED = "embedded"
 Prompt = str | Sequence[int] | np.ndarray

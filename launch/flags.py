@@ -20,9 +20,10 @@ import ml_collections
 from absl import flags as absl_flags
 from ml_collections import config_flags
 
-from fkv import files, rundir
+from fkv import files
 from fkv.errors import UserError, suggest
 from fkv.jobs import dry_run
+from fkv.runs import rundir
 
 DISTRIBUTED = "--distributed"
 OPTIONS = ("--config", "--workdir", DISTRIBUTED, "--help")  # of every job

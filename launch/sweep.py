@@ -8,9 +8,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from fkv import files, pods, rundir, sweep
+from fkv import files
 from fkv.errors import UserError
+from fkv.evaluation import sweeps
 from fkv.jobs import common
+from fkv.runs import pods, rundir, sweep
 from launch import flags
 
 MAIN_JOB = "sft"
@@ -43,7 +45,7 @@ def main(argv):
             raise UserError(f"sweep point {point.name!r}: {error}") from None
     some = sweep.choose(points, options.points.split(","), root) if options.points else points
     if options.summary:
-        print(sweep.write_summary(points, root))
+        print(sweeps.write_summary(points, root))
     elif options.backend != "local":
         _on_pods(options, some, root, shared, path.stem)
     elif options.dry_run:
@@ -51,7 +53,7 @@ def main(argv):
     else:
         failed = sweep.run_local(some, root, shared, show=options.show, alone=some is points)
         if some is points:  # others may be at work on the rest
-            print(f"\n{sweep.write_summary(points, root)}")
+            print(f"\n{sweeps.write_summary(points, root)}")
         if failed:
             where = "above" if options.show else f"their log.txt in {root}"
             raise UserError(

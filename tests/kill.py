@@ -25,9 +25,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from fkv import checkpoint, files, models
+from fkv import files, models
 from fkv.evaluation import tables
 from fkv.models import ModelConfig
+from fkv.runs import checkpoint
 from fkv.tasks import ledger
 
 REPOSITORY = Path(__file__).parents[1]

@@ -20,8 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from fkv import attention, files, grpo, models, policies, replay, scorer, sft, sharing
-from fkv import cache as kv
+from fkv import files, models, policies
+from fkv.cache import attention
+from fkv.cache import slots as kv
+from fkv.engine import replay
+from fkv.learning import golden, grpo, sft
+from fkv.policies import scorer
+from fkv.runs import sharing
 
 LOGITS = 1e-4  # logits, losses per token, scorer scores
 SCORES = 1e-5  # future scores: probabilities
@@ -88,7 +93,7 @@ def check_replay(directory: Path) -> list[Row]:
     def row(what, ours, theirs, allowed=LOGITS):
         rows.append(Row(directory.name, what, error(ours, theirs), allowed))
 
-    _, labels, hidden = jax.jit(replay.golden_policy, static_argnums=(0, 4, 5))(
+    _, labels, hidden = jax.jit(golden.policy, static_argnums=(0, 4, 5))(
         config, params, token, length, budget, interval
     )
     row("full logits", models.unembed(config, params, hidden)[0], vectors["full_logits"])

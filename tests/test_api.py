@@ -14,9 +14,12 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
 
 import fkv
-from fkv import api, checkpoint, decoding, models, policies, scorer
+from fkv import api, models, policies
+from fkv.engine import decoding
 from fkv.errors import UserError
 from fkv.models import texts
+from fkv.policies import scorer
+from fkv.runs import checkpoint
 from tests import oracles
 
 SIZES = {"budget": 16, "interval": 8, "new_tokens": 20}
@@ -116,7 +119,7 @@ def test_damaged_and_absent_models_are_refused(tmp_path):
 
 
 def test_what_is_no_mesh_is_refused():
-    with pytest.raises(UserError, match=r"mesh = 3 must be devices, of fkv.parallel.make_mesh"):
+    with pytest.raises(UserError, match=r"mesh = 3 must be devices, of fkv.runs.parallel"):
         fkv.load(mesh=3)
 
 

@@ -16,11 +16,12 @@ import pytest
 
 import fkv
 from configs import tiny
-from fkv import checkpoint, models, rundir, scorer, sharing
+from fkv import models
 from fkv.errors import UserError
 from fkv.jobs import traces
 from fkv.models import ModelConfig
-from fkv.policies import Foresight
+from fkv.policies import Foresight, scorer
+from fkv.runs import checkpoint, rundir, sharing
 
 MODEL = ModelConfig("qwen3", 29, 16, 1, 2, 1, 8, 16, qk_norm=True, tied_embeddings=True)
 

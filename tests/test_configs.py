@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from fkv import grpo, scorer, sft
 from fkv.data import benchmarks
-from fkv.decoding import Sampling
+from fkv.engine.decoding import Sampling
 from fkv.errors import UserError
 from fkv.jobs.grpo import settings_of
+from fkv.learning import grpo, sft
+from fkv.policies import scorer
 from launch import flags
 
 REAL = ("r1_qwen", "qwen3_4b", "qwen3_1p7b", "r1_llama")

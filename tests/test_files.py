@@ -9,13 +9,14 @@ import pytest
 from matplotlib.figure import Figure
 
 import fkv
-from fkv import costs, files, models
+from fkv import files, models
 from fkv.errors import UserError
 from fkv.evaluation import peers, plots
 from fkv.jobs import traces
 from fkv.models import loading
+from fkv.runs import costs
 from tests import oracles
-from tests.test_checkpoint import small_files_only
+from tests.runs.test_checkpoint import small_files_only
 
 REFUSALS = [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO]
 

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 import fkv
-from fkv import api, policies, replay, scorer
+from fkv import api, policies
+from fkv.engine import replay
 from fkv.errors import UserError
 from fkv.keys import Purpose, fold, key_of, keys_of
+from fkv.policies import scorer
 from tests import oracles
 
 # What follows a purpose, each index from 0 to 7.

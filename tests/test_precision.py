@@ -7,9 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fkv import decoding, grpo, kernels, policies, pretrain, replay, scorer, sft
-from fkv.decoding import Sampling
+from fkv import policies
+from fkv.cache import kernels
+from fkv.engine import decoding, replay
+from fkv.engine.decoding import Sampling
 from fkv.keys import keys_of
+from fkv.learning import golden, grpo, pretrain, sft
+from fkv.policies import scorer
 from tests import oracles
 
 BUDGET, INTERVAL, LENGTH = 8, 4, 24
@@ -72,7 +76,7 @@ def labels(dtype):
     config, params = model(dtype)
 
     def run(params, token, length):
-        _, found, hidden = replay.golden_policy(config, params, token, length, *SIZES)
+        _, found, hidden = golden.policy(config, params, token, length, *SIZES)
         return found, replay.token_losses(config, params, hidden, token)
 
     return jax.make_jaxpr(run)(params, *oracles.make_tokens(config, [LENGTH]))

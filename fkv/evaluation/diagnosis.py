@@ -10,9 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from fkv import attention, models, replay
+from fkv import models
+from fkv.cache import attention
+from fkv.engine import replay
 from fkv.evaluation import tables
 from fkv.evaluation.loss_ratio import Losses, OneOf
+from fkv.learning import golden
 from fkv.models import ModelConfig
 from fkv.policies.base import Policy
 
@@ -56,11 +59,11 @@ def retention(
         replay.check(config, policy, budget, interval, rows=1)
     t = token_bt.shape[1]
 
-    golden, _, _ = jax.jit(replay.golden_policy, static_argnums=(0, 4, 5))(
+    forced, _, _ = jax.jit(golden.policy, static_argnums=(0, 4, 5))(
         config, params, token_bt, length_b, budget, interval
     )
     # Those that need no more room than B share one program.
-    evicting = {"golden": golden, **{name: p for name, p in policies.items() if p.evicts}}
+    evicting = {"golden": forced, **{name: p for name, p in policies.items() if p.evicts}}
     even = [name for name, p in evicting.items() if p.capacity(budget) == budget]
     choices = tuple(evicting[name] for name in even)
     for i, name in enumerate(even):

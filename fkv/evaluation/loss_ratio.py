@@ -18,11 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from fkv import files, models, parallel, replay
+from fkv import files, models
+from fkv.engine import replay
 from fkv.errors import UserError
 from fkv.evaluation import tables
 from fkv.models import ModelConfig
 from fkv.policies.base import Policy, View, common_statistics, trained_at
+from fkv.runs import parallel
 
 
 @flax.struct.dataclass
@@ -165,7 +167,7 @@ def measure(
 
     @jax.jit
     def golden(params, several, token, length, random):
-        forced, labels, full = replay.golden_policy(config, params, token, length, budget, interval)
+        forced, labels, full = golden.policy(config, params, token, length, budget, interval)
         first = budget // interval
         scores = jnp.concatenate([labels.future_score_ebkn, labels.newest_score_ebkl], axis=-1)
 

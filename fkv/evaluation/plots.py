@@ -261,8 +261,8 @@ def sweep(summary: Sequence[Mapping], path: str | Path) -> None:
     """Figures of a sweep against budget, a panel per figure and a line per group and policy.
 
     Args:
-      summary: from `fkv.sweep.summarise`; policies that say the same in every group (rules, the
-        full cache) are shown once.
+      summary: from `fkv.evaluation.sweeps.summarise`; policies that say the same in every
+        group (rules, the full cache) are shown once.
     """
     from matplotlib import colormaps
 

@@ -9,10 +9,11 @@ import time
 import jax
 import jax.numpy as jnp
 
-from fkv import costs, models
+from fkv import models
 from fkv.errors import UserError
 from fkv.keys import Purpose, key_of
 from fkv.models import ModelConfig
+from fkv.runs import costs
 
 
 def random_weights(config: ModelConfig, dtype: str, seed: int = 0) -> models.Params:

@@ -17,16 +17,20 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from fkv import cache as kv
-from fkv import costs, decoding, grpo, models, parallel, policies, replay, scorer, sft
+from fkv import models, policies
+from fkv.cache import slots as kv
+from fkv.engine import decoding, replay
 from fkv.errors import UserError
 from fkv.evaluation import peers, plots, tables, throughput
 from fkv.jobs import common, fields
 from fkv.jobs.grpo import settings_of
 from fkv.keys import Purpose, fold, key_of, keys_of
+from fkv.learning import golden, grpo, sft
 from fkv.models import ModelConfig
+from fkv.policies import scorer
 from fkv.policies.base import Policy
-from fkv.rundir import open_run, write_text
+from fkv.runs import costs, parallel
+from fkv.runs.rundir import open_run, write_text
 
 FORMULAS = """\
 roofline: the larger of bytes / bandwidth and FLOPs / peak, over the measured time of a step
@@ -767,13 +771,13 @@ def _prefill(bench: Bench) -> list[dict]:
 def _labels(bench: Bench) -> list[dict]:
     """Golden evictions of all layers of a trace."""
     config = bench.config
-    golden = jax.jit(replay.golden_policy, static_argnames=("config", "budget", "interval"))
+    label = jax.jit(golden.policy, static_argnames=("config", "budget", "interval"))
     fixed = dict(budget=config.budget, interval=config.interval)
 
     def prepare(arm):
         args = (bench.params, _tokens(bench, 1, arm.length), np.array([arm.length], np.int32))
         program, seconds, size = bench.compiled(
-            arm, lambda: golden.lower(bench.model, *args, **fixed)
+            arm, lambda: label.lower(bench.model, *args, **fixed)
         )
         return functools.partial(program, *args), size, seconds
 

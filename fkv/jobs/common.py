@@ -12,28 +12,19 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from fkv import (
-    api,
-    cache,
-    checkpoint,
-    costs,
-    files,
-    grpo,
-    models,
-    parallel,
-    preemption,
-    provenance,
-    replay,
-    tasks,
-)
+from fkv import api, files, models, tasks
+from fkv.cache import slots as cache
 from fkv.data import traces
+from fkv.engine import replay
 from fkv.errors import DivergedError, UserError
 from fkv.evaluation import loss_ratio, plots
 from fkv.keys import Purpose, key_of
+from fkv.learning import grpo
 from fkv.models import ModelConfig, texts
 from fkv.policies.base import Policy
 from fkv.policies.foresight import Trained
-from fkv.rundir import Run, write_text
+from fkv.runs import checkpoint, costs, parallel, preemption, provenance
+from fkv.runs.rundir import Run, write_text
 from fkv.tasks import ledger
 
 JOBS = (
@@ -86,7 +77,7 @@ def check_kernel(config: ConfigDict, name: str, where: str = "attention_kernel")
                 f"{where}: 'pallas' reads caches in the model's dtype only: set it to 'plain', or "
                 "cache_dtype to ''"
             )
-        from fkv import kernels
+        from fkv.cache import kernels
 
         try:
             kernels.for_platform(jax.default_backend())

@@ -8,28 +8,20 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from fkv import (
-    api,
-    cache,
-    costs,
-    decoding,
-    files,
-    grpo,
-    models,
-    parallel,
-    policies,
-    replay,
-    scorer,
-    sft,
-)
+from fkv import api, files, models, policies
+from fkv.cache import slots as cache
+from fkv.engine import decoding, replay
 from fkv.errors import UserError
 from fkv.evaluation import tables
 from fkv.jobs import common, fields
 from fkv.jobs import grpo as grpo_job
 from fkv.jobs import sft as sft_job
 from fkv.keys import Purpose, key_of
+from fkv.learning import grpo, sft
 from fkv.models import ModelConfig
 from fkv.models.decoder import param_shapes
+from fkv.policies import scorer
+from fkv.runs import costs, parallel
 from fkv.tasks import ledger
 
 # Of what an accelerator can do at most; what is reached depends on it and on the compiler.

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from fkv import api, decoding, files, parallel, policies, preemption, provenance, rundir
+from fkv import api, files, policies
 from fkv.api import Model
 from fkv.data import benchmarks
 from fkv.data.traces import Traces
+from fkv.engine import decoding
 from fkv.errors import UserError
 from fkv.evaluation import (
     accuracy,
@@ -28,7 +29,8 @@ from fkv.evaluation import (
 )
 from fkv.jobs import common, fields
 from fkv.policies.base import Policy, trained_at
-from fkv.rundir import Run, append_text, open_run, write_text
+from fkv.runs import parallel, preemption, provenance, rundir
+from fkv.runs.rundir import Run, append_text, open_run, write_text
 from fkv.tasks import ledger
 
 # What a run may be asked for more of; everything else must stay as it was.

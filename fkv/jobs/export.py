@@ -2,10 +2,11 @@
 
 from ml_collections import ConfigDict
 
-from fkv import files, models, parallel, sharing, tasks
+from fkv import files, models, tasks
 from fkv.api import EMBEDDED
 from fkv.errors import UserError
 from fkv.jobs import common, fields
+from fkv.runs import parallel, sharing
 
 LAYOUTS = ("fkv", "released")
 

@@ -11,9 +11,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from fkv import decoding, grpo, kinds, sft
+from fkv import kinds
+from fkv.engine import decoding
 from fkv.errors import UserError, suggest
 from fkv.kinds import SWITCH, TEXT, Kind, number, several, whole
+from fkv.learning import grpo, sft
 from fkv.models.config import CACHE_DTYPES
 from fkv.tasks import ledger
 

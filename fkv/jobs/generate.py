@@ -5,12 +5,13 @@ import warnings
 
 from ml_collections import ConfigDict
 
-from fkv import api, parallel, policies
-from fkv import cache as kv
+from fkv import api, policies
+from fkv.cache import slots as kv
 from fkv.errors import UserError
 from fkv.jobs import common, fields
 from fkv.policies.base import trained_at
-from fkv.rundir import open_run, write_text
+from fkv.runs import parallel
+from fkv.runs.rundir import open_run, write_text
 from fkv.tasks import ledger
 
 

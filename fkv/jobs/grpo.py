@@ -10,26 +10,20 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from fkv import (
-    api,
-    cache,
-    grpo,
-    parallel,
-    policies,
-    preemption,
-    provenance,
-    replay,
-    scorer,
-    sft,
-)
+from fkv import api, policies
+from fkv.cache import slots as cache
 from fkv.data import traces
 from fkv.data.traces import Traces
+from fkv.engine import replay
 from fkv.errors import UserError
 from fkv.evaluation import loss_ratio
 from fkv.jobs import common, evaluate, fields
 from fkv.keys import Purpose, key_of
+from fkv.learning import grpo, sft
 from fkv.models import ModelConfig
-from fkv.rundir import open_run
+from fkv.policies import scorer
+from fkv.runs import parallel, preemption, provenance
+from fkv.runs.rundir import open_run
 from fkv.tasks import ledger
 
 # What a run may be asked for more of, and what no result depends on.

@@ -4,9 +4,10 @@ import functools
 
 from ml_collections import ConfigDict
 
-from fkv import files, rundir
+from fkv import files
 from fkv.errors import UserError
 from fkv.jobs import common, evaluate, fields, grpo, pretrain, sft
+from fkv.runs import rundir
 
 JOBS = {"pretrain": pretrain, "sft": sft, "grpo": grpo, "evaluate": evaluate}
 # The scorers of a reinforcement stage that was asked for more steps answer anew.

@@ -6,13 +6,16 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from fkv import decoding, files, models, parallel, policies, preemption, pretrain
+from fkv import files, models, policies
+from fkv.engine import decoding
 from fkv.errors import UserError
 from fkv.evaluation.accuracy import exact_interval
 from fkv.jobs import common, fields
 from fkv.keys import Purpose, key_of, keys_of
+from fkv.learning import pretrain
 from fkv.models import ModelConfig
-from fkv.rundir import open_run
+from fkv.runs import parallel, preemption
+from fkv.runs.rundir import open_run
 from fkv.tasks import ledger
 
 MAY_DIFFER = common.other_jobs("pretrain")

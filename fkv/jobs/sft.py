@@ -9,12 +9,16 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from fkv import cache, parallel, policies, preemption, scorer, sft
+from fkv import policies
+from fkv.cache import slots as cache
 from fkv.data import traces
 from fkv.evaluation import loss_ratio
 from fkv.jobs import common, fields
 from fkv.keys import Purpose, key_of
-from fkv.rundir import open_run
+from fkv.learning import sft
+from fkv.policies import scorer
+from fkv.runs import parallel, preemption
+from fkv.runs.rundir import open_run
 
 # No result depends on these.
 MAY_DIFFER = ("sft.log_every", *common.other_jobs("sft"))

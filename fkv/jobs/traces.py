@@ -14,14 +14,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from ml_collections import ConfigDict
 
-from fkv import api, decoding, files, parallel, policies, preemption, provenance
+from fkv import api, files, policies
 from fkv.api import Model
 from fkv.data import benchmarks, sources
+from fkv.engine import decoding
 from fkv.errors import UserError
 from fkv.jobs import common, fields
 from fkv.keys import Purpose, key_of
 from fkv.models import texts
-from fkv.rundir import open_run
+from fkv.runs import parallel, preemption, provenance
+from fkv.runs.rundir import open_run
 from fkv.tasks import ledger
 
 # What a run may be asked for more of.

@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fkv.attention import einsum, einsum_f32
 from fkv.keys import fold
 from fkv.models.config import ModelConfig
+from fkv.models.numerics import einsum, einsum_f32
 
 Params = dict
 

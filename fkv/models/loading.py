@@ -22,10 +22,11 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from fkv import files, parallel
+from fkv import files
 from fkv.errors import UserError
 from fkv.models.config import ARCHITECTURES, ModelConfig, brief, from_hf, read, read_json
 from fkv.models.decoder import Params, param_shapes
+from fkv.runs import parallel
 
 # Our names to Hugging Face's. These arrays are the same on both sides.
 _TOP = {
@@ -118,7 +119,7 @@ def load(
         if str(dtype) not in _DTYPES.values():
             raise UserError(f"dtype {dtype!r} is not supported; use {_some(_DTYPES.values())}")
     if not isinstance(mesh, Mesh | None):
-        raise UserError(f"mesh = {brief(mesh)} must be devices, of fkv.parallel.make_mesh(...)")
+        raise UserError(f"mesh = {brief(mesh)} must be devices, of fkv.runs.parallel.make_mesh()")
     directory = find(path_or_hub_id, revision)
     config = read(directory)
     stored = _stored(directory)

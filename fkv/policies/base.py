@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fkv import attention, kinds
-from fkv import cache as kv
+from fkv import kinds
+from fkv.cache import attention
+from fkv.cache import slots as kv
 from fkv.errors import UserError
 from fkv.models import ModelConfig
 

@@ -5,8 +5,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fkv import attention, kinds, models
-from fkv.models import ModelConfig
+from fkv import kinds, models
+from fkv.models import ModelConfig, numerics
 from fkv.policies.base import Policy, View, check_sinks, name_of, register
 
 
@@ -52,13 +52,13 @@ class ExpectedAttention(Policy):
 
     def score(self, view: View) -> Array:
         key, position = view.key_bksd, view.cache.position_bks
-        q = attention.group_queries(future_queries(view, self.horizon), key.shape[1])
-        x = attention.einsum_f32("bqkgd,bksd->bkgqs", q, key) * q.shape[-1] ** -0.5
+        q = numerics.group_queries(future_queries(view, self.horizon), key.shape[1])
+        x = numerics.einsum_f32("bqkgd,bksd->bkgqs", q, key) * q.shape[-1] ** -0.5
         real = (view.query_position_bl >= 0)[:, None, None, :, None]
         count = jnp.maximum(real.sum(3), 1)
         mean = jnp.where(real, x, 0.0).sum(3) / count
         variance = jnp.where(real, (x - mean[:, :, :, None]) ** 2, 0.0).sum(3) / count
-        x = jnp.where((position >= 0)[:, :, None], mean + variance / 2, attention.MASKED)
+        x = jnp.where((position >= 0)[:, :, None], mean + variance / 2, numerics.MASKED)
         expected = jax.nn.softmax(x, axis=-1).mean(2)
         score = expected * jnp.linalg.norm(view.value_bksd.astype(jnp.float32), axis=-1)
         sinks = min(self.sinks, view.budget - view.interval)

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fkv import kinds, scorer
+from fkv import kinds
 from fkv.errors import UserError
 from fkv.models import ModelConfig
+from fkv.policies import scorer
 from fkv.policies.base import Policy, View, name_of, register, row_by_row
 
 ACTIONS = ("top", "sample", "multinomial")

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from fkv import kinds
-from fkv.attention import einsum_f32
 from fkv.models import ModelConfig
+from fkv.models.numerics import einsum_f32
 from fkv.policies.base import Policy, View, by_position, name_of, register, row_by_row
 from fkv.policies.snapkv import ODD, check_kernel, pooled_attention
 

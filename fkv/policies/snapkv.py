@@ -5,7 +5,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fkv import attention, kinds
+from fkv import kinds
+from fkv.cache import attention
 from fkv.errors import UserError
 from fkv.models import ModelConfig
 from fkv.policies.base import (

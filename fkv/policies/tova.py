@@ -5,8 +5,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fkv import attention
-from fkv import cache as kv
+from fkv.cache import attention
+from fkv.cache import slots as kv
 from fkv.policies.base import Policy, View, register
 
 

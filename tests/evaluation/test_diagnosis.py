@@ -12,7 +12,7 @@ from fkv import policies
 from fkv.evaluation import diagnosis, loss_ratio, plots
 from fkv.evaluation.accuracy import Accuracy
 from tests import oracles
-from tests.test_policies import h2o
+from tests.policies.test_policies import h2o
 
 BUDGET, INTERVAL, LENGTH, PADDED = 16, 8, 61, 64
 CHUNKS = PADDED // INTERVAL

@@ -10,11 +10,12 @@ import pytest
 from matplotlib import image
 from matplotlib.axes import Axes
 
-from fkv import policies, replay
+from fkv import policies
+from fkv.engine import replay
 from fkv.errors import UserError
 from fkv.evaluation import loss_ratio, plots
 from tests import oracles
-from tests.test_policies import h2o, snapkv
+from tests.policies.test_policies import h2o, snapkv
 
 BUDGET, INTERVAL = 16, 8
 LENGTHS = [45, 25, 61, 32, 40]  # T = B + L + 1 and T = B + 2L are among them

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from configs import tiny
-from fkv import decoding, models, policies
+from fkv import models, policies
+from fkv.engine import decoding
 from fkv.errors import UserError
 from fkv.evaluation import peers, throughput
 from fkv.jobs import benchmark

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 
 from configs import tiny
-from fkv import checkpoint, models, policies, scorer, sharing
+from fkv import models, policies
 from fkv.data import traces
 from fkv.errors import DivergedError, UserError
 from fkv.evaluation import loss_ratio
 from fkv.jobs import common, evaluate, export, generate, grpo, sft
+from fkv.policies import scorer
+from fkv.runs import checkpoint, sharing
 from tests import figures
 from tests.jobs.test_sft import model_dir, small
 

@@ -19,12 +19,14 @@ import pytest
 import tokenizers
 import transformers
 
-from fkv import api, decoding, models, policies, preemption, rundir
+from fkv import api, models, policies
+from fkv.engine import decoding
 from fkv.errors import UserError
 from fkv.evaluation import answers, loss_ratio
 from fkv.jobs import evaluate, generate, pipeline, sft
 from fkv.models import ModelConfig
 from fkv.policies import base
+from fkv.runs import preemption, rundir
 from fkv.tasks import ledger
 from tests import figures
 from tests.jobs.test_sft import SEED, small

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 import fkv
-from fkv import checkpoint, decoding, grpo, parallel, preemption, provenance, rundir
 from fkv.data.traces import Traces
+from fkv.engine import decoding
 from fkv.errors import DivergedError, UserError
 from fkv.jobs import common, evaluate, sft
 from fkv.jobs import grpo as job
+from fkv.learning import grpo
+from fkv.runs import checkpoint, parallel, preemption, provenance, rundir
 from tests import figures
 from tests.jobs.test_evaluate import by_key
 from tests.jobs.test_evaluate import samples as answers

@@ -3,9 +3,9 @@
 import pytest
 
 from configs import tiny
-from fkv import rundir
 from fkv.errors import UserError
 from fkv.jobs import pipeline
+from fkv.runs import rundir
 
 
 def recipe(**fields):

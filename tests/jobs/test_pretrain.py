@@ -9,9 +9,11 @@ import pytest
 from scipy import stats
 
 from configs import tiny
-from fkv import checkpoint, models, preemption, pretrain, tasks
+from fkv import models, tasks
 from fkv.errors import DivergedError, UserError
 from fkv.jobs import pretrain as job
+from fkv.learning import pretrain
+from fkv.runs import checkpoint, preemption
 from fkv.tasks import ledger
 from tests import figures
 

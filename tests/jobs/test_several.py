@@ -8,13 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fkv import checkpoint, decoding, grpo, rundir, sft
+from fkv.engine import decoding
 from fkv.evaluation import loss_ratio, plots
 from fkv.jobs import grpo as grpo_job
 from fkv.jobs import sft as sft_job
 from fkv.jobs import traces
+from fkv.learning import grpo, sft
+from fkv.runs import checkpoint, rundir
 from tests.jobs import test_grpo, test_sft, test_traces
-from tests.test_parallel import finish, start
+from tests.runs.test_parallel import finish, start
 
 
 def fake_decoding(config, params, policy, prompts, keys, new_tokens, *args):

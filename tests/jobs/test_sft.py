@@ -13,13 +13,14 @@ import pytest
 
 import fkv
 from configs import tiny
-from fkv import checkpoint, models, parallel, preemption
-from fkv import sft as stage
+from fkv import models
 from fkv.data import traces
 from fkv.errors import UserError
 from fkv.jobs import common, sft
+from fkv.learning import sft as stage
 from fkv.models import ModelConfig
-from fkv.rundir import open_run, read_inputs
+from fkv.runs import checkpoint, parallel, preemption
+from fkv.runs.rundir import open_run, read_inputs
 from fkv.tasks import ledger
 from launch import flags
 from tests import figures

@@ -9,12 +9,14 @@ import pytest
 
 import fkv
 from configs import tiny
-from fkv import api, decoding, preemption
+from fkv import api
 from fkv.data import traces as data
+from fkv.engine import decoding
 from fkv.errors import UserError
 from fkv.jobs import traces
 from fkv.keys import Purpose, key_of
 from fkv.models import ModelConfig, texts
+from fkv.runs import preemption
 from fkv.tasks import ledger
 from tests import figures
 from tests.jobs.test_evaluate import WORDS, word_model

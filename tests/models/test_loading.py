@@ -18,7 +18,7 @@ from fkv.errors import UserError
 from fkv.models import ModelConfig, loading
 from fkv.models.config import from_hf, read
 from tests.models import SMALL, full_logits, random_params, tokens, torch_logits, torch_model
-from tests.test_checkpoint import small_files_only
+from tests.runs.test_checkpoint import small_files_only
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 LLAMA3 = {

@@ -1,0 +1,189 @@
+"""Attention of one query a row, as one Pallas kernel for GPUs (Triton) and TPUs (Mosaic).
+
+It gives what `attention.attend` gives. Each cell of the grid reads one block of slots of one KV
+head once, keys and values, for all query heads of the group, and leaves what a softmax over these
+slots alone gives; the blocks are put together outside. Keys and values are never copied: where the
+last block reaches beyond the cache, what it reads there is masked.
+
+Letters: b batch, q queries (one), s cache slots, h query heads, k KV heads, g query heads per KV
+head, d head dim, n blocks of slots.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+
+from fkv.errors import UserError
+from fkv.models.numerics import MASKED, group_queries, precision
+
+# What a product of tiles takes at least (Triton), and a tile of bfloat16 on a TPU. A group has
+# fewer query heads: zeros fill up.
+ROWS = 16
+GPU_BLOCK = 128  # at most, a power of two like all that Triton holds, ...
+GPU_BYTES = 2**15  # and of no more keys than this: they lie in registers
+TPU_BLOCK = 2048  # at most; half a megabyte or more a cell, as each costs some time of its own
+
+
+def block_slots(slots: int, key_bytes: int, platform: str) -> int:
+    """How many slots a cell of the grid reads."""
+    if platform == "gpu":
+        return max(ROWS, min(GPU_BLOCK, GPU_BYTES // key_bytes))
+    blocks = -(-slots // TPU_BLOCK)
+    if blocks == 1:
+        return slots
+    return -(-slots // (128 * blocks)) * 128  # even blocks of whole tiles
+
+
+def decode_attention(
+    q_bqhd: Array,
+    k_bksd: Array,
+    v_bksd: Array,
+    position_b: Array,
+    key_position_bks: Array,
+    platform: str,
+    block: int = 0,
+    interpret: bool = False,
+) -> tuple[Array, Array]:
+    """`attention.attend` of one query a row, masked as by `attention.visible`.
+
+    Args:
+      q_bqhd: the queries, q = 1.
+      position_b: their absolute positions.
+      key_position_bks: of the keys, -1 where empty; k is 1 when the heads share positions.
+      platform: `gpu` or `tpu`.
+      block: slots that a cell of the grid reads; 0 for what suits the platform.
+      interpret: run on any device, as plain JAX; for tests.
+
+    Returns:
+      The attended values [b, q, h, d] in the dtype of the values, and the log-sum-exp of the
+      logits [b, k, g, q] (float32).
+
+    Raises:
+      UserError: the platform has no such kernel, or not for this head dim or dtype.
+    """
+    b, kv_heads, slots, d = k_bksd.shape
+    if platform == "tpu" and not interpret and k_bksd.dtype == jnp.float16:
+        raise UserError(
+            "attention_kernel 'pallas' knows no float16 on a TPU: set dtype to 'bfloat16', or it "
+            "to 'plain'"
+        )
+    if platform == "gpu" and not interpret and (d < ROWS or d & (d - 1)):
+        raise UserError(
+            f"attention_kernel 'pallas' needs a head dim that is a power of two from {ROWS} on a "
+            f"GPU, and that of the model is {d}: set it to 'plain'"
+        )
+    load, store, compiler_params = for_platform(platform)
+    group = q_bqhd.shape[2] // kv_heads
+    block = block or block_slots(slots, d * k_bksd.dtype.itemsize, platform)
+    blocks = -(-slots // block)
+    rows = max(ROWS, 1 << (group - 1).bit_length())  # a power of two
+
+    q_bkgd = group_queries(q_bqhd, kv_heads)[:, 0]
+    q_bkgd = jnp.pad(q_bkgd, ((0, 0), (0, 0), (0, rows - group), (0, 0)))
+    key_position = jnp.broadcast_to(key_position_bks, (b, kv_heads, slots))
+    beyond = blocks * block - slots
+    key_position = jnp.pad(key_position, ((0, 0), (0, 0), (0, beyond)), constant_values=-1)
+    key_position = key_position.reshape(b, kv_heads, blocks, 1, block)
+
+    def of_cell(*shape):
+        return pl.BlockSpec((None, None, None, *shape), lambda i, j, n: (i, j, n, 0, 0))
+
+    of_block = pl.BlockSpec((None, None, block, d), lambda i, j, n: (i, j, n, 0))
+    # Triton's arrays have all the rows, of which only those of the group are written.
+    written = rows if platform == "gpu" else group
+    out, top, total = pl.pallas_call(
+        functools.partial(_cell, load, store, slots, group),
+        grid=(b, kv_heads, blocks),
+        in_specs=[
+            pl.BlockSpec((None, None, rows, d), lambda i, j, n: (i, j, 0, 0)),
+            of_block,
+            of_block,
+            pl.BlockSpec((None, 1, 1), lambda i, j, n: (i, 0, 0)),
+            of_cell(1, block),
+        ],
+        out_specs=[of_cell(written, width) for width in (d, 1, 1)],
+        out_shape=[
+            jax.ShapeDtypeStruct((b, kv_heads, blocks, group, width), jnp.float32)
+            for width in (d, 1, 1)
+        ],
+        compiler_params=compiler_params,
+        interpret=interpret,
+        name="decode_attention",
+    )(q_bkgd, k_bksd, v_bksd, position_b[:, None, None], key_position)
+
+    highest = top.max(2, keepdims=True)
+    weight = jnp.exp(top - highest)
+    total = (weight * total).sum(2)
+    out = (weight * out).sum(2) / total
+    return out.reshape(q_bqhd.shape).astype(v_bksd.dtype), highest[:, :, 0] + jnp.log(total)
+
+
+def _cell(load, store, slots, group, q_ref, k_ref, v_ref, position_ref, key_position_ref, *out):
+    """One block: values [g, d] that are not divided by their sum [g, 1], and the largest logit."""
+    block, d = k_ref.shape
+
+    def inside(shape, axis):
+        """Which slots are of the cache; None for all."""
+        slot = jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+        return pl.program_id(2) * block + slot < slots if slots % block else None
+
+    k, v = (load(ref, inside((block, d), 0)) for ref in (k_ref, v_ref))
+    q, over = q_ref[...], (((1,), (1,)), ((), ()))
+    x = jax.lax.dot_general(q, k, over, precision(q, k), preferred_element_type=jnp.float32)
+    key_position = key_position_ref[...]
+    seen = (key_position >= 0) & (key_position <= position_ref[...])
+    x = jnp.where(seen, x * d**-0.5, MASKED)
+    top = x.max(-1, keepdims=True)
+    p = jnp.exp(x - top)
+    if (real := inside(p.shape, 1)) is not None:  # counts where a query sees nothing at all
+        p = jnp.where(real, p, 0.0)
+    p_v = p.astype(v.dtype)
+    values = jnp.dot(p_v, v, precision=precision(p_v, v), preferred_element_type=jnp.float32)
+    for ref, value in zip(out, (values, top, p.sum(-1, keepdims=True)), strict=True):
+        store(ref, value, group)
+
+
+def for_platform(platform: str) -> tuple[Callable, Callable, Any]:
+    """How a cell reads and writes its blocks there, and what the compiler is told.
+
+    Raises:
+      UserError: the platform has no such kernel.
+    """
+    if platform == "gpu":
+        try:
+            from jax.experimental.pallas import triton
+        except ImportError:
+            raise UserError(
+                f"attention_kernel 'pallas' needs Triton on a GPU, which Pallas of JAX "
+                f"{jax.__version__} lacks: set it to 'plain'"
+            ) from None
+
+        def load(ref, inside):
+            # Memory beyond the cache may not be ours to read.
+            return ref[...] if inside is None else triton.load(ref, mask=inside, other=0)
+
+        def store(ref, value, rows):
+            row = jax.lax.broadcasted_iota(jnp.int32, value.shape, 0)
+            triton.store(ref, value, mask=row < rows)
+
+        return load, store, triton.CompilerParams(num_warps=4)
+    if platform == "tpu":
+        from jax.experimental.pallas import tpu
+
+        def load(ref, inside):
+            # What a block has beyond the cache is anything, NaN too.
+            return ref[...] if inside is None else jnp.where(inside, ref[...], 0)
+
+        def store(ref, value, rows):
+            ref[...] = value[:rows]
+
+        return load, store, tpu.CompilerParams(dimension_semantics=("parallel",) * 3)
+    raise UserError(
+        f"attention_kernel 'pallas' needs a GPU or a TPU, and JAX runs on the {platform.upper()} "
+        "here: set it to 'plain'"
+    )

@@ -1,0 +1,1 @@
+"""Eviction policies at work: replay of whole traces, prefill and decoding."""

@@ -1,0 +1,126 @@
+"""What came out of a sweep: every figure, and a summary over the points of each group."""
+
+import csv
+import io
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fkv import files
+from fkv.errors import UserError
+from fkv.evaluation import plots, tables
+from fkv.runs.sweep import DONE, Point, is_done
+
+FIGURES = {  # file of a run directory: columns of it
+    "loss_ratio.csv": ("ratio", "ratio_low", "added_low", "overlap"),
+    "accuracy.csv": ("pass_at_1",),
+}
+
+
+def collect(points: Sequence[Point], root: str | os.PathLike) -> list[dict[str, Any]]:
+    """All figures of the points that are done: a row for each point, policy, budget and figure."""
+    rows = []
+    for point in points:
+        path = files.expand(root) / point.name
+        if not is_done(path, point):
+            continue
+        about = {"point": point.name, "group": point.group or point.name}
+        for file, figures in FIGURES.items():
+            if (path / file).exists():
+                rows += [{**about, **row} for row in _figures(path / file, figures)]
+    return rows
+
+
+def _figures(path: Path, figures: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The figures of one table."""
+
+    def refuse(reason):
+        return UserError(
+            f"{path} is damaged ({reason}): delete it and {DONE} beside it, and run the sweep "
+            "again, which writes both"
+        )
+
+    try:
+        text = files.read_bytes(path).decode()
+    except UnicodeDecodeError as error:
+        raise refuse(error) from error
+    if not text.endswith("\n"):
+        raise refuse("cut off" if text else "empty")
+    lines = csv.DictReader(io.StringIO(text, newline=""))
+    try:
+        if missing := [
+            n for n in ("policy", "budget", *figures) if n not in (lines.fieldnames or ())
+        ]:
+            raise refuse(f"no column {missing[0]!r}")
+        number = None
+        for number, line in enumerate(lines, 1):
+            if None in line or None in line.values():
+                raise refuse(f"row {number} has not as many fields as there are columns")
+            about = {"policy": line["policy"], "budget": int(line["budget"])}
+            for figure in figures:
+                yield {**about, "figure": figure, "value": float(line[figure])}
+    except (ValueError, csv.Error) as error:
+        raise refuse(f"row {number}: {error}") from error
+    if number is None:
+        raise refuse("no rows")
+
+
+def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Mean over the points of a group, and its standard error where there are several."""
+    cells: dict[tuple, list[float]] = {}
+    for row in rows:
+        key = tuple(row[name] for name in ("group", "policy", "budget", "figure"))
+        cells.setdefault(key, []).append(row["value"])
+    found = []
+    for (group, policy, budget, figure), values in cells.items():
+        n = len(values)
+        found.append(
+            {
+                "group": group,
+                "policy": policy,
+                "budget": budget,
+                "figure": figure,
+                "points": n,
+                "mean": float(np.mean(values)),
+                "se": float(np.std(values, ddof=1) / n**0.5) if n > 1 else float("nan"),
+            }
+        )
+    return found
+
+
+def table(summary: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows: a row for each group, policy and budget, a column for each figure."""
+    figures = list(dict.fromkeys(row["figure"] for row in summary))
+    lines: dict[tuple, dict[str, str]] = {}
+    for row in summary:
+        key = (row["group"], row["policy"], str(row["budget"]), str(row["points"]))
+        error = "" if np.isnan(row["se"]) else f" ± {row['se']:.3f}"
+        lines.setdefault(key, {})[row["figure"]] = (
+            "" if np.isnan(row["mean"]) else f"{row['mean']:.3f}{error}"
+        )
+    head = ["group", "policy", "budget", "points", *figures]
+    return head, [
+        [*key, *(cells.get(name, "") for name in figures)] for key, cells in lines.items()
+    ]
+
+
+def write_summary(points: Sequence[Point], root: str | os.PathLike) -> str:
+    """Writes `results.csv` (every figure), `summary.csv`, `summary.txt`, `summary.md` and
+    `summary.png`; returns the table as text, and where it is."""
+    root = files.expand(root)
+    rows = collect(points, root)
+    if not rows:
+        return f"no point in {root} has figures yet"
+    summary = summarise(rows)
+    for name, part in (("results", rows), ("summary", summary)):
+        body = [list(row.values()) for row in part]
+        files.write_text(Path(root, f"{name}.csv"), tables.comma_separated(list(part[0]), body))
+    head, body = table(summary)
+    text = tables.text(head, body)
+    files.write_text(Path(root, "summary.txt"), text + "\n")
+    files.write_text(Path(root, "summary.md"), tables.markdown(head, body) + "\n")
+    plots.sweep(summary, Path(root, "summary.png"))
+    return f"{text}\n\nwritten to {root}: results.csv, summary.(csv txt md png)"

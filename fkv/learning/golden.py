@@ -1,0 +1,229 @@
+"""Golden Eviction: the best evictions in hindsight, from full-cache attention.
+
+The future score of a cached entry after a chunk is the largest block score it will get from any
+later chunk of `L` queries; a block score is the mean full-cache attention probability over the
+block's queries and the group's heads. At every eviction the `L` candidates of lowest future score
+go (ForesightKV, arXiv 2602.03203, section 3).
+
+The search keeps, for each of the `B + L` cached entries, its future scores after every chunk: a
+row that is computed when the entry arrives, from the keys of its chunk against all later queries,
+and that is dropped with the entry. So memory is `(B + L) * T / L` floats a group plus one chunk of
+keys against the queries: linear in T, where the table of all block scores is `T * T / L` and the
+attention matrix `T * T`.
+
+Letters: b batch, e evictions, t tokens, k KV heads, g query heads per KV head, j query blocks,
+l interval (L), n candidates (B).
+"""
+
+from collections.abc import Callable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from fkv import models
+from fkv.cache import attention
+from fkv.cache import slots as kv
+from fkv.engine import replay
+from fkv.models import ModelConfig
+from fkv.policies.forced import Forced
+
+
+@flax.struct.dataclass
+class Labels:
+    """Golden evictions of one layer.
+
+    Attributes:
+      evict_position_ebkl: absolute positions to drop, int32, lowest future score first.
+      candidate_position_ebkn: absolute positions of the candidates, in the slot order in which
+        `fkv.engine.replay` holds them when these evictions are forced.
+      future_score_ebkn: their future scores, float32.
+      newest_score_ebkl: future scores of the newest `L`, in the order in which they came.
+      valid_eb: whether the row is long enough to have this eviction and a token after it.
+    """
+
+    evict_position_ebkl: Array
+    candidate_position_ebkn: Array
+    future_score_ebkn: Array
+    newest_score_ebkl: Array
+    valid_eb: Array
+
+
+def evictions(length: int, budget: int, interval: int) -> int:
+    """How many evictions of a trace of `length` tokens are followed by another token."""
+    return max(0, -(-(length - budget) // interval) - 1)
+
+
+def search(
+    future_rows: Callable[[Array], Array], length_b: Array, blocks: int, budget: int, interval: int
+) -> Labels:
+    """The search, by `lax.scan` over chunks, for all rows and heads at once.
+
+    Args:
+      future_rows: from a chunk's index c to [b, k, l, j]: for each of the chunk's entries, the
+        largest block score in blocks j and later (only j > c is read).
+      length_b: tokens of each row.
+      blocks: number of query blocks, `ceil(T / L)`.
+    """
+    kv.check_sizes(budget, interval)
+    slots, first = budget + interval, budget // interval
+    b, k, _, _ = jax.eval_shape(future_rows, jax.ShapeDtypeStruct((), jnp.int32)).shape
+
+    def step(state, chunk):
+        score, position = state  # [b, k, s, j] and [b, k, s]
+        score = jax.lax.dynamic_update_slice(score, future_rows(chunk), (0, 0, budget, 0))
+        arrived = chunk * interval + jnp.arange(interval)
+        arrived = jnp.where(arrived[None] < length_b[:, None], arrived[None], -1)
+        arrived = jnp.broadcast_to(arrived[:, None], (b, k, interval))
+        position = jax.lax.dynamic_update_slice(position, arrived, (0, 0, budget))
+
+        future = jax.lax.dynamic_index_in_dim(score, chunk + 1, axis=3, keepdims=False)
+        (future, newest), candidate = jnp.split(future, [budget], -1), position[..., :budget]
+        evict = kv.choose(future, candidate, interval)
+        labels = Labels(
+            jnp.take_along_axis(candidate, evict, axis=-1),
+            candidate,
+            future,
+            newest,
+            length_b > (chunk + 1) * interval,
+        )
+        target, source = kv.moves(evict, slots)
+        state = (kv.move(score, target, source), kv.move(position, target, source))
+        return state, labels
+
+    state = (jnp.zeros((b, k, slots, blocks)), jnp.full((b, k, slots), -1, jnp.int32))
+    filling = jnp.arange(min(first, blocks))
+    state, _ = jax.lax.scan(lambda s, c: (step(s, c)[0], None), state, filling)
+    # The last chunk's eviction is seen by no token.
+    return jax.lax.scan(step, state, jnp.arange(first, max(first, blocks - 1)))[1]
+
+
+def suffix_max(score_bktj: Array) -> Array:
+    """Largest score in this block or a later one."""
+    return jax.lax.cummax(score_bktj, axis=score_bktj.ndim - 1, reverse=True)
+
+
+def from_block_scores(score_xtj: Array, length_x: Array, budget: int, interval: int) -> Labels:
+    """Golden evictions from a table of block scores, over any leading axes at once.
+
+    Args:
+      score_xtj: block scores [..., T, ceil(T / L)], leading axes such as (layers, b, k).
+      length_x: tokens of each sequence, broadcast to the leading axes.
+
+    Returns:
+      Labels whose (b, k) axes are replaced by the leading axes.
+    """
+    lead, (t, j) = score_xtj.shape[:-2], score_xtj.shape[-2:]
+    future = suffix_max(score_xtj).reshape(-1, 1, t, j)
+    future = jnp.pad(future, ((0, 0), (0, 0), (0, -t % interval), (0, 0)))
+    length = jnp.broadcast_to(length_x, lead).reshape(-1)
+
+    def rows(chunk):
+        return jax.lax.dynamic_slice_in_dim(future, chunk * interval, interval, axis=2)
+
+    labels = search(rows, length, j, budget, interval)
+    return jax.tree.map(
+        lambda x: x.reshape(x.shape[0], *lead, *x.shape[3:]),
+        labels,
+    )
+
+
+def from_attention(
+    q_bthd: Array,
+    k_btkd: Array,
+    lse_bkgt: Array,
+    position_bt: Array,
+    budget: int,
+    interval: int,
+    queries: int = 4096,
+) -> Labels:
+    """Golden evictions of one layer, streamed from the queries and keys of its full pass.
+
+    Args:
+      q_bthd, k_btkd: rotated queries and keys of the full-cache pass.
+      lse_bkgt: log-sum-exp of every query's logits, from `attention.full_attention`.
+      position_bt: `arange(T)` where the row has a token, -1 after its end.
+      queries: how many queries meet a chunk of keys at once; memory is
+        `b * h * queries * L` floats.
+    """
+    b, t, k, _ = k_btkd.shape
+    blocks = -(-t // interval)
+    at_once = min(blocks, max(1, queries // interval))
+    slabs = -(-blocks // at_once)
+    length = slabs * at_once * interval
+
+    def fit(x, axis, value=0):
+        pad = [(0, 0)] * x.ndim
+        pad[axis] = (0, length - t)
+        return jnp.pad(x, pad, constant_values=value)
+
+    q, key, lse = fit(q_bthd, 1), fit(k_btkd, 1), fit(lse_bkgt, 3)
+    position = fit(position_bt, 1, -1)
+    width = at_once * interval
+
+    def rows(chunk):
+        start = chunk * interval
+        own = jnp.moveaxis(jax.lax.dynamic_slice_in_dim(key, start, interval, axis=1), 1, 2)
+        own_position = jax.lax.dynamic_slice_in_dim(position, start, interval, axis=1)
+
+        def slab(i, scores):
+            def part(x, axis):
+                return jax.lax.dynamic_slice_in_dim(x, i * width, width, axis=axis)
+
+            seen = attention.visible(part(position, 1), own_position[:, None])
+            x = attention.logits(part(q, 1), own, seen)  # [b, k, g, queries, l]
+            p = jnp.exp(x - part(lse, 3)[..., None]).mean(2) * seen
+            p = p.reshape(b, k, at_once, interval, interval).sum(3) / interval
+            return jax.lax.dynamic_update_slice(
+                scores, jnp.moveaxis(p, 2, 3), (0, 0, 0, i * at_once)
+            )
+
+        scores = jnp.zeros((b, k, interval, slabs * at_once))
+        first = jnp.minimum((chunk + 1) // at_once, slabs)
+        scores = jax.lax.fori_loop(first, slabs, slab, scores)
+        return suffix_max(scores)[..., :blocks]
+
+    length_b = (position_bt >= 0).sum(-1)
+    return search(rows, length_b, blocks, budget, interval)
+
+
+def layer_labels(
+    config: ModelConfig,
+    weights: models.Params,
+    hidden_btm: Array,
+    position_bt: Array,
+    budget: int,
+    interval: int,
+) -> tuple[Array, Labels]:
+    """One layer of the full pass: its output and its golden evictions.
+
+    It holds no cache: its keys and values are the model's own, whatever a cache would make of them.
+    """
+    q, k, v = models.project(config, weights, hidden_btm, position_bt)
+    out, lse = attention.full_attention(q, k, v, position_bt)
+    labels = from_attention(q, k, lse, position_bt, budget, interval)
+    return models.finish(config, weights, hidden_btm, out), labels
+
+
+def policy(
+    config: ModelConfig,
+    params: models.Params,
+    token_bt: Array,
+    length_b: Array,
+    budget: int,
+    interval: int,
+) -> tuple[Forced, Labels, Array]:
+    """The golden evictions of all layers, from one full pass.
+
+    Returns:
+      The policy that forces them, the labels [layers, e, ...], and the full-cache hidden states,
+      which `config.cache_dtype` has no say in.
+    """
+    position = replay.row_positions(token_bt, length_b)
+
+    def layer(hidden, weights):
+        return layer_labels(config, weights, hidden, position, budget, interval)
+
+    hidden, labels = jax.lax.scan(layer, models.embed(params, token_bt), params["layers"])
+    return Forced(labels.evict_position_ebkl), labels, hidden

@@ -1,0 +1,476 @@
+"""The reinforcement stage: GRPO over eviction traces.
+
+ForesightKV, arXiv 2602.03203, section 3.4. A rollout is the teacher-forced replay of a trace under
+sampled evictions; its reward is what the evictions cost on low-entropy tokens. In the update the
+recorded evictions are replayed, so the states are those of the rollout, and loss and gradient are
+taken inside the scan over chunks, as in `fkv.learning.sft`: no state outlives its eviction.
+
+Letters: r rollouts, t tokens, e chunks, n candidates, l dropped entries; the rows of a batch are
+the rollouts of its traces, those of one trace side by side.
+"""
+
+import dataclasses
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from fkv import kinds, models
+from fkv.engine import replay
+from fkv.errors import UserError
+from fkv.learning.sft import TrainState, mean_so_far, updates_made
+from fkv.models import ModelConfig
+from fkv.policies import Foresight, View, scorer
+from fkv.policies.base import Policy
+
+REWARDS = ("all", "low", "high", "low_large", "low_large_squared")
+LOG_PROBS = ("plackett_luce", "independent")
+POSITIVE = kinds.number(0, above=True)
+SETTINGS = {
+    "reward": kinds.one_of(REWARDS),
+    "log_prob": kinds.one_of(LOG_PROBS),
+    "rollouts": kinds.whole(2),  # a group compares
+    "epochs": kinds.whole(1),
+    "temperature": POSITIVE,
+    "eta": kinds.number(0),
+    "high_fraction": kinds.number(0, 1, below=True),  # or nothing would be low
+    "clip": POSITIVE,
+    "kl_weight": kinds.number(0),
+    "kl_steps": kinds.whole(0),
+    "rollouts_at_once": kinds.whole(0),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class GRPOConfig:
+    """The reinforcement stage.
+
+    Attributes:
+      rollouts: of each trace.
+      epochs: updates from one batch of rollouts.
+      temperature: of the draw from the pool of `2L`.
+      reward: what is penalised: the added loss of `all`, `low`- or `high`-entropy tokens, of low
+        ones where it is larger than `eta` (`low_large`), or its square there (the paper's choice).
+      eta: nats.
+      high_fraction: share of tokens, those with the largest full-cache entropy, called high.
+      clip: of the ratio of probabilities.
+      kl_weight, kl_steps: weight of the KL to the supervised scorer, for that many steps.
+      log_prob: `plackett_luce`, the law of the draw, or `independent`, as in the released code.
+      rollouts_at_once: how many a device replays at a time, so that they fit; 0 for all.
+    """
+
+    rollouts: int = 32
+    epochs: int = 1
+    temperature: float = 1.0
+    reward: str = "low_large_squared"
+    eta: float = 1.5
+    high_fraction: float = 0.2
+    clip: float = 0.2
+    kl_weight: float = 0.05
+    kl_steps: int = 100
+    log_prob: str = "plackett_luce"
+    rollouts_at_once: int = 0
+
+    def __post_init__(self):
+        kinds.check_fields("grpo.", self, **SETTINGS)
+
+
+def reward(evicted_nll_t: Array, full_nll_t: Array, counted_t: Array, eta: float) -> Array:
+    """Minus the mean over the counted tokens of the squared losses larger than `eta` nats."""
+    excess = evicted_nll_t - full_nll_t
+    penalty = jnp.where(excess > eta, excess**2, 0.0)
+    return -(penalty * counted_t).sum() / counted_t.sum()
+
+
+def advantages(reward_r: Array) -> Array:
+    """Rewards of a group, centred and divided by their (population) standard deviation."""
+    # From the first on, so that equal rewards give zeros and not rounding over rounding.
+    reward_r = reward_r - reward_r[:1]
+    return (reward_r - reward_r.mean()) / (reward_r.std() + 1e-8)
+
+
+def independent_log_prob(score_xn: Array, index_xl: Array) -> Array:
+    """Log-probability of each drop as if drawn alone from a softmax over all candidates.
+
+    Args:
+      score_xn: eviction scores, higher is dropped.
+      index_xl: dropped candidates.
+    """
+    return jnp.take_along_axis(jax.nn.log_softmax(score_xn, axis=-1), index_xl, axis=-1)
+
+
+def loss(
+    new_x: Array,
+    old_x: Array,
+    reference_x: Array,
+    advantage_x: Array,
+    clip: float,
+    kl_weight: float,
+) -> tuple[Array, Array]:
+    """PPO-clip loss plus the k3 estimate of the KL to the reference policy.
+
+    Args:
+      new_x, old_x, reference_x: log-probabilities of the dropped entries.
+      advantage_x: advantages, broadcast to them.
+
+    Returns:
+      The loss and the mean KL estimate, nats.
+    """
+    _, surrogate, kl = terms(new_x, old_x, reference_x, advantage_x, clip)
+    return -surrogate.mean() + kl_weight * kl.mean(), kl.mean()
+
+
+def terms(
+    new_x: Array, old_x: Array, reference_x: Array, advantage_x: Array, clip: float
+) -> tuple[Array, Array, Array]:
+    """What `loss` averages: ratio of probabilities, clipped surrogate and KL estimate, [x] each."""
+    ratio = jnp.exp(jnp.clip(new_x - old_x, -10, 10))
+    surrogate = jnp.minimum(ratio * advantage_x, jnp.clip(ratio, 1 - clip, 1 + clip) * advantage_x)
+    log_ratio = jnp.clip(reference_x - new_x, -10, 10)
+    return ratio, surrogate, jnp.exp(log_ratio) - log_ratio - 1
+
+
+def plackett_luce_log_prob(score_xm: Array, draws: int) -> Array:
+    """Log-probability of each of the first `draws` entries, drawn in order without replacement.
+
+    Args:
+      score_xm: eviction scores of the pool, in the order in which they were drawn; the rest follow.
+    """
+    left = jax.lax.cumlogsumexp(score_xm, axis=score_xm.ndim - 1, reverse=True)
+    return (score_xm - left)[..., :draws]
+
+
+def optimizer(learning_rate: float, warmup: int, clip: float) -> optax.GradientTransformation:
+    """Adam after clipping by global norm; linear warm-up, then a constant rate."""
+    if warmup < 0:
+        raise UserError(f"grpo.warmup = {warmup} must not be negative")
+    schedule = optax.linear_schedule(learning_rate / (warmup + 1), learning_rate, warmup)
+    return optax.chain(optax.clip_by_global_norm(clip), optax.adam(schedule))
+
+
+# ---- rollouts
+
+
+def rollout_reward(
+    config: GRPOConfig, evicted_bt: Array, full_bt: Array, entropy_bt: Array, counted_bt: Array
+) -> Array:
+    """Reward of each rollout [b].
+
+    Args:
+      evicted_bt, full_bt: losses per token with and without eviction, nats.
+      entropy_bt: full-cache entropies.
+      counted_bt: which tokens an eviction can change and the model wrote.
+    """
+    low = replay.low_entropy(entropy_bt, counted_bt, config.high_fraction)
+    excess = evicted_bt - full_bt
+    over = {"all": counted_bt, "high": counted_bt & ~low}.get(config.reward, low)
+    if config.reward.startswith("low_large"):
+        power = 2 if config.reward.endswith("squared") else 1
+        excess = jnp.where(excess > config.eta, excess**power, 0.0)
+    return -jnp.where(over, excess, 0.0).sum(-1) / jnp.maximum(over.sum(-1), 1)
+
+
+@flax.struct.dataclass
+class Recorded(Policy):
+    """Drops again what a rollout dropped, for observers that update scorers.
+
+    Attributes:
+      slots_yebkm: the pool of `2L` slots of every layer and chunk, the dropped ones first and in
+        the order in which they were drawn.
+      old_yebkl: log-probabilities of the drops when they were drawn.
+      params, reference: scorers that are trained, and those they started from.
+      config: what the scorers are made of.
+    """
+
+    slots_yebkm: Array
+    old_yebkl: Array
+    params: dict
+    reference: dict
+    config: scorer.ScorerConfig = flax.struct.field(pytree_node=False)
+
+    @property
+    def statistics(self) -> str | None:
+        return self.config.statistics
+
+    def pool(self, view: View) -> Array:
+        """Slots of this chunk's pool [b, k, m]."""
+        return jax.lax.dynamic_index_in_dim(self.slots_yebkm, view.chunk, axis=0, keepdims=False)
+
+    def evict(self, view: View) -> Array:
+        return self.pool(view)[..., : view.interval]
+
+
+def rollout(
+    config: ModelConfig,
+    scorer_config: scorer.ScorerConfig,
+    grpo: GRPOConfig,
+    model_params: models.Params,
+    params: dict,
+    token_bt: Array,
+    length_b: Array,
+    random_b: Array,
+    budget: int,
+    interval: int,
+) -> tuple[Array, Array]:
+    """Samples one eviction trace of every row.
+
+    Returns:
+      The pools [layers, chunks, b, k, 2L], see `Recorded`, and the losses per token [b, t - 1].
+    """
+    policy = Foresight(params, scorer_config, "sample", grpo.temperature)
+
+    def observe(acc, policy, view, evict):
+        # What is drawn is what is lowest after the perturbation, so the pool comes in its order.
+        return acc, jax.lax.top_k(-policy.importance(view), 2 * interval)[1]
+
+    hidden, _, pools = replay.replay(
+        config, model_params, token_bt, length_b, policy, budget, interval, random_b, observe
+    )
+    return pools, replay.token_losses(config, model_params, hidden, token_bt).nll_bt
+
+
+# ---- update
+
+
+@flax.struct.dataclass
+class Sums:
+    """What the replay of a batch adds up, per layer; each a mean over the drops of a row.
+
+    Attributes:
+      loss, kl, clipped, entropy: of the policy loss, the KL estimate, whether the ratio was
+        clipped, and the entropy of the first draw; summed over rows.
+      ratio: largest deviation of a ratio from 1.
+      grads: gradient of `loss` in the layer's scorer parameters.
+    """
+
+    loss: Array
+    kl: Array
+    clipped: Array
+    entropy: Array
+    ratio: Array
+    grads: dict
+
+    @classmethod
+    def zero(cls, params: dict) -> "Sums":
+        """Nothing yet, for scorers of such parameters (of all layers or of one)."""
+        lead = params["b2"].shape[:-1]
+        zero = jnp.zeros(lead)
+        return cls(zero, zero, zero, zero, zero, jax.tree.map(jnp.zeros_like, params))
+
+    def plus(self, other: "Sums") -> "Sums":
+        """Both together."""
+        total = jax.tree.map(jnp.add, self, other)
+        return total.replace(ratio=jnp.maximum(self.ratio, other.ratio))
+
+
+def loss_and_grads(
+    config: ModelConfig,
+    scorer_config: scorer.ScorerConfig,
+    grpo: GRPOConfig,
+    model_params: models.Params,
+    policy: Recorded,
+    first: Array,
+    kl_weight: Array,
+    advantage_b: Array,
+    token_bt: Array,
+    length_b: Array,
+    budget: int,
+    interval: int,
+) -> tuple[Sums, Array]:
+    """Loss and gradient of a batch of rollouts.
+
+    Args:
+      policy: the recorded evictions and the scorers.
+      first: whether the parameters are those that drew: then the ratios are exactly 1, and
+        `policy.old_yebkl` is not read.
+
+    Returns:
+      The sums, and the log-probabilities of the drops now [layers, chunks, b, k, l].
+    """
+    begin = budget // interval
+    events = jnp.maximum((length_b - 1) // interval - begin, 1)
+
+    def observe(acc: Sums, policy: Recorded, view: View, evict: Array):
+        live = (view.chunk >= begin) & (length_b > (view.chunk + 1) * interval)
+        weight = jnp.where(live, 1 / (events * config.kv_heads * interval), 0.0)[:, None, None]
+        pool = policy.pool(view)
+        pool = jnp.minimum(pool, view.budget - 1)  # while the cache fills, of no account
+        feature = scorer.features(scorer_config, view)
+        old = jax.lax.dynamic_index_in_dim(policy.old_yebkl, view.chunk, axis=0, keepdims=False)
+
+        def log_probs(params):
+            score = -scorer.apply(scorer_config, params, feature) / grpo.temperature
+            drawn = jnp.take_along_axis(score, pool, axis=-1)
+            if grpo.log_prob == "independent":
+                return independent_log_prob(score, pool[..., :interval]), drawn
+            return plackett_luce_log_prob(drawn, interval), drawn
+
+        reference, _ = log_probs(policy.reference)
+
+        def objective(params):
+            new, drawn = log_probs(params)
+            before = jnp.where(first, jax.lax.stop_gradient(new), old)
+            ratio, surrogate, kl = terms(
+                new, before, reference, advantage_b[:, None, None], grpo.clip
+            )
+            loss = ((kl_weight * kl - surrogate) * weight).sum()
+            p = jax.nn.softmax(drawn, axis=-1)
+            entropy = -(p * jax.nn.log_softmax(drawn, axis=-1)).sum(-1) * interval
+            off = jnp.abs(ratio - 1)
+            aux = (
+                (kl * weight).sum(),
+                ((off > grpo.clip) * weight).sum(),
+                (entropy * weight[..., 0]).sum(),
+                jnp.max(jnp.where(weight > 0, off, 0.0)),
+            )
+            return loss, (aux, new)
+
+        (loss, (aux, new)), grads = jax.value_and_grad(objective, has_aux=True)(policy.params)
+        kl, clipped, entropy, off = aux
+        return acc.plus(Sums(loss, kl, clipped, entropy, off, grads)), new
+
+    start = Sums.zero(jax.tree.map(lambda x: x[0], policy.params))
+    _, sums, new = replay.replay(
+        config, model_params, token_bt, length_b, policy, budget, interval,
+        observe=observe, acc=start,
+    )  # fmt: skip
+    # A shift of all scores changes no probability: what is computed for it is rounding.
+    grads = {**sums.grads, "b2": jnp.zeros_like(sums.grads["b2"])}
+    return sums.replace(grads=grads), new
+
+
+def train_step(
+    config: ModelConfig,
+    scorer_config: scorer.ScorerConfig,
+    grpo: GRPOConfig,
+    optimiser: optax.GradientTransformation,
+    budget: int,
+    interval: int,
+    axis: str,
+    state: TrainState,
+    model_params: models.Params,
+    reference: dict,
+    batch: "Batch",
+) -> tuple[TrainState, dict]:
+    """Rollouts and updates on this device's rows; speaks to the others over `axis`.
+
+    Returns:
+      The new state and metrics, means over the batch: reward, its spread within groups, the share
+      of groups without spread, and of every epoch [epochs] the loss, KL, clip fraction, entropy,
+      largest deviation of a ratio and norm of the gradient (the mean of the parts so far, see
+      `sft.accumulated`); and summed over the batch, for low- and high-entropy tokens, the loss
+      under eviction and with the full cache, and their number.
+    """
+    rows = batch.token_bt.shape[0]
+    at_once = grpo.rollouts_at_once or rows
+    if rows % at_once:
+        raise UserError(
+            f"grpo.rollouts_at_once = {at_once} must divide the {rows} rollouts of a device"
+        )
+
+    def split(x):
+        return x.reshape(rows // at_once, at_once, *x.shape[1:])
+
+    def roll(part):
+        token, length, random = part
+        return rollout(
+            config,
+            scorer_config,
+            grpo,
+            model_params,
+            state.params,
+            token,
+            length,
+            jax.vmap(jax.random.wrap_key_data)(random),
+            budget,
+            interval,
+        )
+
+    token, length = split(batch.token_bt), split(batch.length_b)
+    pools, nll = jax.lax.map(roll, (token, length, split(batch.random_b)))
+    nll = nll.reshape(batch.full_bt.shape)
+    reward = rollout_reward(grpo, nll, batch.full_bt, batch.entropy_bt, batch.counted_bt)
+    # A group may lie on several devices.
+    everyone = jax.lax.all_gather(reward, axis, tiled=True).reshape(-1, grpo.rollouts)
+    advantage = jax.vmap(advantages)(everyone).reshape(-1)
+    own = jax.lax.axis_index(axis) * rows
+    advantage = split(jax.lax.dynamic_slice_in_dim(advantage, own, rows))
+    kl_weight = jnp.where(state.step < grpo.kl_steps, grpo.kl_weight, 0.0)
+
+    def update(carry, epoch):
+        state, old = carry
+
+        def gradient(sums, part):
+            pools, old, advantage, token, length = part
+            policy = Recorded(pools, old, state.params, reference, scorer_config)
+            more, new = loss_and_grads(
+                config,
+                scorer_config,
+                grpo,
+                model_params,
+                policy,
+                epoch == 0,
+                kl_weight,
+                advantage,
+                token,
+                length,
+                budget,
+                interval,
+            )
+            # Of a single epoch nobody asks again how likely its drops were.
+            return sums.plus(more), new if grpo.epochs > 1 else old
+
+        parts = (pools, old, advantage, token, length)
+        zero = Sums.zero(state.params)
+        sums, new = jax.lax.scan(gradient, zero, parts)
+        off = jax.lax.pmax(sums.ratio, axis)
+        sums = jax.tree.map(lambda x: x / rows, jax.lax.pmean(sums, axis))
+        updates, opt_state = optimiser.update(sums.grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {
+            "loss": sums.loss.sum(),
+            "kl": sums.kl.mean(),
+            "clip_fraction": sums.clipped.mean(),
+            "entropy": sums.entropy.mean(),
+            "ratio_off": off.max(),
+            "grad_norm": optax.tree.norm(mean_so_far(sums.grads, state.opt_state)),
+        }
+        old = jnp.where(epoch == 0, new, old)
+        return (TrainState(state.step, params, opt_state), old), metrics
+
+    kept = pools.shape[:-1] if grpo.epochs > 1 else (*pools.shape[:2], 1, 1, 1)
+    empty = jnp.zeros((*kept, interval))
+    (state, _), metrics = jax.lax.scan(update, (state, empty), jnp.arange(grpo.epochs))
+
+    low = replay.low_entropy(batch.entropy_bt, batch.counted_bt, grpo.high_fraction)
+    total = lambda x, mask: jax.lax.psum(jnp.where(mask, x, 0.0).sum(), axis)  # noqa: E731
+    for name, mask in (("low", low), ("high", batch.counted_bt & ~low)):
+        metrics[f"evicted_{name}"] = total(nll, mask)
+        metrics[f"full_{name}"] = total(batch.full_bt, mask)
+        metrics[f"tokens_{name}"] = total(jnp.ones_like(nll), mask)
+    spread = everyone.std(-1)
+    metrics["reward"] = everyone.mean()
+    metrics["reward_spread"] = spread.mean()
+    metrics["groups_without_spread"] = (spread == 0).mean()
+    return state.replace(step=updates_made(state.step, state.opt_state)), metrics
+
+
+@flax.struct.dataclass
+class Batch:
+    """Rows of a step: every trace `rollouts` times, side by side.
+
+    Attributes:
+      token_bt, length_b: right-padded traces.
+      full_bt, entropy_bt: full-cache losses and entropies per token, [b, t - 1].
+      counted_bt: which of these tokens count.
+      random_b: raw data of one PRNG key per row.
+    """
+
+    token_bt: Array
+    length_b: Array
+    full_bt: Array
+    entropy_bt: Array
+    counted_bt: Array
+    random_b: Array

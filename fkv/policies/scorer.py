@@ -1,0 +1,185 @@
+"""The scorer: one tiny MLP per (layer, KV head) that predicts the importance of an entry.
+
+Its input is the entry's rotated key, its value, and eight attention features per query head of the
+group; its output an importance, higher is kept (paper section 3.2). The released scorers give the
+opposite, an eviction score: their output weights are negated on import.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from fkv import kinds
+from fkv.errors import UserError
+from fkv.keys import keys_of
+from fkv.models import ModelConfig
+from fkv.models.numerics import einsum_f32
+
+if TYPE_CHECKING:  # policies use scorers, not the other way round
+    from fkv.policies.base import View
+
+INPUTS = ("both", "attention", "kv")
+NORMS = ("none", "rms")
+FORMS = ("windowed", "reference")
+
+
+@dataclasses.dataclass(frozen=True)
+class ScorerConfig:
+    """What a scorer is made of; part of every scorer checkpoint.
+
+    Attributes:
+      hidden: width of the hidden layer.
+      inputs: `both`, or `attention` or `kv` alone.
+      norm: `none` as released, or `rms`: key, value and each of the eight attention features are
+        divided by their root mean square over the candidates of the state at hand, of which empty
+        slots are none.
+      form: `windowed` or `reference` attention statistics.
+    """
+
+    hidden: int = 16
+    inputs: str = "both"
+    norm: str = "none"
+    form: str = "windowed"
+
+    def __post_init__(self):
+        kinds.check_fields(
+            "scorer.",
+            self,
+            hidden=kinds.whole(1, 2**16),
+            inputs=kinds.one_of(INPUTS),
+            norm=kinds.one_of(NORMS),
+            form=kinds.one_of(FORMS),
+        )
+
+    @property
+    def statistics(self) -> str | None:
+        """The attention statistics that the features are made of; None when they need none."""
+        return None if self.inputs == "kv" else self.form
+
+
+class Scorer(nn.Module):
+    """The scorers of one layer: [b, k, n, f] features to [b, k, n] importances, float32."""
+
+    config: ScorerConfig
+
+    @nn.compact
+    def __call__(self, feature_bknf: Array) -> Array:
+        _, k, _, f = feature_bknf.shape
+        hidden = self.config.hidden
+        dense = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", batch_axis=0)
+        w1 = self.param("w1", dense, (k, f, hidden))
+        b1 = self.param("b1", nn.initializers.zeros, (k, hidden))
+        w2 = self.param("w2", nn.initializers.normal(hidden**-0.5), (k, hidden))
+        b2 = self.param("b2", nn.initializers.zeros, (k,))
+        x = einsum_f32("bknf,kfo->bkno", feature_bknf, w1) + b1[None, :, None]
+        x = jax.nn.gelu(x, approximate=False)
+        return einsum_f32("bkno,ko->bkn", x, w2) + b2[None, :, None]
+
+
+def feature_size(model: ModelConfig, scorer: ScorerConfig) -> int:
+    """Length of a feature vector."""
+    kv, attention = 2 * model.head_dim, 8 * model.group_size
+    return {"both": kv + attention, "kv": kv, "attention": attention}[scorer.inputs]
+
+
+def init(key: Array, model: ModelConfig, scorer: ScorerConfig) -> dict:
+    """Random scorer parameters of all layers, stacked: w1 [y, k, f, o], b1, w2 [y, k, o], b2."""
+    example = jnp.zeros((1, model.kv_heads, 1, feature_size(model, scorer)))
+
+    @jax.jit  # one program, where running it op by op compiles dozens
+    @jax.vmap
+    def layers(key):
+        return Scorer(scorer).init(key, example)["params"]
+
+    return layers(keys_of(key, model.layers))
+
+
+def shapes(model: ModelConfig, scorer: ScorerConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters that `init` makes."""
+    lead, hidden = (model.layers, model.kv_heads), scorer.hidden
+    first = (*lead, feature_size(model, scorer), hidden)
+    return {"w1": first, "b1": (*lead, hidden), "w2": (*lead, hidden), "b2": lead}
+
+
+def check_params(where: str, params: Any, hidden: int) -> None:
+    """Refuses what is not the parameters of scorers with a hidden layer of that width.
+
+    Args:
+      where: what the message begins with.
+      params: a dict of arrays; of those that have values, these are looked at, too.
+    """
+    wanted = {"w1": 4, "b1": 3, "w2": 3, "b2": 2}
+    found = params if isinstance(params, Mapping) else {"params": params}
+    arrays = {name: x for name, x in found.items() if hasattr(x, "shape") and hasattr(x, "dtype")}
+    if (
+        {name: x.ndim for name, x in arrays.items()} != wanted
+        or arrays.keys() != found.keys()
+        or any(
+            x.shape[:2] != arrays["w1"].shape[:2] or not jnp.issubdtype(x.dtype, jnp.floating)
+            for x in arrays.values()
+        )
+        or {arrays[name].shape[-1] for name in ("w1", "b1", "w2")} != {hidden}
+    ):
+        said = {
+            name: f"{x.dtype}{list(x.shape)}" if name in arrays else type(x).__name__
+            for name, x in found.items()
+        }
+        raise UserError(
+            f"{where} {said} are not the float32 w1 [y, k, f, o], b1 [y, k, o], w2 [y, k, o] and "
+            f"b2 [y, k] of a scorer with o = {hidden} hidden units"
+        )
+    for name, x in arrays.items():
+        if has_values(x) and not np.isfinite(np.asarray(x, np.float32)).all():
+            raise UserError(f"{where} {name} holds numbers that are not finite")
+
+
+def has_values(x: Any) -> bool:
+    """Whether an array can be read here, which a shape, a tracer or another host's can't."""
+    if isinstance(x, jax.Array):
+        return not isinstance(x, jax.core.Tracer) and x.is_fully_addressable
+    return isinstance(x, np.ndarray)
+
+
+def features(config: ScorerConfig, view: View) -> Array:
+    """Features of the `B` (or `view.capacity`) candidates, [b, k, n, f] float32.
+
+    In this order: key [d], value [d], then blocks of `g`: max, min and sum over the last `L`
+    queries, sum over the last 16, 8 and 32 queries, cumulative and decayed cumulative sum. Those of
+    empty slots may be anything.
+    """
+    if (
+        config.statistics == "reference"
+        and view.query_blhd.shape[2] > 8 * view.cache.key_bksd.shape[1]
+    ):
+        raise UserError("scorer.form = 'reference' is defined for at most 8 query heads a group")
+    parts = []
+    if config.inputs != "attention":
+        parts += [view.key_bksd, view.value_bksd]
+    if config.inputs != "kv":
+        s = view.statistics
+        parts += [s.largest, s.smallest, s.total, s.last_16, s.last_8, s.last_32]
+        parts += [view.cumulative_bksg, view.decayed_bksg]
+    parts = [x[:, :, : view.capacity].astype(jnp.float32) for x in parts]
+    if config.norm == "rms":
+        held = (view.cache.position_bks[..., : view.capacity] >= 0)[..., None]
+
+        def scaled(x):
+            number = jnp.maximum(held.sum((-2, -1), keepdims=True) * x.shape[-1], 1)
+            total = jnp.where(held, x * x, 0.0).sum((-2, -1), keepdims=True)
+            return x * jax.lax.rsqrt(total / number + 1e-30)
+
+        parts = [scaled(x) for x in parts]
+    return jnp.concatenate(parts, axis=-1)
+
+
+def apply(config: ScorerConfig, params: dict, feature_bknf: Array) -> Array:
+    """Importance [b, k, n] of the candidates of one layer, from that layer's parameters."""
+    return Scorer(config).apply({"params": params}, feature_bknf)

@@ -1,0 +1,1 @@
+"""Run directories, checkpoints, preemption, devices, costs, sweeps, pods, sharing."""

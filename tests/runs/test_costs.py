@@ -1,0 +1,118 @@
+"""The arithmetic of costs against what is counted: weights, the compiler's operations, bytes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fkv import models, policies
+from fkv.engine import replay
+from fkv.errors import UserError
+from fkv.models import ModelConfig
+from fkv.policies import scorer
+from fkv.runs import costs
+from tests import oracles
+
+SHAPE = ModelConfig("qwen3", 50, 8, 3, 4, 2, 4, 16, qk_norm=True, tied_embeddings=True)
+
+
+def test_parameters_are_those_of_the_model():
+    config, params = oracles.make_model()
+    assert costs.parameters(config) == sum(x.size for x in jax.tree.leaves(params))
+    assert costs.parameter_bytes(config, "bfloat16") == 2 * costs.parameters(config)
+
+
+def test_known_shapes_are_those_of_the_models():
+    # Billions of parameters as their cards say, without Qwen3's embedding counted twice.
+    sizes = {name: costs.parameters(shape) / 1e9 for name, shape in costs.SHAPES.items()}
+    assert sizes == pytest.approx(
+        {
+            "Qwen/Qwen3-4B": 4.022,
+            "Qwen/Qwen3-1.7B": 1.721,
+            "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": 7.616,
+            "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": 8.030,
+            "random-100m": 0.0934,
+        },
+        rel=2e-3,
+    )
+    assert costs.shape_of("Qwen/Qwen3-4B", 2).layers == 2
+    for name, layers, message in [
+        ("nowhere", 0, "no directory with a config.json; shapes known by name are Qwen/Qwen3-4B"),
+        ("Qwen/Qwen3-4B", 37, r"benchmark.layers = 37 must be 0 \(all\) to 36"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            costs.shape_of(name, layers)
+
+
+def test_formulas_by_hand():
+    # Per layer: queries and output 8 x 16 each, keys and values 8 x 8 each, MLP three of 8 x 16.
+    weights = 3 * (2 * 128 + 2 * 64 + 3 * 128)
+    assert costs.layer_weights(SHAPE) == weights
+    norms = 3 * (8 + 8 + 4 + 4) + 8
+    assert costs.parameters(SHAPE) == weights + norms + 50 * 8
+    # 3 layers, 2 KV heads, 10 slots: key and value of 4 numbers each, and a position.
+    assert costs.cache_bytes(SHAPE, 10, "float32") == 3 * 2 * 10 * (2 * 4 * 4 + 4)
+    assert costs.cache_bytes(SHAPE, 10, "bfloat16") == 3 * 2 * 10 * (2 * 4 * 2 + 4)
+    small = dataclasses.replace(SHAPE, cache_dtype="int8")
+    assert costs.cache_bytes(small, 10, "float32") == 3 * 2 * 10 * (2 * (4 + 4) + 4)
+    total = 4 * costs.parameters(SHAPE) + 5 * costs.cache_bytes(SHAPE, 10, "float32")
+    assert costs.decode_bytes(SHAPE, 5, 10, "float32") == total
+    attended = 3 * 4 * (2 * 4 * 10 + 2 * 4 * 10)  # layers, heads: q k and p v
+    assert costs.decode_flops(SHAPE, 5, 10) == 5 * (2 * (weights + 400) + attended)
+    assert costs.pass_flops(SHAPE, 20, 10) == 20 * (2 * weights + attended)
+    assert costs.pass_flops(SHAPE, 20) == 20 * (2 * weights + attended)  # 10 on average
+    assert costs.label_flops(SHAPE, 20) == 20 * (2 * weights + attended) + 3 * 4 * 4 * 400
+    rules = scorer.ScorerConfig(hidden=2)
+    # 24 tokens, B = 8, L = 4: evictions after 12, 16, 20 and 24.
+    scored = 2 * 3 * 2 * 8 * (2 * (2 * 4 + 8 * 2) + 2) * 4
+    looked = 2 * 3 * 4 * 4 * 24 * 12
+    evicted = costs.pass_flops(SHAPE, 24, 12)
+    want = costs.label_flops(SHAPE, 24) + evicted + looked + 2 * scored
+    assert costs.sft_flops(SHAPE, rules, 24, 8, 4) == want
+    want = 3 * (evicted + looked) + scored + 2 * 3 * scored + 2 * 24 * 400
+    assert costs.grpo_flops(SHAPE, rules, 24, 8, 4, epochs=2) == want
+
+
+def test_operations_are_those_that_the_compiler_counts():
+    # One layer and one block, since the compiler counts the body of a loop once.
+    config = ModelConfig("qwen3", 64, 256, 1, 4, 2, 64, 512, qk_norm=True, tied_embeddings=True)
+    params = jax.eval_shape(lambda: models.init(jax.random.key(0), config))
+    tokens = 128
+
+    def run(params, token, length):
+        full = policies.get("full")
+        return replay.replay(config, params, token, length, full, 32, 16)[0]
+
+    row = jax.ShapeDtypeStruct((1, tokens), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
+    counted = jax.jit(run).lower(params, *row).compile().cost_analysis()["flops"]
+    # What is masked is computed too: all pairs and not half of them.
+    ours = 2 * costs.pass_flops(config, tokens) - 2 * tokens * costs.layer_weights(config)
+    assert counted == pytest.approx(ours, rel=0.05)
+
+
+@pytest.mark.parametrize("cache_dtype", ["", "int8"])
+def test_caches_have_the_bytes_that_are_said(cache_dtype):
+    config, _ = oracles.make_model(heads=4, kv_heads=2, cache_dtype=cache_dtype)
+    for name in ("snapkv", "h2o"):
+        policy = policies.get(name)
+        cache = jax.eval_shape(
+            lambda policy=policy: replay.init_cache(policy, 3, config, 16, 8, jnp.bfloat16)
+        )
+        ours = costs.cache_bytes(config, 24, "bfloat16", bool(policy.statistics))
+        assert 3 * ours == config.layers * costs.size(cache), name
+
+
+def test_the_largest_that_fits_lies_on_the_line():
+    points = [(1000, 6e9), (3000, 10e9)]  # 4 GB, and 2 MB for each
+    assert costs.largest(points, 80e9) == 34_000
+    assert costs.largest(points, 80e9, 256) == 256 * 132
+    assert costs.largest(points, 4e9) == 0
+
+
+def test_temporaries_are_counted_beside_arguments_and_results():
+    x = jax.ShapeDtypeStruct((256, 256), jnp.float32)
+    assert costs.temporaries(lambda x: x + 1, x) < 1000
+    assert costs.temporaries(lambda x: jnp.sort(jnp.sin(x) @ x, axis=0).sum(), x) >= costs.size(x)
+    assert costs.size({"a": np.zeros((2, 3), np.int16), "b": x}) == 12 + 4 * 256**2
