@@ -13,6 +13,7 @@ Letters: b batch, t tokens, v vocabulary, m width, h query heads, k KV heads, d 
 
 import functools
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -22,6 +23,14 @@ from fkv.models.config import ModelConfig
 from fkv.models.numerics import einsum, einsum_f32
 
 Params = dict
+
+
+@flax.struct.dataclass
+class LM:
+    """A language model: parameters laid out as above, and their config (static under `jit`)."""
+
+    params: Params
+    config: ModelConfig = flax.struct.field(pytree_node=False)
 
 
 def param_shapes(config: ModelConfig) -> dict:

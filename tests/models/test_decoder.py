@@ -141,3 +141,10 @@ def test_init():
     assert layers["o_hdm"].std() == pytest.approx((64 * 6) ** -0.5, rel=0.05)
     assert layers["down_fm"].std() == pytest.approx((64 * 6) ** -0.5, rel=0.05)
     assert not np.allclose(layers["gate_mf"], layers["up_mf"])
+
+
+def test_the_config_of_a_language_model_is_static():
+    lm = models.LM({"embed_vm": jnp.ones((2, 3))}, SMALL)
+    assert jax.jit(lambda lm: lm.replace(params=lm.config.width))(lm).params == SMALL.width
+    assert jax.tree.map(jnp.shape, lm) == models.LM({"embed_vm": (2, 3)}, SMALL)
+    assert len(jax.tree.leaves(lm)) == 1
