@@ -144,7 +144,7 @@ def test_init():
 
 
 def test_the_config_of_a_language_model_is_static():
-    lm = models.LM({"embed_vm": jnp.ones((2, 3))}, SMALL)
-    assert jax.jit(lambda lm: lm.replace(params=lm.config.width))(lm).params == SMALL.width
-    assert jax.tree.map(jnp.shape, lm) == models.LM({"embed_vm": (2, 3)}, SMALL)
+    lm = models.LM({"embed_vm": jnp.ones((2, 3))}, CONFIG)
+    assert jax.jit(lambda lm: lm.replace(params=lm.config.width))(lm).params == CONFIG.width
+    assert jax.tree.map(jnp.shape, lm) == models.LM({"embed_vm": (2, 3)}, CONFIG)
     assert len(jax.tree.leaves(lm)) == 1
