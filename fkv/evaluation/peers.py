@@ -9,11 +9,10 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-import jax
-
 from fkv import files
 from fkv.errors import UserError
 from fkv.evaluation import throughput
+from fkv.runs import parallel
 
 ARMS = {
     "transformers": ("dynamic", "static", "static_compiled"),
@@ -57,7 +56,7 @@ class Peer:
                 "peer": name,
                 "model": model,
                 "dtype": dtype,
-                "device": jax.default_backend(),
+                "device": parallel.platform(),
                 "threads": throughput.cores(),
             }
         )

@@ -13,7 +13,7 @@ from fkv import models
 from fkv.errors import UserError
 from fkv.keys import Purpose, key_of
 from fkv.models import ModelConfig
-from fkv.runs import costs
+from fkv.runs import costs, parallel
 
 
 def random_weights(config: ModelConfig, dtype: str, seed: int = 0) -> models.Params:
@@ -56,7 +56,7 @@ def peaks(source: str, dtype: str, repeats: int = 5) -> Peaks:
     if source != "measured":
         known = ", ".join(["measured", *costs.DEVICES])
         raise UserError(f"benchmark.peaks = {source!r} must be one of {known}")
-    on_cpu = jax.default_backend() == "cpu"
+    on_cpu = parallel.platform() == "cpu"
     size, side = (2**26, 1024) if on_cpu else (2**30, 8192)
 
     def best(function, *args):

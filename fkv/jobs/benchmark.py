@@ -22,6 +22,7 @@ from fkv.cache import slots as kv
 from fkv.engine import decoding, replay
 from fkv.errors import UserError
 from fkv.evaluation import peers, plots, tables, throughput
+from fkv.files import write_text
 from fkv.jobs import common, fields
 from fkv.jobs.grpo import settings_of
 from fkv.keys import Purpose, fold, key_of, keys_of
@@ -30,7 +31,7 @@ from fkv.models import ModelConfig
 from fkv.policies import scorer
 from fkv.policies.base import Policy
 from fkv.runs import costs, parallel
-from fkv.runs.rundir import open_run, write_text
+from fkv.runs.rundir import open_run
 
 FORMULAS = """\
 roofline: the larger of bytes / bandwidth and FLOPs / peak, over the measured time of a step

@@ -18,13 +18,14 @@ from fkv.data import traces
 from fkv.engine import replay
 from fkv.errors import DivergedError, UserError
 from fkv.evaluation import loss_ratio, plots
+from fkv.files import write_text
 from fkv.keys import Purpose, key_of
 from fkv.learning import grpo
 from fkv.models import ModelConfig, texts
 from fkv.policies.base import Policy
 from fkv.policies.foresight import Trained
 from fkv.runs import checkpoint, costs, parallel, preemption, provenance
-from fkv.runs.rundir import Run, write_text
+from fkv.runs.rundir import Run
 from fkv.tasks import ledger
 
 JOBS = (
@@ -80,7 +81,7 @@ def check_kernel(config: ConfigDict, name: str, where: str = "attention_kernel")
         from fkv.cache import kernels
 
         try:
-            kernels.for_platform(jax.default_backend())
+            kernels.for_platform(parallel.platform())
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
 

@@ -291,11 +291,11 @@ def _generating(config, model, policy, rows, prompt, new_tokens, budget, samplin
 
 def _compiling(config: ConfigDict) -> str:
     """CPUs multiply bfloat16 as float32, in copies of all weights that no accelerator needs."""
-    return "float32" if jax.default_backend() == "cpu" else config.dtype
+    return "float32" if parallel.platform() == "cpu" else config.dtype
 
 
 def _compiled(config: ConfigDict) -> str:
-    where = jax.default_backend()
+    where = parallel.platform()
     if where == "cpu" and config.dtype != "float32":
         return f"(temporaries as compiled for the CPU in float32: in {config.dtype} less)"
     return f"(temporaries as compiled for the {where})"

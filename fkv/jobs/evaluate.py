@@ -27,10 +27,11 @@ from fkv.evaluation import (
     plots,
     tables,
 )
+from fkv.files import append_text, write_text
 from fkv.jobs import common, fields
 from fkv.policies.base import Policy, trained_at
 from fkv.runs import parallel, preemption, provenance, rundir
-from fkv.runs.rundir import Run, append_text, open_run, write_text
+from fkv.runs.rundir import Run, open_run
 from fkv.tasks import ledger
 
 # What a run may be asked for more of; everything else must stay as it was.

@@ -8,10 +8,11 @@ from ml_collections import ConfigDict
 from fkv import api, policies
 from fkv.cache import slots as kv
 from fkv.errors import UserError
+from fkv.files import write_text
 from fkv.jobs import common, fields
 from fkv.policies.base import trained_at
 from fkv.runs import parallel
-from fkv.runs.rundir import open_run, write_text
+from fkv.runs.rundir import open_run
 from fkv.tasks import ledger
 
 

@@ -25,6 +25,11 @@ DEADLINE = 1800.0  # seconds that a process waits for the others, unless said
 # ---- devices
 
 
+def platform() -> str:
+    """What programs are compiled for: `cpu`, `gpu` or `tpu`."""
+    return jax.default_backend()
+
+
 def make_mesh(model_axis: int = 1, span: str = "all") -> Mesh:
     """Devices as [data, model].
 
