@@ -22,6 +22,7 @@ from fkv import files, models
 from fkv.engine import replay
 from fkv.errors import UserError
 from fkv.evaluation import tables
+from fkv.learning import golden
 from fkv.models import ModelConfig
 from fkv.policies.base import Policy, View, common_statistics, trained_at
 from fkv.runs import parallel
@@ -166,7 +167,7 @@ def measure(
     uneven = {name: p for name, p in policies.items() if name not in even}
 
     @jax.jit
-    def golden(params, several, token, length, random):
+    def pass_of_golden(params, several, token, length, random):
         forced, labels, full = golden.policy(config, params, token, length, budget, interval)
         first = budget // interval
         scores = jnp.concatenate([labels.future_score_ebkn, labels.newest_score_ebkl], axis=-1)
@@ -221,7 +222,7 @@ def measure(
         def put(table, found, wanted=wanted, width=width):
             table[wanted, : width - 1] = np.asarray(found)[: len(wanted)]
 
-        full, gold, recall, regret = golden(params, several, token, length, random[rows])
+        full, gold, recall, regret = pass_of_golden(params, several, token, length, random[rows])
         put(nll["full"], full.nll_bt)
         put(nll["golden"], gold.nll_bt)
         put(entropy, full.entropy_bt)
