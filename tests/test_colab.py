@@ -80,7 +80,7 @@ def test_a_notebook_runs(path, tmp_path, monkeypatch):
 
 def test_notebooks_are_stored_clean():
     assert [path.stem for path in NOTEBOOKS] == sorted(PICTURES)
-    readme, install = (ROOT / "README.md").read_text(), set()
+    readme, install = (ROOT / "colab" / "README.md").read_text(), set()
     for path in NOTEBOOKS:
         book = read(path)
         nbformat.validate(book)
@@ -88,7 +88,7 @@ def test_notebooks_are_stored_clean():
         assert all(not cell.get("outputs") for cell in book.cells)
         assert all(re.fullmatch(r"[a-z-]+", cell.id) for cell in book.cells)
         install.add(next(cell.source for cell in book.cells if cell.id == "install"))
-        assert f"colab/{path.name}" in readme
+        assert f"]({path.name})" in readme
     (source,) = install  # the same in each
     address = re.search(r'REPOSITORY = "https://github.com/([^"]+)"', source)[1]
     assert readme.count(f"colab.research.google.com/github/{address}/blob/") == len(NOTEBOOKS)
