@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import re
 import signal
-import threading
 import unicodedata
 from collections.abc import Sequence
 
@@ -21,74 +20,49 @@ RIGHT, WRONG, NO_ANSWER, TIMEOUT, FAILED = "right", "wrong", "no answer", "timeo
 
 
 _THINK = re.compile(r"</?think>")
-# A run of backslashes, with the box or the brace that it belongs to; or a brace alone.
-_BRACES = re.compile(r"(\\++)(?:(boxed\s*+\{)|([{}]))?|([{}])")
+# A tag; a run of backslashes, with the box or the brace that it belongs to; or a brace alone.
+_TOKEN = re.compile(r"(</?think>)|(\\++)(?:(boxed\s*+\{)|([{}]))?|([{}])")
 
 
 def opens_thought(prompt: str, question: str = "") -> bool:
-    """Whether the answer to a prompt begins within a thought that the prompt has opened.
+    """Whether a prompt ends inside a thought, which the answer continues.
 
     Args:
       prompt: all of it, special tokens included.
-      question: what the user wrote of it; tags in there open nothing, but at the very end.
+      question: the user's part of it, in which tags are words.
     """
     _, found, after = prompt.rpartition(question) if question else ("", "", "")
     tags = _THINK.findall(after) if found else []
     return (tags[-1] == "<think>") if tags else prompt.rstrip().endswith("<think>")
 
 
-def answered(text: str, opened: bool = False) -> list[str]:
-    """The parts of a text outside of its thoughts, in order.
-
-    A thought lasts from `<think>`, or from the start, to `</think>`; one that is not ended lasts to
-    the end of the text. A `</think>` that ends none makes a thought of all before it.
-
-    Args:
-      opened: whether the prompt has opened a thought, as `opens_thought` says.
-    """
-    parts, start, thinking = [], 0, opened
-    for tag in _THINK.finditer(text):
-        if tag[0] == "<think>":
-            if not thinking:
-                parts.append(text[start : tag.start()])
-            thinking = True
-        else:
-            if not thinking:
-                parts.clear()
-            thinking, start = False, tag.end()
-    return parts if thinking else [*parts, text[start:]]
-
-
 def last_boxed(text: str, opened: bool = False) -> str | None:
-    r"""What is in the last complete `\boxed{...}` that is not in a thought; None without one.
+    r"""Contents of the last complete `\boxed{...}` outside of thoughts; None without one.
 
-    Of boxes in one another the inner counts. `\{` and `\}` are no braces, `\\}` is one. Neither
-    `\boxed 5` nor `\fbox{5}` is a box. It takes time linear in the length of the text.
+    A thought lasts from `<think>`, or from the start, to `</think>` or the end of the text. Of
+    nested boxes the inner one counts. `\{` and `\}` are no braces, `\\}` is one; `\boxed 5` and
+    `\fbox{5}` are no boxes. Takes time linear in the length of the text.
 
     Args:
-      opened: whether the prompt has opened a thought, as `opens_thought` says.
+      opened: whether the prompt has opened a thought, see `opens_thought`.
     """
-    for part in reversed(answered(text, opened)):
-        if (found := _last_boxed(part)) is not None:
-            return found
-    return None
-
-
-def _last_boxed(text: str) -> str | None:
-    # Starts of what braces enclose, -1 for those that are no box's.
-    opened, last = [], None
-    for token in _BRACES.finditer(text):
-        slashes, box, escaped, brace = token.groups()
+    # Starts of what the open braces enclose, -1 where they are no box's.
+    starts, last = [], None
+    for token in _TOKEN.finditer(text):
+        tag, slashes, box, escaped, brace = token.groups()
+        if tag:
+            if tag == "</think>" and not opened:  # all before it is a thought
+                last = None
+            opened, starts = tag == "<think>", []
+            continue
         if escaped and len(slashes) % 2 == 0:  # the backslashes are escaped, not the brace
             brace = escaped
-        if box:
-            opened.append(token.end())
-        elif brace == "{":
-            opened.append(-1)
-        elif brace == "}" and opened:
-            start = opened.pop()
-            if start >= 0 and (last is None or start > last[0]):
-                last = start, token.end() - 1
+        if opened or not (box or brace):
+            continue
+        if brace != "}":
+            starts.append(token.end() if box else -1)
+        elif starts and (start := starts.pop()) > (last[0] if last else -1):
+            last = start, token.end() - 1
     return None if last is None else text[slice(*last)].strip()
 
 
@@ -145,40 +119,38 @@ def check_choice(text: str, reference: str, opened: bool = False) -> tuple[str, 
 
 
 # Decimals, in scientific notation or not: `1.6e-19`, `1.6 \times 10^{-19}`, `10^6`.
-_EXPONENT = r"[+-]?[0-9]{1,4}"
-_POWER = rf"10 ?\^ ?(?:({_EXPONENT})|\{{ ?({_EXPONENT}) ?\}})"
+_EXPONENT = r"([+-]?[0-9]{1,4})"
+_POWER = rf"10 ?\^ ?(?:{_EXPONENT}|\{{ ?{_EXPONENT} ?\}})"
 _NUMBER = re.compile(
     rf"([+-]?) ?(?:{_POWER}|([0-9]*+)(?:\.([0-9]*+))?(?: ?(?:\\times|\\cdot|\*|×) ?{_POWER}"
-    rf"|[eE]({_EXPONENT}))?)"
+    rf"|[eE]{_EXPONENT})?)"
 )
 _THOUSANDS = re.compile(r"(?<=[0-9])(?:\{,\}|,(?:\\!)?|\\[, ;])(?=[0-9]{3}(?![0-9]))")
 _CLOSE = decimal.Decimal("1e-5")
 
 
-def _number(text: str) -> tuple[str, str, int] | None:
-    """Sign, digits and power of ten of a text that is a number and nothing else."""
+def _number(text: str) -> decimal.Decimal | None:
+    """The value of a text that is a number and nothing else."""
     found = _NUMBER.fullmatch(re.sub(r"\s+", " ", _THOUSANDS.sub("", text)))
     if found is None:
         return None
     sign, *powers, whole, fraction, times, times_braced, e = found.groups()
-    exponent = int(next(filter(None, (*powers, times, times_braced, e)), 0))
     if any(powers):
         whole = "1"
-    fraction = fraction or ""
     if not whole and not fraction:
         return None
-    return sign, (whole + fraction).lstrip("0") or "0", exponent - len(fraction)
+    exponent = next(filter(None, (*powers, times, times_braced, e)), "0")
+    return decimal.Decimal(f"{sign}{whole}.{fraction or ''}e{exponent}")
 
 
 def _far_apart(pair: Sequence[str]) -> bool | None:
-    """Whether two numbers differ by more than rounding can; None if it is for math-verify to say.
+    """Whether two numbers differ by more than rounding; None if math-verify is to say.
 
     To it decimals are equal if six places are, and so are all small powers of ten.
     """
-    numbers = [_number(text) for text in pair]
-    if None in numbers:
+    one, two = map(_number, pair)
+    if one is None or two is None:
         return None
-    one, two = (decimal.Decimal(f"{sign}{digits}e{power}") for sign, digits, power in numbers)
     if one == two:
         return False
     with decimal.localcontext(prec=30, Emin=decimal.MIN_EMIN, Emax=decimal.MAX_EMAX):
@@ -186,7 +158,7 @@ def _far_apart(pair: Sequence[str]) -> bool | None:
 
 
 def _tidy(text: str) -> str:
-    r"""The text as math-verify reads it right.
+    r"""The text in a form that math-verify reads correctly.
 
     To it `1e-5` is e - 5, decimals are equal if six places are, `42\\` and `42.` no numbers.
     """
@@ -196,28 +168,27 @@ def _tidy(text: str) -> str:
     number = _number(text)
     if number is None:
         return text.replace(r"\degree", r"^\circ")
-    sign, digits, power = number
-    small = digits != "0" and len(digits) + power < -2
-    if not small and set(text) <= set("+-.0123456789"):
+    if set(text) <= set("+-.0123456789") and (not number or number.adjusted() >= -3):
         return text
-    return rf"{sign}{digits} \times 10^{{{power}}}"
+    sign, digits, power = number.as_tuple()
+    return rf"{'-' * sign}{''.join(map(str, digits))} \times 10^{{{power}}}"
 
 
 def _serve(connection, deadline: float) -> None:
     """Answers (answer, reference) with whether they are equal, until the pipe is closed."""
-    os.setsid()  # Ctrl-C is the other's to heed
+    os.setsid()  # Ctrl-C is for the parent
     import math_verify
 
-    # It warns that timeouts are off; they are ours, those of math-verify rest on signals.
+    # It warns that its timeouts, which rest on signals, are off: the parent has its own.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
-    # JSON, as unpickling what comes from a process that reads untrusted text would be trusting it.
+    # JSON, since unpickling the messages of a process that reads untrusted text would trust it.
     connection.send_bytes(b"ready")
     while True:
         try:
             answer, reference = json.loads(connection.recv_bytes())
         except EOFError:
             return
-        # Should the other have been killed meanwhile, nobody else is there to end this.
+        # Should the parent be killed meanwhile, nobody else ends this.
         signal.setitimer(signal.ITIMER_REAL, deadline + 10)
         try:
             gold = math_verify.parse(f"\\boxed{{{reference}}}", parsing_timeout=None)
@@ -230,14 +201,12 @@ def _serve(connection, deadline: float) -> None:
 
 
 class Checker:
-    """Checks answers in a process that outlives no deadline; close it, or use `with`."""
+    """Checks answers in a process that is killed at the deadline; close it, or use `with`."""
 
     def __init__(self, deadline: float = 10.0):
         """Args: deadline: seconds for one comparison."""
         self.deadline = deadline
-        self._context = multiprocessing.get_context("spawn")
         self._process = None
-        self._lock = threading.Lock()
 
     def __enter__(self):
         return self
@@ -246,19 +215,18 @@ class Checker:
         self.close()
 
     def _start(self) -> None:
-        self._ours, theirs = self._context.Pipe()
-        self._process = self._context.Process(
-            target=_serve, args=(theirs, self.deadline), daemon=True
-        )
+        context = multiprocessing.get_context("spawn")
+        self._ours, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, self.deadline), daemon=True)
         self._process.start()
         theirs.close()
         try:
-            started = self._ours.poll(120) and self._ours.recv_bytes() == b"ready"
+            if self._ours.poll(120) and self._ours.recv_bytes() == b"ready":
+                return
         except EOFError:
-            started = False
-        if not started:
-            self.close()
-            raise UserError("math-verify can't be started: pip install math-verify")
+            pass
+        self.close()
+        raise UserError("math-verify can't be started: pip install math-verify")
 
     def close(self) -> None:
         """Ends the process."""
@@ -272,35 +240,34 @@ class Checker:
         """The verdict on a text, and the answer found in it.
 
         Args:
-          opened: whether the prompt has opened a thought, as `opens_thought` says.
+          opened: whether the prompt has opened a thought, see `opens_thought`.
 
         Returns:
           `right`, `wrong`, `no answer` (nothing boxed), `timeout` or `failed` (the parser raised),
-          and what was boxed.
+          and the contents of the box.
         """
         answer = last_boxed(text, opened)
         if answer is None:
             return NO_ANSWER, None
         pair = [_tidy(answer), _tidy(reference)]
-        if pair[0] == pair[1]:
-            return RIGHT, answer
-        if (far := _far_apart(pair)) is not None:
+        far = False if pair[0] == pair[1] else _far_apart(pair)
+        if far is not None:
             return (WRONG if far else RIGHT), answer
-        with self._lock:
-            # A scheduler's SIGTERM ends the process, too: only what crashes it twice has failed.
-            for _ in range(2):
-                if self._process is not None and not self._process.is_alive():
-                    self.close()
-                if self._process is None:
-                    self._start()
-                try:
-                    self._ours.send_bytes(json.dumps(pair).encode())
-                    if not self._ours.poll(self.deadline):
-                        self.close()
-                        return TIMEOUT, answer
-                    verdict = self._ours.recv_bytes()
-                except (EOFError, BrokenPipeError, ConnectionResetError):  # it crashed
-                    self.close()
-                else:
-                    return {b"true": RIGHT, b"false": WRONG}.get(verdict, FAILED), answer
-        return FAILED, answer
+        # A scheduler's SIGTERM ends the process, too: only what crashes it twice has failed.
+        return self._ask(pair) or self._ask(pair) or FAILED, answer
+
+    def _ask(self, pair: Sequence[str]) -> str | None:
+        """The verdict of the process; None if it crashes."""
+        if self._process is None or not self._process.is_alive():
+            self.close()
+            self._start()
+        verdict = None
+        try:
+            self._ours.send_bytes(json.dumps(pair).encode())
+            if self._ours.poll(self.deadline):
+                return {b"true": RIGHT, b"false": WRONG}.get(self._ours.recv_bytes(), FAILED)
+            verdict = TIMEOUT
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            pass
+        self.close()
+        return verdict
