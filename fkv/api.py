@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from fkv import kinds, models, policies, tasks
-from fkv.cache import slots as cache
+from fkv.cache.cadence import Cadence
 from fkv.engine import decoding
 from fkv.engine.decoding import Sampling
 from fkv.errors import UserError
@@ -217,13 +217,10 @@ def _policy(policy: str | Policy, model: Model, budget: int, interval: int) -> P
     """The policy, by its name or as it is, once it is known to fit the model."""
     if isinstance(policy, str):
         policy = policies.get(policy)
-    kinds.check("budget", budget, kinds.whole(1))
-    kinds.check("interval", interval, kinds.whole(1))
-    cache.check_sizes(budget, interval)
+    cadence = Cadence(budget, interval)
     trained = getattr(policy, "trained", None)
     try:
-        policies.check(policy, model.config, budget, interval)
-        policy.check_interval(interval)
+        policies.check(policy, model.config, cadence)
     except UserError as error:
         raise UserError(f"model {model.name}: {error}" if trained else str(error)) from None
     if trained and (other := trained.other_model(model.name, model.revision)):

@@ -23,6 +23,7 @@ from safetensors.numpy import load_file, save_file
 from fkv import files, models, policies
 from fkv.cache import attention
 from fkv.cache import slots as kv
+from fkv.cache.cadence import Cadence
 from fkv.engine import replay
 from fkv.learning import golden, grpo, sft
 from fkv.policies import scorer
@@ -31,6 +32,14 @@ from fkv.runs import sharing
 LOGITS = 1e-4  # logits, losses per token, scorer scores
 SCORES = 1e-5  # future scores: probabilities
 TIE = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class OneEviction(Cadence):
+    """A cadence of a single eviction, whose budget need be no multiple of the interval."""
+
+    def __post_init__(self):
+        pass
 
 
 @dataclasses.dataclass
@@ -231,7 +240,7 @@ def check_baselines(path: Path) -> list[Row]:
         jnp.int32(budget // interval),
         replay.row_keys(jax.random.key(0), 1),
         stats,
-        budget,
+        OneEviction(budget, interval),
     )
     window = {"window": int(z["window"]), "kernel": int(z["kernel"])}
     rows = []

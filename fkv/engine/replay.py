@@ -20,6 +20,7 @@ from jax import Array
 from fkv import models
 from fkv.cache import attention
 from fkv.cache import slots as kv
+from fkv.cache.cadence import Cadence
 from fkv.errors import UserError
 from fkv.keys import Purpose, key_of, keys_of
 from fkv.models import ModelConfig
@@ -119,8 +120,9 @@ def evict(
         return key_of(key, Purpose.EVICTION, layer, newest)
 
     random = jax.vmap(draw_key)(random_b, position_bl.max(-1))
+    cadence = Cadence(budget, position_bl.shape[1])
     view = View(
-        cache, query_blhd, position_bl, chunk, random, stats, budget, jnp.asarray(layer), config
+        cache, query_blhd, position_bl, chunk, random, stats, cadence, jnp.asarray(layer), config
     )
     lead = cache.position_bks.shape[:2]
     if view.capacity == budget:
@@ -148,9 +150,7 @@ def check(config: ModelConfig, policy: Policy, budget: int, interval: int, rows:
     Raises:
       UserError: one line that names the policy and both sides.
     """
-    kv.check_sizes(budget, interval)
-    base.check(policy, config, budget, interval)
-    policy.check_interval(interval)
+    base.check(policy, config, Cadence(budget, interval))
     if not policy.evicts:
         return
 
@@ -267,8 +267,7 @@ def replay(
       Hidden states after the last layer [b, t, m], accumulators [layers, ...], and what was
       observed [layers, chunks, ...].
     """
-    base.check(policy, config, budget, interval)
-    policy.check_interval(interval)
+    base.check(policy, config, Cadence(budget, interval))
     position = row_positions(token_bt, length_b, padding_b)
     if random_b is None:
         random_b = row_keys(key_of(0, Purpose.REPLAY), token_bt.shape[0])

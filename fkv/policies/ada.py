@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from fkv import kinds
+from fkv.cache.cadence import Cadence
 from fkv.errors import UserError
 from fkv.models import ModelConfig
 from fkv.policies.base import View, name_of, register
@@ -30,8 +31,8 @@ class Ada(SnapKV):
             f"{name_of(self)}: ", self, safeguard=kinds.number(0, 1), room=kinds.number(1)
         )
 
-    def check(self, config: ModelConfig, budget: int, interval: int) -> None:
-        super().check(config, budget, interval)
+    def check(self, config: ModelConfig, cadence: Cadence) -> None:
+        super().check(config, cadence)
         most = max(config.kv_heads, 2)
         if self.room > most:
             raise UserError(

@@ -20,6 +20,7 @@ from jax import Array
 from fkv import kinds
 from fkv.cache import attention
 from fkv.cache import slots as kv
+from fkv.cache.cadence import Cadence
 from fkv.errors import UserError
 from fkv.models import ModelConfig
 
@@ -36,13 +37,13 @@ class View:
       chunk: index of the chunk of `L` tokens just processed, int32.
       random_b: one PRNG key per row, different in every layer and chunk.
       statistics: attention statistics, when the policy asks for them, else None.
-      budget: B.
+      cadence: budget and interval, static.
       layer: index of this layer, int32.
       config: of the model.
       key_bksd, value_bksd: keys and values of all slots, as numbers whatever the cache's dtype.
       cumulative_bksg, decayed_bksg: sums of attention since each entry came, kept when the policy
         asks for statistics.
-      interval: L.
+      budget, interval: B and L.
       capacity: slots before the newest `L`; B, unless the policy asks for more.
     """
 
@@ -52,13 +53,17 @@ class View:
     chunk: Array
     random_b: Array
     statistics: attention.Statistics | None
-    budget: int = flax.struct.field(pytree_node=False)
+    cadence: Cadence = flax.struct.field(pytree_node=False)
     layer: Array | int = 0
     config: ModelConfig | None = flax.struct.field(pytree_node=False, default=None)
 
     @property
+    def budget(self) -> int:
+        return self.cadence.budget
+
+    @property
     def interval(self) -> int:
-        return self.query_blhd.shape[1]
+        return self.cadence.interval
 
     @property
     def capacity(self) -> int:
@@ -115,8 +120,8 @@ class Policy:
         cls.__annotations__ = {**inspect.get_annotations(cls), "kind": type}
         cls.kind = flax.struct.field(pytree_node=False, default=cls, kw_only=True, repr=False)
 
-    def check(self, config: ModelConfig, budget: int, interval: int) -> None:
-        """Refuses a model, or sizes, that the policy does not fit; a cheap look, before any pass.
+    def check(self, config: ModelConfig, cadence: Cadence) -> None:
+        """Refuses a model or a cadence that the policy does not fit; cheap, before any pass.
 
         Here: all arrays have the model's layers first, and there is room for the budget. A subclass
         that knows more says so in its own `check`, and calls this one.
@@ -126,7 +131,7 @@ class Policy:
         """
         name = name_of(self)
         for inner in self._inner():
-            check(inner, config, budget, interval)
+            check(inner, config, cadence)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if not field.metadata.get("pytree_node", True) and not _hashable(value):
@@ -157,6 +162,7 @@ class Policy:
             return
         if not _defines(self, "score", "evict"):
             raise UserError(f"{name} defines no score(view): give the importance of each slot")
+        budget = cadence.budget
         room = self.capacity(budget)
         if not kinds.whole(budget).fits(room):
             raise UserError(
@@ -168,11 +174,6 @@ class Policy:
                 f"{name} has room for {room} entries of a budget of {budget}: define "
                 "keep(view, importance), too"
             )
-
-    def check_interval(self, interval: int) -> None:
-        """Refuses parameters that were trained at another interval, unless that was asked for."""
-        for inner in self._inner():
-            inner.check_interval(interval)
 
     def _inner(self) -> list["Policy"]:
         """The policies that this one is made of."""
@@ -225,8 +226,8 @@ class Policy:
         return rank >= jnp.minimum(keep, view.capacity)[..., None]
 
 
-def check(policy: Any, config: ModelConfig, budget: int, interval: int) -> None:
-    """Refuses what is no policy, and a policy that does not fit the model or the sizes."""
+def check(policy: Any, config: ModelConfig, cadence: Cadence) -> None:
+    """Refuses what is no policy, and a policy that does not fit the model or the cadence."""
     if isinstance(policy, type) and issubclass(policy, Policy):
         raise UserError(
             f"{policy.__name__} is a class, and a policy is an object of it: {policy.__name__}(...)"
@@ -239,7 +240,7 @@ def check(policy: Any, config: ModelConfig, budget: int, interval: int) -> None:
             "an object of one of the classes in fkv.policies"
         )
     _check_decorated(type(policy))
-    policy.check(config, budget, interval)
+    policy.check(config, cadence)
 
 
 _NUMBERS = {jnp.floating: "float32", jnp.integer: "int32", jnp.bool_: "bool"}
@@ -376,12 +377,13 @@ def is_default(policy: Policy, field: str) -> bool:
     return getattr(policy, field) == type(policy).__dataclass_fields__[field].default
 
 
-def check_sinks(policy: Policy, sinks: int, budget: int, interval: int) -> None:
+def check_sinks(policy: Policy, cadence: Cadence) -> None:
     """Refuses more sinks than can stay beside the newest `L`, unless nobody asked for them."""
-    if sinks > budget - interval and not is_default(policy, "sinks"):
+    most = cadence.budget - cadence.interval
+    if policy.sinks > most and not is_default(policy, "sinks"):
         raise UserError(
-            f"{name_of(policy)}: sinks = {sinks} must be at most budget - interval = "
-            f"{budget - interval}, as the newest {interval} stay, too"
+            f"{name_of(policy)}: sinks = {policy.sinks} must be at most budget - interval = "
+            f"{most}, as the newest {cadence.interval} stay, too"
         )
 
 

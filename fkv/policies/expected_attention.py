@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from fkv import kinds, models
+from fkv.cache.cadence import Cadence
 from fkv.models import ModelConfig, numerics
 from fkv.policies.base import Policy, View, check_sinks, name_of, register
 
@@ -46,9 +47,9 @@ class ExpectedAttention(Policy):
             f"{name_of(self)}: ", self, horizon=kinds.whole(1, 2**20), sinks=kinds.whole(0)
         )
 
-    def check(self, config: ModelConfig, budget: int, interval: int) -> None:
-        super().check(config, budget, interval)
-        check_sinks(self, self.sinks, budget, interval)
+    def check(self, config: ModelConfig, cadence: Cadence) -> None:
+        super().check(config, cadence)
+        check_sinks(self, cadence)
 
     def score(self, view: View) -> Array:
         key, position = view.key_bksd, view.cache.position_bks

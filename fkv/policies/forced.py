@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from fkv import kinds
+from fkv.cache.cadence import Cadence
 from fkv.errors import UserError
 from fkv.models import ModelConfig
 from fkv.policies.base import STATISTICS, Policy, View, name_of, register
@@ -33,7 +34,7 @@ class Forced(Policy):
     def __post_init__(self):
         kinds.check_fields(f"{name_of(self)}: ", self, statistics=_NONE_OR_FORM)
 
-    def check(self, config: ModelConfig, budget: int, interval: int) -> None:
+    def check(self, config: ModelConfig, cadence: Cadence) -> None:
         x = self.position_yebkl
         if not hasattr(x, "shape") or x.ndim != 5 or not jnp.issubdtype(x.dtype, jnp.integer):
             got = f"{x.dtype} {list(x.shape)}" if hasattr(x, "shape") else repr(x)
@@ -42,13 +43,14 @@ class Forced(Policy):
                 "[layers, evictions, batch, KV heads, interval]"
             )
         layers, _, _, heads, dropped = x.shape
+        interval = cadence.interval
         if (layers, heads, dropped) != (config.layers, config.kv_heads, interval):
             raise UserError(
                 f"{name_of(self)}: position_yebkl is of {layers} layers, {heads} KV heads and "
                 f"interval = {dropped}, the model of {config.layers} layers and {config.kv_heads} "
                 f"KV heads, at interval = {interval}"
             )
-        super().check(config, budget, interval)
+        super().check(config, cadence)
 
     def score(self, view: View) -> Array:
         evictions = self.position_yebkl.shape[0]  # the engine took the layer axis

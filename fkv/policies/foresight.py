@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from fkv import kinds
+from fkv.cache.cadence import Cadence
 from fkv.errors import UserError
 from fkv.models import ModelConfig
 from fkv.policies import scorer
@@ -109,8 +110,8 @@ class Foresight(Policy):
             any_interval=kinds.SWITCH,
         )
 
-    def check(self, config: ModelConfig, budget: int, interval: int) -> None:
-        """Refuses scorers of another shape, or of numbers that are not finite."""
+    def check(self, config: ModelConfig, cadence: Cadence) -> None:
+        """Refuses scorers of another shape or interval, or of numbers that are not finite."""
         where = self.trained.source or name_of(self)
         scorer.check_params(f"{where}: params", self.params, self.config.hidden)
         layers, heads, size, _ = self.params["w1"].shape
@@ -121,12 +122,9 @@ class Foresight(Policy):
                 f"don't fit a model of {theirs[0]} layers x {theirs[1]} KV heads with {theirs[2]} "
                 f"features (scorer.inputs = {self.config.inputs!r})"
             )
-        super().check(config, budget, interval)
-
-    def check_interval(self, interval: int) -> None:
-        """Refuses another interval than that of the training; another budget is normal."""
-        where, trained = self.trained.source or name_of(self), self.trained.interval
-        if trained and trained != interval and not self.any_interval:
+        super().check(config, cadence)
+        trained, interval = self.trained.interval, cadence.interval
+        if trained and trained != interval and not self.any_interval:  # another budget is normal
             raise UserError(
                 f"{where}: trained at interval = {trained}, not {interval}: set interval to "
                 f"{trained}, or any_interval to True (of load_scorer, evaluate or generate) to use "

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from fkv import kinds
+from fkv.cache.cadence import Cadence
 from fkv.errors import UserError
 from fkv.models import ModelConfig
 from fkv.policies.base import Policy, View, check_sinks, name_of, register
@@ -42,10 +43,10 @@ class LagKV(Policy):
     def __post_init__(self):
         kinds.check_fields(f"{name_of(self)}: ", self, sinks=kinds.whole(0), lag=kinds.whole(0))
 
-    def check(self, config: ModelConfig, budget: int, interval: int) -> None:
-        super().check(config, budget, interval)
-        check_sinks(self, self.sinks, budget, interval)
-        held = budget + interval - min(self.sinks, budget - interval)
+    def check(self, config: ModelConfig, cadence: Cadence) -> None:
+        super().check(config, cadence)
+        check_sinks(self, cadence)
+        held = cadence.slots - min(self.sinks, cadence.budget - cadence.interval)
         if 2 * self.lag > held:
             raise UserError(
                 f"{name_of(self)}: lag = {self.lag} must be at most {held // 2}, so that two "

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from fkv import kinds
+from fkv.cache.cadence import Cadence
 from fkv.models import ModelConfig
 from fkv.models.numerics import einsum_f32
 from fkv.policies.base import Policy, View, by_position, name_of, register, row_by_row
@@ -87,9 +88,9 @@ class RKV(Policy):
             threshold=kinds.number(-1, 1),
         )
 
-    def check(self, config: ModelConfig, budget: int, interval: int) -> None:
-        super().check(config, budget, interval)
-        check_kernel(self, self.kernel, budget, interval)
+    def check(self, config: ModelConfig, cadence: Cadence) -> None:
+        super().check(config, cadence)
+        check_kernel(self, cadence)
 
     def protected(self, view: View) -> int:
         return min(self.window, view.interval)

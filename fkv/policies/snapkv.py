@@ -7,6 +7,7 @@ from jax import Array
 
 from fkv import kinds
 from fkv.cache import attention
+from fkv.cache.cadence import Cadence
 from fkv.errors import UserError
 from fkv.models import ModelConfig
 from fkv.policies.base import (
@@ -54,13 +55,13 @@ def widest(slots: int) -> int:
     return 2 * slots - 3
 
 
-def check_kernel(policy: Policy, kernel: int, budget: int, interval: int) -> None:
+def check_kernel(policy: Policy, cadence: Cadence) -> None:
     """Refuses a kernel that would make all slots as important, unless nobody asked for it."""
-    slots = policy.capacity(budget) + interval
-    if kernel > widest(slots) and not is_default(policy, "kernel"):
+    slots = policy.capacity(cadence.budget) + cadence.interval
+    if policy.kernel > widest(slots) and not is_default(policy, "kernel"):
         raise UserError(
-            f"{name_of(policy)}: kernel = {kernel} must be at most {widest(slots)}, as it pools "
-            f"over {slots} slots"
+            f"{name_of(policy)}: kernel = {policy.kernel} must be at most {widest(slots)}, "
+            f"as it pools over {slots} slots"
         )
 
 
@@ -78,9 +79,9 @@ class SnapKV(Policy):
     def __post_init__(self):
         kinds.check_fields(f"{name_of(self)}: ", self, window=kinds.whole(1), kernel=ODD)
 
-    def check(self, config: ModelConfig, budget: int, interval: int) -> None:
-        super().check(config, budget, interval)
-        check_kernel(self, self.kernel, budget, interval)
+    def check(self, config: ModelConfig, cadence: Cadence) -> None:
+        super().check(config, cadence)
+        check_kernel(self, cadence)
 
     def protected(self, view: View) -> int:
         return min(self.window, view.interval)

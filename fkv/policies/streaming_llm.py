@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from fkv import kinds
+from fkv.cache.cadence import Cadence
 from fkv.models import ModelConfig
 from fkv.policies.base import Policy, View, check_sinks, name_of, register
 
@@ -22,9 +23,9 @@ class StreamingLLM(Policy):
     def __post_init__(self):
         kinds.check_fields(f"{name_of(self)}: ", self, sinks=kinds.whole(0))
 
-    def check(self, config: ModelConfig, budget: int, interval: int) -> None:
-        super().check(config, budget, interval)
-        check_sinks(self, self.sinks, budget, interval)
+    def check(self, config: ModelConfig, cadence: Cadence) -> None:
+        super().check(config, cadence)
+        check_sinks(self, cadence)
 
     def score(self, view: View) -> Array:
         position = view.cache.position_bks

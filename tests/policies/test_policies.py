@@ -14,6 +14,7 @@ import pytest
 from fkv import policies
 from fkv.cache import attention
 from fkv.cache import slots as kv
+from fkv.cache.cadence import Cadence
 from fkv.engine import replay
 from fkv.errors import UserError
 from fkv.evaluation import loss_ratio
@@ -35,7 +36,8 @@ def make_view(cache, query, query_position, random, budget):
     lse = attention.attend(query, cache.key_bksd, cache.value_bksd, seen)[1]
     stats = attention.statistics(query, query_position, cache.key_bksd, cache.position_bks, lse)
     chunk, layer = jnp.int32(7), jnp.int32(0)
-    return policies.View(cache, query, query_position, chunk, random, stats, budget, layer, CONFIG)
+    cadence = Cadence(budget, query.shape[1])
+    return policies.View(cache, query, query_position, chunk, random, stats, cadence, layer, CONFIG)
 
 
 def random_view(seed, rows, budget, interval, h, k, empty):
