@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 import fkv
 from fkv import files, models
 from fkv.errors import UserError
-from fkv.evaluation import peers, plots
+from fkv.evaluation import plots
 from fkv.jobs import traces
+from fkv.jobs.benchmark import peers
 from fkv.models import loading
 from fkv.runs import costs
 from tests import oracles

@@ -12,8 +12,8 @@ from configs import tiny
 from fkv import models, policies
 from fkv.engine import decoding
 from fkv.errors import UserError
-from fkv.evaluation import peers, throughput
 from fkv.jobs import benchmark
+from fkv.jobs.benchmark import base, decode, device, peers
 from fkv.models import ModelConfig
 from tests.jobs.test_sft import model_dir, small
 
@@ -38,11 +38,11 @@ def shrink(model_dir, **changes):
 def measured(model_dir, tmp_path_factory):
     """A benchmark of every section that needs no other environment."""
     path = tmp_path_factory.mktemp("benchmark")
-    throughput_peaks, throughput.peaks = throughput.peaks, lambda *_: throughput.Peaks(1e9, 1e9, "")
+    real, device.peaks = device.peaks, lambda *_: device.Peaks(1e9, 1e9, "")
     try:
         return path, benchmark.run(shrink(model_dir), str(path))
     finally:
-        throughput.peaks = throughput_peaks
+        device.peaks = real
 
 
 def test_every_section_is_measured_and_written(measured):
@@ -81,7 +81,7 @@ def test_every_section_is_measured_and_written(measured):
 
 def test_kernels_stand_side_by_side(measured):
     config = tiny.get_config()
-    bench = benchmark.Bench(config, SHAPE, {}, None, 0, None)
+    bench = base.Bench(config, SHAPE, {}, None, 0, None)
     config.benchmark.policies, config.benchmark.kernels = ("full", "h2o"), ("plain", "pallas")
     arms = bench.arms((1,), (512,), config.benchmark.kernels)
     assert [(arm.policy, arm.kernel) for arm in arms] == [
@@ -97,7 +97,7 @@ def test_kernels_stand_side_by_side(measured):
 
 
 def test_what_does_not_fit_is_said(model_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(throughput, "peaks", lambda *_: throughput.Peaks(1e9, 1e9, ""))
+    monkeypatch.setattr(device, "peaks", lambda *_: device.Peaks(1e9, 1e9, ""))
     config = shrink(model_dir, sections=("decode", "largest_batch"), lengths=(1024,), batches=(64,))
     # Room for the evicted caches of two rows, and for no full cache of 1024 slots.
     config.benchmark.memory_gib = 150_000 / 2**30
@@ -110,15 +110,15 @@ def test_what_does_not_fit_is_said(model_dir, tmp_path, monkeypatch):
 
 
 def test_nothing_is_begun_when_time_is_over(model_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(throughput, "peaks", lambda *_: throughput.Peaks(1e9, 1e9, ""))
-    real, ran = benchmark._run_decode, []
+    monkeypatch.setattr(device, "peaks", lambda *_: device.Peaks(1e9, 1e9, ""))
+    real, ran = decode._run_decode, []
 
     def once(*args):
         ran.append(args)
         return real(*args)
 
-    monkeypatch.setattr(benchmark, "_run_decode", once)
-    monkeypatch.setattr(benchmark.Bench, "late", property(lambda _: bool(ran)))
+    monkeypatch.setattr(decode, "_run_decode", once)
+    monkeypatch.setattr(base.Bench, "late", property(lambda _: bool(ran)))
     config = shrink(model_dir, sections=("decode", "labels"), lengths=(40,))
     found = benchmark.run(config, str(tmp_path))
     assert len(ran) == 1 and found["labels"] == []
@@ -126,7 +126,7 @@ def test_nothing_is_begun_when_time_is_over(model_dir, tmp_path, monkeypatch):
     assert full["tokens_per_s"] > 0 and h2o["left_out"]
     text = (tmp_path / "benchmark.txt").read_text()
     assert "no time was left" in text and "Golden labels: nothing was measured" in text
-    bench = benchmark.Bench(*[None] * 6)
+    bench = base.Bench(*[None] * 6)
     monkeypatch.undo()
     assert not bench.late and dataclasses.replace(bench, end=0.0).late
 
@@ -134,7 +134,7 @@ def test_nothing_is_begun_when_time_is_over(model_dir, tmp_path, monkeypatch):
 def test_beside_a_peer(model_dir, tmp_path, monkeypatch):
     """With PyTorch in its own process: the same tokens, and a failure is a row of the table."""
     pytest.importorskip("torch")
-    monkeypatch.setattr(throughput, "peaks", lambda *_: throughput.Peaks(1e9, 1e9, ""))
+    monkeypatch.setattr(device, "peaks", lambda *_: device.Peaks(1e9, 1e9, ""))
     monkeypatch.setitem(peers.ARMS, "transformers", ("dynamic", "static", "no_such_cache"))
     config = shrink(model_dir, sections=("peers",), repeats=1)
     config.benchmark.peers.transformers = sys.executable
@@ -175,9 +175,9 @@ def test_search_for_the_largest(best, start):
         tried.append(batch)
         return batch <= best
 
-    assert benchmark.largest(fits, start, 64, 0.0) == min(best, 64)
+    assert decode.largest(fits, start, 64, 0.0) == min(best, 64)
     assert len(tried) == len(set(tried)) <= 14 and max(tried) <= 64
-    near = benchmark.largest(lambda batch: batch <= best, start, 64, 0.25)
+    near = decode.largest(lambda batch: batch <= best, start, 64, 0.25)
     assert min(best, 64) / 1.25 <= near <= min(best, 64)
 
 
@@ -186,8 +186,8 @@ def test_a_made_up_state_is_one_of_decoding(name, cache_dtype):
     """As prefill leaves it: the same structure, as many entries, the newest position."""
     shape = dataclasses.replace(SHAPE, cache_dtype=cache_dtype)
     policy = policies.get(name)
-    arm = benchmark.Arm(name, 16 if policy.evicts else 0, 2, 96)
-    state = benchmark.made_up_state(shape, policy, arm, 8, 3, "float32", jax.random.key(0))
+    arm = base.Arm(name, 16 if policy.evicts else 0, 2, 96)
+    state = decode.made_up_state(shape, policy, arm, 8, 3, "float32", jax.random.key(0))
     params = models.init(jax.random.key(0), SHAPE)
     real, width = decoding._start(
         shape, params, policy, [np.arange(50) % 50] * 2, state.key_b, 40, 16, 8,
@@ -208,18 +208,18 @@ def test_a_made_up_state_is_one_of_decoding(name, cache_dtype):
 
 
 def test_roofline_is_set_by_what_takes_longer():
-    peaks = throughput.Peaks(100.0, 10.0, "")
+    peaks = device.Peaks(100.0, 10.0, "")
     assert peaks.roofline(200, 5) == (2.0, "compute")
     assert peaks.roofline(200, 50) == (5.0, "memory")
-    assert throughput.peaks("H100", "bfloat16").bandwidth == 3.35e12
+    assert device.peaks("H100", "bfloat16").bandwidth == 3.35e12
     with pytest.raises(UserError, match="must be one of measured, TPU v4, TPU v5e"):
-        throughput.peaks("abacus", "bfloat16")
+        device.peaks("abacus", "bfloat16")
 
 
 def test_growth_is_of_the_chunks_it_names():
     # 64 chunks after the first, the second repeat twice as slow and both slower as they go.
     seconds = np.array([[1.0], [2.0]]) * np.linspace(1, 3, 63)[None]
-    record = benchmark._growth_record(benchmark.Arm("x", 64, 4, 0), seconds, 512)
+    record = decode._growth_record(base.Arm("x", 64, 4, 0), seconds, 512)
     assert list(record["ms_per_token"]) == ["1024", "2048", "4096", "8192", "16384", "32768"]
     assert record["growth"] == pytest.approx(3, rel=0.05)
     assert record["ms_per_token"]["1024"] == pytest.approx(1.5e3 / 512, rel=0.05)
