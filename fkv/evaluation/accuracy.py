@@ -1,24 +1,25 @@
-"""pass@1: how many answers are right under each policy, and how sure that figure is.
+"""pass@1 of each policy, and how sure that figure is.
 
-Intervals are over problems, which are drawn; samples of one problem are no evidence of their own.
-One sample a problem has the exact (Clopper-Pearson) interval, several the bootstrap's. Differences
-are paired by problem; theirs are Wald intervals after a problem won and one lost have been added
-(Bonett and Price, J. Educ. Behav. Stat. 37, 2012), which hold what they promise for few
-differences, too.
+Intervals are over problems: samples of one problem are no independent evidence. One sample a
+problem has the exact (Clopper-Pearson) interval, several have the bootstrap's. Differences are
+paired by problem; their Wald intervals, after a problem won and one lost have been added (Bonett
+and Price, J. Educ. Behav. Stat. 37, 2012), keep their coverage for few differences, too.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from scipy import special
 
-from fkv.evaluation import tables
-from fkv.evaluation.math_answers import FAILED, NO_ANSWER, RIGHT, TIMEOUT
+from fkv.evaluation import answers, tables
+from fkv.evaluation.math_answers import FAILED, NO_ANSWER, TIMEOUT
+
+Cell = tuple[str, int]  # policy and budget; budget 0 is the full cache
 
 
 def exact_interval(right: float, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Clopper-Pearson interval of a share of which `right` in `n` has been seen."""
+    """Clopper-Pearson interval of a share, seen as `right` in `n`."""
     tail = (1 - level) / 2
     low = special.betaincinv(right, n - right + 1, tail) if right > 0 else 0.0
     high = special.betaincinv(right + 1, n - right, 1 - tail) if right < n else 1.0
@@ -27,7 +28,7 @@ def exact_interval(right: float, n: int, level: float = 0.95) -> tuple[float, fl
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """Of two shares of right answers to the same problems, with its interval."""
+    """Difference of two accuracies on the same problems, as shares, with its interval."""
 
     value: float
     low: float
@@ -39,7 +40,7 @@ class Difference:
 
 
 def difference(ours_p: np.ndarray, theirs_p: np.ndarray, level: float = 0.95) -> Difference:
-    """What ours have over theirs, from the share of right answers to each problem."""
+    """Our accuracy minus theirs, from the share of right answers to each problem."""
     gain_p = np.subtract(ours_p, theirs_p, dtype=float)
     shrunk_p = np.append(gain_p, [1.0, -1.0])
     half = special.ndtri((1 + level) / 2) * shrunk_p.std() / len(shrunk_p) ** 0.5
@@ -52,18 +53,18 @@ class Accuracy:
     """One policy at one budget.
 
     Attributes:
-      policy, budget: what ran; budget 0 is the full cache.
+      policy, budget: of a `Cell`.
       right_pn: verdicts, [problems, samples] bool.
       tokens: mean length of the answers.
       truncated: share cut off by the limit on new tokens.
-      evictions: mean number of evictions that a later token could notice.
-      lost, gained: samples that the full cache answers and this one doesn't, and the reverse;
-        None without a full cache to compare with.
+      evictions: mean number of evictions that a later token attends after.
+      lost, gained: samples that only the full cache, or only this policy, answers right; None
+        without a full cache to compare with.
       no_answer: share in which no answer was found.
-      undecided: how many were not checked to the end, and count as wrong: beyond the deadline, and
-        those that broke the parser.
+      undecided: numbers of answers that count as wrong since the deadline was exceeded, and since
+        the parser failed.
       difference: to the full cache; None for itself, and without it.
-      trained: at which budget its scorers were trained, as `Trained.at` says it; else empty.
+      trained: the budget that its scorers were trained at, see `Trained.at`; else empty.
     """
 
     policy: str
@@ -85,10 +86,10 @@ class Accuracy:
         return float(self.right_pn.mean())
 
     def interval(self, resamples: int = 2000, level: float = 0.95) -> tuple[float, float]:
-        """Confidence interval of `pass_at_1`, over problems; the same every time.
+        """Confidence interval of `pass_at_1` over problems, deterministic.
 
-        A bootstrap of equal problems says nothing: such have the exact interval, too, as if there
-        were one sample of each.
+        If all problems have the same share, where a bootstrap says nothing, it is the exact one of
+        a sample a problem.
         """
         per_problem = self.right_pn.mean(1)
         n = len(per_problem)
@@ -100,14 +101,27 @@ class Accuracy:
         return float(low), float(high)
 
 
+def verdicts(rows: Iterable[Mapping]) -> dict[tuple[str, int], bool]:
+    """Whether each answer is right, by problem and sample."""
+    return {(row["problem"], row["sample"]): answers.right(row) for row in rows}
+
+
+def by_cell(rows: Iterable[Mapping]) -> dict[Cell, list[Mapping]]:
+    """Rows of `samples.jsonl` of each policy and budget."""
+    found = {}
+    for row in rows:
+        found.setdefault((row["policy"], row["budget"]), []).append(row)
+    return found
+
+
 def paired(
     ours: Mapping[tuple[str, int], bool], theirs: Mapping[tuple[str, int], bool]
 ) -> tuple[int, int, Difference | None]:
-    """Compares verdicts on the same samples, by (problem, sample); others are left out.
+    """Compares `verdicts` on the samples that both have.
 
     Returns:
-      How many theirs answer and ours don't, how many ours do and theirs don't, and the difference
-      paired by problem, None without a common sample.
+      How many only they answer right, how many only we do, and the difference paired by problem,
+      None without a common sample.
     """
     both = {}
     for key in ours:
@@ -122,67 +136,38 @@ def paired(
     return lost, gained, difference(here_p, there_p)
 
 
-def summarise(rows: Sequence[Mapping]) -> list[Accuracy]:
-    """Accuracies of all policies and budgets, in the order in which they come.
-
-    Args:
-      rows: of `samples.jsonl`: policy, budget, problem, sample, verdict, tokens, truncated,
-        evictions.
-    """
-    cells = {}
-    for row in rows:
-        cells.setdefault((row["policy"], row["budget"]), {})[row["problem"], row["sample"]] = row
-    right = {
-        name: {key: row["verdict"] == RIGHT for key, row in cell.items()}
-        for name, cell in cells.items()
-    }
-    full = right.get(("full", 0))
-    found = []
-    for (policy, budget), cell in cells.items():
-        problems = list(dict.fromkeys(problem for problem, _ in cell))
-        samples = sorted({sample for _, sample in cell})
-        own = right[policy, budget]
-        lost, gained, against = (None, None, None) if full is None else paired(own, full)
-        mean = {
-            name: float(np.mean([row[name] for row in cell.values()]))
-            for name in ("tokens", "truncated", "evictions")
-        }
-        verdicts = [row["verdict"] for row in cell.values()]
-        found.append(
-            Accuracy(
-                policy,
-                budget,
-                np.array([[own[p, s] for s in samples] for p in problems]),
-                lost=lost,
-                gained=gained,
-                no_answer=float(np.mean([_unanswered(row) for row in cell.values()])),
-                undecided=(verdicts.count(TIMEOUT), verdicts.count(FAILED)),
-                difference=None if own is full else against,
-                **mean,
-            )
-        )
-    return found
+def summarise(rows: Iterable[Mapping]) -> list[Accuracy]:
+    """Accuracies of all policies and budgets, in order, from rows of `samples.jsonl`."""
+    cells = by_cell(rows)
+    full = cells.get(("full", 0))
+    return [_summary(cell, found, full) for cell, found in cells.items()]
 
 
-def _unanswered(row: Mapping) -> bool:
-    # The embedded task calls an answer wrong that isn't there.
-    return row["verdict"] == NO_ANSWER or row.get("answer", "") is None
+def _summary(cell: Cell, rows: Sequence[Mapping], full: Sequence[Mapping] | None) -> Accuracy:
+    own = verdicts(rows)
+    problems = dict.fromkeys(problem for problem, _ in own)
+    samples = sorted({sample for _, sample in own})
+    lost, gained, against = (None,) * 3 if full is None else paired(own, verdicts(full))
+    says = [row["verdict"] for row in rows]
+    # The embedded task calls a missing answer wrong.
+    mute = [r["verdict"] == NO_ANSWER or r.get("answer", "") is None for r in rows]
+    means = ([row[name] for row in rows] for name in ("tokens", "truncated", "evictions"))
+    return Accuracy(
+        *cell,
+        np.array([[own[p, s] for s in samples] for p in problems]),
+        *(float(np.mean(values)) for values in means),
+        lost=lost,
+        gained=gained,
+        no_answer=float(np.mean(mute)),
+        undecided=(says.count(TIMEOUT), says.count(FAILED)),
+        difference=None if rows is full else against,
+    )
 
 
 HEAD = (
-    "policy",
-    "budget",
-    "pass@1",
-    "95 % interval",
-    "tokens",
-    "cut off",
-    "no answer",
-    "evictions",
-    "points to full",
-    "lost",
-    "gained",
-    "trained at",
-)
+    "policy", "budget", "pass@1", "95 % interval", "tokens", "cut off", "no answer", "evictions",
+    "points to full", "lost", "gained", "trained at",
+)  # fmt: skip
 
 
 def cells(result: Accuracy) -> list[str]:
@@ -190,37 +175,35 @@ def cells(result: Accuracy) -> list[str]:
     low, high = result.interval()
     return [
         result.policy,
-        str(result.budget) if result.budget else "",
+        str(result.budget or ""),
         f"{100 * result.pass_at_1:.1f}",
         f"{100 * low:.1f}-{100 * high:.1f}",
         f"{result.tokens:.0f}",
         f"{100 * result.truncated:.1f} %",
         f"{100 * result.no_answer:.1f} %",
         f"{result.evictions:.1f}",
-        "" if result.difference is None else str(result.difference),
-        *("" if n is None else str(n) for n in (result.lost, result.gained)),
+        *("" if x is None else str(x) for x in (result.difference, result.lost, result.gained)),
         result.trained,
     ]
 
 
 def csv(results: Sequence[Accuracy]) -> str:
-    """The same as comma-separated values; shares and differences of shares, not points."""
+    """The same as comma-separated values, with shares instead of points."""
     head = (
         "policy,budget,answers,pass_at_1,low,high,tokens,cut off,no answer,evictions,difference,"
         "difference_low,difference_high,lost,gained,trained_at"
-    ).split(",")
+    )
     rows = []
     for r in results:
         against = (None,) * 3 if r.difference is None else dataclasses.astuple(r.difference)
-        mean = (r.tokens, r.truncated, r.no_answer, r.evictions)
-        shares = (r.pass_at_1, *r.interval(), *mean, *against)
-        rows.append([r.policy, r.budget, r.right_pn.size, *shares, r.lost, r.gained])
-        rows[-1].append(r.trained)
-    return tables.comma_separated(head, rows)
+        means = (r.tokens, r.truncated, r.no_answer, r.evictions)
+        row = [r.policy, r.budget, r.right_pn.size, r.pass_at_1, *r.interval(), *means, *against]
+        rows.append([*row, r.lost, r.gained, r.trained])
+    return tables.comma_separated(head.split(","), rows)
 
 
 def warnings(results: Sequence[Accuracy], deadline: float) -> list[str]:
-    """What to be told of results that may say nothing about the policies, a line each."""
+    """Reasons to doubt the results, a line each."""
     lines = []
     mute = [r for r in results if r.no_answer == 1]
     if mute:
@@ -229,10 +212,7 @@ def warnings(results: Sequence[Accuracy], deadline: float) -> list[str]:
         lines.append(f"no answer was found in any text of {', '.join(names)}")
     late, failed = (sum(r.undecided[i] for r in results) for i in range(2))
     if late:
-        lines.append(
-            f"{late} answers count as wrong that could not be checked within evaluate.deadline = "
-            f"{deadline:g} s"
-        )
+        lines.append(f"{late} answers count as wrong: evaluate.deadline = {deadline:g} s exceeded")
     if failed:
-        lines.append(f"{failed} answers count as wrong that broke the parser")
+        lines.append(f"{failed} answers count as wrong: math-verify failed on them")
     return lines

@@ -1,65 +1,50 @@
-"""`samples.jsonl` of an evaluation: a line for each answer, checked when it is read."""
+"""`samples.jsonl` of an evaluation: one answer a line, checked when it is read."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-from fkv import files
+from fkv import files, kinds
 from fkv.errors import UserError
-from fkv.evaluation import math_answers
+from fkv.evaluation.math_answers import FAILED, NO_ANSWER, RIGHT, TIMEOUT, WRONG
 
-VERDICTS = (
-    math_answers.RIGHT, math_answers.WRONG, math_answers.NO_ANSWER, math_answers.TIMEOUT,
-    math_answers.FAILED,
-)  # fmt: skip
-
-
-def _text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _count(value: Any) -> bool:
-    return type(value) is int and value >= 0
-
-
-# What each field may be; budget 0 is the full cache.
+_COUNT = kinds.whole(0)
+# Budget 0 is the full cache.
 FIELDS = {
-    "policy": _text,
-    "budget": _count,
-    "interval": _count,
-    "problem": _text,
-    "sample": _count,
-    "verdict": lambda value: value in VERDICTS,
-    "answer": lambda value: value is None or _text(value),
-    "reference": _text,
-    "tokens": _count,
-    "truncated": lambda value: isinstance(value, bool),
-    "evictions": _count,
-    "text": _text,
+    "policy": kinds.TEXT,
+    "budget": _COUNT,
+    "interval": _COUNT,
+    "problem": kinds.TEXT,
+    "sample": _COUNT,
+    "verdict": kinds.one_of((RIGHT, WRONG, NO_ANSWER, TIMEOUT, FAILED)),
+    "answer": kinds.Kind("text or null", lambda value: value is None or isinstance(value, str)),
+    "reference": kinds.TEXT,
+    "tokens": _COUNT,
+    "truncated": kinds.SWITCH,
+    "evictions": _COUNT,
+    "text": kinds.TEXT,
 }
 
 
 def key(row: dict) -> tuple[str, int, str, int]:
-    """What names an answer: no two of a file share it."""
+    """The fields that identify an answer."""
     return row["policy"], row["budget"], row["problem"], row["sample"]
 
 
 def right(row: dict) -> bool:
-    """Whether it is counted as right."""
-    return row["verdict"] == math_answers.RIGHT
+    """Whether an answer counts as right."""
+    return row["verdict"] == RIGHT
 
 
 def read(path: Path, interval: int | None = None) -> tuple[list[dict], int]:
-    """The rows of a file, and how many bytes at its end belong to none.
-
-    A killed run leaves such bytes, a line without its end; they are no row.
+    """The rows of a file, and the number of bytes of an unfinished last line, as of a killed run.
 
     Args:
       interval: that all rows must be of, if it is given.
 
     Raises:
-      UserError: the file can't be read; or a line is no sample, is one that lacks a field or has
-        one that is not what it may be, or answers what an earlier line does. The message names it.
+      UserError: the file can't be read, or a line is not JSON, lacks a field, has a wrong one, or
+        repeats the answer of an earlier line.
     """
     data = files.read_bytes(path)
     whole, lines, rows = data[: data.rfind(b"\n") + 1], {}, []
@@ -68,14 +53,13 @@ def read(path: Path, interval: int | None = None) -> tuple[list[dict], int]:
             row = json.loads(line.decode())
             wrong = _wrong(row)
         except (ValueError, RecursionError):
-            row, wrong = None, "it is not JSON in UTF-8"
-        if interval is not None and isinstance(row, dict):
-            other = row.get("interval")
-            if _count(other) and other != interval:
-                raise UserError(
-                    f"{path}, line {number} is of interval {other}, not {interval}: use another "
-                    "--workdir"
-                )
+            row, wrong = {}, "it is not JSON in UTF-8"
+        found = row.get("interval") if isinstance(row, dict) else None
+        if interval is not None and _COUNT.fits(found) and found != interval:
+            raise UserError(
+                f"{path}, line {number} is of interval {found}, not {interval}: use another "
+                "--workdir"
+            )
         if not wrong and key(row) in lines:
             wrong = f"it answers what line {lines[key(row)]} does"
         if wrong:
@@ -89,14 +73,9 @@ def _wrong(row: Any) -> str:
     """What is wrong with a row; empty if nothing is."""
     if not isinstance(row, dict):
         return "it is no JSON object"
-    for name, fits in FIELDS.items():
+    for name, kind in FIELDS.items():
         if name not in row:
             return f"it has no field {name!r}"
-        if not fits(row[name]):
-            return f"its field {name!r} is {_short(row[name])}"
+        if not kind.fits(row[name]):
+            return f"its field {name!r} is {json.dumps(row[name])[:60]}"
     return ""
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) < 60 else text[:57] + "..."

@@ -1,6 +1,7 @@
 """Two evaluations of the same problems and traces: differences, paired by problem and by trace."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,10 +10,9 @@ import numpy as np
 from fkv import files
 from fkv.errors import UserError
 from fkv.evaluation import accuracy, answers, loss_ratio, tables
-from fkv.evaluation.accuracy import Accuracy
+from fkv.evaluation.accuracy import Accuracy, Cell
 from fkv.evaluation.loss_ratio import Losses
 
-Cell = tuple[str, int]  # policy and budget; budget 0 is the full cache
 TRACES = "trace_losses.csv"
 
 
@@ -22,9 +22,9 @@ class Other:
 
     Attributes:
       path: its directory.
-      rows: its answers, by what names them.
-      losses: of its traces, by policy and budget; none where it measured none.
-      traces: what names these.
+      rows: its answers, by `answers.key`.
+      losses: of its traces, by policy and budget; empty where it measured none.
+      traces: `Traces.digests` of these.
     """
 
     path: Path
@@ -38,9 +38,8 @@ class Compared:
     """One policy at one budget in both; None where not both have answers, or losses.
 
     Attributes:
-      there, here: pass@1 of the other and of this one.
-      difference: what this one has over the other.
-      lost, gained: samples that the other answers and this one doesn't, and the reverse.
+      there, here: accuracy of the other and of this one.
+      lost, gained, difference: of this one to the other, see `accuracy.paired`.
       losses_there, losses_here: likewise.
     """
 
@@ -48,18 +47,15 @@ class Compared:
     budget: int
     there: Accuracy | None = None
     here: Accuracy | None = None
-    difference: accuracy.Difference | None = None
     lost: int | None = None
     gained: int | None = None
+    difference: accuracy.Difference | None = None
     losses_there: Losses | None = None
     losses_here: Losses | None = None
 
 
 def load(name: str, workdir: str | Path) -> Other:
-    """The evaluation in a directory.
-
-    Args:
-      workdir: of the evaluation that is to be compared with it.
+    """The evaluation in a directory, to compare with the one in `workdir`.
 
     Raises:
       UserError: there is none, it is damaged, or it is the same.
@@ -72,11 +68,11 @@ def load(name: str, workdir: str | Path) -> Other:
             f"evaluate.compare = {name!r} has no samples.jsonl: give the workdir of an evaluation"
         )
     rows, _ = answers.read(path / "samples.jsonl")
-    losses, traces = {}, ()
+    losses, traces = (), ()
     if (path / TRACES).is_file():
-        found, traces = loss_ratio.read_traces(path / TRACES)
-        losses = {(one.policy, one.budget): one for one in found}
-    return Other(path, {answers.key(row): row for row in rows}, losses, traces)
+        losses, traces = loss_ratio.read_traces(path / TRACES)
+    by_cell = {(one.policy, one.budget): one for one in losses}
+    return Other(path, {answers.key(row): row for row in rows}, by_cell, traces)
 
 
 def shared(
@@ -90,31 +86,29 @@ def shared(
       samples: of each.
 
     Raises:
-      UserError: there is none, or the other has one without some of the answers, or to problems
-        with other references.
+      UserError: there is none, or the other lacks some of their answers, or has other references.
     """
     there = {key[:2] for key in other.rows}
     found = [cell for cell in cells if cell in there]
     if not found:
-        names = ", ".join(label(cell) for cell in sorted(there)) or "nothing"
+        names = ", ".join(map(label, sorted(there))) or "nothing"
         raise UserError(
             f"evaluate.compare: {other.path} has answers of {names}: none of what is asked for here"
         )
-    for cell in found:
-        for problem, reference in references.items():
-            for sample in range(samples):
-                row = other.rows.get((*cell, problem, sample))
-                if row is None:
-                    raise UserError(
-                        f"evaluate.compare: {other.path} has no answer of {label(cell)} to "
-                        f"problem {problem!r}, sample {sample}: ask for the same problems and "
-                        "samples in both"
-                    )
-                if row["reference"] != reference:
-                    raise UserError(
-                        f"evaluate.compare: {other.path} has other problems: the answer to "
-                        f"{problem!r} is {row['reference']!r} there and {reference!r} here"
-                    )
+    for cell, (problem, reference), sample in itertools.product(
+        found, references.items(), range(samples)
+    ):
+        row = other.rows.get((*cell, problem, sample))
+        if row is None:
+            raise UserError(
+                f"evaluate.compare: {other.path} has no answer of {label(cell)} to problem "
+                f"{problem!r}, sample {sample}: ask for the same problems and samples in both"
+            )
+        if row["reference"] != reference:
+            raise UserError(
+                f"evaluate.compare: {other.path} has other problems: the answer to {problem!r} "
+                f"is {row['reference']!r} there and {reference!r} here"
+            )
     return found
 
 
@@ -124,40 +118,25 @@ def compare(
     """Both evaluations side by side.
 
     Args:
-      cells: of which answers are compared, from `shared`.
+      cells: whose answers are compared, from `shared`.
       rows: this one's, for all of `cells`.
       losses: this one's, on the other's traces; empty to leave them out.
     """
-    own = [row for row in rows if (row["policy"], row["budget"]) in cells]
-    here = _by_cell(accuracy.summarise(own))
-    there = _by_cell(accuracy.summarise([other.rows[answers.key(row)] for row in own]))
-    found = {
-        cell: Compared(*cell, there[cell], here[cell], *_paired(other, cell, own)) for cell in here
-    }
+    found = {}
+    for cell, mine in accuracy.by_cell(rows).items():
+        if cell in cells:
+            theirs = [other.rows[answers.key(row)] for row in mine]
+            (there,), (here,) = accuracy.summarise(theirs), accuracy.summarise(mine)
+            paired = accuracy.paired(accuracy.verdicts(mine), accuracy.verdicts(theirs))
+            found[cell] = Compared(*cell, there, here, *paired)
     for one in losses:
         cell = one.policy, one.budget
         theirs = other.losses.get(cell)
-        if one.policy == "full" or theirs is None:
-            continue
         # Another interval counts other tokens, another `grpo.high_fraction` splits them otherwise.
-        if np.array_equal(theirs.tokens, one.tokens):
+        if one.policy != "full" and theirs and np.array_equal(theirs.tokens, one.tokens):
             before = found.get(cell, Compared(*cell))
             found[cell] = dataclasses.replace(before, losses_there=theirs, losses_here=one)
     return sorted(found.values(), key=lambda one: one.budget)
-
-
-def _by_cell(results: Sequence[Accuracy]) -> dict[Cell, Accuracy]:
-    return {(one.policy, one.budget): one for one in results}
-
-
-def _paired(other: Other, cell: Cell, rows: Sequence[dict]):
-    """Difference, lost and gained of one cell."""
-    mine = [row for row in rows if (row["policy"], row["budget"]) == cell]
-    pair = []
-    for some in (mine, [other.rows[answers.key(row)] for row in mine]):
-        pair.append({(row["problem"], row["sample"]): answers.right(row) for row in some})
-    lost, gained, difference = accuracy.paired(*pair)
-    return difference, lost, gained
 
 
 def label(cell: Cell) -> str:
@@ -166,39 +145,29 @@ def label(cell: Cell) -> str:
 
 
 HEAD = (
-    "policy",
-    "budget",
-    "pass@1 there",
-    "here",
-    "points",
-    "lost",
-    "gained",
-    "loss ratio there",
-    "here",
-    "difference",
-)
+    "policy", "budget", "pass@1 there", "here", "points", "lost", "gained", "loss ratio there",
+    "here", "difference",
+)  # fmt: skip
 
 
 def cells(one: Compared) -> list[str]:
     """One row of the table, as text."""
-    line = [one.policy, str(one.budget) if one.budget else ""]
-    if one.here is None:
-        line += [""] * 5
-    else:
-        for result in (one.there, one.here):
-            low, high = result.interval()
-            line.append(f"{100 * result.pass_at_1:.1f} ({100 * low:.1f}-{100 * high:.1f})")
-        line += [str(one.difference), str(one.lost), str(one.gained)]
-    if one.losses_here is None:
-        return line + [""] * 3
-    for losses in (one.losses_there, one.losses_here):
-        line.append("{:.3f} ± {:.3f}".format(*losses.ratio()))
-    difference = loss_ratio.difference(one.losses_here, one.losses_there)
-    return [*line, "{:+.3f} ± {:.3f}".format(*difference)]
+    answered, measured = [""] * 5, [""] * 3
+    if one.here is not None:
+        both = [(100 * x.pass_at_1, *x.interval()) for x in (one.there, one.here)]
+        answered = [f"{x:.1f} ({100 * low:.1f}-{100 * high:.1f})" for x, low, high in both]
+        answered += map(str, (one.difference, one.lost, one.gained))
+    if one.losses_here is not None:
+        difference = loss_ratio.difference(one.losses_here, one.losses_there)
+        measured = [
+            "{:.3f} ± {:.3f}".format(*x.ratio()) for x in (one.losses_there, one.losses_here)
+        ]
+        measured.append("{:+.3f} ± {:.3f}".format(*difference))
+    return [one.policy, str(one.budget or ""), *answered, *measured]
 
 
 def csv(results: Sequence[Compared]) -> str:
-    """Comma-separated values: shares, not points, and of losses the three kinds."""
+    """Comma-separated values, with shares instead of points, and all three kinds of losses."""
     head = (
         "policy,budget,answers,there,there_low,there_high,here,here_low,here_high,difference,"
         "difference_low,difference_high,lost,gained"
@@ -208,19 +177,15 @@ def csv(results: Sequence[Compared]) -> str:
             head += [f"{kind}_{name}", f"{kind}_{name}_se"]
     rows = []
     for one in results:
-        row = [one.policy, one.budget]
-        if one.here is None:
-            row += [None] * 12
-        else:
-            row.append(one.here.right_pn.size)
-            for result in (one.there, one.here):
-                row += [result.pass_at_1, *result.interval()]
-            row += [*dataclasses.astuple(one.difference), one.lost, one.gained]
-        if one.losses_here is None:
-            row += [None] * 18
-        else:
+        answered, measured = [None] * 12, [None] * 18
+        if one.here is not None:
+            both = [x for r in (one.there, one.here) for x in (r.pass_at_1, *r.interval())]
+            points = dataclasses.astuple(one.difference)
+            answered = [one.here.right_pn.size, *both, *points, one.lost, one.gained]
+        if (ours := one.losses_here) is not None:
+            theirs, measured = one.losses_there, []
             for kind in range(3):
-                row += [*one.losses_there.ratio(kind), *one.losses_here.ratio(kind)]
-                row += loss_ratio.difference(one.losses_here, one.losses_there, kind)
-        rows.append(row)
+                measured += [*theirs.ratio(kind), *ours.ratio(kind)]
+                measured += loss_ratio.difference(ours, theirs, kind)
+        rows.append([one.policy, one.budget, *answered, *measured])
     return tables.comma_separated(head, rows)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 def text(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Aligned columns, the first to the left."""
-    widths = [max(len(line[i]) for line in (head, *rows)) for i in range(len(head))]
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
 
     def line(cells):
         first, *rest = (cell.rjust(w) for cell, w in zip(cells, widths, strict=True))
@@ -18,12 +18,8 @@ def text(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
-
-    def line(cells):
-        return f"| {' | '.join(cells)} |"
-
     rule = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join([line(head), line(rule), *map(line, rows)])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *rows))
 
 
 def comma_separated(head: Sequence[str], rows: Sequence[Sequence]) -> str:

@@ -250,8 +250,8 @@ def test_what_may_say_nothing_of_policies_is_warned_of():
     assert accuracy.warnings([full, mute, result([[1]], undecided=(1, 4))], 10.0) == [
         "no answer was found in any text of full (all of them cut off: raise "
         "evaluate.new_tokens?), h2o 64",
-        "3 answers count as wrong that could not be checked within evaluate.deadline = 10 s",
-        "4 answers count as wrong that broke the parser",
+        "3 answers count as wrong: evaluate.deadline = 10 s exceeded",
+        "4 answers count as wrong: math-verify failed on them",
     ]
 
 
