@@ -23,6 +23,7 @@ from fkv.engine import decoding
 from fkv.engine.decoding import Sampling
 from fkv.errors import UserError
 from fkv.keys import Purpose, key_of
+from fkv.kinds import said
 from fkv.models import ModelConfig, texts
 from fkv.policies.base import Policy
 from fkv.runs import sharing
@@ -136,7 +137,7 @@ def encode(
         ids = texts.tokenize(model.tokenizer, prompt)
     if not len(ids):
         if isinstance(prompt, str) and prompt.strip():
-            raise UserError(f"{what}: the tokenizer makes no tokens of {models.brief(prompt)}")
+            raise UserError(f"{what}: the tokenizer makes no tokens of {said(prompt)}")
         raise UserError(f"{what} is empty: give at least one token")
     check_known(model, ids, what)
     return np.asarray(ids, np.int32)
@@ -198,7 +199,7 @@ def _no_prompt(value: Any, where: str) -> UserError:
             "; of what a tokenizer returns give ['input_ids'], and instead of chat messages the "
             "user's text with chat=True"
         )
-    return UserError(f"{where} {models.brief(value)}, and {_PROMPTS}{hint}")
+    return UserError(f"{where} {said(value)}, and {_PROMPTS}{hint}")
 
 
 def decode(model: Model, tokens: Sequence[int], special: bool = False) -> str:

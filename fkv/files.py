@@ -1,23 +1,24 @@
-"""Files as people name them, and files that are there whole or not at all."""
+"""Paths as people write them, and files that are written atomically."""
 
 import contextlib
+import json
 import os
-import reprlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from fkv.errors import UserError
+from fkv.kinds import said
 
-_MEND = "make room or mend that, and run the same command again; it goes on where it stopped"
+FIX = "free disk space or fix the cause, and rerun the same command"
 
 
 def expand(path: str | os.PathLike) -> Path:
-    """The path with a leading `~` or `~user` filled in, as a shell does it.
+    """The path with a leading `~` or `~user` expanded, as a shell does it.
 
     Raises:
-      UserError: there is no such user, nobody knows where home is, or the file system can't have
-        such a path, say because it is too long.
+      UserError: no home directory is known, or the file system can't have such a path, for example
+        because it is too long.
     """
     given = os.fspath(path)
     found = os.path.expanduser(given)
@@ -32,16 +33,16 @@ def expand(path: str | os.PathLike) -> Path:
         pass
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{reprlib.repr(given)} can't be a path here ({reason})") from None
-    # Of ./~x a Path forgets the dot, and the next would take it for a user.
+        raise UserError(f"{said(given)} can't be a path here ({reason})") from None
+    # Path drops the dot of ./~x, which the next expansion would take for a user.
     return Path(found).absolute() if str(Path(found)).startswith("~") else Path(found)
 
 
 def read_bytes(path: Path) -> bytes:
-    """What a file holds.
+    """The content of a file.
 
     Raises:
-      UserError: it can't be read, or is a directory, or a pipe, which would never end.
+      UserError: it can't be read, or is not a regular file: a pipe would never end.
     """
     try:
         if path.exists() and not path.is_file():
@@ -52,10 +53,10 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_text(path: Path) -> str:
-    """A file's text, UTF-8.
+    """The text of a UTF-8 file.
 
     Raises:
-      UserError: it can't be read, or is something else.
+      UserError: it can't be read, or is not text.
     """
     try:
         return read_bytes(path).decode("utf-8")
@@ -65,18 +66,44 @@ def read_text(path: Path) -> str:
         ) from None
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all.
+def read_json(path: Path) -> dict:
+    """The object in a JSON file.
 
     Raises:
-      UserError: the file system refuses, say because the disk is full.
+      UserError: it is not a regular file, can't be read, is not a JSON object, or gives one key two
+        values.
+    """
+
+    def once(pairs):
+        found = dict(pairs)
+        for key, value in pairs:
+            if found[key] is not value and found[key] != value:
+                raise ValueError(f"two values of {said(key)}")
+        return found
+
+    if not path.is_file():
+        raise UserError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
+    try:
+        found = json.loads(read_bytes(path).decode("utf-8"), object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({' '.join(str(error).split())})") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: not a JSON object, but {said(found)}")
+    return found
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file atomically.
+
+    Raises:
+      UserError: the file system refuses, for example because the disk is full.
     """
     with whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def append_text(path: Path, text: str) -> None:
-    """Appends lines, all or none of them, and waits for the disk.
+    """Appends text atomically, and waits for the disk.
 
     Raises:
       UserError: the file system refuses.
@@ -96,12 +123,10 @@ def append_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def whole(path: str | os.PathLike, suffix: str = "tmp") -> Iterator[Path]:
-    """Yields where to write a file, which takes the place of `path` in the end.
-
-    Nothing stays of one that fails, and what was there before stays as it was.
+    """Yields a temporary path, which is renamed to `path` in the end, or deleted on failure.
 
     Args:
-      suffix: of the name until then; several who write the same file need one each.
+      suffix: of the temporary name; concurrent writers of one file need different ones.
 
     Raises:
       UserError: the file system refuses.
@@ -120,7 +145,7 @@ def whole(path: str | os.PathLike, suffix: str = "tmp") -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_directory(path: str | os.PathLike) -> Iterator[Path]:
-    """The same for a directory, whose old files all go.
+    """The same for a directory, which replaces an older one.
 
     Raises:
       UserError: the file system refuses.
@@ -129,7 +154,7 @@ def whole_directory(path: str | os.PathLike) -> Iterator[Path]:
     temporary, old = (path.with_name(path.name + suffix) for suffix in (".tmp", ".old.tmp"))
     with writing(path):
         try:
-            for left in (temporary, old):  # by one that was killed
+            for left in (temporary, old):  # by a process that was killed
                 if left.exists():
                     shutil.rmtree(left)
             temporary.mkdir(parents=True)
@@ -145,8 +170,8 @@ def whole_directory(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike) -> Iterator[None]:
-    """Names the file that is written within, should the file system refuse."""
+    """Turns a refusal of the file system into a `UserError` that names the path."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror or error}): {_MEND}") from error
+        raise UserError(f"cannot write {path} ({error.strerror or error}): {FIX}") from error

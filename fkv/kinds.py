@@ -1,4 +1,4 @@
-"""What a setting may be, in words and as a test of values."""
+"""What a setting may be: in words, and as a test of values."""
 
 import math
 import numbers
@@ -10,14 +10,14 @@ from fkv.errors import UserError
 
 
 class Kind(NamedTuple):
-    """What a field may be: in words, and a function that says whether a value is that."""
+    """A kind of values: its description, and a predicate."""
 
     said: str
     fits: Callable[[Any], bool]
 
 
 def whole(least: int, most: int = 2**31 - 1) -> Kind:
-    """Whole numbers of a range, inclusive."""
+    """Integers of a range, inclusive."""
 
     def fits(value):
         integral = isinstance(value, numbers.Integral) and not isinstance(value, bool)
@@ -27,7 +27,7 @@ def whole(least: int, most: int = 2**31 - 1) -> Kind:
 
 
 def number(least: float, most: float = math.inf, above: bool = False, below: bool = False) -> Kind:
-    """Finite numbers of a range, inclusive; `above` leaves out the least, `below` the most."""
+    """Finite numbers of a range, inclusive; `above` excludes the least, `below` the most."""
 
     def fits(value):
         if not isinstance(value, numbers.Real) or isinstance(value, bool):
@@ -36,13 +36,13 @@ def number(least: float, most: float = math.inf, above: bool = False, below: boo
             return False
         return least <= value <= most and abs(value) < math.inf
 
-    said = f"a number {'above' if above else 'of at least'} {least:g}"
+    described = f"a number {'above' if above else 'of at least'} {least:g}"
     upper = f" and {'below' if below else 'at most'} {most:g}" if most < math.inf else ""
-    return Kind(said + upper, fits)
+    return Kind(described + upper, fits)
 
 
 def several(kind: Kind, what: str, count: int | None = None) -> Kind:
-    """Tuples of a kind, of `count` entries if it is given."""
+    """Sequences of a kind, of `count` entries if given."""
 
     def fits(value):
         sized = isinstance(value, tuple | list) and count in (None, len(value))
@@ -52,25 +52,24 @@ def several(kind: Kind, what: str, count: int | None = None) -> Kind:
 
 
 def one_of(known: Sequence[str]) -> Kind:
-    """One of these words."""
-    return Kind(
-        f"one of {', '.join(known)}", lambda value: isinstance(value, str) and value in known
-    )
+    """One of these strings."""
+    return Kind(f"one of {', '.join(known)}", lambda x: isinstance(x, str) and x in known)
 
 
 def said(value: Any) -> str:
-    """A value in a message: short, and in one line."""
-    return " ".join(reprlib.repr(value).split())
+    """A value in a message: short, and on one line."""
+    text = " ".join(reprlib.repr(value).split())
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def check(name: str, value: Any, kind: Kind) -> None:
-    """Refuses a value that is not of the kind; `name` is the field's."""
+    """Refuses a value of another kind; `name` is the field's."""
     if not kind.fits(value):
         raise UserError(f"{name} = {said(value)} must be {kind.said}")
 
 
 def check_fields(where: str, owner: Any, **kinds: Kind) -> None:
-    """Refuses attributes of `owner` that are not of their kinds; `where` goes before the name."""
+    """Refuses attributes of `owner` of other kinds; `where` is put before their names."""
     for name, kind in kinds.items():
         check(where + name, getattr(owner, name), kind)
 

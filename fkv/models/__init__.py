@@ -1,6 +1,6 @@
 """The frozen language models."""
 
-from fkv.models.config import ModelConfig, brief, read, read_json
+from fkv.models.config import ModelConfig, read
 from fkv.models.decoder import LM, Params, embed, finish, init, project, rotate, unembed, unstack
 from fkv.models.loading import find, load, load_judges, save
 
@@ -8,7 +8,6 @@ __all__ = [
     "LM",
     "ModelConfig",
     "Params",
-    "brief",
     "embed",
     "find",
     "finish",
@@ -17,7 +16,6 @@ __all__ = [
     "load_judges",
     "project",
     "read",
-    "read_json",
     "rotate",
     "save",
     "unembed",

@@ -1,9 +1,7 @@
 """The shape of a decoder, read from a Hugging Face `config.json`."""
 
 import dataclasses
-import json
 import math
-import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import numpy as np
 
 from fkv import files
 from fkv.errors import UserError
+from fkv.kinds import said
 
 ARCHITECTURES = {
     "Qwen3ForCausalLM": "qwen3",
@@ -142,7 +141,7 @@ def from_hf(config: Mapping, where: str = "config.json") -> ModelConfig:
 
     def wrong(key, wanted):
         return UserError(
-            f"{where}: the field {key!r} must be {wanted}, not {brief(config.get(key))}"
+            f"{where}: the field {key!r} must be {wanted}, not {said(config.get(key))}"
         )
 
     def need(key, default=None, most=_LARGEST):
@@ -167,12 +166,12 @@ def from_hf(config: Mapping, where: str = "config.json") -> ModelConfig:
         )
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         raise UserError(
-            f"{where}: hidden_act {brief(config['hidden_act'])} is not supported, only 'silu'"
+            f"{where}: hidden_act {said(config['hidden_act'])} is not supported, only 'silu'"
         )
     for key, neutral in _NEUTRAL.items():
         if config.get(key) is not None and config[key] != neutral:
             raise UserError(
-                f"{where}: the field {key!r} = {brief(config[key])} would change what the model "
+                f"{where}: the field {key!r} = {said(config[key])} would change what the model "
                 "computes, and is not supported"
             )
     layers = need("num_hidden_layers", most=_MOST_LAYERS)
@@ -227,20 +226,20 @@ def _family(config: Mapping, where: str) -> str:
         isinstance(names, list) and all(isinstance(name, str) for name in names)
     ):
         raise UserError(
-            f"{where}: the field 'architectures' must be a list of names, not {brief(names)}"
+            f"{where}: the field 'architectures' must be a list of names, not {said(names)}"
         )
     if kind is not None and not isinstance(kind, str):
-        raise UserError(f"{where}: the field 'model_type' must be a name, not {brief(kind)}")
+        raise UserError(f"{where}: the field 'model_type' must be a name, not {said(kind)}")
     name = names[0] if names else kind
     family = ARCHITECTURES.get(name, name if name in ARCHITECTURES.values() else None)
     if family is None:
         known = ", ".join(ARCHITECTURES)
         raise UserError(
-            f"{where}: architecture {brief(name)} is not supported; supported are {known}"
+            f"{where}: architecture {said(name)} is not supported; supported are {known}"
         )
     if kind not in (None, family):
         raise UserError(
-            f"{where}: architectures say {family!r}, but model_type {brief(kind)}: "
+            f"{where}: architectures say {family!r}, but model_type {said(kind)}: "
             "take the config.json of the checkpoint"
         )
     return family
@@ -252,14 +251,14 @@ def _slides(config: Mapping, family: str, layers: int, reach: int, asked: bool, 
     if kinds is not None:
         if not isinstance(kinds, list) or len(kinds) != layers:
             raise UserError(
-                f"{where}: the field 'layer_types' must list {layers} layers, not {brief(kinds)}"
+                f"{where}: the field 'layer_types' must list {layers} layers, not {said(kinds)}"
             )
         if unknown := [x for x in kinds if x not in ("full_attention", "sliding_attention")]:
-            raise UserError(f"{where}: layer_types {brief(unknown[0])} is not supported")
+            raise UserError(f"{where}: layer_types {said(unknown[0])} is not supported")
     for key in ("sliding_window", "max_window_layers"):
         value = config.get(key, 0)
         if type(value) is not int and (value is not None or key == "max_window_layers"):
-            raise UserError(f"{where}: the field {key!r} must be an integer, not {brief(value)}")
+            raise UserError(f"{where}: the field {key!r} must be an integer, not {said(value)}")
     window = config.get("sliding_window")
     if kinds is not None:
         slides = "sliding_attention" in kinds
@@ -280,7 +279,7 @@ def _rope(
     for key in ("rope_scaling", "rope_parameters"):
         if not isinstance(config.get(key), Mapping | None):
             raise UserError(
-                f"{where}: the field {key!r} must be an object or null, not {brief(config[key])}"
+                f"{where}: the field {key!r} must be an object or null, not {said(config[key])}"
             )
     # As transformers: `rope_scaling` goes first, and does not mix with `rope_parameters`.
     field = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
@@ -295,24 +294,24 @@ def _rope(
     theta = next((x for x in bases if x is not None), None if bases else 10_000.0)
     if not _is_number(theta) or theta <= 1:
         raise UserError(
-            f"{where}: the field 'rope_theta' must be a number above 1, not {brief(theta)}"
+            f"{where}: the field 'rope_theta' must be a number above 1, not {said(theta)}"
         )
 
     kind = spelled.get("rope_type", spelled.get("type", "default"))
     if not isinstance(kind, str) or kind not in _SCALINGS:
         known = ", ".join(_SCALINGS)
         raise UserError(
-            f"{where}: rope_type {brief(kind)} of {field} is not supported; known: {known}"
+            f"{where}: rope_type {said(kind)} of {field} is not supported; known: {known}"
         )
     for key, neutral in {"partial_rotary_factor": 1, "mrope_section": None}.items():
         if spelled.get(key) not in (None, neutral):
             raise UserError(
-                f"{where}: {field} with {key!r} = {brief(spelled[key])} is not supported"
+                f"{where}: {field} with {key!r} = {said(spelled[key])} is not supported"
             )
     if kind == "default":
         if spelled.get("factor") not in (None, 1):
             raise UserError(
-                f"{where}: {field} with 'factor' = {brief(spelled['factor'])} needs a "
+                f"{where}: {field} with 'factor' = {said(spelled['factor'])} needs a "
                 f"'rope_type': one of {', '.join(_SCALINGS)}"
             )
         return float(theta), ()
@@ -326,8 +325,7 @@ def _rope(
         rope.setdefault("factor", positions / rope[_LENGTH])
     if not isinstance(rope.pop("truncate", True), bool):
         raise UserError(
-            f"{where}: 'truncate' of {field} must be true or false, "
-            f"not {brief(spelled['truncate'])}"
+            f"{where}: 'truncate' of {field} must be true or false, not {said(spelled['truncate'])}"
         )
     # Without both of them there is no scale, and 0 is none.
     for key in ("mscale", "mscale_all_dim"):
@@ -337,7 +335,7 @@ def _rope(
         if not _is_number(rope.get(key)) or rope[key] <= 0:
             raise UserError(
                 f"{where}: {field} {kind!r} needs a number {key!r} above 0, "
-                f"not {brief(rope.get(key))}"
+                f"not {said(rope.get(key))}"
             )
     if kind == "llama3" and not rope["low_freq_factor"] < rope["high_freq_factor"]:
         raise UserError(
@@ -353,12 +351,6 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < 1e30  # neither infinite nor NaN
 
 
-def brief(value: Any) -> str:
-    """The value in one short line."""
-    text = " ".join(reprlib.repr(value).split())
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
 def read(directory: str | Path) -> ModelConfig:
     """Reads `config.json` of a checkpoint directory.
 
@@ -368,35 +360,7 @@ def read(directory: str | Path) -> ModelConfig:
     path = files.expand(directory) / "config.json"
     if not path.exists():
         raise UserError(f"{path}: no such file; a Hugging Face checkpoint directory is needed")
-    return from_hf(read_json(path), str(path))
-
-
-def read_json(path: Path) -> dict:
-    """The object of a JSON file.
-
-    Raises:
-      UserError: it is not a regular file (a pipe would never end), can't be read, is not JSON or no
-        object, or gives one key two values.
-    """
-
-    def once(pairs):
-        found = dict(pairs)
-        for key, value in pairs:
-            if found[key] is not value and found[key] != value:
-                raise ValueError(f"two values of {brief(key)}")
-        return found
-
-    if not path.is_file():
-        raise UserError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
-    except OSError as error:
-        raise UserError(f"{path}: can't be read ({error.strerror or error})") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({' '.join(str(error).split())})") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: not a JSON object, but {brief(found)}")
-    return found
+    return from_hf(files.read_json(path), str(path))
 
 
 _LENGTH = "original_max_position_embeddings"

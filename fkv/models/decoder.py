@@ -12,17 +12,21 @@ Letters: b batch, t tokens, v vocabulary, m width, h query heads, k KV heads, d 
 """
 
 import functools
+from collections.abc import Sequence
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from fkv.errors import UserError
 from fkv.keys import fold
 from fkv.models.config import ModelConfig
 from fkv.models.numerics import einsum, einsum_f32
 
 Params = dict
+MODEL = "model"  # the axis of a mesh over which a copy of the model is split
 
 
 @flax.struct.dataclass
@@ -65,6 +69,28 @@ def param_shapes(config: ModelConfig) -> dict:
         shapes,
         is_leaf=lambda x: isinstance(x, tuple),
     )
+
+
+def sharding(name: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    """How a parameter is split over the devices that share a copy of the model.
+
+    Args:
+      name: its last letters name its last axes.
+
+    Raises:
+      UserError: the KV heads can't be split evenly.
+    """
+    parts = mesh.shape[MODEL]
+    letters = name.rpartition("_")[2]
+    axes = [None] * len(shape)
+    for i, letter in enumerate(letters, len(shape) - len(letters)):
+        if letter == "k" and shape[i] % parts:
+            raise UserError(
+                f"model_axis = {parts} must divide the {shape[i]} KV heads of the language model"
+            )
+        if letter in "hkfv" and shape[i] % parts == 0:
+            axes[i] = MODEL
+    return NamedSharding(mesh, PartitionSpec(*axes))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "qk_gain"))

@@ -24,9 +24,9 @@ from safetensors.numpy import save_file
 
 from fkv import files
 from fkv.errors import UserError
-from fkv.models.config import ARCHITECTURES, ModelConfig, brief, from_hf, read, read_json
-from fkv.models.decoder import Params, param_shapes
-from fkv.runs import parallel
+from fkv.kinds import said
+from fkv.models.config import ARCHITECTURES, ModelConfig, from_hf, read
+from fkv.models.decoder import Params, param_shapes, sharding
 
 # Our names to Hugging Face's. These arrays are the same on both sides.
 _TOP = {
@@ -119,7 +119,7 @@ def load(
         if str(dtype) not in _DTYPES.values():
             raise UserError(f"dtype {dtype!r} is not supported; use {_some(_DTYPES.values())}")
     if not isinstance(mesh, Mesh | None):
-        raise UserError(f"mesh = {brief(mesh)} must be devices, of fkv.runs.parallel.make_mesh()")
+        raise UserError(f"mesh = {said(mesh)} must be devices, of fkv.runs.parallel.make_mesh()")
     directory = find(path_or_hub_id, revision)
     config = read(directory)
     stored = _stored(directory)
@@ -149,7 +149,7 @@ def load(
     flat.pop("layers")
     place = dict.fromkeys(flat)  # of the default device
     if mesh is not None:
-        place = {name: parallel.sharding(name, leaf.shape, mesh) for name, leaf in flat.items()}
+        place = {name: sharding(name, leaf.shape, mesh) for name, leaf in flat.items()}
     layers = {
         name: jnp.zeros(leaf.shape, dtype, device=place[name])
         for name, leaf in shapes["layers"].items()
@@ -392,7 +392,7 @@ def _stored(directory: Path) -> dict[str, _Stored]:
 def _places(index: Path) -> dict[str, str]:
     """The name of every tensor's file."""
     try:
-        places = read_json(index).get("weight_map")
+        places = files.read_json(index).get("weight_map")
     except UserError as error:
         reason = str(error).removeprefix(f"{index}: ")
         raise UserError(f"{index}: not an index of shards ({reason}); download it again") from None

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fkv import hub
+from fkv import files, hub
 from fkv.errors import UserError
-from fkv.models.config import brief, read_json
+from fkv.kinds import said
 
 _CONFIG, _TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 # All may be absent, but for one of the first two.
@@ -27,7 +27,7 @@ def load_tokenizer(directory: Path) -> Any:
     found = {name: directory / name for name in _FILES if (directory / name).exists()}
     if not found.keys() & set(_FILES[:2]):
         return None
-    found = {name: read_json(path) for name, path in found.items()}
+    found = {name: files.read_json(path) for name, path in found.items()}
     for name in (_CONFIG, "special_tokens_map.json"):
         _check_fields(directory / name, found.get(name, {}))
     if (path := directory / _TEMPLATE).exists():
@@ -52,7 +52,7 @@ def _check_fields(path: Path, config: Mapping) -> None:
     """Refuses fields of a tokenizer's files that transformers trips over without their names."""
 
     def refuse(key, wanted):
-        raise UserError(f"{path}: the field {key!r} must be {wanted}, not {brief(config[key])}")
+        raise UserError(f"{path}: the field {key!r} must be {wanted}, not {said(config[key])}")
 
     def is_token(value):
         value = value.get("content") if isinstance(value, dict) else value
@@ -122,13 +122,13 @@ def stop_tokens(directory: Path, tokenizer: Any, vocabulary: int) -> tuple[int, 
     """
     for name in ("generation_config.json", "config.json"):
         path = directory / name
-        found = read_json(path).get("eos_token_id") if path.exists() else None
+        found = files.read_json(path).get("eos_token_id") if path.exists() else None
         if found is not None:
             ids = found if isinstance(found, list) else [found]
             if not all(type(x) is int and 0 <= x < vocabulary for x in ids):
                 raise UserError(
                     f"{path}: the field 'eos_token_id' must be a token id from 0 to "
-                    f"{vocabulary - 1}, or a list of them, not {brief(found)}"
+                    f"{vocabulary - 1}, or a list of them, not {said(found)}"
                 )
             return tuple(dict.fromkeys(ids))
     end = getattr(tokenizer, "eos_token_id", None)
@@ -193,7 +193,7 @@ def _ids(tokenizer: Any, text: str, special: bool) -> list[int]:
     try:
         return list(tokenizer(text, add_special_tokens=special)["input_ids"])
     except Exception as error:
-        raise UserError(f"the tokenizer can't read {brief(text)} ({_reason(error)})") from error
+        raise UserError(f"the tokenizer can't read {said(text)} ({_reason(error)})") from error
 
 
 def render(tokenizer: Any, text: str, name: str) -> str:

@@ -8,7 +8,7 @@ what that means for a step. A copy never leaves its process.
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,9 +17,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fkv.errors import UserError
+from fkv.models.decoder import MODEL
 
 AXIS = "data"
-MODEL = "model"
 DEADLINE = 1800.0  # seconds that a process waits for the others, unless said
 
 # ---- devices
@@ -61,28 +61,6 @@ def device_count(mesh: Mesh) -> int:
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """Copies a pytree to every device, as `pmap` returns it: its first call compiles for good."""
     return jax.tree.map(lambda x: _put(x, NamedSharding(mesh, PartitionSpec())), tree)
-
-
-def sharding(name: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
-    """How a parameter of the language model lies on a mesh.
-
-    Args:
-      name: as in `fkv.models.decoder`; its last letters name its last axes.
-
-    Raises:
-      UserError: the KV heads can't be shared out evenly.
-    """
-    parts = mesh.shape[MODEL]
-    letters = name.rpartition("_")[2]
-    axes = [None] * len(shape)
-    for i, letter in enumerate(letters, len(shape) - len(letters)):
-        if letter == "k" and shape[i] % parts:
-            raise UserError(
-                f"model_axis = {parts} must divide the {shape[i]} KV heads of the language model"
-            )
-        if letter in "hkfv" and shape[i] % parts == 0:
-            axes[i] = MODEL
-    return NamedSharding(mesh, PartitionSpec(*axes))
 
 
 def view(params: Any, mesh: Mesh) -> Any:

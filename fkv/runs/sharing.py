@@ -66,7 +66,7 @@ def _is_shared(path: Path) -> bool:
 
 def _shared(path: Path, source: str | os.PathLike) -> tuple[Foresight, dict]:
     try:
-        about = models.read_json(path / ABOUT)
+        about = files.read_json(path / ABOUT)
         if not (path / WEIGHTS).is_file():  # a pipe would never end
             raise UserError(f"{path / WEIGHTS}: no such file, or not a regular one")
         if not isinstance(rules := about.get("scorer"), dict):

@@ -16,6 +16,7 @@ import pytest
 from fkv import models
 from fkv.engine import decoding
 from fkv.errors import UserError
+from fkv.models import decoder
 from fkv.policies import scorer
 from fkv.runs import parallel
 from tests import oracles
@@ -302,6 +303,6 @@ def test_refuses_a_model_that_the_devices_can_not_share():
         ("q_norm_d", (3, 8), P(None, None)),
         ("embed_vm", (37, 32), P(None, None)),  # can't be cut evenly, so it is not
     ]:
-        assert parallel.sharding(name, shape, mesh).spec == spec
+        assert decoder.sharding(name, shape, mesh).spec == spec
     with pytest.raises(UserError, match="model_axis = 4 must divide the 2 KV heads"):
-        parallel.sharding("k_bias_kd", (3, 2, 8), mesh)
+        decoder.sharding("k_bias_kd", (3, 2, 8), mesh)

@@ -146,7 +146,7 @@ def test_a_full_disk_is_one_line(tmp_path):
     run.log(1, {"loss": 1.0})
     (tmp_path / "metrics.jsonl").rename(tmp_path / "kept")
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    advice = r"\(No space left on device\): make room .* run the same command again"
+    advice = r"\(No space left on device\): free disk space .* rerun the same command"
     with pytest.raises(UserError, match=rf"cannot write {tmp_path}/metrics.jsonl {advice}"):
         run.log(2, {"loss": 1.0})
     (tmp_path / "kept").replace(tmp_path / "metrics.jsonl")
