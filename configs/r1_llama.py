@@ -1,10 +1,10 @@
 """DeepSeek-R1-Distill-Llama-8B with the paper's hyper-parameters.
 
-python -m launch.sft --config=configs/r1_llama.py       the scorers
-python -m launch.grpo --config=configs/r1_llama.py      reinforcement after it
-python -m launch.evaluate --config=configs/r1_llama.py  AIME 2024, 32 samples a problem
+python -m launch.sft --config=r1_llama       the scorers
+python -m launch.grpo --config=r1_llama      reinforcement after it
+python -m launch.evaluate --config=r1_llama  AIME 2024, 32 samples a problem
 
-`configs/r1_llama.py:2k` and `:4k` set the budget, `:long` is for traces beyond 12,000 tokens.
+`--config=r1_llama:2k` and `:4k` set the budget, `:long` is for traces beyond 12,000 tokens.
 Traces: directories data/r1_llama_train and data/r1_llama_eval, which launch.traces writes.
 Not run at full size yet. Computed by --config.dry_run=True for traces of 32,768 tokens, on one H100
 at 40 % of its peak: 26.7 GB and 14 s a supervised step, 3.9 h in all; 43.5 GB and 45 min a step of

@@ -1,10 +1,10 @@
 """DeepSeek-R1-Distill-Qwen-7B with the paper's hyper-parameters.
 
-python -m launch.sft --config=configs/r1_qwen.py       the scorers
-python -m launch.grpo --config=configs/r1_qwen.py      reinforcement after it
-python -m launch.evaluate --config=configs/r1_qwen.py  AIME 2024, 32 samples a problem
+python -m launch.sft --config=r1_qwen       the scorers
+python -m launch.grpo --config=r1_qwen      reinforcement after it
+python -m launch.evaluate --config=r1_qwen  AIME 2024, 32 samples a problem
 
-`configs/r1_qwen.py:2k` and `:4k` set the budget, `:long` is for traces beyond 12,000 tokens.
+`--config=r1_qwen:2k` and `:4k` set the budget, `:long` is for traces beyond 12,000 tokens.
 Traces: directories data/r1_qwen_train and data/r1_qwen_eval, which launch.traces writes.
 Not run at full size yet. Computed by --config.dry_run=True for traces of 32,768 tokens, on one H100
 at 40 % of its peak: 27.1 GB and 12 s a supervised step, 3.4 h in all; 48.3 GB and 42 min a step of

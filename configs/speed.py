@@ -1,6 +1,6 @@
 """What decoding and labels cost at Qwen3-4B's shape: one command for one accelerator of 80 GB.
 
-python -m launch.benchmark --config=configs/speed.py
+python -m launch.benchmark --config=speed
 
 Random weights in bfloat16, so no checkpoint is needed. Time per token of the full cache and of the
 scorers at B = 1024, 2048 and 4096 for 8K, 16K and 32K tokens, at batches 1 and 64 and at the
@@ -14,7 +14,7 @@ from configs import qwen3_4b
 
 
 def get_config() -> ConfigDict:
-    """The recipe; see `configs.tiny` for what the fields mean."""
+    """The recipe of `configs.qwen3_4b`, decoding and labels alone, with random weights."""
     config = qwen3_4b.get_config()
     config.benchmark.random_weights = True
     config.benchmark.minutes = 9.0

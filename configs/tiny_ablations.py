@@ -1,6 +1,6 @@
 """The paper's ablations on the embedded reasoner, three seeds each.
 
-python -m launch.sweep --config=configs/tiny_ablations.py   about an hour and a half on two cores
+python -m launch.sweep --config=tiny_ablations   about an hour and a half on two cores
 
 Supervised: what the scorers see, and their hidden size. Reinforcement: the main recipe, and every
 kind of reward at a fifth of its rollouts. All are judged by loss and by answers, the main recipe

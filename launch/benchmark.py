@@ -1,12 +1,13 @@
 """What everything costs: decoding, reading, labels, steps, against the device and others."""
 
-from fkv.jobs import benchmark
-from launch import flags
+from launch import app
 
 
 def main(config, workdir):
+    from fkv.jobs import benchmark
+
     benchmark.run(config, workdir)
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    app.run(main)

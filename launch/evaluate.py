@@ -1,12 +1,13 @@
 """Evaluation by answers and by loss, of every policy at every budget."""
 
-from fkv.jobs import evaluate
-from launch import flags
+from launch import app
 
 
 def main(config, workdir):
+    from fkv.jobs import evaluate
+
     evaluate.run(config, workdir)
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    app.run(main)

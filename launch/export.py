@@ -1,12 +1,13 @@
 """Scorers of a run as safetensors with a card, or in the layout of the released PyTorch code."""
 
-from fkv.jobs import export
-from launch import flags
+from launch import app
 
 
 def main(config, workdir):
+    from fkv.jobs import export
+
     export.run(config, workdir)
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    app.run(main)

@@ -1,203 +1,126 @@
-"""The command line that every job shares: `flags.run(main)` calls `main(config, workdir)`."""
+"""The config and the run directory that a command line asks for.
+
+`ml_collections.config_flags` sets fields. What it does not do is here: recipes by name, a job's
+fields in `--help`, and errors in one line, with what may have been meant.
+"""
 
 import argparse
-import contextlib
 import difflib
-import errno
 import importlib.util
 import inspect
 import os
 import re
-import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import jax
-import ml_collections
 from absl import flags as absl_flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from fkv import files
 from fkv.errors import UserError, suggest
-from fkv.jobs import dry_run
-from fkv.runs import rundir
+from launch import fields
 
 DISTRIBUTED = "--distributed"
 OPTIONS = ("--config", "--workdir", DISTRIBUTED, "--help")  # of every job
-CONFIGS = Path("configs")
-
-
-def run(
-    main: Callable[[ml_collections.ConfigDict, str], None], argv: Sequence[str] | None = None
-) -> None:
-    """Parse the command line and run `main(config, workdir)`, or say what it would take.
-
-    A `UserError`, here or in `main`, becomes one line on stderr and exit code 2; any other
-    exception keeps its traceback.
-
-    Args:
-      argv: the command line, program first; by default `sys.argv`.
-    """
-    description = sys.modules[main.__module__].__doc__
-
-    def start(argv):
-        use_compilation_cache()
-        config, workdir = parse(argv, description)
-        if DISTRIBUTED in argv or os.environ.get("JAX_COORDINATOR_ADDRESS"):
-            join()
-        if config.get("dry_run"):
-            dry_run.run(Path(argv[0]).stem, config)
-        else:
-            main(config, workdir)
-
-    guard(start, sys.argv if argv is None else argv)
-
-
-def join() -> None:
-    """Make this process one of several, before JAX looks for devices.
-
-    TPU pods, Slurm, Open MPI and Kubernetes say who is who; elsewhere $JAX_COORDINATOR_ADDRESS
-    (host:port of process 0), $JAX_NUM_PROCESSES and $JAX_PROCESS_ID do.
-
-    Raises:
-      UserError: nobody says so, or the others can't be reached.
-    """
-    numbers = {}
-    for field in ("num_processes", "process_id"):
-        value = os.environ.get(f"JAX_{field.upper()}")
-        if value is not None and not value.isdigit():
-            raise UserError(f"JAX_{field.upper()} = {value!r} must be a number")
-        numbers[field] = value and int(value)
-    # The jobs see to SIGTERM themselves.
-    jax.config.update("jax_enable_preemption_service", False)
-    try:
-        jax.distributed.initialize(**numbers, shutdown_timeout_seconds=60)
-    except (ValueError, RuntimeError) as error:
-        raise UserError(
-            f"the processes can't join ({str(error).strip().splitlines()[0]}): where JAX does not "
-            "find out by itself, set JAX_COORDINATOR_ADDRESS=host:port of process 0, "
-            "JAX_NUM_PROCESSES and JAX_PROCESS_ID"
-        ) from error
-
-
-_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-
-
-def guard(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:
-    """Call `main(argv)`; a `UserError` becomes one line on stderr and exit code 2.
-
-    So does a disk that takes nothing, wherever it is met, and a pipe whose reader has gone; and
-    Ctrl-C, with 130, the shell's code. What a terminal has no letters for is shown as escapes.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError):  # a notebook's
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        main(argv)
-        sys.stdout.flush()
-    except UserError as error:
-        message = str(error)
-    except BrokenPipeError:
-        message = "nobody reads what is printed any more: run the same command again, to a file"
-        # Python writes what is left when it ends, and would say so once more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
-        if error.errno not in _REFUSALS:
-            raise
-        message = f"{error}: make room, and run the same command again; it goes on where it stopped"
-    except KeyboardInterrupt:
-        print("ended by SIGINT: run the same command again to go on", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
-    else:
-        return
-    print("error:", " ".join(message.split()), file=sys.stderr)
-    sys.exit(2)
+CONFIGS = Path("configs")  # the user's, where the command is run
+PACKAGED = Path(__file__).parents[1] / "configs"
+SHARED = ("__init__", "base", "paper")  # modules beside the recipes
 
 
 def parse(
     argv: Sequence[str], description: str | None = None, options: Sequence[str] = OPTIONS
-) -> tuple[ml_collections.ConfigDict, str]:
+) -> tuple[ConfigDict, str]:
     """The config, with its overrides, and the run directory that a command line asks for.
 
     Args:
-      options: that there are, to suggest one that may have been meant.
+      options: known options, for suggestions.
 
     Raises:
       UserError: an option, the config file, or a field of the config is unknown or ill-typed, or
-        the run directory is none of the file system.
+        the run directory can't be a directory.
     """
+    job = Path(argv[0]).stem
     parser = argparse.ArgumentParser(
-        prog=f"python -m launch.{Path(argv[0]).stem}",
+        prog=f"python -m launch.{job}",
         description=description,
-        epilog="--config.key=value overrides a field of the config",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         exit_on_error=False,
+        add_help=False,
     )
-    parser.add_argument("--config", metavar="configs/x.py[:arg]", help="the recipe of the run")
-    parser.add_argument("--workdir", help="run directory (default: runs/<job>_<config>)")
-    parser.add_argument(
-        DISTRIBUTED, action="store_true", help="this process is one of several, each on its host"
-    )
+    add = parser.add_argument
+    add("--config", metavar="NAME|FILE.py[:ARG]", help="recipe of the run, for example tiny")
+    add("--workdir", metavar="DIR", help="run directory (default: runs/<job>_<config>)")
+    add(DISTRIBUTED, action="store_true", help="this process is one of several")
+    add("--help", "-h", action="store_true", help="show this, with the values of --config")
     try:
         given, rest = parser.parse_known_args(argv[1:])
     except argparse.ArgumentError as error:
         raise UserError(f"{error} (see --help)") from error
-    if given.config is None:
+    if given.config is None and not given.help:
         raise no_config(rest)
-    path, argument = find_config(given.config)
+    path, argument = find_config(given.config or "tiny")
     config = _load(path, argument)
     _override(config, rest, options)
     name = "_".join([path.stem, *argument.replace("/", "_").split()])
-    workdir = given.workdir
-    if workdir is None:
-        workdir = str(Path("runs", f"{Path(argv[0]).stem}_{name}"))
+    if given.help:
+        parser.epilog = fields.describe(job, config)
+        parser.print_help()
+        sys.exit()
+    from fkv.runs import rundir
+
+    workdir = f"runs/{job}_{name}" if given.workdir is None else given.workdir
     return config, str(rundir.check_path(workdir))
 
 
 def no_config(rest: Sequence[str]) -> UserError:
-    """For a command line without `--config`, of which this was not understood."""
+    """For a command line without `--config`.
+
+    Args:
+      rest: arguments that were not understood.
+    """
     for word in rest:
         name = word.partition("=")[0]
         if difflib.get_close_matches(name, ["--config"]):
             return UserError(f"unknown option {name}: did you mean --config?")
         if word.endswith(".py"):
             return UserError(f"no config given: did you mean --config={word}?")
-    return UserError("no config given: add --config=configs/<name>.py")
+    return UserError("no config given: add --config=<name>, for example --config=tiny")
 
 
-def use_compilation_cache() -> None:
-    """Keep compiled programs in ~/.cache/fkv/jax, unless $JAX_COMPILATION_CACHE_DIR says where."""
-    path = jax.config.jax_compilation_cache_dir
-    if path is None:
-        path = os.path.expanduser("~/.cache/fkv/jax")
-        path = None if path.startswith("~") else path  # nobody knows where home is
-    elif path.startswith("~"):  # JAX would make a directory of that name
-        path = str(files.expand(path))
-    jax.config.update("jax_compilation_cache_dir", path)
+# ---- config files
 
 
 def find_config(given: str) -> tuple[Path, str]:
-    """The file and the argument of `--config=FILE[:ARGUMENT]`; `tiny` is `configs/tiny.py`.
+    """The file and the argument of `--config=NAME[:ARGUMENT]`.
+
+    `tiny` is `tiny.py` or `configs/tiny.py` where the command is run, else the packaged recipe; so
+    is `configs/tiny.py`.
 
     Raises:
       UserError: there is no such file.
     """
     name, _, argument = given.partition(":")
     path = files.expand(name)
-    script = path.with_name(f"{path.name}.py") if path.name else path
-    for found in (path, script, CONFIGS / path, CONFIGS / script):
-        if os.path.isfile(found):  # a Path would mind names that are too long
-            return found, argument
+    folders = [Path(), CONFIGS]
+    if path.parent in folders:
+        folders.append(PACKAGED)
+    for folder in folders:
+        start = folder / (path.name if folder == PACKAGED else path)
+        for found in (start, start.with_name(f"{start.name}.py") if start.name else start):
+            if os.path.isfile(found):  # Path.is_file raises on names that are too long
+                return found, argument
     if "=" in name:
         raise UserError(f"--config={given}: a field of the config is set by --config.{given}")
-    folder = path.parent if path.parent.parts else CONFIGS
-    others = [p for p in sorted(folder.glob("*.py")) if p.stem != "__init__"]
-    known = [p.stem if folder == CONFIGS else str(p.with_suffix("")) for p in others]
-    wanted = path.stem if folder == CONFIGS else str(path.parent / path.stem)
+    if PACKAGED in folders:
+        stems = {p.stem for folder in (CONFIGS, PACKAGED) for p in folder.glob("*.py")}
+        wanted, known = path.stem, sorted(stems - {*SHARED})
+    else:
+        wanted = str(path.parent / path.stem)
+        known = [str(p.with_suffix("")) for p in sorted(path.parent.glob("*.py"))]
     raise UserError(f"config file {name} not found{suggest(wanted, known)}")
 
 
@@ -207,11 +130,17 @@ def load_module(path: Path) -> ModuleType:
     if spec is None:
         raise UserError(f"config file {path} is not a Python file: give configs/<name>.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    # A packaged recipe imports its base, even where the user has a package named configs.
+    found_first = [str(PACKAGED.parent)] if path.parent == PACKAGED else []
+    sys.path[:0] = found_first
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        del sys.path[: len(found_first)]
     return module
 
 
-def _load(path: Path, argument: str) -> ml_collections.ConfigDict:
+def _load(path: Path, argument: str) -> ConfigDict:
     module = load_module(path)
     if not hasattr(module, "get_config"):
         raise UserError(f"config file {path} has no get_config(): is it a config?")
@@ -224,16 +153,18 @@ def _load(path: Path, argument: str) -> ml_collections.ConfigDict:
             f"config file {path} {wants}: give --config={path}{'' if argument else ':<argument>'}"
         ) from error
     config = module.get_config(*arguments)
-    if not isinstance(config, ml_collections.ConfigDict):
+    if not isinstance(config, ConfigDict):
         raise UserError(
-            f"config file {path}: get_config() gives a {type(config).__name__}, not a ConfigDict"
+            f"config file {path}: get_config() returns a {type(config).__name__}, not a ConfigDict"
         )
     return config.lock()
 
 
-def _override(
-    config: ml_collections.ConfigDict, rest: Sequence[str], options: Sequence[str]
-) -> None:
+# ---- fields
+
+
+def _override(config: ConfigDict, rest: Sequence[str], options: Sequence[str]) -> None:
+    """Sets the fields that `rest` names."""
     named = [re.match(r"--?(?:no)?config\.([^=]*)", word) for word in rest]
     before = {match[1]: _field(config, match[1]) for match in named if match}
     values = absl_flags.FlagValues()
@@ -247,21 +178,22 @@ def _override(
         raise UserError(str(error)) from error
     if unknown:
         meant = _meant(config, rest, unknown[0], options)
-        raise UserError(f"cannot make sense of {unknown[0]!r}{meant}")
+        raise UserError(f"cannot parse {unknown[0]!r}{meant}")
     for name, old in before.items():
-        if isinstance(old, tuple) and old:
-            _check_entries(name, {type(entry) for entry in old}, _field(config, name))
+        kinds = {type(entry) for entry in old} if isinstance(old, tuple) else ()
+        for entry in _field(config, name) if kinds else ():
+            if type(entry) not in kinds and not (type(entry) is int and float in kinds):
+                wanted = " or ".join(sorted(kind.__name__ for kind in kinds))
+                raise UserError(f"config.{name} holds {entry!r}: its entries must be {wanted}")
 
 
-def _meant(
-    config: ml_collections.ConfigDict, rest: Sequence[str], given: str, options: Sequence[str]
-) -> str:
-    """What may have been meant by an option that there isn't, or by a word without dashes."""
-    # absl says the name alone of an option.
+def _meant(config: ConfigDict, rest: Sequence[str], given: str, options: Sequence[str]) -> str:
+    """Suggestions for an unknown option, or for a word without dashes."""
+    # absl reports the name of an option without its value.
     pattern = rf"--?{re.escape(given.lstrip('-'))}(=|$)"
     word = next((word for word in rest if re.match(pattern, word)), given)
     name, equals, value = word.lstrip("-").removeprefix("config.").partition("=")
-    names = [*_names(config)] if name else []
+    names = [name for name, _ in fields.leaves(config)] if name else []
     ends = [name] if name in names else [f for f in names if f.endswith(f".{name}")]
     ends.sort(key=lambda field: field.count("."))
     near = difflib.get_close_matches(name, names, cutoff=0.75)
@@ -271,32 +203,16 @@ def _meant(
     return f": did you mean {' or '.join(found)}?" if found else " (see --help)"
 
 
-def _names(config: ml_collections.ConfigDict, prefix: str = "") -> Iterator[str]:
-    """Dotted names of all fields."""
-    for name, value in config.items():
-        if isinstance(value, ml_collections.ConfigDict):
-            yield from _names(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}"
-
-
-def _check_entries(name: str, kinds: set[type], entries: tuple) -> None:
-    # config_flags sees to the types of fields, but not of what is in a tuple.
-    for entry in entries:
-        if type(entry) not in kinds and not (type(entry) is int and float in kinds):
-            wanted = " or ".join(sorted(kind.__name__ for kind in kinds))
-            raise UserError(f"config.{name} holds {entry!r}: its entries must be {wanted}")
-
-
-def _field(config: ml_collections.ConfigDict, name: str) -> Any:
+def _field(config: ConfigDict, name: str) -> Any:
+    """The value of a field, which the command line may set."""
     parent, value = "config", config
     for key in name.split("."):
-        known = sorted(value) if isinstance(value, ml_collections.ConfigDict) else []
+        known = sorted(value) if isinstance(value, ConfigDict) else []
         if key not in known:
             raise UserError(f"{parent} has no field {key!r}{suggest(key, known)}")
         if value.get_type(key) in (list, type(None)):
             raise UserError(f"{parent}.{key} cannot be set from here: edit the config file")
         parent, value = f"{parent}.{key}", value[key]
-    if isinstance(value, ml_collections.ConfigDict):
+    if isinstance(value, ConfigDict):
         raise UserError(f"{parent} is a group of fields: set one of {', '.join(sorted(value))}")
     return value

@@ -1,12 +1,13 @@
 """One answer with a bounded cache, printed as it is written."""
 
-from fkv.jobs import generate
-from launch import flags
+from launch import app
 
 
 def main(config, workdir):
+    from fkv.jobs import generate
+
     generate.run(config, workdir)
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    app.run(main)

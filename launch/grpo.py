@@ -1,12 +1,13 @@
 """Reinforcement stage: GRPO over eviction traces, from the scorers of a supervised run."""
 
-from fkv.jobs import grpo
-from launch import flags
+from launch import app
 
 
 def main(config, workdir):
+    from fkv.jobs import grpo
+
     grpo.run(config, workdir)
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    app.run(main)

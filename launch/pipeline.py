@@ -1,12 +1,13 @@
 """All stages in one directory: supervised scorers, reinforcement, answers of every policy."""
 
-from fkv.jobs import pipeline
-from launch import flags
+from launch import app
 
 
 def main(config, workdir):
+    from fkv.jobs import pipeline
+
     pipeline.run(config, workdir)
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    app.run(main)

@@ -1,12 +1,13 @@
 """Trains the embedded reasoner from scratch."""
 
-from fkv.jobs import pretrain
-from launch import flags
+from launch import app
 
 
 def main(config, workdir):
+    from fkv.jobs import pretrain
+
     pretrain.run(config, workdir)
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    app.run(main)

@@ -1,12 +1,13 @@
 """Supervised stage: train scorers on golden evictions, then compare all policies."""
 
-from fkv.jobs import sft
-from launch import flags
+from launch import app
 
 
 def main(config, workdir):
+    from fkv.jobs import sft
+
     sft.run(config, workdir)
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    app.run(main)

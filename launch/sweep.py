@@ -13,7 +13,7 @@ from fkv.errors import UserError
 from fkv.evaluation import sweeps
 from fkv.jobs import common
 from fkv.runs import pods, rundir, sweep
-from launch import flags
+from launch import app, flags
 
 MAIN_JOB = "sft"
 BACKENDS = ("local", "xpk", "tpu-vm")
@@ -126,4 +126,4 @@ def _on_pods(options, points, root, shared, label):
 
 
 if __name__ == "__main__":
-    flags.guard(main, sys.argv)
+    app.guard(main, sys.argv)

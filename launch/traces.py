@@ -1,12 +1,13 @@
 """The model's own answers to questions, or answers that are there, as traces in Parquet."""
 
-from fkv.jobs import traces
-from launch import flags
+from launch import app
 
 
 def main(config, workdir):
+    from fkv.jobs import traces
+
     traces.run(config, workdir)
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    app.run(main)

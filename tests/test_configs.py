@@ -3,14 +3,16 @@
 from pathlib import Path
 
 import pytest
+from ml_collections import ConfigDict
 
+from configs import base, tiny
 from fkv.data import benchmarks
 from fkv.engine.decoding import Sampling
 from fkv.errors import UserError
 from fkv.jobs.grpo import settings_of
 from fkv.learning import grpo, sft
 from fkv.policies import scorer
-from launch import flags
+from launch import fields, flags
 
 REAL = ("r1_qwen", "qwen3_4b", "qwen3_1p7b", "r1_llama")
 
@@ -21,7 +23,20 @@ def parse(job, config, *rest):
 
 def test_every_recipe_of_the_project_is_known_here():
     found = {p.stem for p in Path("configs").glob("*.py")}
-    assert found == {"__init__", "paper", "tiny", "tiny_ablations", "speed", *REAL}
+    assert found == {"__init__", "base", "paper", "tiny", "tiny_ablations", "speed", *REAL}
+
+
+def test_every_field_of_the_base_has_a_comment():
+    about, meaning = fields.comments()
+    groups = [
+        group for group in about if hasattr(base, group) and group not in ("recipe", "shared")
+    ]
+    named = [name for name, _ in fields.leaves(base.recipe(*groups))]
+    assert {*meaning} == {*named, "pretrain.stages", "pipeline.changes"}
+    assert {*groups} == {
+        group for group, x in tiny.get_config().items() if isinstance(x, ConfigDict)
+    }
+    assert base.INSTRUCTION == benchmarks.INSTRUCTION
 
 
 @pytest.mark.parametrize("name", REAL)

@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,10 @@ from pathlib import Path
 import jax
 import pytest
 
+from configs import tiny
 from fkv.errors import UserError
-from launch import flags
+from fkv.jobs import READS
+from launch import app, fields, flags
 
 CONFIG = """
 import ml_collections
@@ -66,9 +69,9 @@ def test_overrides_and_defaults():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "no config given: add --config=configs/<name>.py"),
+        ([], "no config given: add --config=<name>, for example --config=tiny"),
         (["--config=configs/toyy.py"], r"configs/toyy.py not found: did you mean toy\?"),
-        (["--config=configs/x.py"], "x.py not found: there are empty, fixed, other, toy"),
+        (["--config=configs/x.py"], "x.py not found: there are empty, fixed, other, qwen3_1p7b, "),
         (["--config=nowhere/x.py"], "config file nowhere/x.py not found$"),
         (["--config=configs/empty.py"], r"empty.py has no get_config\(\)"),
         (["--config=configs/fixed.py:big"], "takes no argument: give --config=configs/fixed.py$"),
@@ -95,7 +98,7 @@ def test_overrides_and_defaults():
         (["--config=configs/toy.py", "--config.names=[2]"], "names cannot be set from here: edit"),
         (["--config=configs/toy.py", "--wrkdir=x"], r"--wrkdir: did you mean --workdir\?$"),
         (["--config=configs/toy.py", "--zzz=x"], r"unknown option --zzz \(see --help\)$"),
-        (["--config=configs/toy.py", "x"], r"cannot make sense of 'x' \(see --help\)$"),
+        (["--config=configs/toy.py", "x"], r"cannot parse 'x' \(see --help\)$"),
         (["--config=toy", "--steps=64"], r"--steps: did you mean --config.steps=64\?$"),
         (["--config=toy", "--steps", "64"], r"option --steps: did you mean --config.steps\?$"),
         (["--config=toy", "-steps=64"], r"option --steps: did you mean --config.steps=64\?$"),
@@ -109,8 +112,8 @@ def test_overrides_and_defaults():
         (["configs/toy.py"], r"no config given: did you mean --config=configs/toy.py\?$"),
         (["--config=~nosuchuser/x.py"], "no home directory is known for ~nosuchuser"),
         (["--config=toy", "--workdir=~nosuchuser/x"], "no home directory is known for ~nosuchu"),
-        (["--config=configs/"], "configs/ not found: there are empty, fixed, other, toy$"),
-        (["--config=configs"], "configs not found: there are empty, fixed, other, toy$"),
+        (["--config=configs/"], "configs/ not found: there are empty, fixed, other, .*, toy$"),
+        (["--config=configs"], "configs not found: there are empty, fixed, other, .*, toy$"),
         (["--config=/"], "config file / not found"),
         ([f"--config={'x' * 5000}"], r"'xxx.*' can't be a path here \(File name too long\)"),
         ([f"--config={'x' * 254}"], "config file xxx.* not found"),
@@ -134,6 +137,43 @@ def test_a_config_by_its_name(name, tmp_path, monkeypatch):
     assert config.size == "big" and workdir == "runs/sft_toy_big"
 
 
+@pytest.mark.parametrize("name", ["tiny", "tiny.py", "configs/tiny", "configs/tiny.py"])
+def test_packaged_recipes_are_found_anywhere(name):
+    assert parse(f"--config={name}", "--config.budget=32")[0].budget == 32
+    assert parse("--config=r1_qwen:2k")[1] == "runs/sft_r1_qwen_2k"
+    with pytest.raises(UserError, match="takes no argument"):
+        parse(f"--config={name}:2k")
+    Path("configs/tiny.py").write_text(CONFIG)
+    assert parse(f"--config={name}:big")[0].size == "big"
+
+
+@pytest.mark.parametrize("job", READS)
+def test_help_lists_the_fields_of_the_job(job, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        flags.parse([f"launch/{job}.py", "--config.budget=32", "--help"], "What it does.")
+    told = capsys.readouterr().out
+    assert not stopped.value.code and told.startswith(f"usage: python -m launch.{job} ")
+    assert "\n\nWhat it does.\n\n" in told and "--workdir DIR" in told
+    shown = set(re.findall(r"^  ([a-z][\w.]*)=", told, re.MULTILINE))
+    stages = ("pipeline", "sft", "grpo", "evaluate") if job == "pipeline" else ()
+    reads = {"dry_run", *READS[job], *stages, *(x for stage in stages for x in READS[stage])}
+    names = [name for name, _ in fields.leaves(tiny.get_config())]
+    assert shown == {n for n in names if any(f"{n}.".startswith(f"{read}.") for read in reads)}
+    assert "budget=32  " in told or job == "export"
+
+
+def test_help_is_quick():
+    """It imports nothing that it does not need, also beside a package named configs."""
+    Path("configs/__init__.py").touch()
+    command = [sys.executable, "-X", "importtime", "-m", "launch.sft", "--help"]
+    there = {**os.environ, "PYTHONPATH": str(Path(flags.__file__).parents[1])}
+    done = subprocess.run(command, env=there, capture_output=True, text=True)
+    assert "sft.steps=400  " in done.stdout and "optimiser steps" in done.stdout
+    imported = set(re.findall(r"\| +([\w.]+)$", done.stderr, re.MULTILINE))
+    heavy = {"transformers", "datasets", "orbax", "flax", "optax", "pandas", "scipy"}
+    assert "jax" in imported and not heavy & imported
+
+
 def test_what_is_suggested_works():
     with pytest.raises(UserError, match=r"did you mean (.*)\?") as error:
         parse("--config=configs/toyy.py")
@@ -151,12 +191,12 @@ def test_home_is_where_a_shell_has_it(tmp_path, monkeypatch, compilation_cache):
     assert parse("--config=toy", "--workdir=~/run")[1] == f"{tmp_path}/me/run"
     for given, used in ((None, "me/.cache/fkv/jax"), ("~/jax", "me/jax")):
         jax.config.update("jax_compilation_cache_dir", given)
-        flags.use_compilation_cache()
+        app.use_compilation_cache()
         assert jax.config.jax_compilation_cache_dir == f"{tmp_path}/{used}"
     # In a container nobody may know where it is: then nothing is kept, rather than below ./~.
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     jax.config.update("jax_compilation_cache_dir", None)
-    flags.use_compilation_cache()
+    app.use_compilation_cache()
     assert jax.config.jax_compilation_cache_dir is None
 
 
@@ -172,7 +212,7 @@ def test_user_errors_are_one_line(capsys, compilation_cache):
         raise UserError(f"the trace is\ntoo short for {config.steps} steps")
 
     with pytest.raises(SystemExit) as stopped:
-        flags.run(main, ["sft.py", "--config=configs/toy.py"])
+        app.run(main, ["sft.py", "--config=configs/toy.py"])
     assert stopped.value.code == 2
     assert capsys.readouterr().err == "error: the trace is too short for 10 steps\n"
 
@@ -182,13 +222,13 @@ def test_a_full_disk_is_one_line(capsys):
         Path("/dev/full").write_text("no room here")
 
     with pytest.raises(SystemExit) as stopped:
-        flags.guard(main, [])
+        app.guard(main, [])
     assert stopped.value.code == 2
     told = capsys.readouterr().err
-    assert told.startswith("error: [Errno 28] No space left on device: make room, and run")
+    assert told.startswith("error: [Errno 28] No space left on device: free disk space and")
     assert told.count("\n") == 1
     with pytest.raises(FileNotFoundError):
-        flags.guard(lambda argv: Path("nowhere/at/all").write_text(""), [])
+        app.guard(lambda argv: Path("nowhere/at/all").write_text(""), [])
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO])
@@ -197,15 +237,13 @@ def test_a_disk_that_takes_nothing_is_one_line(code, capsys):
         raise OSError(code, os.strerror(code), "x")
 
     with pytest.raises(SystemExit) as stopped:
-        flags.guard(main, [])
+        app.guard(main, [])
     assert stopped.value.code == 2
     assert capsys.readouterr().err.startswith(f"error: [Errno {code}] {os.strerror(code)}: 'x': ")
 
 
 def test_a_pipe_that_nobody_reads_is_one_line():
-    code = (
-        "from launch import flags; flags.guard(lambda _: [print('x' * 99) for _ in range(999)], [])"
-    )
+    code = "from launch import app; app.guard(lambda _: [print('x' * 99) for _ in range(999)], [])"
     command = [sys.executable, "-c", code]
     here = Path(flags.__file__).parents[1]
     with subprocess.Popen(
@@ -214,14 +252,14 @@ def test_a_pipe_that_nobody_reads_is_one_line():
         job.stdout.close()
         told = job.stderr.read()
     assert job.returncode == 2
-    assert told.startswith("error: nobody reads what is printed any more") and told.count("\n") == 1
+    assert told.startswith("error: the output pipe is closed") and told.count("\n") == 1
 
 
 def test_what_a_terminal_has_no_letters_for_is_escaped(monkeypatch):
     """Tables have a plus-minus sign, and paths any bytes."""
     shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", shown)
-    flags.guard(lambda argv: print("1 \u00b1 2 in \udcff"), [])
+    app.guard(lambda argv: print("1 \u00b1 2 in \udcff"), [])
     assert shown.buffer.getvalue() == b"1 \\xb1 2 in \\udcff\n"
 
 
@@ -230,9 +268,9 @@ def test_ctrl_c_is_one_line(capsys):
         raise KeyboardInterrupt
 
     with pytest.raises(SystemExit) as stopped:
-        flags.guard(main, [])
+        app.guard(main, [])
     assert stopped.value.code == 130
-    assert capsys.readouterr().err == "ended by SIGINT: run the same command again to go on\n"
+    assert capsys.readouterr().err == "interrupted by SIGINT: rerun the same command to resume\n"
 
 
 def test_processes_join_when_asked_to(monkeypatch, capsys, compilation_cache):
@@ -243,7 +281,7 @@ def test_processes_join_when_asked_to(monkeypatch, capsys, compilation_cache):
     def run(*arguments, **environment):
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        flags.run(lambda config, workdir: None, ["sft.py", "--config=configs/toy.py", *arguments])
+        app.run(lambda config, workdir: None, ["sft.py", "--config=configs/toy.py", *arguments])
 
     def refused(*arguments, **environment):
         with pytest.raises(SystemExit):
@@ -269,11 +307,11 @@ def test_a_job_in_its_own_process():
     """Nothing but the job's own output on success; other exceptions keep their traceback."""
     Path("job.py").write_text(
         "import jax\n"
-        "from launch import flags\n"
+        "from launch import app\n"
         "def main(config, workdir):\n"
         "    print(workdir, jax.config.jax_compilation_cache_dir, 1 // config.steps)\n"
         "if __name__ == '__main__':\n"
-        "    flags.run(main)\n"
+        "    app.run(main)\n"
     )
     environment = {
         "PATH": "",

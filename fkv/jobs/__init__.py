@@ -1,1 +1,18 @@
 """The jobs that `launch` starts, each a function of (config, workdir); callable from a notebook."""
+
+_MODEL = (
+    "seed", "model", "revision", "dtype", "cache_dtype", "attention_kernel", "model_axis", "budget",
+    "interval", "task",
+)  # fmt: skip
+# Fields, and groups of fields, that each job reads. The pipeline's stages read their own.
+READS = {
+    "pretrain": ("seed", "budget", "interval", "task", "pretrain"),
+    "traces": (*_MODEL, "traces"),
+    "sft": (*_MODEL, "data", "scorer", "sft", "eval", "grpo.high_fraction"),
+    "grpo": (*_MODEL, "data", "scorer", "grpo", "eval", "evaluate"),
+    "evaluate": (*_MODEL, "data", "eval", "evaluate", "grpo.high_fraction"),
+    "generate": (*_MODEL, "generate"),
+    "export": ("model", "revision", "export"),
+    "benchmark": (*_MODEL, "scorer", "benchmark"),
+    "pipeline": ("pipeline.stages",),
+}

@@ -19,6 +19,7 @@ from fkv.engine import replay
 from fkv.errors import DivergedError, UserError
 from fkv.evaluation import loss_ratio, plots
 from fkv.files import write_text
+from fkv.jobs import READS
 from fkv.keys import Purpose, key_of
 from fkv.learning import grpo
 from fkv.models import ModelConfig, texts
@@ -28,10 +29,7 @@ from fkv.runs import checkpoint, costs, parallel, preemption, provenance
 from fkv.runs.rundir import Run
 from fkv.tasks import ledger
 
-JOBS = (
-    "pretrain", "traces", "sft", "grpo", "evaluate", "generate", "export", "benchmark",
-    "pipeline",
-)  # fmt: skip
+JOBS = tuple(READS)
 
 
 def other_jobs(job: str) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from fkv import kinds
 from fkv.engine import decoding
 from fkv.errors import UserError, suggest
+from fkv.jobs import READS
 from fkv.kinds import SWITCH, TEXT, Kind, number, several, whole
 from fkv.learning import grpo, sft
 from fkv.models.config import CACHE_DTYPES
@@ -149,21 +150,6 @@ FIELDS = {
         },
     ),
 }
-_MODEL = (
-    "seed", "model", "revision", "dtype", "cache_dtype", "attention_kernel", "model_axis", "budget",
-    "interval", "task",
-)  # fmt: skip
-USED = {
-    "pretrain": ("seed", "budget", "interval", "task", "pretrain"),
-    "traces": (*_MODEL, "traces"),
-    "sft": (*_MODEL, "data", "scorer", "sft", "eval", "grpo.high_fraction"),
-    "grpo": (*_MODEL, "data", "scorer", "grpo", "eval", "evaluate"),
-    "evaluate": (*_MODEL, "data", "eval", "evaluate", "grpo.high_fraction"),
-    "pipeline": ("pipeline.stages",),
-    "benchmark": (*_MODEL, "benchmark"),
-    "export": ("model", "revision", "export"),
-    "generate": (*_MODEL, "generate"),
-}
 
 
 def _tree(names: Iterable[str]) -> dict:
@@ -199,7 +185,7 @@ def check(config: ConfigDict, job: str) -> None:
             "configs/tiny.py does"
         )
     _check_names("config", config, _TREE)
-    for used in USED[job]:
+    for used in READS[job]:
         if used == "task" and "task" not in config:
             continue  # traces and questions are from files
         if used == "grpo.high_fraction" and "grpo" not in config:
@@ -239,7 +225,7 @@ def _check_names(where: str, group: Any, known: Mapping[str, Any]) -> None:
 def _check_changes(stage: str, changes: Any) -> None:
     """Refuses what a stage of the pipeline can't be told to do otherwise."""
     where = f"{_CHANGES.removeprefix('config.')}.{stage}"
-    read = {name: _TREE[name] for name in USED[stage] if name in _TREE}
+    read = {name: _TREE[name] for name in READS[stage] if name in _TREE}
     if isinstance(changes, Mapping | ConfigDict):
         for name in changes:
             if name in _TREE and name not in read:

@@ -8,7 +8,7 @@ import pytest
 from configs import qwen3_4b, tiny
 from fkv.errors import UserError
 from fkv.jobs import dry_run
-from launch import flags
+from launch import app
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_the_command_runs_nothing_else(tmp_path, monkeypatch, capsys):
         raise AssertionError("the job itself ran")
 
     monkeypatch.setattr(dry_run, "run", lambda job, config: print(job, config.budget))
-    flags.run(main, ["launch/sft.py", "--config=configs/tiny.py", "--config.dry_run=True"])
+    app.run(main, ["launch/sft.py", "--config=configs/tiny.py", "--config.dry_run=True"])
     assert capsys.readouterr().out == "sft 64\n"
 
 

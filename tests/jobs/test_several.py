@@ -90,9 +90,9 @@ def run_jobs(root):
 SCRIPT = """
 import sys
 from pathlib import Path
-from launch import flags
+from launch import app
 
-flags.join()
+app.join()
 from tests.jobs.test_several import run_jobs
 
 print("said:", run_jobs(Path(sys.argv[1])))

@@ -22,7 +22,7 @@ from fkv.models import ModelConfig
 from fkv.runs import checkpoint, parallel, preemption
 from fkv.runs.rundir import open_run, read_inputs
 from fkv.tasks import ledger
-from launch import flags
+from launch import app, flags
 from tests import figures
 
 SEED = 3  # what takes 0 for it is noticed
@@ -91,7 +91,7 @@ def test_a_run_that_diverges_ends_in_one_line(model_dir, tmp_path, monkeypatch, 
 
     monkeypatch.setattr(stage, "train_step", poisoned)
     with pytest.raises(SystemExit) as end:
-        flags.guard(lambda _: sft.run(small(model_dir), str(tmp_path)), [])
+        app.guard(lambda _: sft.run(small(model_dir), str(tmp_path)), [])
     assert end.value.code == 2
     *_, line = capsys.readouterr().err.splitlines()
     assert line == (
@@ -307,7 +307,7 @@ def test_command_line(model_dir, finished, tmp_path):
 def test_errors_of_the_command_line_are_one_line(capsys):
     command = ["launch/sft.py", "--config=configs/tiny.py", "--config.bugdet=3"]
     with pytest.raises(SystemExit) as end:
-        flags.guard(lambda argv: sft.run(*flags.parse(argv)), command)
+        app.guard(lambda argv: sft.run(*flags.parse(argv)), command)
     assert end.value.code == 2
     error = "error: config has no field 'bugdet': did you mean budget?\n"
     assert capsys.readouterr() == ("", error)

@@ -39,12 +39,12 @@ from fkv.learning import grpo, sft
 from fkv.policies import scorer
 from fkv.runs import parallel, rundir
 from fkv.errors import UserError
-from launch import flags
+from launch import app
 from tests import oracles
 
 path, out, model_axis, several = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4:]
 if several:
-    flags.join()
+    app.join()
 mesh = parallel.make_mesh(model_axis)
 copies = parallel.device_count(mesh)
 parallel.check_batch(8, mesh)

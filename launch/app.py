@@ -1,0 +1,116 @@
+"""How every job starts and ends: `app.run(main)` calls `main(config, workdir)`.
+
+The mains import their jobs when they are called, so that `--help` and errors are quick.
+"""
+
+import contextlib
+import errno
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from fkv import files
+from fkv.errors import UserError
+from launch import flags
+
+
+def run(main: Callable[[ConfigDict, str], None], argv: Sequence[str] | None = None) -> None:
+    """Parse the command line and run `main(config, workdir)`, or its dry run.
+
+    A `UserError`, here or in `main`, becomes one line on stderr and exit code 2; any other
+    exception keeps its traceback.
+
+    Args:
+      argv: the command line, program first; by default `sys.argv`.
+    """
+    description = sys.modules[main.__module__].__doc__
+
+    def start(argv):
+        use_compilation_cache()
+        config, workdir = flags.parse(argv, description)
+        if flags.DISTRIBUTED in argv or os.environ.get("JAX_COORDINATOR_ADDRESS"):
+            join()
+        if config.get("dry_run"):
+            from fkv.jobs import dry_run
+
+            dry_run.run(Path(argv[0]).stem, config)
+        else:
+            main(config, workdir)
+
+    guard(start, sys.argv if argv is None else argv)
+
+
+def join() -> None:
+    """Make this process one of several, before JAX looks for devices.
+
+    TPU pods, Slurm, Open MPI and Kubernetes tell JAX the process topology; elsewhere
+    $JAX_COORDINATOR_ADDRESS (host:port of process 0), $JAX_NUM_PROCESSES and $JAX_PROCESS_ID do.
+
+    Raises:
+      UserError: the topology is unknown, or the other processes can't be reached.
+    """
+    numbers = {}
+    for field in ("num_processes", "process_id"):
+        value = os.environ.get(f"JAX_{field.upper()}")
+        if value is not None and not value.isdigit():
+            raise UserError(f"JAX_{field.upper()} = {value!r} must be a number")
+        numbers[field] = value and int(value)
+    jax.config.update("jax_enable_preemption_service", False)  # the jobs handle SIGTERM themselves
+    try:
+        jax.distributed.initialize(**numbers, shutdown_timeout_seconds=60)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"the processes can't join ({str(error).strip().splitlines()[0]}): where JAX can't "
+            "detect the process topology, set JAX_COORDINATOR_ADDRESS=host:port of process 0, "
+            "JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+        ) from error
+
+
+_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
+
+def guard(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:
+    """Call `main(argv)`; a `UserError` becomes one line on stderr and exit code 2.
+
+    So do a disk that can't be written and a closed pipe; Ctrl-C exits with 130, the shell's code.
+    Characters that the terminal can't encode are escaped.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # a notebook's
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        main(argv)
+        sys.stdout.flush()
+    except UserError as error:
+        message = str(error)
+    except BrokenPipeError:
+        message = "the output pipe is closed: rerun the same command with its output in a file"
+        # Python flushes once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.errno not in _REFUSALS:
+            raise
+        message = f"{error}: free disk space and rerun the same command; it resumes"
+    except KeyboardInterrupt:
+        print("interrupted by SIGINT: rerun the same command to resume", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    else:
+        return
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    sys.exit(2)
+
+
+def use_compilation_cache() -> None:
+    """Keep compiled programs in ~/.cache/fkv/jax, or in $JAX_COMPILATION_CACHE_DIR if it is set."""
+    path = jax.config.jax_compilation_cache_dir
+    if path is None:
+        path = os.path.expanduser("~/.cache/fkv/jax")
+        path = None if path.startswith("~") else path  # there is no home directory
+    elif path.startswith("~"):  # JAX would create a directory of that name
+        path = str(files.expand(path))
+    jax.config.update("jax_compilation_cache_dir", path)

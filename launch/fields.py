@@ -1,0 +1,71 @@
+"""The part of `python -m launch.<job> --help` that lists the job's fields."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from fkv.jobs import READS
+
+BASE = Path(__file__).parents[1] / "configs" / "base.py"
+# Its lines: a group, what it is about, a field with a comment behind it, a comment above a field.
+_LINE = re.compile(
+    r'def (?P<group>\w+)\(.*|    """(?P<about>.+)"""'
+    r"|    config\.(?P<field>[\w.]+) = [^#]+(# (?P<behind>.+))?|    # (?P<above>.+)"
+)
+_COLUMN = 34
+
+
+def describe(job: str, config: ConfigDict) -> str:
+    """The fields of a config that a job reads, each with its value and what it means."""
+    reads = {"dry_run", *READS.get(job, config)}
+    if job == "pipeline":
+        reads |= {"pipeline", *(x for stage in config.pipeline.stages for x in READS[stage])}
+    about, comment = comments()
+    order = list(comment)
+
+    def documented(field):
+        """The field, or the open group that it is in."""
+        while field and field not in order:
+            field = field.rpartition(".")[0]
+        return field or order[-1]
+
+    lines, group = [f"fields that {job} reads, set by --config.<field>=<value>:"], None
+    for field, value in sorted(leaves(config), key=lambda x: order.index(documented(x[0]))):
+        if not any(f"{field}.".startswith(f"{read}.") for read in reads):
+            continue
+        if group != (group := field.split(".")[0] if "." in field else "shared"):
+            lines += ["", about.get(group, group)]
+        shown, meaning = f"  {field}={value!r}", comment.pop(documented(field), "")
+        if meaning and len(shown) > _COLUMN:
+            lines.append(shown)
+            shown = ""
+        lines.append(f"{shown:<{_COLUMN}}  {meaning}".rstrip())
+    return "\n".join(lines)
+
+
+def comments() -> tuple[dict[str, str], dict[str, str]]:
+    """What the groups of `configs.base` are about, and what their fields mean."""
+    about, meaning, group, above = {}, {}, "", ""
+    # Read and not imported: the user may have a package named configs.
+    for line in BASE.read_text().splitlines():
+        found = match.groupdict() if (match := _LINE.fullmatch(line)) else {}
+        group = found.get("group") or group
+        if found.get("about"):
+            about[group] = found["about"]
+        if found.get("field") and (found["behind"] or above):
+            prefix = "" if group == "shared" else f"{group}."
+            meaning[prefix + found["field"]] = found["behind"] or above
+        above = found.get("above")
+    return about, meaning
+
+
+def leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted names of all fields, and their values."""
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
