@@ -10,6 +10,7 @@ from typing import Any
 import grain
 import numpy as np
 
+from fkv import kinds
 from fkv.data import sources
 from fkv.errors import UserError
 from fkv.tasks import ledger
@@ -17,13 +18,13 @@ from fkv.tasks import ledger
 
 @dataclasses.dataclass(frozen=True)
 class Traces:
-    """Right-padded traces, all long enough for an eviction that a token sees.
+    """Right-padded traces, all long enough that a token attends after an eviction.
 
     Attributes:
       token_nt: ids [n, t], int32.
       length_n: tokens of each, int32.
       prompt_n: how many of these are the prompt, which the model did not write, int32.
-      padded_n: width of each one's bucket: the traces of a batch have the same, int32.
+      padded_n: width of each one's bucket, equal within a batch, int32.
       skipped: how many were left out because they are not longer than `B + L`.
     """
 
@@ -37,14 +38,10 @@ class Traces:
         return len(self.length_n)
 
     def digests(self) -> list[str]:
-        """What each one is, and its place, by its tokens and the length of its prompt."""
-        found = []
-        for i, (token_t, length, prompt) in enumerate(
-            zip(self.token_nt, self.length_n, self.prompt_n, strict=True)
-        ):
-            data = np.array([prompt, *token_t[:length]], "<i4").tobytes()
-            found.append(f"{i}-{hashlib.sha256(data).hexdigest()[:16]}")
-        return found
+        """Identifies each trace by its index and a hash of its prompt's length and tokens."""
+        columns = zip(self.prompt_n, self.token_nt, self.length_n, strict=True)
+        data = [np.array([p, *token_t[:n]], "<i4").tobytes() for p, token_t, n in columns]
+        return [f"{i}-{hashlib.sha256(x).hexdigest()[:16]}" for i, x in enumerate(data)]
 
     def rows(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Tokens [b, t] of these traces, no wider than the widest of their buckets, and lengths."""
@@ -68,40 +65,30 @@ def collect(
       where: names the source in errors.
       prompts: tokens of each sequence's prompt; none when not given.
       buckets: how many lengths at most: that of the longest trace, half of it, a quarter, ...
-      at_least: buckets with fewer traces, such as a batch has, go into the next longer one.
+      at_least: buckets with fewer traces, such as a batch has, join the next longer one.
 
     Raises:
-      UserError: no sequence is long enough, or a prompt is as long as its sequence.
+      UserError: no sequence is long enough.
     """
-    prompts = [0] * len(sequences) if prompts is None else prompts
-    for i, (sequence, prompt) in enumerate(zip(sequences, prompts, strict=True)):
-        if not 0 <= prompt < max(len(sequence), 1):
-            raise UserError(
-                f"{where}: trace {i} has {len(sequence)} tokens and a prompt of {prompt}"
-            )
+    kinds.check("data.buckets", buckets, kinds.whole(1))
     chosen = [i for i, s in enumerate(sequences) if len(s) > longer_than]
-    kept = [sequences[i] for i in chosen]
-    if not kept:
-        longest = max((len(s) for s in sequences), default=0)
+    if not chosen:
+        longest = max(map(len, sequences), default=0)
         raise UserError(
             f"{where}: none of the {len(sequences)} traces (longest: {longest} tokens) is longer "
             f"than budget + interval = {longer_than}; use longer traces or a smaller budget"
         )
-    if buckets < 1:
-        raise UserError(f"data.buckets = {buckets} must be 1 or more")
-    widest = -(-max(len(s) for s in kept) // pad_to) * pad_to
-    token, length = ledger.pad(kept, widest)
-    prompt = np.array([prompts[i] for i in chosen], np.int32)
-    padded = _bucket_widths(length, widest, pad_to, buckets, at_least)
-    return Traces(token, length, prompt, padded, len(sequences) - len(kept))
+    widest = -(-max(len(sequences[i]) for i in chosen) // pad_to) * pad_to
+    token, length = ledger.pad([sequences[i] for i in chosen], widest)
+    prompt = np.array([prompts[i] if prompts else 0 for i in chosen], np.int32)
+    widths = {-(-widest // (2**i * pad_to)) * pad_to for i in range(buckets)}
+    padded = _bucket_widths(length, np.array(sorted(widths), np.int32), at_least)
+    return Traces(token, length, prompt, padded, len(sequences) - len(chosen))
 
 
-def _bucket_widths(
-    length_n: np.ndarray, widest: int, multiple: int, buckets: int, at_least: int
-) -> np.ndarray:
+def _bucket_widths(length_n: np.ndarray, widths: np.ndarray, at_least: int) -> np.ndarray:
     """Width of the bucket of each trace."""
-    widths = sorted({-(-widest // (2**i * multiple)) * multiple for i in range(buckets)})
-    width_n = np.array(widths, np.int32)[np.searchsorted(widths, length_n)]
+    width_n, widest = widths[np.searchsorted(widths, length_n)], widths[-1]
     for width, longer in itertools.pairwise(widths):
         if (width_n == width).sum() < at_least:
             width_n[width_n == width] = longer
@@ -113,11 +100,7 @@ def _bucket_widths(
 def embedded(
     seed: int, split: str, count: int, spec: ledger.Spec
 ) -> tuple[list[np.ndarray], list[int]]:
-    """Prompt, reference chain of thought and answer of `count` problems of the embedded task.
-
-    Returns:
-      The sequences, and the length of each prompt.
-    """
+    """Solved problems of the embedded task: their sequences, and the lengths of their prompts."""
     problems = ledger.problems(seed, split, 0, count, spec)
     return [p.tokens for p in problems], [len(p.prompt) for p in problems]
 
@@ -133,16 +116,15 @@ def read(
 
     Args:
       prompt_column: of prompt lengths; none when empty.
-      corrupt: takes in (row, what is wrong) of rows that can't be used, which are then left out.
+      corrupt: takes in (row, what is wrong) of unusable rows, which are then left out.
       vocabulary: ids must be below this.
 
     Returns:
       The sequences, and the length of each one's prompt or None.
 
     Raises:
-      UserError: the file is missing, can't be read or lacks a column; or, without `corrupt`, an
-        entry is no list of token ids of the vocabulary, or the length of a prompt is none or not
-        below that of its trace; or no row can be used.
+      UserError: the file can't be read, lacks a column, or has no usable row; or, without
+        `corrupt`, a row is unusable.
     """
     rows = sources.open_file(path)
     entries = sources.column(rows, column, path)
@@ -151,26 +133,20 @@ def read(
     for row, (entry, length) in enumerate(zip(entries, lengths, strict=True)):
         ids, prompt = _ids(entry), _whole(length)
         if ids is None:
-            wrong = f"row {row} of {column!r} is not a list of token ids (0, 1, ...)"
+            wrong = f"{column!r} is not a list of token ids (0, 1, ...)"
         elif len(ids) and ids.max() >= vocabulary:
-            wrong = (
-                f"row {row} of {column!r} has token id {ids.max()}, beyond the model's "
-                f"{vocabulary} words"
-            )
+            wrong = f"{column!r} has token id {ids.max()}, beyond the model's {vocabulary} tokens"
         elif prompt is None:
-            wrong = f"row {row} of {prompt_column!r} is {reprlib.repr(length)}, not a whole number"
+            wrong = f"{prompt_column!r} is {reprlib.repr(length)}, not a whole number"
         elif not 0 <= prompt < max(len(ids), 1):
-            wrong = (
-                f"row {row} of {prompt_column!r} is {prompt}, the length of a prompt, of a trace "
-                f"of {len(ids)} tokens"
-            )
+            wrong = f"{prompt_column!r} is {prompt}, no prompt of a trace of {len(ids)} tokens"
         else:
             sequences.append(ids)
             prompts.append(prompt)
             continue
         if corrupt is None:
-            raise UserError(f"{path}: {wrong}")
-        corrupt.append((row, wrong))
+            raise UserError(f"{path}: row {row} of {wrong}")
+        corrupt.append((row, f"row {row} of {wrong}"))
     if corrupt and not sequences:
         raise UserError(f"{path}: none of its {len(rows)} rows can be used ({corrupt[0][1]})")
     return sequences, prompts if prompt_column else None
@@ -191,7 +167,7 @@ def _ids(entry: Any) -> np.ndarray | None:
 
 
 def _whole(value: Any) -> int | None:
-    """The number; None if it is no whole one. One that was read with gaps may be a float."""
+    """The integer, which a column with gaps has as a float; None if it is something else."""
     if isinstance(value, float | np.floating) and float(value).is_integer():
         return int(value)
     return value if type(value) is int else None
@@ -217,7 +193,7 @@ def batches(traces: Traces, batch: int, seed: int) -> grain.MapDataset:
 
 
 def iterate(batches: grain.MapDataset, state: dict | None = None) -> grain.DatasetIterator:
-    """Goes through the batches, from the start or from where an iterator's `get_state` was."""
+    """An iterator over the batches, from the start or from the state of another."""
     # Nothing is read ahead: rows lie in memory, and the state is that of the last batch taken.
     iterator = iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0)))
     if state is not None:

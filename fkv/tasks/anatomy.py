@@ -1,11 +1,12 @@
-"""What each word of a ledger walk is for, and how that looks on a page."""
+"""The role of each word of a ledger walk, and a page that shows it."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from html import escape
 
-from fkv.tasks.ledger import FILLERS, MARKS, Problem
+from fkv.tasks.ledger import DIGITS, FILLERS, MARKS, Problem
 
-# What a word is for, with the colour that it has on a page.
+# Roles, with their colours on a page.
 COLOURS = {
     "fact": "#9ecae1",
     "idle fact": "#dddddd",
@@ -20,56 +21,31 @@ COLOURS = {
 
 
 def roles(problem: Problem) -> tuple[str, ...]:
-    """What each word of prompt, thought and answer is for: a key of `COLOURS`.
+    """The role of each word of prompt, thought and answer: a key of `COLOURS`.
 
     A `fact` is on the path, an `idle fact` isn't; a `mark` is one that the thought writes down,
     with its sum.
     """
-    role, path = ["frame"], {}
-    for entry in _entries(problem.prompt):
-        if entry[0] == "note":
-            kind = "remark"
-        elif entry[1] == "=":
-            kind = "fee"
-        else:
-            kind = "fact"
-            path[entry[0]] = len(role), entry
-        role += [kind] * len(entry)
-    used, words, at = set(), problem.thought, 0
-    role += ["frame"] * (len(problem.prompt) - len(role))
-    while at < len(words):
-        if words[at] in FILLERS:
-            role.append("filler")
-            at += 1
-            continue
-        used.add(words[at])
-        marked = words[at + 2] in MARKS
-        role += ["hop"] * (5 + marked) + ["mark"] * (2 * marked)
-        at += 5 + 3 * marked
-    for node, (start, entry) in path.items():
-        if node not in used:
-            role[start : start + len(entry)] = ["idle fact"] * len(entry)
+    role = ["frame"]
+    for entry in " ".join(problem.prompt[1:-3]).split(";")[:-1]:
+        name, kind, *rest = entry.split()
+        fact = "fact" if name in problem.thought else "idle fact"
+        what = "remark" if name == "note" else "fee" if kind == "=" else fact
+        role += [what] * (3 + len(rest))
+    role += ["frame"] * 3
+    for before, word in itertools.pairwise(("<think>", *problem.thought)):
+        marked = (before in DIGITS and word in MARKS) or (before in MARKS and role[-1] == "mark")
+        role.append("filler" if word in FILLERS else "mark" if marked else "hop")
     return (*role, *["answer"] * len(problem.answer))
-
-
-def _entries(prompt: Sequence[str]) -> list[tuple[str, ...]]:
-    """The entries of a ledger, each with its semicolon."""
-    found, entry = [], ()
-    for word in prompt[1:]:
-        entry += (word,)
-        if word == ";":
-            found.append(entry)
-            entry = ()
-    return found
 
 
 def first_error(words: Sequence[str], problem: Problem) -> int | None:
     """Where the words that a model wrote after the prompt first leave the right path.
 
-    Fillers are free: any number of any of them may stand anywhere in the thought.
+    Any fillers may stand anywhere in the thought.
 
     Returns:
-      Index of the first wrong word, the number of words if they only end too early, and None if
+      Index of the first wrong word, the number of words if they only end too early, or None if
       all is right.
     """
     right = [w for w in problem.thought if w not in FILLERS] + list(problem.answer)
@@ -83,12 +59,8 @@ def first_error(words: Sequence[str], problem: Problem) -> int | None:
     return None if done == len(right) else len(words)
 
 
-def html(words: Sequence[str], colours: Sequence[str]) -> str:
-    """Words on coloured grounds, for a notebook.
-
-    Args:
-      colours: one CSS colour a word.
-    """
+def html(words: Iterable[str], colours: Iterable[str]) -> str:
+    """Words as HTML, each on a ground of its CSS colour."""
     spans = (
         f'<span style="background:{colour};color:black;padding:1px 3px">{escape(word)}</span>'
         for word, colour in zip(words, colours, strict=True)
@@ -97,20 +69,19 @@ def html(words: Sequence[str], colours: Sequence[str]) -> str:
 
 
 def story(problem: Problem) -> str:
-    """The whole problem as HTML: a line for what the words are for, the prompt, the thought."""
-    words = (*problem.prompt, *problem.thought, *problem.answer)
-    begin = len(problem.prompt)
+    """The whole problem as HTML: the roles, the prompt, the thought."""
     colours = [COLOURS[role] for role in roles(problem)]
-    parts = (
-        ("what the colours say", html(list(COLOURS), list(COLOURS.values()))),
-        ("prompt", html(words[:begin], colours[:begin])),
-        ("chain of thought and answer", html(words[begin:], colours[begin:])),
-    )
-    return "".join(f"<p><b>{title}</b></p>{body}" for title, body in parts)
+    begin = len(problem.prompt)
+    parts = {
+        "roles": html(COLOURS, COLOURS.values()),
+        "prompt": html(problem.prompt, colours[:begin]),
+        "chain of thought and answer": html(problem.thought + problem.answer, colours[begin:]),
+    }
+    return "".join(f"<p><b>{title}</b></p>{body}" for title, body in parts.items())
 
 
 def verdict(title: str, words: Sequence[str], problem: Problem) -> str:
-    """What a model wrote, as HTML: right up to the first error, which is red, and pale after it."""
+    """A model's words as HTML: green up to the first error, which is red, and pale after it."""
     wrong = first_error(words, problem)
     at = len(words) if wrong is None else wrong
     colours = ["#c7e9c0"] * at + ["#fb6a4a"] * (at < len(words))
