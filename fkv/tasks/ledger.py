@@ -1,17 +1,16 @@
 """The ledger walk: a synthetic reasoning task with a long chain of thought and a checkable answer.
 
-The prompt is a shuffled ledger: facts `a b c ;` (after node `a` comes node `b`, carried by `c`),
-of which only those on a hidden path will matter, some with a mark (`a b m1 c ;`); remarks
-(`note x y ;`) that never matter; and the fee of every carrier (`c = 7 ;`), which is needed again
-and again. Then comes the start node. The chain of thought walks from there until it is `home`:
-before each hop one to three filler words that no one can predict, then the fact restated, the
-fee, and the running sum of the fees modulo 10; where the fact has a mark, the mark and the sum
-so far are then written down. At the end the marks are recalled and the total given: the answer.
+The prompt is a shuffled ledger: facts `a b c ;` (node `b` follows node `a`, carried by `c`), of
+which only those on a hidden path matter, some with a mark (`a b m1 c ;`); remarks (`note x y ;`),
+which never matter; the fee of every carrier (`c = 7 ;`); and the start node. The chain of thought
+walks from there until it is `home`: before each hop one to three unpredictable filler words, then
+the fact restated, the fee, and the running sum of the fees modulo 10; if the fact has a mark, the
+mark and the sum follow. The answer recalls the marks and gives the total.
 
-What a KV cache must keep is therefore known. A fact is needed once, at a time nobody can foresee,
-and is dead afterwards; fees are needed all the time; remarks never; marks are written by the trace
-itself and are needed at the very end. Facts never looked at before they are needed make the task
-deliberately hard for rules that keep what past queries attended to (H2O, SnapKV).
+So what a KV cache must keep is known. A fact is needed once, at an unpredictable time; fees all the
+time; remarks never; marks, which the trace itself writes, at the very end. Nothing attends to a
+fact before it is needed: the task is deliberately hard for policies that keep what past queries
+attended to (H2O, SnapKV).
 """
 
 import dataclasses
@@ -36,7 +35,7 @@ PAD, EOS = ID["<pad>"], ID["<eos>"]
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """The sizes of a problem; each is an inclusive range that is drawn from uniformly.
+    """The sizes of a problem; each is drawn uniformly from an inclusive range.
 
     Attributes:
       facts: entries of the ledger, on the path or not (at most 36).
@@ -54,26 +53,24 @@ class Spec:
 
     def __post_init__(self):
         most = {"facts": len(NODES), "marks": len(MARKS)}
-        for field in dataclasses.fields(self):
-            low, high = getattr(self, field.name)
-            least = 1 if field.name in ("facts", "hops") else 0
-            if not least <= low <= high <= most.get(field.name, high):
-                limit = f" and at most {most[field.name]}" if field.name in most else ""
+        for name, (low, high) in vars(self).items():
+            least = 1 if name in ("facts", "hops") else 0
+            if not least <= low <= high <= most.get(name, high):
+                limit = f" and at most {most[name]}" if name in most else ""
                 raise UserError(
-                    f"task.{field.name} = {(low, high)} must be a range (low, high) of at least "
+                    f"task.{name} = {(low, high)} must be a range (low, high) of at least "
                     f"{least}{limit}"
                 )
 
     def max_new_tokens(self) -> int:
-        """No solution of a problem of this spec is longer."""
+        """Tokens of the longest possible solution."""
         marks = self.marks[1]
-        trace = self.hops[1] * (self.fillers[1] + 5) + 3 * marks
-        return trace + 1 + 2 * marks + 2 + 1
+        return self.hops[1] * (self.fillers[1] + 5) + 5 * marks + 4
 
     def max_tokens(self) -> int:
-        """No problem of this spec, with its solution, is longer."""
-        prompt = 4 * self.facts[1] + self.marks[1] + 4 * self.remarks[1] + 4 * len(CARRIERS)
-        return 1 + prompt + 3 + self.max_new_tokens()
+        """Tokens of the longest possible problem, with its solution."""
+        entries = self.facts[1] + self.remarks[1] + len(CARRIERS)
+        return 4 * entries + self.marks[1] + 4 + self.max_new_tokens()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +84,7 @@ class Problem:
     @property
     def tokens(self) -> np.ndarray:
         """Prompt, chain of thought and answer as token ids [t], int32."""
-        return encode((*self.prompt, *self.thought, *self.answer))
+        return encode(self.prompt + self.thought + self.answer)
 
 
 def encode(words: Sequence[str]) -> np.ndarray:
@@ -111,8 +108,9 @@ def tokenizer():
     )
 
 
-def sample(rng: np.random.Generator, spec: Spec) -> Problem:
-    """Draws one problem."""
+def problem(seed: int, split: str, index: int, spec: Spec) -> Problem:
+    """Problem `index` of a split; the same arguments give the same problem anywhere."""
+    rng = np.random.default_rng([seed, *split.encode(), index])
 
     def draw(bounds):
         return int(rng.integers(bounds[0], bounds[1] + 1))
@@ -124,38 +122,30 @@ def sample(rng: np.random.Generator, spec: Spec) -> Problem:
     path = [*nodes[:hops], "home"]
     carriers = [CARRIERS[i] for i in rng.integers(0, len(CARRIERS), facts)]
     marked = dict(zip(sorted(rng.choice(hops, marks, replace=False)), MARKS, strict=False))
-    fees = dict(zip(CARRIERS, rng.integers(0, 10, len(CARRIERS)), strict=True))
+    mark = [[marked[i]] if i in marked else [] for i in range(facts)]
+    fees = dict(zip(CARRIERS, rng.integers(0, 10, len(CARRIERS)).tolist(), strict=True))
 
     # Every node is at most one fact's source and one fact's target, so a look-up has one answer.
     others = [node for node in nodes if node not in path[1:]]
     targets = path[1:] + [others[i] for i in rng.permutation(len(others))]
 
-    entries = []
-    for i in range(facts):
-        mark = (marked[i],) if i in marked else ()
-        entries.append((nodes[i], targets[i], *mark, carriers[i], ";"))
+    entries = [[nodes[i], targets[i], *mark[i], carriers[i], ";"] for i in range(facts)]
     for _ in range(draw(spec.remarks)):
-        entries.append(("note", *(FILLERS[i] for i in rng.integers(0, len(FILLERS), 2)), ";"))
+        entries.append(["note", *(FILLERS[i] for i in rng.integers(0, len(FILLERS), 2)), ";"])
     entries = [entries[i] for i in rng.permutation(len(entries))]
-    entries += [(c, "=", str(fees[c]), ";") for c in CARRIERS]
+    entries += [[c, "=", str(fees[c]), ";"] for c in CARRIERS]
     prompt = ["<bos>", *(w for entry in entries for w in entry), "start", path[0], "<think>"]
 
     thought, total, recall = [], 0, []
     for i in range(hops):
         thought += [FILLERS[j] for j in rng.integers(0, len(FILLERS), draw(spec.fillers))]
-        total = (total + int(fees[carriers[i]])) % 10
-        mark = [marked[i]] if i in marked else []
-        thought += [path[i], path[i + 1], *mark, carriers[i], str(fees[carriers[i]]), str(total)]
-        if mark:
-            thought += [*mark, str(total)]
-            recall += [*mark, str(total)]
+        fee = fees[carriers[i]]
+        total = (total + fee) % 10
+        noted = [*mark[i], str(total)] if mark[i] else []
+        thought += [path[i], path[i + 1], *mark[i], carriers[i], str(fee), str(total), *noted]
+        recall += noted
     answer = ["</think>", *recall, "total", str(total), "<eos>"]
     return Problem(tuple(prompt), tuple(thought), tuple(answer))
-
-
-def problem(seed: int, split: str, index: int, spec: Spec) -> Problem:
-    """Problem `index` of a split; the same arguments give the same problem anywhere."""
-    return sample(np.random.default_rng([seed, *split.encode(), index]), spec)
 
 
 def problems(seed: int, split: str, start: int, count: int, spec: Spec) -> list[Problem]:
@@ -166,12 +156,9 @@ def problems(seed: int, split: str, start: int, count: int, spec: Spec) -> list[
 def correct(generated: Sequence[int], reference: Problem) -> bool:
     """Whether generated ids (after the prompt) end in exactly the reference's answer."""
     words = decode(generated)
-    if "</think>" not in words:
-        return False
-    answer = words[words.index("</think>") :]
-    if "<eos>" in answer:
-        answer = answer[: answer.index("<eos>") + 1]
-    return tuple(answer) == reference.answer
+    start = words.index("</think>") if "</think>" in words else len(words)
+    end = words.index("<eos>", start) + 1 if "<eos>" in words[start:] else len(words)
+    return tuple(words[start:end]) == reference.answer
 
 
 def pad(sequences: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
