@@ -23,27 +23,34 @@ COLOURS = {
 LEARNED = {"foresight": "crimson", "supervised": "crimson", "grpo": "darkviolet"}
 OTHERS = ("crimson", "darkviolet", "deeppink", "maroon", "indigo")
 _BUDGET = "budget (KV pairs per head)"
+_STYLE = {
+    "axes.titlesize": "medium", "errorbar.capsize": 3, "figure.constrained_layout.use": True,
+    "figure.labelsize": "medium", "image.aspect": "auto", "image.interpolation": "nearest",
+    "legend.fontsize": "small", "lines.markersize": 4, "savefig.dpi": 120,
+}  # fmt: skip
 
 
 @contextlib.contextmanager
-def _figure(path: str | Path, size, rows: int = 1, columns: int = 1, **settings) -> Iterator[tuple]:
-    """A figure and its axes [rows, columns], saved in the end."""
+def _figure(path: str | Path, size, grid=(1, 1), title="", x="", y="") -> Iterator[np.ndarray]:
+    """Axes of a figure with these labels, which is saved with its legend in the end."""
     # Without pyplot, a notebook keeps its backend; the import takes a second.
+    import matplotlib
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=size, layout="constrained")
-    yield figure, figure.subplots(rows, columns, squeeze=False, **settings)
-    with files.whole(path) as temporary:
-        figure.savefig(temporary, dpi=120, format=Path(path).suffix[1:] or "png")
-
-
-def _legend(figure, axis) -> None:
-    """The legend of one panel, beside all of them."""
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside right", fontsize="small")
-
-
-def _errorbar(axis, x, y, error, marker: str = "o", **style):
-    return axis.errorbar(x, y, yerr=error, marker=marker, markersize=4, capsize=3, **style)
+    with matplotlib.rc_context(_STYLE), files.whole(path) as temporary:
+        figure = Figure(figsize=size)
+        axes = figure.subplots(*grid, squeeze=False)
+        yield axes
+        legend = {}
+        for axis in axes.flat:
+            handles, labels = axis.get_legend_handles_labels()
+            legend = dict(zip(labels, handles, strict=True)) | legend
+        if legend:
+            figure.legend(legend.values(), legend, loc="outside right")
+        figure.suptitle(title)
+        figure.supxlabel(x)
+        figure.supylabel(y)
+        figure.savefig(temporary, format=Path(path).suffix[1:] or "png")
 
 
 def _horizontal(axis, y: float) -> None:
@@ -56,18 +63,11 @@ def _log2(axis, both: bool) -> None:
     axis.set_yscale("log", base=2) if both else axis.set_ylim(bottom=0)
 
 
-def _map(axis, values, top: float, colours: str, extent=None):
-    return axis.imshow(
-        values, vmin=0, vmax=top, cmap=colours, aspect="auto", interpolation="nearest",
-        extent=extent,
-    )  # fmt: skip
-
-
 def _held(axis, held_ct, top: float, colours: str) -> int:
     """Maps what is held, position to the right and queries downwards; returns the interval."""
     chunks, t = held_ct.shape
     interval = -(-t // chunks)
-    _map(axis, held_ct, top, colours, (0, t, chunks * interval, 0))
+    axis.imshow(held_ct, vmin=0, vmax=top, cmap=colours, extent=(0, t, chunks * interval, 0))
     return interval
 
 
@@ -100,25 +100,25 @@ def _styles(names: Sequence[str]) -> dict[str, dict]:
 def loss_ratios(results: Sequence[Losses], path: str | Path, title: str) -> None:
     """Loss ratio against budget, a line per policy with two standard errors."""
     names = dict.fromkeys(r.policy for r in results if r.policy != "full")
-    with _figure(path, (14, 4.2), 1, 3) as (figure, axes):
+    with _figure(path, (14, 4.2), (1, 3), title, _BUDGET) as axes:
         for axis, (label, kind) in zip(axes[0], PANELS, strict=True):
             for name, style in _styles(names).items():
                 rows = _of(results, name)
                 points = [r.added(kind) if kind == 1 else r.ratio(kind) for r in rows]
                 values, errors = zip(*points, strict=True)
                 bars = [2 * error for error in errors]
-                _errorbar(axis, [r.budget for r in rows], values, bars, label=name, **style)
+                budgets = [r.budget for r in rows]
+                axis.errorbar(budgets, values, yerr=bars, label=name, marker="o", **style)
             _horizontal(axis, 0 if kind == 1 else 1)
-            axis.set(title=label, xlabel=_BUDGET, xticks=sorted({r.budget for r in results}))
-            axis.set_ylabel("nats per token" if kind == 1 else "loss / full-cache loss")
-        _legend(figure, axes[0, 0])
-        figure.suptitle(title)
+            what = "nats per token" if kind == 1 else "loss / full-cache loss"
+            axis.set(title=label, ylabel=what, xticks=sorted({r.budget for r in results}))
 
 
 def accuracy(results: Sequence[Accuracy], path: str | Path) -> None:
     """pass@1 against budget with 95 % intervals, the full cache as a band."""
     evicted = [r for r in results if r.budget]
-    with _figure(path, (8.5, 4.8)) as (figure, axes):
+    title = "pass@1 with 95 % intervals over problems"
+    with _figure(path, (8.5, 4.8), (1, 1), title, _BUDGET, "pass@1, %") as axes:
         axis = axes[0, 0]
         for r in results:
             if not r.budget:
@@ -126,28 +126,23 @@ def accuracy(results: Sequence[Accuracy], path: str | Path) -> None:
                 axis.axhline(100 * r.pass_at_1, color="gray", label=r.policy)
         for name, style in _styles(dict.fromkeys(r.policy for r in evicted)).items():
             rows = _of(evicted, name)
-            middle = [100 * r.pass_at_1 for r in rows]
-            errors = np.abs(100 * np.array([r.interval() for r in rows]).T - middle)
-            budgets = [r.budget for r in rows]
-            _errorbar(axis, budgets, middle, errors, label=name, elinewidth=1.3, **style)
-        axis.set(xlabel=_BUDGET, xticks=sorted({r.budget for r in evicted}))
-        axis.set(
-            ylabel="pass@1, %", ylim=(-2, 102), title="pass@1 with 95 % intervals over problems"
-        )
-        _legend(figure, axis)
+            budgets, middle = [r.budget for r in rows], [100 * r.pass_at_1 for r in rows]
+            bars = np.abs(100 * np.array([r.interval() for r in rows]).T - middle)
+            axis.errorbar(budgets, middle, yerr=bars, label=name, marker="o", **style)
+        axis.set(xticks=sorted({r.budget for r in evicted}), ylim=(-2, 102))
 
 
 def loss_by_position(results: Sequence[Losses], path: str | Path, bins: int = 16) -> None:
     """Nats added by eviction against position, a panel per budget."""
     budgets = sorted({r.budget for r in results})
-    with _figure(path, (4.5 * len(budgets) + 4, 4.2), 1, len(budgets)) as (figure, axes):
+    size, labels = (4.5 * len(budgets) + 4, 4.2), ("position (tokens)", "nats per token")
+    with _figure(path, size, (1, len(budgets)), "loss added by eviction", *labels) as axes:
         for axis, budget in zip(axes[0], budgets, strict=True):
             rows = [r for r in results if r.budget == budget and r.policy != "full"]
             styles = _styles([r.policy for r in rows])
             for r in rows:
                 counted = ~np.isnan(r.excess_nt)
-                position = np.broadcast_to(np.arange(1, counted.shape[1] + 1), counted.shape)
-                position, excess = position[counted], r.excess_nt[counted]
+                position, excess = np.nonzero(counted)[1] + 1, r.excess_nt[counted]
                 edges = np.linspace(position.min(), position.max() + 1, bins + 1)
                 bin_of = np.digitize(position, edges) - 1
                 count = np.bincount(bin_of, minlength=bins)
@@ -155,9 +150,7 @@ def loss_by_position(results: Sequence[Losses], path: str | Path, bins: int = 16
                 mean = np.where(count, total / np.maximum(count, 1), np.nan)
                 axis.plot((edges[:-1] + edges[1:]) / 2, mean, label=r.policy, **styles[r.policy])
             _horizontal(axis, 0)
-            axis.set(title=f"loss added by eviction, B = {budget}", xlabel="position (tokens)")
-        axes[0, 0].set_ylabel("nats per token")
-        _legend(figure, axes[0, 0])
+            axis.set_title(f"B = {budget}")
 
 
 def regret(results: Sequence[Losses], path: str | Path) -> None:
@@ -167,18 +160,15 @@ def regret(results: Sequence[Losses], path: str | Path) -> None:
         return
     names, budgets = list(dict.fromkeys(r.policy for r in shown)), sorted({r.budget for r in shown})
     size = (max(1.7 * len(names) + 1, 5.5), 1.9 * len(budgets) + 0.6)
+    title = "attention lost per eviction, beyond what golden loses"
     top = max(r.regret_nyk.mean(0).max() for r in shown)
-    with _figure(path, size, len(budgets), len(names)) as (figure, axes):
+    with _figure(path, size, (len(budgets), len(names)), title, "KV head", "layer") as axes:
         for r in shown:
             axis = axes[budgets.index(r.budget)][names.index(r.policy)]
-            image = _map(axis, r.regret_nyk.mean(0), top, "magma_r")
-            axis.set_title(f"{r.policy}, {r.budget}", fontsize="small")
+            image = axis.imshow(r.regret_nyk.mean(0), vmin=0, vmax=top, cmap="magma_r")
             _, layers, heads = r.regret_nyk.shape
-            axis.set(xticks=range(heads), yticks=range(layers))
-        figure.supxlabel("KV head", fontsize="small")
-        figure.supylabel("layer", fontsize="small")
-        figure.colorbar(image, ax=axes, label="attention lost")
-        figure.suptitle("attention lost per eviction, beyond what golden loses", fontsize="medium")
+            axis.set(title=f"{r.policy}, {r.budget}", xticks=range(heads), yticks=range(layers))
+        image.figure.colorbar(image, ax=axes, label="attention lost")
 
 
 def retention(held: Mapping[str, np.ndarray], path: str | Path, title: str) -> None:
@@ -189,14 +179,13 @@ def retention(held: Mapping[str, np.ndarray], path: str | Path, title: str) -> N
     """
     layers = len(next(iter(held.values())))
     size = (4 * layers, 1.5 * len(held) + 0.8)
-    with _figure(path, size, len(held), layers, sharex=True, sharey=True) as (figure, axes):
+    labels = "position of the token", "position of the queries"
+    with _figure(path, size, (len(held), layers), title, *labels) as axes:
         for row, (name, one) in zip(axes, held.items(), strict=True):
             for layer, axis in enumerate(row):
                 _held(axis, one[layer].mean(0), 1, "Greens")
-                axis.set_title(f"{name}, layer {layer}", fontsize="small")
-        figure.supxlabel("position of the token", fontsize="small")
-        figure.supylabel("position of the queries", fontsize="small")
-        figure.suptitle(title, fontsize="medium")
+                axis.set_title(f"{name}, layer {layer}")
+                axis.label_outer()
 
 
 def lookups(
@@ -215,36 +204,33 @@ def lookups(
     """
     columns = min(4, len(held))
     rows = -(-len(held) // columns)
-    size = (3.6 * columns, 3.2 * rows + 0.6)
+    size = (3.6 * columns + 1, 3.2 * rows + 0.6)
+    labels = "position of the key (tokens); gray where it is held", "position of the query (tokens)"
     query, key = lookup_n2.T
-    with _figure(path, size, rows, columns, sharex=True, sharey=True) as (figure, axes):
+    with _figure(path, size, (rows, columns), title, *labels) as axes:
         for axis, (name, one) in zip(axes.flat, held.items(), strict=False):
             interval = _held(axis, one, 3, "Greys")
             found = one[query // interval, key]
-            axis.plot(key[found], query[found], "o", markersize=4, color="tab:blue", label="found")
-            axis.plot(key[~found], query[~found], "x", markersize=6, color="red", label="gone")
+            axis.plot(key[found], query[found], "o", color="tab:blue", label="look-up found")
+            axis.plot(key[~found], query[~found], "x", color="red", label="look-up gone")
             if prompt:
                 axis.axhline(prompt, color="black", linewidth=0.8, linestyle=":")
-            axis.set_title(f"{name}: {found.sum()} of {len(found)} found", fontsize="medium")
+            axis.set_title(f"{name}: {found.sum()} of {len(found)} found")
+            axis.label_outer()
         for axis in axes.flat[len(held) :]:
             axis.set_visible(False)
-        axes[0, 0].legend(loc="upper right", fontsize="small", title="look-ups")
-        figure.supxlabel("position of the key (tokens); gray where it is held")
-        figure.supylabel("position of the query (tokens)")
-        figure.suptitle(title)
 
 
 def attention_patterns(patterns: Mapping[str, np.ndarray], interval: int, path: str | Path) -> None:
     """Attention that single tokens receive over time, a panel per pattern."""
-    with _figure(path, (13, 4), 1, len(patterns)) as (figure, axes):
+    title = "attention that single tokens receive, the clearest of a pattern dark"
+    labels = "position of the queries (tokens)", "attention, mean over a chunk"
+    with _figure(path, (13, 4), (1, len(patterns)), title, *labels) as axes:
         for axis, (name, rows) in zip(axes[0], patterns.items(), strict=True):
             for i, row in enumerate(rows):
                 style = {"color": "lightsteelblue"} if i else {"color": "navy", "zorder": 3}
                 axis.plot(interval * np.arange(len(row)), row, marker=".", **style)
             axis.set_title(f"{name}{'' if len(rows) else ': no such token'}")
-            axis.set_xlabel("position of the queries (tokens)")
-        axes[0, 0].set_ylabel("attention, mean over a chunk")
-        figure.suptitle("attention that single tokens receive, the clearest of a pattern dark")
 
 
 def sweep(summary: Sequence[Mapping], path: str | Path) -> None:
@@ -254,32 +240,30 @@ def sweep(summary: Sequence[Mapping], path: str | Path) -> None:
       summary: from `fkv.evaluation.sweeps.summarise`; policies with the same values in every
         group (baselines) are shown once.
     """
-    from matplotlib import colormaps
-
-    palette = colormaps["tab20"]
     names = [f for f in dict.fromkeys(row["figure"] for row in summary) if f != "overlap"]
-    with _figure(path, (5 * len(names) + 3, 5), 1, len(names)) as (figure, axes):
-        handles = {}  # one colour a line, the same in every panel
+    size, title = (5 * len(names) + 3, 5), "mean over the points of a group, ± 2 standard errors"
+    with _figure(path, size, (1, len(names)), title, _BUDGET) as axes:
+        styles = {}  # of a line, the same in every panel
         for axis, name in zip(axes[0], names, strict=True):
             lines, seen = {}, set()
-            for row in summary:
+            for row in sorted(summary, key=lambda row: row["budget"]):
                 if row["figure"] == name and row["budget"] and row["policy"] != "full":
                     lines.setdefault((row["policy"], row["group"]), []).append(row)
-            for (policy, group), rows in lines.items():
-                rows = sorted(rows, key=lambda row: row["budget"])
+            for line, rows in lines.items():
                 values = tuple(row["mean"] for row in rows)
-                if (policy, values) in seen:
+                if (line[0], values) in seen:
                     continue
-                seen.add((policy, values))
-                label = f"{policy}, {group}"
-                index = list(handles).index(label) if label in handles else len(handles)
-                error = np.nan_to_num([2 * row["se"] for row in rows])
-                style = {"color": palette(index % 20), "marker": "os^vD"[index // 20 % 5]}
-                budgets = [row["budget"] for row in rows]
-                handles[label] = _errorbar(axis, budgets, values, error, **style)
-            axis.set(title=name, xlabel=_BUDGET)
-        figure.legend(handles.values(), handles, loc="outside right", fontsize="x-small")
-        figure.suptitle("mean over the points of a group, ± 2 standard errors")
+                seen.add((line[0], values))
+                i = len(styles)
+                style = {"color": f"C{i % 10}", "marker": "os^vD"[i // 10 % 5]}
+                axis.errorbar(
+                    [row["budget"] for row in rows],
+                    values,
+                    yerr=np.nan_to_num([2 * row["se"] for row in rows]),
+                    label=", ".join(line),
+                    **styles.setdefault(line, style),
+                )
+            axis.set_title(name)
 
 
 def cache_memory(
@@ -287,18 +271,18 @@ def cache_memory(
 ) -> None:
     """Bytes of a full cache and of a bounded one against tokens, log-log."""
     held, scale = np.geomspace(16, tokens, 257), bytes_per_token / 2**20
-    bounded = np.full(len(held), scale * slots)
-    with _figure(path, (7, 4)) as (_, axes):
+    bounded, labels = (
+        np.full(257, scale * slots),
+        ("tokens read and written", "keys and values (MiB)"),
+    )
+    with _figure(path, (8, 4), (1, 1), title, *labels) as axes:
         axis = axes[0, 0]
-        axis.plot(held, scale * held, color=COLOURS["full"], linewidth=2, label="full cache")
-        style = {"color": LEARNED["foresight"], "linewidth": 2}
-        axis.plot(held, bounded, label=f"bounded, B + L = {slots}", **style)
+        axis.plot(held, scale * held, color=COLOURS["full"], label="full cache")
+        axis.plot(held, bounded, color=LEARNED["foresight"], label=f"bounded, B + L = {slots}")
         axis.margins(x=0)
         _log2(axis, True)
         axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.yaxis.set_major_formatter("{x:,.4g}")
-        axis.set(title=title, xlabel="tokens read and written", ylabel="keys and values (MiB)")
-        axis.legend(loc="upper left")
 
 
 def costs(found: Mapping[str, Sequence[Mapping]], directory: Path) -> list[str]:
@@ -325,42 +309,40 @@ def _decode_cost(records: Sequence[Mapping], path: Path) -> None:
     """Time per token against the length of the context, a panel per batch."""
     batches = sorted({r["batch"] for r in records})
     several = len({r["kernel"] for r in records}) > 1
-    with _figure(path, (4.5 * len(batches) + 2, 4.2), 1, len(batches)) as (figure, axes):
-        lines = {}
-        for r in records:
-            lines.setdefault((r["policy"], r["budget"], r["kernel"]), []).append(r)
+    lines = {}
+    for r in sorted(records, key=lambda r: r["length"]):
+        lines.setdefault((r["policy"], r["budget"], r["kernel"]), []).append(r)
+    size, labels = (4.5 * len(batches) + 2, 4.2), ("tokens of context", "ms per step")
+    with _figure(path, size, (1, len(batches)), "", *labels) as axes:
         for axis, batch in zip(axes[0], batches, strict=True):
             for i, ((name, budget, kernel), rows) in enumerate(lines.items()):
-                rows = sorted((r for r in rows if r["batch"] == batch), key=lambda r: r["length"])
-                label = (f"{name}, B = {budget}" if budget else name) + f", {kernel}" * several
-                style = {"linestyle": "-" if budget else "--", "color": f"C{i % 10}"}
-                if not budget and not several:
-                    style["color"] = "black"
+                rows = [r for r in rows if r["batch"] == batch]
                 middle, low, high = (
                     np.array([1e3 * batch / r[f"tokens_per_s{end}"] for r in rows])
                     for end in ("", "_high", "_low")
                 )
-                error = [middle - low, high - middle]
-                _errorbar(axis, [r["length"] for r in rows], middle, error, label=label, **style)
+                axis.errorbar(
+                    [r["length"] for r in rows],
+                    middle,
+                    yerr=[middle - low, high - middle],
+                    label=(f"{name}, B = {budget}" if budget else name) + f", {kernel}" * several,
+                    color=f"C{i % 10}" if budget or several else "black",
+                    linestyle="-" if budget else "--",
+                    marker="o",
+                )
             _log2(axis, False)
-            axis.set(title=f"batch {batch}", xlabel="tokens of context")
-        axes[0, 0].set_ylabel("ms per step")
-        _legend(figure, axes[0, 0])
+            axis.set_title(f"batch {batch}")
 
 
 def _growth_cost(records: Sequence[Mapping], path: Path) -> None:
     """Time per token, evictions included, against the tokens generated."""
-    with _figure(path, (6.5, 4.2)) as (_, axes):
-        axis = axes[0, 0]
-        for i, record in enumerate(records):
+    title = f"batch {records[0]['batch']}"
+    with _figure(path, (7.5, 4.2), (1, 1), title, "tokens generated", "ms per token") as axes:
+        for record in records:
             ms = record["ms_per_token"]
             label = f"{record['policy']}, B = {record['budget']}"
-            style = {"color": f"C{i % 10}", "marker": "o", "markersize": 4}
-            axis.plot([int(n) for n in ms], list(ms.values()), label=label, **style)
-        _log2(axis, False)
-        title = f"batch {records[0]['batch']}"
-        axis.set(title=title, xlabel="tokens generated", ylabel="ms per token")
-        axis.legend(fontsize="small")
+            axes[0, 0].plot([int(n) for n in ms], list(ms.values()), label=label, marker="o")
+        _log2(axes[0, 0], False)
 
 
 def _label_cost(records: Sequence[Mapping], path: Path) -> None:
@@ -372,12 +354,11 @@ def _label_cost(records: Sequence[Mapping], path: Path) -> None:
         ("seconds per trace", [r["seconds"] for r in rows], (1, 2)),
         ("MiB of the program", [r["program_bytes"] / 2**20 for r in rows], (1,)),
     )
-    with _figure(path, (9, 4.2), 1, 2) as (_, axes):
+    with _figure(path, (10, 4.2), (1, 2), "golden labels", "tokens of the trace") as axes:
         for axis, (name, values, slopes) in zip(axes[0], panels, strict=True):
             axis.plot(length, values, marker="o", color="C0", label="measured")
             for slope in slopes:
                 guide, (label, line) = values[-1] * (length / length[-1]) ** slope, guides[slope]
                 axis.plot(length, guide, color="gray", linestyle=line, linewidth=1, label=label)
             _log2(axis, True)
-            axis.set(xlabel="tokens of the trace", ylabel=name)
-            axis.legend(fontsize="small")
+            axis.set_ylabel(name)

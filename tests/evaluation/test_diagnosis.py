@@ -282,7 +282,7 @@ def test_lookups_are_drawn(held, tmp_path, drawn):
     for i, name in enumerate(one):
         there = [one[name][query // INTERVAL, key] for query, key in lookup]
         for (label, (x, y, _)), want in zip(lines[2 * i : 2 * i + 2], (True, False), strict=True):
-            assert label == ("found" if want else "gone")
+            assert label == ("look-up found" if want else "look-up gone")
             shown = [row for row, found in zip(lookup, there, strict=True) if found == want]
             assert np.stack([y, x], axis=-1).tolist() == [row.tolist() for row in shown]
 
