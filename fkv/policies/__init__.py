@@ -16,6 +16,7 @@ from fkv.policies.rkv import RKV
 from fkv.policies.snapkv import SnapKV
 from fkv.policies.streaming_llm import StreamingLLM
 from fkv.policies.tova import TOVA
+from fkv.policies.wrapper import Wrapper
 
 __all__ = [
     "H2O",
@@ -35,6 +36,7 @@ __all__ = [
     "SnapKV",
     "StreamingLLM",
     "View",
+    "Wrapper",
     "check",
     "get",
     "names",

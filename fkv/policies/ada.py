@@ -8,18 +8,19 @@ from fkv import kinds
 from fkv.cache.cadence import Cadence
 from fkv.errors import UserError
 from fkv.models import ModelConfig
-from fkv.policies.base import View, name_of, register
-from fkv.policies.snapkv import SnapKV
+from fkv.policies.base import Policy, View, name_of, register
+from fkv.policies.pyramid import Pyramid
+from fkv.policies.wrapper import Wrapper
 
 
 @register("ada")
 @flax.struct.dataclass
-class Ada(SnapKV):
-    """SnapKV whose heads compete for the layer's `K B` entries (arXiv 2407.11550).
+class Ada(Wrapper):
+    """Heads compete for the layer's `K B` entries by the scores of `policy` (arXiv 2407.11550).
 
     Each head is sure of its best `safeguard * B`; the rest goes to the most important entries of
     the layer, whichever head they are in, up to `room * B` a head: the shape is fixed, so that
-    much memory is allocated.
+    much memory is allocated. Around `pyramid`, B is what that gives the layer.
     """
 
     safeguard: float = flax.struct.field(pytree_node=False, default=0.2)
@@ -31,6 +32,9 @@ class Ada(SnapKV):
             f"{name_of(self)}: ", self, safeguard=kinds.number(0, 1), room=kinds.number(1)
         )
 
+    def fits(self, policy: Policy) -> bool:
+        return super().fits(policy) or isinstance(policy, Pyramid)
+
     def check(self, config: ModelConfig, cadence: Cadence) -> None:
         super().check(config, cadence)
         most = max(config.kv_heads, 2)
@@ -41,15 +45,16 @@ class Ada(SnapKV):
             )
 
     def capacity(self, budget: int) -> int:
-        return max(budget + 1, round(self.room * budget))
+        return max(budget + 1, round(self.room * self.policy.capacity(budget)))
 
     def keep(self, view: View, importance_bks: Array) -> Array:
+        even_bk = self.policy.keep(view, importance_bks)
         b, k, s = importance_bks.shape
+        slot = jnp.arange(s)[None, None]
         best = -jnp.sort(-importance_bks, axis=-1)
-        index = jnp.arange(s)[None, None]
-        best = jnp.where(index < round(self.safeguard * view.budget), jnp.inf, best)
-        best = jnp.where(index < view.capacity, best, -jnp.inf)
-        best = jnp.where(jnp.isneginf(-jnp.sort(-importance_bks, axis=-1)), -jnp.inf, best)
-        flat = best.reshape(b, k * s)
-        rank = jnp.argsort(jnp.argsort(-flat, axis=-1), axis=-1).reshape(b, k, s)
-        return ((rank < k * view.budget) & ~jnp.isneginf(best)).sum(-1).astype(jnp.int32)
+        none = jnp.isneginf(best) | (slot >= view.capacity)
+        best = jnp.where(slot < jnp.round(self.safeguard * even_bk)[..., None], jnp.inf, best)
+        best = jnp.where(none, -jnp.inf, best)
+        rank = jnp.argsort(jnp.argsort(-best.reshape(b, k * s), axis=-1), axis=-1)
+        kept = rank.reshape(b, k, s) < even_bk.sum(-1)[:, None, None]
+        return (kept & ~none).sum(-1).astype(jnp.int32)

@@ -9,6 +9,7 @@ fields are static. A new policy is one file: a subclass of `Policy` under `@regi
 import ast
 import dataclasses
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -160,7 +161,7 @@ class Policy:
             )
         if not self.evicts:
             return
-        if not _defines(self, "score", "evict"):
+        if not defines(self, "score", "evict"):
             raise UserError(f"{name} defines no score(view): give the importance of each slot")
         budget = cadence.budget
         room = self.capacity(budget)
@@ -169,7 +170,7 @@ class Policy:
                 f"{name}: capacity({budget}) gives {kinds.said(room)}, but must give a whole "
                 "number, the budget at least"
             )
-        if room > budget and not _defines(self, "keep", "drop"):
+        if room > budget and not defines(self, "keep", "drop"):
             raise UserError(
                 f"{name} has room for {room} entries of a budget of {budget}: define "
                 "keep(view, importance), too"
@@ -214,8 +215,8 @@ class Policy:
         return budget
 
     def keep(self, view: View, importance_bks: Array) -> Array:
-        """How many entries each head keeps at most, [b, k] int32; asked when shared unevenly."""
-        raise NotImplementedError
+        """How many entries each head keeps at most, [b, k] int32; the budget, unless said."""
+        return jnp.full(importance_bks.shape[:2], view.budget, jnp.int32)
 
     def drop(self, view: View) -> Array:
         """Entries to drop, bool [b, k, s]: all but the `keep` most important."""
@@ -272,7 +273,8 @@ def _hashable(value: Any) -> bool:
     return True
 
 
-def _defines(policy: Policy, *methods: str) -> bool:
+def defines(policy: Policy, *methods: str) -> bool:
+    """Whether a policy has a method of these of its own."""
     return any(getattr(type(policy), name) is not getattr(Policy, name) for name in methods)
 
 
@@ -294,9 +296,9 @@ def register(name: str) -> Callable[[type[Policy]], type[Policy]]:
     Raises:
       UserError: the name is that of another class, or what is registered is no policy.
     """
-    if not isinstance(name, str) or name.split() != [name] or set(name) & set(":,="):
+    if not isinstance(name, str) or name.split() != [name] or set(name) & set(":,=()"):
         raise UserError(
-            f'@register takes a name without spaces, ":", "," and "=", as in @register("mine"), '
+            f'@register takes a name without spaces and ":,=()", as in @register("mine"), '
             f"not {name!r}"
         )
 
@@ -327,19 +329,29 @@ def names() -> list[str]:
     return sorted(_REGISTRY)
 
 
+_GRAMMAR = re.compile(r"\s*([^\s:,=()]+)\s*(?:\((.*)\))?\s*(?::([^()]*))?", re.DOTALL)
+
+
 def get(name: str, **fields: Any) -> Policy:
     """The policy of that name with the given fields.
 
     Args:
-      name: as registered; fields may follow in text, as in `rkv:mix=0.5,kernel=1`.
+      name: as registered; fields may follow in text, as in `rkv:mix=0.5,kernel=1`. Wrappers go
+        around another policy, as in `ada(rkv:mix=0.5):room=1.5`; without one, around `snapkv`,
+        whose fields they take beside their own, as in `ada:window=4,room=1.5`.
 
     Raises:
       UserError: no policy has this name (the known ones are listed), or it has no such field.
     """
     if not isinstance(name, str):
         raise UserError(f"{name!r} is no name of a policy; known are {', '.join(names())}")
-    name, _, text = name.partition(":")
-    for field in filter(None, text.split(",")):
+    if not (parts := _GRAMMAR.fullmatch(name)):
+        raise UserError(
+            f"policy {name!r:.80} must be of the form name:field=number,... or "
+            "wrapper(name:...):field=number,..."
+        )
+    name, inside, text = parts.groups()
+    for field in filter(None, (text or "").split(",")):
         key, _, value = field.partition("=")
         try:
             value = ast.literal_eval(value.strip())
@@ -353,11 +365,21 @@ def get(name: str, **fields: Any) -> Policy:
     if name not in _REGISTRY:
         raise UserError(f"policy {name!r} is not known; known are {', '.join(names())}")
     _check_decorated(_REGISTRY[name])
-    known = {k: f for k, f in _REGISTRY[name].__dataclass_fields__.items() if k != "kind"}
-    wrong = sorted(set(fields) - set(known))
-    if wrong:
-        has = ", ".join(known) or "none"
+    known = _fields(_REGISTRY[name])
+    if inside is not None:
+        if "policy" not in known:
+            raise UserError(f"policy {name!r} goes around no other, such as {inside!r:.60}")
+        if "policy" in fields:
+            raise UserError(f"policy {name!r}: policy is given twice")
+        fields["policy"] = get(inside)
+    # A wrapper that was given no policy takes the fields of its own one.
+    inner = known["policy"].default if "policy" in known and "policy" not in fields else None
+    of_inner = _fields(type(inner)) if isinstance(inner, Policy) else {}
+    if wrong := sorted(set(fields) - set(known) - set(of_inner)):
+        has = ", ".join([*known, *of_inner]) or "none"
         raise UserError(f"policy {name!r} has no field {', '.join(wrong)}; it has {has}")
+    if of_inner:
+        fields["policy"] = inner.replace(**{x: fields.pop(x) for x in of_inner if x in fields})
     missing = [
         f.name
         for f in known.values()
@@ -370,6 +392,11 @@ def get(name: str, **fields: Any) -> Policy:
             f"{of_scorers if name == 'foresight' else ''}"
         )
     return _REGISTRY[name](**fields)
+
+
+def _fields(cls: type[Policy]) -> dict[str, dataclasses.Field]:
+    """The settings of a class, by name."""
+    return {f.name: f for f in dataclasses.fields(cls) if f.name != "kind"}
 
 
 def is_default(policy: Policy, field: str) -> bool:

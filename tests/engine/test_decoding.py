@@ -41,11 +41,12 @@ KEYS = jax.random.split(jax.random.key(0), len(LENGTHS))
 
 
 def policy_of(name):
-    if name != "foresight":
+    if "foresight" not in name:
         return policies.get(name)
     config, _ = model()
     rules = scorer.ScorerConfig()
-    return policies.Foresight(scorer.init(jax.random.key(3), config, rules), rules, "sample")
+    policy = policies.Foresight(scorer.init(jax.random.key(3), config, rules), rules, "sample")
+    return policies.Ada(policy) if name == "ada(foresight)" else policy
 
 
 def generate(
@@ -124,6 +125,7 @@ def test_rows_are_independent_of_the_batch(name, cache_dtype):
 
 
 EVERY = ["full", "snapkv", "rkv", "h2o", "tova", "random", "lagkv", "pyramid", "ada", "foresight"]
+EVERY += ["ada(foresight)", "ada(pyramid(h2o))"]
 
 
 @pytest.mark.parametrize(

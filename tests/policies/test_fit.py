@@ -394,9 +394,9 @@ def test_jobs_take_another_interval_when_asked_to(tmp_path, monkeypatch, capsys)
         ("lagkv", dict(sinks=None), "sinks = None"),
         ("ada", dict(safeguard=1.5), "ada: safeguard = 1.5 must be"),
         ("ada", dict(room=0.5), "ada: room = 0.5 must be"),
-        ("ada", dict(kernel=0), "ada: kernel = 0 must be"),
+        ("ada", dict(kernel=0), "snapkv: kernel = 0 must be"),
         ("pyramid", dict(beta=0), "pyramid: beta = 0 must be"),
-        ("pyramid", dict(window=False), "pyramid: window = False must be"),
+        ("pyramid", dict(window=False), "snapkv: window = False must be"),
         ("forced", dict(position_yebkl=None, statistics="all"), "forced: statistics = 'all' must"),
         ("foresight", dict(params={}, config=None), "foresight: config = None must be a Scorer"),
         ("foresight", dict(params={}, config=RULES, action=[1]), r"action = \[1\] must be one of"),
@@ -454,9 +454,9 @@ def test_settings_that_just_fit_run():
 def test_defaults_give_way_to_small_caches_and_nothing_else_does(name, sizes):
     policy, (budget, interval) = policies.get(name), sizes
     replay.check(CONFIG, policy, budget, interval)
-    field = "kernel" if hasattr(policy, "kernel") else "sinks"
+    field = "kernel" if name in ("rkv", "pyramid") else "sinks"
     with pytest.raises(UserError, match=f"{field} = 31 must be at most"):
-        replay.check(CONFIG, policy.replace(**{field: 31}), budget, interval)
+        replay.check(CONFIG, policies.get(name, **{field: 31}), budget, interval)
 
 
 @pytest.mark.parametrize("name", ["streaming_llm", "expected_attention", "lagkv"])
@@ -783,7 +783,7 @@ def test_a_name_is_of_one_class_alone(registry):
     for wrong in (dict, define, 3):
         with pytest.raises(UserError, match=r"'other': .* is no subclass of fkv.policies.Policy"):
             policies.register("other")(wrong)
-    for name in (mine, None, "", "a:b", "a b", "a\n", "a,b"):
+    for name in (mine, None, "", "a:b", "a b", "a\n", "a,b", "a(b)"):
         with pytest.raises(UserError, match=r'takes a name without spaces.*@register\("mine"\)'):
             policies.register(name)
 

@@ -376,13 +376,14 @@ def test_evictions_do_not_depend_on_what_is_in_front_of_a_prompt():
     config, params = oracles.make_model()
     rest = set(policies.names()) - {"full", "forced", "foresight"}
     known = [policies.get(name) for name in sorted(rest)]
-    known.append(policies.Pyramid(window=2, beta=4.0))  # small enough to be uneven
+    known.append(policies.get("pyramid:window=2,beta=4"))  # small enough to be uneven
+    known.append(policies.get("ada(h2o)"))
     for rules in (scorer.ScorerConfig(), scorer.ScorerConfig(norm="rms")):
         scorers = scorer.init(jax.random.key(0), config, rules)
         known += [policies.Foresight(scorers, rules, action) for action in ("top", "sample")]
     even = [policy for policy in known if policy.capacity(budget) == budget]
     uneven = [policy for policy in known if policy.capacity(budget) > budget]
-    assert len(uneven) == 2 and len(even) > 10
+    assert len(uneven) == 3 and len(even) > 10
 
     @jax.jit
     def run(params, token, padding, even, uneven):
@@ -483,109 +484,6 @@ def test_foresight_sample_takes_empty_slots_first():
     assert (evict[..., :empty] == -1).all() and (evict[..., empty:] >= 0).all()
 
 
-# ---- budgets that differ by layer or head
-
-
-def kept_of(name, fields, config, params, token, length):
-    """A replay under a policy: before each eviction what is held and its importance; after, held.
-
-    Returns:
-      Arrays [layers, chunks, b, k, s]: positions and importances; the positions of the chunk after
-      are what was kept, but for its own.
-    """
-    policy = policies.get(name, **fields)
-
-    def look(acc, policy, view, evict):
-        return acc, (view.cache.position_bks, policy.importance(view))
-
-    call = jax.jit(replay.replay, static_argnums=(0, 5, 6), static_argnames="observe")
-    _, _, seen = call(config, params, token, length, policy, 24, 12, observe=look)
-    return (np.asarray(x) for x in seen)
-
-
-def pyramid_shares(layers, importances, budget=24, last=8):
-    """Entries that each layer keeps: linear from `2 B - last` to `last`."""
-    first = 2 * budget - last
-    return [
-        [first - (first - last) * layer / (layers - 1)] * len(importances[layer])
-        for layer in range(layers)
-    ]
-
-
-def ada_shares(layers, importances, budget=24, safeguard=0.2, room=2.0):
-    """Entries that each head keeps: its best few, then the layer's best whatever the head."""
-    shares = []
-    for heads in importances:
-        ranked = [sorted(scores, reverse=True)[: round(room * budget)] for scores in heads]
-        share = [min(round(safeguard * budget), len(scores)) for scores in ranked]
-        rest = [(x, h) for h, scores in enumerate(ranked) for x in scores[share[h] :]]
-        for _, head in sorted(rest, reverse=True)[: len(heads) * budget - sum(share)]:
-            share[head] += 1
-        shares.append(share)
-    return shares
-
-
-@pytest.mark.parametrize(
-    ("name", "fields"),
-    [
-        ("pyramid", {}),
-        ("pyramid", {"beta": 2.0}),
-        ("ada", {"safeguard": 0.9}),
-        ("ada", {"room": 1.25}),  # some heads want more than they have room for
-    ],
-)
-def test_uneven_budgets_keep_what_their_definition_keeps(name, fields):
-    layers, budget, interval = 3, 24, 12
-    config, params = oracles.make_model(layers=layers)
-    token, length = oracles.make_tokens(config, [107, 60])
-    position, importance = kept_of(name, fields, config, params, token, length)
-    capacity = position.shape[-1] - interval
-    shares, evictions, uneven = pyramid_shares if name == "pyramid" else ada_shares, 0, 0
-    settings = {"last": 12} if "beta" in fields else fields
-    for row, n in enumerate(length.tolist()):
-        for chunk in range(n // interval - 1 + (n % interval > 0)):
-            # Of every layer and head: importance by position before, positions after.
-            before = [
-                [
-                    dict(zip(p.tolist(), x.tolist(), strict=True))
-                    for p, x in zip(position[y, chunk, row], importance[y, chunk, row], strict=True)
-                ]
-                for y in range(layers)
-            ]
-            for heads in before:
-                for held in heads:
-                    held.pop(-1, None)
-            scores = [[list(held.values()) for held in heads] for heads in before]
-            want = shares(layers, scores, budget, **settings)
-            for y in range(layers):
-                total = 0
-                for k, held in enumerate(before[y]):
-                    after = position[y, chunk + 1, row, k, :capacity]
-                    after = set(after[after >= 0].tolist())
-                    assert len(after) == min(want[y][k], len(held)) and after <= set(held)
-                    border = min(held[p] for p in after)
-                    assert all(x <= border for p, x in held.items() if p not in after)
-                    total += len(after)
-                    evictions += len(after) < len(held)
-                    uneven += len(after) not in (budget, len(held))
-                held = sum(len(x) for x in before[y])
-                if name == "ada":
-                    assert total == min(held, config.kv_heads * budget)
-            if name == "pyramid":
-                assert sum(x[0] for x in want) == layers * budget
-    assert evictions > 20 and uneven > 20
-
-
-def test_room_of_uneven_budgets():
-    assert policies.get("pyramid").capacity(1024) == 2048 - 51
-    assert policies.get("pyramid").capacity(24) == 48 - 8  # the window stays
-    assert policies.get("ada", room=1.5).capacity(24) == 36
-    assert policies.get("snapkv").capacity(24) == 24
-    # A model of one layer has nothing to share.
-    view = random_view(3, 1, *SIZES[0]).replace(config=dataclasses.replace(CONFIG, layers=1))
-    assert policies.get("pyramid").keep(view, jnp.zeros((1, 2, 36))).tolist() == [[24, 24]]
-
-
 def test_forced_drops_the_listed_positions():
     budget, interval, _, kv_heads, _ = sizes = SIZES[0]
     view = random_view(5, 2, *sizes)  # chunk 7: event 7 - B / L = 5
@@ -629,7 +527,7 @@ def test_random_is_uniform_over_the_candidates():
 
 
 ALONE = {name: policies.get(d.__name__, **f) for name, (d, f) in DEFINITIONS.items()}
-ALONE |= {name: policies.get(name) for name in ("random", "tova", "pyramid", "ada")}
+ALONE |= {name: policies.get(name) for name in ("random", "tova")}
 
 
 @pytest.mark.parametrize("name", ALONE)
