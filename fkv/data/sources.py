@@ -100,11 +100,7 @@ def _line(error: object) -> str:
 
 
 def _refuse_copies(parts: Sequence[Path]) -> None:
-    """Refuses files that share a trace, which would count twice.
-
-    Traces are told apart by the columns that `launch.traces` writes, files without these by their
-    bytes.
-    """
+    """Refuses files that share a trace (by the columns of `launch.traces`), or all their bytes."""
     seen: dict[str, Path] = {}
     sizes = collections.Counter(part.stat().st_size for part in parts)
     for part in parts:
@@ -135,21 +131,20 @@ def _parse(data: bytes) -> list[dict[str, Any]]:
     if not lines:
         raise ValueError("empty")
     try:
-        return _objects({where: _json(line, f"{where}: ") for where, line in lines.items()})
+        found = {where: _json(line, f"{where}: ") for where, line in lines.items()}
     except ValueError as error:
         try:  # one value over several lines
-            whole = _json(data)
+            found = {"it": _json(data)}
         except ValueError:
             raise error from None
-    whole = whole if isinstance(whole, list) else [whole]
-    return _objects({f"entry {i}": row for i, row in enumerate(whole)})
-
-
-def _objects(found: dict[str, Any]) -> list[dict[str, Any]]:
+    rows = list(found.values())
+    if len(rows) == 1 and isinstance(rows[0], list):
+        (rows,) = rows
+        found = {f"entry {i}": row for i, row in enumerate(rows)}
     for where, row in found.items():
         if not isinstance(row, dict):
             raise ValueError(f"{where} is no JSON object")
-    return list(found.values())
+    return rows
 
 
 def _json(data: bytes, where: str = "") -> Any:

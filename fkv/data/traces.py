@@ -97,10 +97,8 @@ def _bucket_widths(length_n: np.ndarray, widths: np.ndarray, at_least: int) -> n
     return width_n
 
 
-def embedded(
-    seed: int, split: str, count: int, spec: ledger.Spec
-) -> tuple[list[np.ndarray], list[int]]:
-    """Solved problems of the embedded task: their sequences, and the lengths of their prompts."""
+def embedded(seed: int, split: str, count: int, spec: ledger.Spec) -> tuple[list, list[int]]:
+    """Solved problems of the embedded task: their tokens, and the lengths of their prompts."""
     problems = ledger.problems(seed, split, 0, count, spec)
     return [p.tokens for p in problems], [len(p.prompt) for p in problems]
 
@@ -115,16 +113,12 @@ def read(
     """Token ids, and lengths of prompts, from columns of a Parquet or JSONL file or a directory.
 
     Args:
-      prompt_column: of prompt lengths; none when empty.
-      corrupt: takes in (row, what is wrong) of unusable rows, which are then left out.
+      prompt_column: of prompt lengths; empty for none, and None in the result.
+      corrupt: takes in (row, what is wrong) of unusable rows, which are an error without it.
       vocabulary: ids must be below this.
 
-    Returns:
-      The sequences, and the length of each one's prompt or None.
-
     Raises:
-      UserError: the file can't be read, lacks a column, or has no usable row; or, without
-        `corrupt`, a row is unusable.
+      UserError: the file can't be read, lacks a column, or has an unusable row, or only such.
     """
     rows = sources.open_file(path)
     entries = sources.column(rows, column, path)

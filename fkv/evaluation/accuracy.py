@@ -61,8 +61,7 @@ class Accuracy:
       lost, gained: samples that only the full cache, or only this policy, answers right; None
         without a full cache to compare with.
       no_answer: share in which no answer was found.
-      undecided: numbers of answers that count as wrong since the deadline was exceeded, and since
-        the parser failed.
+      undecided: answers that count as wrong since the deadline was exceeded, or math-verify failed.
       difference: to the full cache; None for itself, and without it.
       trained: the budget that its scorers were trained at, see `Trained.at`; else empty.
     """
@@ -88,8 +87,7 @@ class Accuracy:
     def interval(self, resamples: int = 2000, level: float = 0.95) -> tuple[float, float]:
         """Confidence interval of `pass_at_1` over problems, deterministic.
 
-        If all problems have the same share, where a bootstrap says nothing, it is the exact one of
-        a sample a problem.
+        If all have the same share, where a bootstrap says nothing, it is that of one sample each.
         """
         per_problem = self.right_pn.mean(1)
         n = len(per_problem)
@@ -97,8 +95,7 @@ class Accuracy:
             return exact_interval(float(per_problem.sum()), n, level)
         rng = np.random.default_rng(0)
         means = per_problem[rng.integers(0, n, (resamples, n))].mean(1)
-        low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-        return float(low), float(high)
+        return tuple(np.quantile(means, [(1 - level) / 2, (1 + level) / 2]).tolist())
 
 
 def verdicts(rows: Iterable[Mapping]) -> dict[tuple[str, int], bool]:

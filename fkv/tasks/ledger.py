@@ -64,8 +64,7 @@ class Spec:
 
     def max_new_tokens(self) -> int:
         """Tokens of the longest possible solution."""
-        marks = self.marks[1]
-        return self.hops[1] * (self.fillers[1] + 5) + 5 * marks + 4
+        return self.hops[1] * (self.fillers[1] + 5) + 5 * self.marks[1] + 4
 
     def max_tokens(self) -> int:
         """Tokens of the longest possible problem, with its solution."""
