@@ -42,6 +42,32 @@ def spec(config: ConfigDict) -> ledger.Spec:
     return ledger.Spec(**{name: tuple(bounds) for name, bounds in config.task.items()})
 
 
+def announce(
+    job: str,
+    config: ConfigDict,
+    workdir: str | Path,
+    model: ModelConfig | None = None,
+    what: str | None = None,
+) -> None:
+    """Says what a job starts to do, in one line.
+
+    Args:
+      model: the language model, if the job runs one.
+      what: the policies or the stage; by default the cadence.
+    """
+    parts = [parallel.describe()]
+    if model is not None:
+        parts.append(f"{config.model} ({size_of(model)}, {config.dtype})")
+    parts.append(what or f"B = {config.budget}, L = {config.interval}")
+    say(f"{job}: {', '.join(parts)}, in {workdir}")
+
+
+def size_of(model: ModelConfig) -> str:
+    """How many parameters a language model has, in words."""
+    count = costs.parameters(model)
+    return f"{count / 1e6:.2f} M parameters" if count < 1e9 else f"{count / 1e9:.2f} B parameters"
+
+
 def load_model(config: ConfigDict, span: str = "copy") -> tuple[ModelConfig, models.Params]:
     """The frozen language model, the embedded one by its name.
 

@@ -114,6 +114,9 @@ def run(config: ConfigDict, workdir: str, anew: Sequence[str] = ()) -> list[accu
     settings = config.evaluate
     sampling = decoding.Sampling(settings.temperature, settings.top_k, settings.top_p)
     checker = math_answers.Checker(settings.deadline)
+    budgets, count = settings.budgets, len(settings.policies) + len(settings.scorers)
+    what = f"{count} policies, B = {', '.join(map(str, budgets))}, L = {config.interval}"
+    common.announce("evaluate", config, workdir, common.model_config(config), what)
     plan = _plan(config, workdir, checker, anew)
     named, model, problems, new_tokens = plan.named, plan.model, plan.problems, plan.new_tokens
     longest = max(len(p.prompt) for p in problems)

@@ -22,6 +22,8 @@ def run(config: ConfigDict, workdir: str) -> None:
     settings = config.export
     if settings.layout not in LAYOUTS:
         raise UserError(f"export.layout = {settings.layout!r} must be one of {', '.join(LAYOUTS)}")
+    what = f"scorers of {settings.scorer}, layout {settings.layout}"
+    common.announce("export", config, workdir, what=what)
     wrong = None
     if parallel.first():
         try:

@@ -33,6 +33,8 @@ def run(config: ConfigDict, workdir: str) -> str:
     else:
         policy = policies.get(settings.policy)
     shape = common.model_config(config)
+    what = f"{settings.policy}, B = {config.budget}, L = {config.interval}"
+    common.announce("generate", config, workdir, shape, what)
     common.check_policies(config, shape, {settings.policy: policy}, [config.budget])
     model = common.load_language_model(config)
     problem, prompt = None, settings.prompt

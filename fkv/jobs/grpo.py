@@ -88,6 +88,7 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     rules = {name: policies.get(name) for name in config.eval.policies}
     supervised = _supervised(config)
     shape = common.model_config(config)
+    common.announce("grpo", config, workdir, shape)
     common.check_policies(config, shape, {"grpo.scorer": supervised}, [config.budget])
     common.check_policies(config, shape, rules, config.eval.budgets)
     model, model_params = common.load_model(config, "process")

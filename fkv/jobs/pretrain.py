@@ -77,6 +77,8 @@ def run(config: ConfigDict, workdir: str) -> float:
         settings.weight_decay,
     )
 
+    what = f"{common.size_of(model)} from scratch, {total:,} steps"
+    common.announce("pretrain", config, workdir, what=what)
     run = open_run(workdir, config, MAY_DIFFER)
     params = models.init(key_of(config.seed, Purpose.MODEL), model, settings.qk_gain)
     state = {"params": params, "opt_state": optimizer.init(params)}

@@ -37,6 +37,7 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     parts, scorer_config, optimiser, make_step = recipe(config, mesh)
     rules = {name: policies.get(name) for name in config.eval.policies}
     shape = common.model_config(config)
+    common.announce("sft", config, workdir, shape)
     first_key = key_of(config.seed, Purpose.SCORER)
     scorers = jax.eval_shape(lambda: scorer.init(first_key, shape, scorer_config))
     learned = policies.Foresight(

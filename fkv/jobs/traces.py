@@ -70,6 +70,7 @@ def run(config: ConfigDict, workdir: str) -> int:
     fields.check(config, "traces")
     settings = config.traces
     sampling = decoding.Sampling(settings.temperature, settings.top_k, settings.top_p)
+    common.announce("traces", config, workdir, common.model_config(config), "full cache")
     model = common.load_language_model(config)
     questions, new_tokens = _questions(config, model)
     width = max(len(q.prompt) for q in questions)

@@ -30,6 +30,14 @@ def platform() -> str:
     return jax.default_backend()
 
 
+def describe() -> str:
+    """The devices in words, and over how many processes."""
+    count, processes = jax.device_count(), jax.process_count()
+    kind = jax.devices()[0].device_kind
+    devices = f"{count} {'CPU' if kind == 'cpu' else kind} device{'s' * (count > 1)}"
+    return devices + (f" in {processes} processes" if processes > 1 else "")
+
+
 def make_mesh(model_axis: int = 1, span: str = "all") -> Mesh:
     """Devices as [data, model].
 

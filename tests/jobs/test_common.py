@@ -11,9 +11,10 @@ from fkv import models, policies
 from fkv.data import traces
 from fkv.errors import DivergedError, UserError
 from fkv.evaluation import loss_ratio
-from fkv.jobs import common, evaluate, export, generate, grpo, sft
+from fkv.jobs import common, evaluate, export, generate, grpo, pipeline, pretrain, sft
+from fkv.jobs import traces as traces_job
 from fkv.policies import scorer
-from fkv.runs import checkpoint, sharing
+from fkv.runs import checkpoint, costs, parallel, sharing
 from tests import figures
 from tests.jobs.test_sft import model_dir, small
 
@@ -27,6 +28,34 @@ def test_other_jobs_are_the_groups_of_the_config_that_a_job_does_not_read():
     assert {*common.other_jobs("sft"), "sft"} == {*common.JOBS, "model_axis", "attention_kernel"}
     # What several jobs read is not among them.
     assert not {"data", "task", "scorer", "eval", "budget", "seed"} & set(common.JOBS)
+
+
+MODEL = "embedded (0.45 M parameters, float32)"
+ANNOUNCED = {
+    pretrain: "0.45 M parameters from scratch, 3,200 steps",
+    traces_job: f"{MODEL}, full cache",
+    sft: f"{MODEL}, B = 64, L = 16",
+    grpo: f"{MODEL}, B = 64, L = 16",
+    evaluate: f"{MODEL}, 15 policies, B = 48, 64, 96, L = 16",
+    generate: f"{MODEL}, snapkv, B = 64, L = 16",
+    export: "scorers of runs/sft_tiny, layout fkv",
+    pipeline: "stages sft, grpo, evaluate",
+}
+
+
+@pytest.mark.parametrize("job", ANNOUNCED)
+def test_a_job_first_says_what_it_does(job, monkeypatch, tmp_path):
+    def stop(message):
+        raise Warned(message)
+
+    monkeypatch.setattr(common, "say", stop)
+    monkeypatch.setattr(grpo, "_supervised", lambda config: policies.get("h2o"))
+    with pytest.raises(Warned) as said:
+        job.run(tiny.get_config(), str(tmp_path))
+    name = job.__name__.rpartition(".")[2]
+    where = f"{parallel.describe()}, {ANNOUNCED[job]}, in {tmp_path}"
+    assert str(said.value) == f"{name}: {where}"
+    assert common.size_of(costs.SHAPES["Qwen/Qwen3-4B"]) == "4.02 B parameters"
 
 
 def test_models_decode_with_the_kernel_of_the_config(monkeypatch):
