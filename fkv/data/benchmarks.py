@@ -12,10 +12,6 @@ import numpy as np
 from fkv.data import sources
 from fkv.errors import UserError
 
-# The paper's.
-INSTRUCTION = (
-    "Please solve the following problem step by step and put the final answer within \\boxed{}."
-)
 CHOOSE = "Answer with the letter of the right choice."
 
 
@@ -106,7 +102,7 @@ def reference(value: Any) -> str | None:
     return found and (found.rsplit("####", 1)[-1].strip() or None)
 
 
-def load(source: Source, instruction: str = INSTRUCTION) -> Benchmark:
+def load(source: Source, instruction: str) -> Benchmark:
     """Reads a benchmark, with the instruction and a blank before each question.
 
     Multiple choices follow the question in a fixed order.

@@ -9,6 +9,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from configs.base import INSTRUCTION
 from fkv.data import benchmarks
 from fkv.errors import UserError
 
@@ -31,8 +32,9 @@ def write(tmp_path, kind, rows):
     return str(path)
 
 
-def load(path, split="test", subset="", question="problem", answer="answer", **kwargs):
-    return benchmarks.load(benchmarks.known(path, split, subset, question, answer), **kwargs)
+def load(path, split="test", instruction=INSTRUCTION, **columns):
+    columns = dict(subset="", question="problem", answer="answer") | columns
+    return benchmarks.load(benchmarks.known(path, split, **columns), instruction)
 
 
 def refused(match, *args, **kwargs):
@@ -231,7 +233,7 @@ def test_data_sets_of_the_hub(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert len(load("HuggingFaceH4/MATH-500").questions) == 2
-    load("openai/gsm8k", "train", "main")
+    load("openai/gsm8k", "train", subset="main")
     assert asked == [("HuggingFaceH4/MATH-500", None, "test"), ("openai/gsm8k", "main", "train")]
 
 
@@ -266,7 +268,7 @@ def test_one_of_several_answers_is_chosen_by_its_letter(monkeypatch):
     ]  # fmt: skip
     for question in found.questions:
         asked, blank, *choices, other, last = question.text.split("\n")
-        assert asked == f"{benchmarks.INSTRUCTION} {question.id}?" and blank == other == ""
+        assert asked == f"{INSTRUCTION} {question.id}?" and blank == other == ""
         assert last == "Answer with the letter of the right choice." and question.choice
         assert [line[:3] for line in choices] == ["A) ", "B) ", "C) ", "D) "]
         (right,) = (line for line in choices if "right" in line)
