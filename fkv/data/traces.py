@@ -60,7 +60,7 @@ def collect(
     """Keeps the sequences with more than `longer_than` tokens and pads them to a few lengths.
 
     Args:
-      longer_than: `B + L`; nothing that a token sees is evicted from shorter ones.
+      longer_than: `B + L`; in shorter ones no token attends after an eviction.
       pad_to: padded lengths are rounded up to a multiple of this.
       where: names the source in errors.
       prompts: tokens of each sequence's prompt; none when not given.
@@ -176,7 +176,7 @@ def batches(traces: Traces, batch: int, seed: int) -> grain.MapDataset:
       UserError: there are fewer traces than a batch has.
     """
     if batch > len(traces):
-        raise UserError(f"batch = {batch} is larger than the {len(traces)} traces at hand")
+        raise UserError(f"batch = {batch} is larger than the number of traces, {len(traces)}")
     parts, shares = [], []
     for width in np.unique(traces.padded_n):
         ids = np.flatnonzero(traces.padded_n == width)

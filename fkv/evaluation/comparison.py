@@ -62,7 +62,9 @@ def load(name: str, workdir: str | Path) -> Other:
     """
     path = files.expand(name)
     if path.resolve() == files.expand(workdir).resolve():
-        raise UserError(f"evaluate.compare = {name!r} is this evaluation itself: give another's")
+        raise UserError(
+            f"evaluate.compare = {name!r} is the workdir of this evaluation: give another"
+        )
     if not (path / "samples.jsonl").is_file():
         raise UserError(
             f"evaluate.compare = {name!r} has no samples.jsonl: give the workdir of an evaluation"
@@ -93,7 +95,8 @@ def shared(
     if not found:
         names = ", ".join(map(label, sorted(there))) or "nothing"
         raise UserError(
-            f"evaluate.compare: {other.path} has answers of {names}: none of what is asked for here"
+            f"evaluate.compare: {other.path} has answers of {names}, but of no policy and budget of "
+            "this run"
         )
     for cell, (problem, reference), sample in itertools.product(
         found, references.items(), range(samples)

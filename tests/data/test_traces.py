@@ -363,7 +363,7 @@ def test_seeds_shuffle_differently(seven):
 
 def test_a_batch_can_hold_all_traces_and_no_more(seven):
     assert sorted(traces.batches(seven, 7, seed=0)[0]) == list(range(7))
-    with pytest.raises(UserError, match=r"^batch = 8 is larger than the 7 traces at hand$"):
+    with pytest.raises(UserError, match=r"^batch = 8 is larger than the number of traces, 7$"):
         traces.batches(seven, 8, seed=0)
 
 

@@ -181,7 +181,7 @@ def refused(match, call, *args):
 
 def test_what_cannot_be_compared(there, tmp_path):
     other = comparison.load(str(there), "here")
-    refused("there has answers of full, knorm at 16: none of what is", comparison.shared, other,
+    refused("there has answers of full, knorm at 16, but of no policy", comparison.shared, other,
             [("knorm", 24), ("h2o", 16)], REFERENCES, 2)  # fmt: skip
     refused("no answer of knorm at 16 to problem '3', sample 0", comparison.shared, other,
             [("knorm", 16)], REFERENCES | {"3": "r3"}, 2)  # fmt: skip
@@ -189,7 +189,7 @@ def test_what_cannot_be_compared(there, tmp_path):
             [("full", 0)], REFERENCES, 3)  # fmt: skip
     refused("other problems: the answer to '1' is 'r1' there and 'x' here", comparison.shared,
             other, [("full", 0)], REFERENCES | {"1": "x"}, 2)  # fmt: skip
-    refused("is this evaluation itself", comparison.load, str(there), f"{there}/../there")
+    refused("is the workdir of this evaluation", comparison.load, str(there), f"{there}/../there")
     refused("nowhere' has no samples.jsonl", comparison.load, "nowhere", "here")
     (there / "samples.jsonl").write_text("{}\n")
     refused("line 1 is not a sample", comparison.load, str(there), "here")
