@@ -95,8 +95,8 @@ def shared(
     if not found:
         names = ", ".join(map(label, sorted(there))) or "nothing"
         raise UserError(
-            f"evaluate.compare: {other.path} has answers of {names}, but of no policy and budget of "
-            "this run"
+            f"evaluate.compare: {other.path} has answers of {names}, but of no policy and budget "
+            "of this run"
         )
     for cell, (problem, reference), sample in itertools.product(
         found, references.items(), range(samples)
