@@ -1,14 +1,18 @@
 """The embedded reasoner: 0.45 M parameters, the ledger walk, everything on a laptop.
 
-python -m launch.sft --config=tiny        the scorers and the table of losses, about 2 minutes
-python -m launch.grpo --config=tiny --config.budget=48   reinforcement after it
-python -m launch.evaluate --config=tiny   answers of every policy
-python -m launch.pipeline --config=tiny   these three in one directory
-python -m launch.traces --config=tiny     the reasoner's own answers, as traces
-python -m launch.generate --config=tiny   one answer, streamed
-python -m launch.export --config=tiny     the scorers in a form to share
-python -m launch.benchmark --config=tiny  time and memory, under 3 minutes
-python -m launch.pretrain --config=tiny   the reasoner itself, which is shipped
+Commands, what comes out, and how long it takes on two CPU cores:
+python -m launch.sft --config=tiny       scorers; loss ratio 1.055 at B = 64, of the best rule-based
+                                         policy 1.688; 2 minutes
+python -m launch.grpo --config=tiny --config.budget=48   better scorers; 8 minutes
+python -m launch.evaluate --config=tiny  answers of every policy; at B = 64 the scorers of sft get
+                                         81 % of 512 right, those of grpo 87 %, baselines below 1 %
+python -m launch.pipeline --config=tiny  these three in one directory, with fewer problems
+python -m launch.traces --config=tiny    the reasoner's own answers, as traces
+python -m launch.generate --config=tiny  one answer, streamed
+python -m launch.export --config=tiny    the scorers in a form to share
+python -m launch.benchmark --config=tiny time and memory; 3 minutes
+python -m launch.pretrain --config=tiny  the reasoner itself, which is shipped: 512 of 512 right
+                                         with the full cache; 36 minutes
 """
 
 from ml_collections import ConfigDict

@@ -1,10 +1,10 @@
 """The paper's ablations on the embedded reasoner, three seeds each.
 
-python -m launch.sweep --config=tiny_ablations   about an hour and a half on two cores
+python -m launch.sweep --config=tiny_ablations   an hour and a half on two CPU cores
 
-Supervised: what the scorers see, and their hidden size. Reinforcement: the main recipe, and every
-kind of reward at a fifth of its rollouts. All are judged by loss and by answers, the main recipe
-under the three actions too. The summary has one line a group, policy and budget: mean over seeds.
+Supervised stage: inputs and hidden size of the scorers. Reinforcement stage: the main recipe, and
+every reward at a fifth of its rollouts. All are evaluated by loss and by answers, the main recipe
+also under the three actions. The summary has the mean over seeds of each group, policy and budget.
 """
 
 from configs import tiny
@@ -23,7 +23,7 @@ TIGHT = 48
 
 
 def get_config():
-    """The recipe of `configs/tiny.py` without the rules, which no seed changes."""
+    """The recipe `tiny` without the baselines, which no seed changes."""
     config = tiny.get_config()
     config.eval.policies = ()
     config.grpo.answers = 0  # the sweep has points for them
@@ -34,20 +34,13 @@ def get_config():
 
 
 def sweep():
-    """The points, stage after stage, so that what matters most is there first."""
+    """The points, the most important first."""
     for seed in SEEDS:
         yield Point("sft", f"sft_both16_{seed}", {"seed": seed}, "sft_both16")
         yield Point("grpo", f"grpo_{seed}", _grpo(seed), "grpo")
-        scorers = (
-            f"supervised={{sweep}}/sft_both16_{seed}",
-            f"grpo={{sweep}}/grpo_{seed}",
-        )
-        yield Point(
-            "evaluate",
-            f"answers_{seed}",
-            {"seed": seed, "evaluate.scorers": scorers},
-            "answers",
-        )
+        scorers = (f"supervised={{sweep}}/sft_both16_{seed}", f"grpo={{sweep}}/grpo_{seed}")
+        values = {"seed": seed, "evaluate.scorers": scorers}
+        yield Point("evaluate", f"answers_{seed}", values, "answers")
     for action in ("sample", "multinomial"):
         for seed in SEEDS:
             values = {
