@@ -2,7 +2,7 @@
 
 Not run at full size yet. Times are those of one H100 at 40 % of its peak for traces of 32,768
 tokens, as --config.dry_run=True computes them; several devices divide them.
-python -m launch.traces --config=r1_llama --workdir=data/r1_llama_train   likewise data/r1_llama_eval
+python -m launch.traces --config=r1_llama --workdir=data/r1_llama_train   likewise _eval
 python -m launch.sft --config=r1_llama       scorers; 3.9 h, 14 s a step, 26.7 GB
 python -m launch.grpo --config=r1_llama      better scorers; 187 h, 45 min a step, 43.5 GB
 python -m launch.evaluate --config=r1_llama  AIME 2024, 32 samples a problem

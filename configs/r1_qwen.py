@@ -2,7 +2,7 @@
 
 Not run at full size yet. Times are those of one H100 at 40 % of its peak for traces of 32,768
 tokens, as --config.dry_run=True computes them; several devices divide them.
-python -m launch.traces --config=r1_qwen --workdir=data/r1_qwen_train   likewise data/r1_qwen_eval
+python -m launch.traces --config=r1_qwen --workdir=data/r1_qwen_train   likewise _eval
 python -m launch.sft --config=r1_qwen       scorers; 3.4 h, 12 s a step, 27.1 GB
 python -m launch.grpo --config=r1_qwen      better scorers; 173 h, 42 min a step, 48.3 GB
 python -m launch.evaluate --config=r1_qwen  AIME 2024, 32 samples a problem
