@@ -1,6 +1,7 @@
 """Figures of results, each written atomically in the format of its file name."""
 
 import contextlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -43,8 +44,8 @@ def _figure(path: str | Path, size, grid=(1, 1), title="", x="", y="") -> Iterat
         yield axes
         legend = {}
         for axis in axes.flat:
-            handles, labels = axis.get_legend_handles_labels()
-            legend = dict(zip(labels, handles, strict=True)) | legend
+            for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+                legend.setdefault(label, handle)
         if legend:
             figure.legend(legend.values(), legend, loc="outside right")
         figure.suptitle(title)
@@ -81,7 +82,7 @@ def _styles(names: Sequence[str]) -> dict[str, dict]:
     styles, variants = {}, {}
     free = [c for c in OTHERS if c not in {LEARNED.get(name) for name in names}]
     for name in names:
-        kind = name.partition(":")[0]
+        kind = re.split("[:(]", name)[0]
         if kind == "golden":
             styles[name] = {"color": "black", "linestyle": "--", "linewidth": 1.6}
             continue
@@ -143,10 +144,9 @@ def loss_by_position(results: Sequence[Losses], path: str | Path, bins: int = 16
             for r in rows:
                 counted = ~np.isnan(r.excess_nt)
                 position, excess = np.nonzero(counted)[1] + 1, r.excess_nt[counted]
-                edges = np.linspace(position.min(), position.max() + 1, bins + 1)
-                bin_of = np.digitize(position, edges) - 1
-                count = np.bincount(bin_of, minlength=bins)
-                total = np.bincount(bin_of, weights=excess, minlength=bins)
+                reach = position.min(), position.max() + 1
+                count, edges = np.histogram(position, bins, reach)
+                total, _ = np.histogram(position, bins, reach, weights=excess)
                 mean = np.where(count, total / np.maximum(count, 1), np.nan)
                 axis.plot((edges[:-1] + edges[1:]) / 2, mean, label=r.policy, **styles[r.policy])
             _horizontal(axis, 0)

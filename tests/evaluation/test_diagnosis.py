@@ -301,6 +301,8 @@ def test_a_policy_has_one_colour_in_all_pictures():
     assert all(few[name]["color"] == many[name]["color"] for name in few)
     assert len({(s["color"], s["linestyle"]) for s in many.values()}) == len(many)
     assert many["rkv"]["color"] == many["rkv:mix=0.05"]["color"]
+    (nested,) = plots._styles(["ada(rkv:mix=0.05):room=2"]).values()
+    assert nested["color"] == plots.COLOURS["ada"]
     assert set(policies.names()) <= {*plots.COLOURS, *plots.LEARNED, "forced"}
 
 
