@@ -18,27 +18,24 @@ from jax import Array
 
 from fkv.cache import slots as kv
 from fkv.errors import UserError
-from fkv.models.numerics import MASKED, einsum_f32, group_queries
+from fkv.models.numerics import (
+    MASKED,
+    einsum_f32,
+    einsum_int8,
+    group_queries,
+    head_by_head,
+    row_by_row,
+)
 
 
 def product(spec: str, x_bkgqz: Array, y_bksd: Array | kv.Int8) -> Array:
     """`einsum_f32` of queries or weights with keys or values: of `Int8` the integers alone."""
-    if not isinstance(y_bksd, kv.Int8):
-        axes = kv.unit_axes(y_bksd)
-        spec = spec.translate({ord("bk"[axis]): None for axis in axes})
-        out = einsum_f32(spec, jnp.squeeze(x_bkgqz, axes), jnp.squeeze(y_bksd, axes))
-        return jnp.expand_dims(out, axes)
-    dtype = x_bkgqz.dtype  # bfloat16 holds the integers exactly, too
-    if jax.default_backend() != "cpu":
-        return einsum_f32(spec, x_bkgqz, y_bksd.value.astype(dtype))
-
-    # The CPU multiplies no integers with floats: XLA writes them out as floats before, and on the
-    # way copies the cache that they are in. One head after the other it copies none.
-    def one(head):
-        x, y = (jax.lax.dynamic_slice_in_dim(z, head, 1, axis=1) for z in (x_bkgqz, y_bksd.value))
-        return einsum_f32(spec, x, y.astype(dtype))[:, 0]
-
-    return jnp.moveaxis(jax.lax.map(one, jnp.arange(y_bksd.shape[1])), 0, 1)
+    if isinstance(y_bksd, kv.Int8):
+        return einsum_int8(spec, x_bkgqz, y_bksd.value)
+    axes = kv.unit_axes(y_bksd)
+    spec = spec.translate({ord("bk"[axis]): None for axis in axes})
+    out = einsum_f32(spec, jnp.squeeze(x_bkgqz, axes), jnp.squeeze(y_bksd, axes))
+    return jnp.expand_dims(out, axes)
 
 
 def scaled(x_bkgqs: Array, by_bksd: Array | kv.Int8) -> Array:
@@ -50,13 +47,11 @@ def logits(q_bqhd: Array, k_bksd: Array | kv.Int8, visible_bkqs: Array) -> Array
     """Scaled, masked attention logits [b, k, g, q, s] in float32."""
     # The queries are transposed, which are few: left to XLA, the CPU transposes the product.
     q = jnp.moveaxis(group_queries(q_bqhd, k_bksd.shape[1]), 1, 3)
-    spec = "bkgqd,bksd->bkgqs"
-    if q.shape[3] == 1 and isinstance(k_bksd, Array) and jax.default_backend() == "cpu":
-        # As vectors, one head of a group after the other: keys are read twice as fast.
-        heads = [product(spec, x, k_bksd) for x in jnp.split(q, q.shape[2], axis=2)]
-        x = jnp.concatenate(heads, axis=2)
+    multiply = functools.partial(product, "bkgqd,bksd->bkgqs")
+    if q.shape[3] == 1 and isinstance(k_bksd, Array):
+        x = head_by_head(multiply, q, k_bksd)
     else:
-        x = scaled(product(spec, q, k_bksd), k_bksd)
+        x = scaled(multiply(q, k_bksd), k_bksd)
     return jnp.where(visible_bkqs[:, :, None], x * q.shape[-1] ** -0.5, MASKED)
 
 
@@ -177,22 +172,6 @@ class Statistics:
     last_8: Array
     last_16: Array
     last_32: Array
-
-
-def row_by_row(function: Callable[..., Any], *arrays_b: Array | kv.Int8) -> Any:
-    """`function` of arrays that all have rows, [b, ...]: on a CPU of one row after the other.
-
-    What an eviction makes of a row stays in a processor's cache, and what it makes of eight does
-    not (1.2 to 1.4 times faster with eight rows). Accelerators take all at once.
-    """
-    if jax.default_backend() != "cpu":
-        return function(*arrays_b)
-
-    def one(row):
-        out = function(*jax.tree.map(lambda x: x[None], row))
-        return jax.tree.map(lambda x: x[0], out)
-
-    return jax.lax.map(one, arrays_b)
 
 
 # Queries looked at together: no fewer than the largest window, and few enough that what they give

@@ -1,4 +1,12 @@
-"""Products of arrays: precision, and what differs by platform."""
+"""Products of arrays: their precision, and all that differs by platform.
+
+What differs is chosen when a program is lowered, not when it is traced: one trace compiles for CPU,
+GPU and TPU, with or without the device.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +17,7 @@ MASKED = -1e30
 
 
 def precision(x: Array, y: Array) -> jax.lax.Precision | None:
-    """What a product needs: unless told, TPUs round float32 to bfloat16, and GPUs to TF32.
+    """The precision of a product: by default TPUs round float32 to bfloat16, and GPUs to TF32.
 
     Products of two bfloat16 (or float16) are exact by default, and fast.
     """
@@ -17,15 +25,80 @@ def precision(x: Array, y: Array) -> jax.lax.Precision | None:
 
 
 def einsum(spec: str, x: Array, y: Array) -> Array:
-    """`einsum` in the dtype of the inputs; every product of float32 in this package is one."""
+    """`einsum` in the dtype of the inputs; every float32 product in this package is one."""
     return jnp.einsum(spec, x, y, precision=precision(x, y))
 
 
 def einsum_f32(spec: str, x: Array, y: Array) -> Array:
-    """`einsum` accumulated and returned in float32, whatever the inputs are."""
-    if jax.default_backend() == "cpu":  # which has no dot of two bfloat16 into a float32
-        x, y = x.astype(jnp.float32), y.astype(jnp.float32)
-    return jnp.einsum(spec, x, y, precision=precision(x, y), preferred_element_type=jnp.float32)
+    """`einsum` accumulated and returned in float32, whatever the inputs are.
+
+    A CPU has no product of two bfloat16 into a float32: there, the inputs are cast.
+    """
+
+    def product(x, y):
+        return jnp.einsum(
+            spec, x, y, precision=precision(x, y), preferred_element_type=jnp.float32
+        )
+
+    def cast(x, y):
+        return product(x.astype(jnp.float32), y.astype(jnp.float32))
+
+    if jnp.result_type(x, y) == jnp.float32:
+        return cast(x, y)
+    return jax.lax.platform_dependent(x, y, cpu=cast, default=product)
+
+
+def einsum_int8(spec: str, x_bk: Array, y_bk: Array) -> Array:
+    """`einsum_f32` of [b, k, ...] floats with [b, k, ...] int8.
+
+    A CPU multiplies no integers with floats: XLA writes them out as floats first, and copies the
+    whole cache that they are in on the way. One KV head after the other it copies nothing.
+    """
+
+    def together(x_bk, y_bk):
+        return einsum_f32(spec, x_bk, y_bk.astype(x_bk.dtype))  # bfloat16 holds them exactly
+
+    def one(x_bk, y_bk, head):
+        x, y = (jax.lax.dynamic_slice_in_dim(z, head, 1, axis=1) for z in (x_bk, y_bk))
+        return together(x, y)[:, 0]
+
+    def in_turn(x_bk, y_bk):
+        heads = jnp.arange(y_bk.shape[1])
+        out = jax.lax.map(functools.partial(one, x_bk, y_bk), heads)
+        return jnp.moveaxis(out, 0, 1)
+
+    return jax.lax.platform_dependent(x_bk, y_bk, cpu=in_turn, default=together)
+
+
+def head_by_head(product: Callable[..., Array], q_bkgqd: Array, k_bksd: Array) -> Array:
+    """`product` of one query a head with the keys.
+
+    A CPU reads keys twice as fast for a vector as for a matrix of few rows: there, the query heads
+    of a group take turns.
+    """
+
+    def in_turn(q_bkgqd, k_bksd):
+        heads = [product(x, k_bksd) for x in jnp.split(q_bkgqd, q_bkgqd.shape[2], axis=2)]
+        return jnp.concatenate(heads, axis=2)
+
+    return jax.lax.platform_dependent(q_bkgqd, k_bksd, cpu=in_turn, default=product)
+
+
+def row_by_row(function: Callable[..., Any], *arrays_b: Any) -> Any:
+    """`function` of pytrees of arrays [b, ...], whose rows are independent.
+
+    What an eviction makes of one row stays in a CPU's cache, of eight rows it does not: there, rows
+    take turns (1.2 to 1.4 times faster with eight rows).
+    """
+
+    def one(row):
+        out = function(*jax.tree.map(lambda x: x[None], row))
+        return jax.tree.map(lambda x: x[0], out)
+
+    def in_turn(*arrays_b):
+        return jax.lax.map(one, arrays_b)
+
+    return jax.lax.platform_dependent(*arrays_b, cpu=in_turn, default=function)
 
 
 def group_queries(q_bqhd: Array, kv_heads: int) -> Array:
