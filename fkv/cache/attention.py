@@ -8,8 +8,6 @@ values may be `slots.Int8`: their integers are multiplied, their scales go to lo
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Any
 
 import flax.struct
 import jax

@@ -36,9 +36,7 @@ def einsum_f32(spec: str, x: Array, y: Array) -> Array:
     """
 
     def product(x, y):
-        return jnp.einsum(
-            spec, x, y, precision=precision(x, y), preferred_element_type=jnp.float32
-        )
+        return jnp.einsum(spec, x, y, precision=precision(x, y), preferred_element_type=jnp.float32)
 
     def cast(x, y):
         return product(x.astype(jnp.float32), y.astype(jnp.float32))

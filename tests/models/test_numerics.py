@@ -1,0 +1,71 @@
+"""What differs by platform: one trace, of which each platform compiles its own part."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fkv.models import numerics
+
+RNG = np.random.default_rng(0)
+X, Y = (jnp.asarray(RNG.normal(size=s), jnp.float32) for s in ((3, 2, 4, 1, 8), (3, 2, 20, 8)))
+SPEC = "bkgqd,bksd->bkgqs"
+NARROW = [x.astype(jnp.bfloat16) for x in (X, Y)]
+INTEGERS = (9 * Y).astype(jnp.int8)
+
+
+def rows(x, y):
+    return numerics.row_by_row(lambda x, y: {"sum": numerics.einsum_f32(SPEC, x, y).sum(3)}, x, y)
+
+
+CASES = {
+    "float32": (lambda x, y: numerics.einsum_f32(SPEC, x, y), X, Y),
+    "bfloat16": (lambda x, y: numerics.einsum_f32(SPEC, x, y), *NARROW),
+    "int8": (lambda x, y: numerics.einsum_int8(SPEC, x, y), X, INTEGERS),
+    "heads": (lambda x, y: numerics.head_by_head(CASES["float32"][0], x, y), X, Y),
+    "rows": (rows, X, Y),
+}  # fmt: skip
+
+
+def lines(traced, platform, word):
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    return [line for line in text.splitlines() if f"stablehlo.{word}" in line]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_platforms_give_the_same_whichever_way_they_go(name, monkeypatch):
+    function, *inputs = CASES[name]
+    here = jax.jit(function)(*inputs)
+    compiled = jax.jit(function).lower(*inputs).compile().as_text()
+    assert "conditional(" not in compiled
+    looped = {name: len(lines(jax.jit(function).trace(*inputs), name, "while")) for name in LOOPS}
+    assert looped == (LOOPS if name in ("int8", "rows") else dict.fromkeys(LOOPS, 0))
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *x, cpu, default: default(*x))
+    there = jax.jit(lambda *x: function(*x))(*inputs)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), here, there)
+
+
+LOOPS = {"cpu": 1, "cuda": 0, "tpu": 0}
+
+
+def test_only_a_cpu_casts_bfloat16():
+    traced = jax.jit(CASES["bfloat16"][0]).trace(*NARROW)
+    products = {name: lines(traced, name, "dot_general") for name in LOOPS}
+    assert {name: "bf16" in x for name, [x] in products.items()} == {
+        "cpu": False, "cuda": True, "tpu": True,
+    }  # fmt: skip
+
+
+def test_rows_in_turn_have_gradients_and_go_through_other_loops():
+    def loss(x):
+        return (rows(x, Y)["sum"] ** 2).sum()
+
+    def plain(x):
+        return (numerics.einsum_f32(SPEC, x, Y).sum(3) ** 2).sum()
+
+    want = jax.grad(plain)(X)
+    np.testing.assert_allclose(jax.jit(jax.grad(loss))(X), want, rtol=1e-5, atol=1e-5)
+    both = jax.jit(jax.vmap(jax.grad(loss)))(jnp.stack([X, X]))
+    np.testing.assert_allclose(both[1], want, rtol=1e-5, atol=1e-5)
+    _, scanned = jax.jit(lambda x: jax.lax.scan(lambda c, x: (c, jax.grad(loss)(x)), 0, x))(X[None])
+    np.testing.assert_allclose(scanned[0], want, rtol=1e-5, atol=1e-5)
