@@ -9,6 +9,7 @@ import pytest
 
 from fkv import policies
 from fkv.cache import kernels
+from fkv.cache.slots import Cache
 from fkv.engine import decoding, replay
 from fkv.engine.decoding import Sampling
 from fkv.keys import keys_of
@@ -111,7 +112,7 @@ def kernel(dtype):
     q, k = jnp.ones((1, 1, 4, 16), dtype), jnp.ones((1, 2, 32, 16), dtype)
     position = jnp.zeros((1, 1, 32), jnp.int32)
     attend = functools.partial(kernels.decode_attention, platform="gpu", interpret=True)
-    return jax.make_jaxpr(attend)(q, k, k, jnp.ones(1, jnp.int32), position)
+    return jax.make_jaxpr(attend)(q, Cache(k, k, position), jnp.ones(1, jnp.int32))
 
 
 RULES = sorted(set(policies.names()) - {"forced"})

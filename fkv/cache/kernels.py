@@ -1,9 +1,8 @@
 """Attention of one query a row, as one Pallas kernel for GPUs (Triton) and TPUs (Mosaic).
 
-It gives what `attention.attend` gives. Each cell of the grid reads one block of slots of one KV
-head once, keys and values, for all query heads of the group, and leaves what a softmax over these
-slots alone gives; the blocks are put together outside. Keys and values are never copied: where the
-last block reaches beyond the cache, what it reads there is masked.
+Each cell of the grid reads one block of slots of one KV head once, keys and values, for all query
+heads of the group, and leaves the softmax over these slots alone; the blocks are combined outside.
+Keys and values are never copied: what the last block reads beyond the cache is masked.
 
 Letters: b batch, q queries (one), s cache slots, h query heads, k KV heads, g query heads per KV
 head, d head dim, n blocks of slots.
@@ -18,19 +17,21 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
+from fkv.cache.slots import Cache
 from fkv.errors import UserError
 from fkv.models.numerics import MASKED, group_queries, precision
 
-# What a product of tiles takes at least (Triton), and a tile of bfloat16 on a TPU. A group has
-# fewer query heads: zeros fill up.
+# The fewest rows of a product of tiles (Triton), and of a bfloat16 tile on a TPU: a group with
+# fewer query heads is padded with zeros.
 ROWS = 16
-GPU_BLOCK = 128  # at most, a power of two like all that Triton holds, ...
-GPU_BYTES = 2**15  # and of no more keys than this: they lie in registers
-TPU_BLOCK = 2048  # at most; half a megabyte or more a cell, as each costs some time of its own
+# Slots a block, at most. On a GPU a power of two, of no more bytes of keys than registers hold; on
+# a TPU half a megabyte or more, since each cell has some overhead.
+GPU_BLOCK, GPU_BYTES = 128, 2**15
+TPU_BLOCK = 2048
 
 
 def block_slots(slots: int, key_bytes: int, platform: str) -> int:
-    """How many slots a cell of the grid reads."""
+    """Slots that a cell of the grid reads."""
     if platform == "gpu":
         return max(ROWS, min(GPU_BLOCK, GPU_BYTES // key_bytes))
     blocks = -(-slots // TPU_BLOCK)
@@ -41,10 +42,8 @@ def block_slots(slots: int, key_bytes: int, platform: str) -> int:
 
 def decode_attention(
     q_bqhd: Array,
-    k_bksd: Array,
-    v_bksd: Array,
+    cache: Cache,
     position_b: Array,
-    key_position_bks: Array,
     platform: str,
     block: int = 0,
     interpret: bool = False,
@@ -52,12 +51,10 @@ def decode_attention(
     """`attention.attend` of one query a row, masked as by `attention.visible`.
 
     Args:
-      q_bqhd: the queries, q = 1.
-      position_b: their absolute positions.
-      key_position_bks: of the keys, -1 where empty; k is 1 when the heads share positions.
+      position_b: absolute positions of the queries.
       platform: `gpu` or `tpu`.
-      block: slots that a cell of the grid reads; 0 for what suits the platform.
-      interpret: run on any device, as plain JAX; for tests.
+      block: slots that a cell of the grid reads; 0 for the platform's default.
+      interpret: run on any device as plain JAX; for tests.
 
     Returns:
       The attended values [b, q, h, d] in the dtype of the values, and the log-sum-exp of the
@@ -66,11 +63,11 @@ def decode_attention(
     Raises:
       UserError: the platform has no such kernel, or not for this head dim or dtype.
     """
-    b, kv_heads, slots, d = k_bksd.shape
-    if platform == "tpu" and not interpret and k_bksd.dtype == jnp.float16:
+    b, kv_heads, slots, d = cache.key_bksd.shape
+    if platform == "tpu" and not interpret and cache.key_bksd.dtype == jnp.float16:
         raise UserError(
-            "attention_kernel 'pallas' knows no float16 on a TPU: set dtype to 'bfloat16', or it "
-            "to 'plain'"
+            "attention_kernel 'pallas' does not support float16 on a TPU: set dtype to 'bfloat16', "
+            "or attention_kernel to 'plain'"
         )
     if platform == "gpu" and not interpret and (d < ROWS or d & (d - 1)):
         raise UserError(
@@ -79,13 +76,13 @@ def decode_attention(
         )
     load, store, compiler_params = for_platform(platform)
     group = q_bqhd.shape[2] // kv_heads
-    block = block or block_slots(slots, d * k_bksd.dtype.itemsize, platform)
+    block = block or block_slots(slots, d * cache.key_bksd.dtype.itemsize, platform)
     blocks = -(-slots // block)
     rows = max(ROWS, 1 << (group - 1).bit_length())  # a power of two
 
     q_bkgd = group_queries(q_bqhd, kv_heads)[:, 0]
     q_bkgd = jnp.pad(q_bkgd, ((0, 0), (0, 0), (0, rows - group), (0, 0)))
-    key_position = jnp.broadcast_to(key_position_bks, (b, kv_heads, slots))
+    key_position = jnp.broadcast_to(cache.position_bks, (b, kv_heads, slots))
     beyond = blocks * block - slots
     key_position = jnp.pad(key_position, ((0, 0), (0, 0), (0, beyond)), constant_values=-1)
     key_position = key_position.reshape(b, kv_heads, blocks, 1, block)
@@ -97,7 +94,7 @@ def decode_attention(
     # Triton's arrays have all the rows, of which only those of the group are written.
     written = rows if platform == "gpu" else group
     out, top, total = pl.pallas_call(
-        functools.partial(_cell, load, store, slots, group),
+        functools.partial(_cell, (load, store), slots, group),
         grid=(b, kv_heads, blocks),
         in_specs=[
             pl.BlockSpec((None, None, rows, d), lambda i, j, n: (i, j, 0, 0)),
@@ -114,21 +111,24 @@ def decode_attention(
         compiler_params=compiler_params,
         interpret=interpret,
         name="decode_attention",
-    )(q_bkgd, k_bksd, v_bksd, position_b[:, None, None], key_position)
+    )(q_bkgd, cache.key_bksd, cache.value_bksd, position_b[:, None, None], key_position)
 
     highest = top.max(2, keepdims=True)
     weight = jnp.exp(top - highest)
     total = (weight * total).sum(2)
     out = (weight * out).sum(2) / total
-    return out.reshape(q_bqhd.shape).astype(v_bksd.dtype), highest[:, :, 0] + jnp.log(total)
+    out = out.reshape(q_bqhd.shape).astype(cache.value_bksd.dtype)
+    return out, highest[:, :, 0] + jnp.log(total)
 
 
-def _cell(load, store, slots, group, q_ref, k_ref, v_ref, position_ref, key_position_ref, *out):
-    """One block: values [g, d] that are not divided by their sum [g, 1], and the largest logit."""
+def _cell(memory, slots, group, *refs):
+    """One block: the largest logit [g, 1], sum of weights [g, 1], and weighted values [g, d]."""
+    load, store = memory
+    q_ref, k_ref, v_ref, position_ref, key_position_ref, *out = refs
     block, d = k_ref.shape
 
     def inside(shape, axis):
-        """Which slots are of the cache; None for all."""
+        """Which slots are in the cache; None for all."""
         slot = jax.lax.broadcasted_iota(jnp.int32, shape, axis)
         return pl.program_id(2) * block + slot < slots if slots % block else None
 
@@ -140,7 +140,7 @@ def _cell(load, store, slots, group, q_ref, k_ref, v_ref, position_ref, key_posi
     x = jnp.where(seen, x * d**-0.5, MASKED)
     top = x.max(-1, keepdims=True)
     p = jnp.exp(x - top)
-    if (real := inside(p.shape, 1)) is not None:  # counts where a query sees nothing at all
+    if (real := inside(p.shape, 1)) is not None:  # matters where a query sees no key at all
         p = jnp.where(real, p, 0.0)
     p_v = p.astype(v.dtype)
     values = jnp.dot(p_v, v, precision=precision(p_v, v), preferred_element_type=jnp.float32)
@@ -149,7 +149,7 @@ def _cell(load, store, slots, group, q_ref, k_ref, v_ref, position_ref, key_posi
 
 
 def for_platform(platform: str) -> tuple[Callable, Callable, Any]:
-    """How a cell reads and writes its blocks there, and what the compiler is told.
+    """How a cell loads and stores its blocks, and the compiler's parameters.
 
     Raises:
       UserError: the platform has no such kernel.
@@ -176,7 +176,7 @@ def for_platform(platform: str) -> tuple[Callable, Callable, Any]:
         from jax.experimental.pallas import tpu
 
         def load(ref, inside):
-            # What a block has beyond the cache is anything, NaN too.
+            # A block holds arbitrary values beyond the cache, NaN too.
             return ref[...] if inside is None else jnp.where(inside, ref[...], 0)
 
         def store(ref, value, rows):

@@ -82,20 +82,24 @@ def load_model(config: ConfigDict, span: str = "copy") -> tuple[ModelConfig, mod
 
 def as_configured(config: ConfigDict, model: ModelConfig) -> ModelConfig:
     """The model with what no checkpoint knows of: what its caches hold, and what reads them."""
-    return dataclasses.replace(
-        model, cache_dtype=config.cache_dtype, kernel=config.attention_kernel
-    )
+    kernel = kernel_here(config.attention_kernel)
+    return dataclasses.replace(model, cache_dtype=config.cache_dtype, kernel=kernel)
+
+
+def kernel_here(name: str) -> str:
+    """The kernel of a `ModelConfig`: `pallas` is that of this platform."""
+    return parallel.platform() if name == "pallas" else name
 
 
 def check_kernel(config: ConfigDict, name: str, where: str = "attention_kernel") -> None:
-    """Refuses a kernel of attention that decoding can't go by; `where` its name is from."""
+    """Refuses an attention kernel that can't be used here; `where` names the field."""
     if name not in ("plain", "pallas"):
         raise UserError(f"{where}: {name!r} must be 'plain' or 'pallas'")
     if name == "pallas":
         if config.model_axis > 1:
             raise UserError(
-                f"{where}: 'pallas' does not go with model_axis = {config.model_axis}, as a kernel "
-                "can't be split: set it to 'plain', or model_axis to 1"
+                f"{where}: 'pallas' can't be split over model_axis = {config.model_axis} devices: "
+                "set it to 'plain', or model_axis to 1"
             )
         if config.cache_dtype:
             raise UserError(

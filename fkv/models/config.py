@@ -18,6 +18,7 @@ ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
 }
 CACHE_DTYPES = ("", "int8")
+KERNELS = ("plain", "gpu", "tpu", "interpret")
 # Beyond any model of these families: a wrong size is found before anything is made of it.
 _LARGEST, _MOST_LAYERS = 2**24, 4096
 # `max_position_embeddings` where a config has none.
@@ -66,9 +67,11 @@ class ModelConfig:
       qkv_bias, out_bias, mlp_bias: which projections have biases.
       tied_embeddings: the unembedding is the embedding transposed.
       max_positions: the length the checkpoint was made for.
-      kernel: of attention while decoding, see `attention.attend_one`; not of the checkpoint.
-      cache_dtype: of cached keys and values, what no checkpoint says: empty for the model's own, or
-        `int8`, see `fkv.cache.Int8`.
+      kernel: of attention while decoding; no checkpoint says it. `plain` is `attention.attend`,
+        `gpu` and `tpu` are the Pallas kernels of `fkv.cache.kernels`; `interpret` runs the first of
+        these on any device, slowly, for tests.
+      cache_dtype: of cached keys and values; no checkpoint says it. Empty is the model's own,
+        `int8` makes them `fkv.cache.slots.Int8`.
     """
 
     family: str
@@ -95,6 +98,13 @@ class ModelConfig:
         if self.cache_dtype not in CACHE_DTYPES:
             raise UserError(
                 f"cache_dtype = {self.cache_dtype!r} must be '' (the model's own) or 'int8'"
+            )
+        if self.kernel not in KERNELS:
+            raise UserError(f"kernel = {self.kernel!r} must be one of {', '.join(KERNELS)}")
+        if self.cache_dtype and self.kernel != "plain":
+            raise UserError(
+                f"kernel = {self.kernel!r} reads caches in the model's dtype only: set kernel to "
+                "'plain', or cache_dtype to ''"
             )
 
     @property

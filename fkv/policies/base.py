@@ -23,7 +23,7 @@ from fkv.cache import attention
 from fkv.cache import slots as kv
 from fkv.cache.cadence import Cadence
 from fkv.errors import UserError
-from fkv.models import ModelConfig
+from fkv.models import ModelConfig, numerics
 
 STATISTICS = (None, "sums", "windowed", "reference")
 
@@ -433,10 +433,10 @@ def common_statistics(*policies: Policy) -> str | None:
 
 
 def row_by_row(function: Callable[[View], Array], view: View) -> Array:
-    """`function` of a view, by `attention.row_by_row`."""
+    """`function` of a view, by `numerics.row_by_row`."""
     of_all = {"chunk": view.chunk, "layer": view.layer}
     rows = view.replace(**dict.fromkeys(of_all))
-    return attention.row_by_row(lambda row: function(row.replace(**of_all)), rows)
+    return numerics.row_by_row(lambda row: function(row.replace(**of_all)), rows)
 
 
 def by_position(position_bks: Array) -> tuple[Array, Array]:

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import math
 import re
-import types
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ import pytest
 
 from fkv import models, policies
 from fkv.cache import attention, kernels
+from fkv.cache.slots import Cache
 from fkv.engine import decoding, replay
 from fkv.engine.decoding import Sampling
 from fkv.errors import UserError
@@ -39,12 +39,13 @@ def random_inputs(group, slots, d, dtype, kv_heads=2, shared=False):
     key_position[1] = -1
     position = np.array([slots, slots, -1])
     q, k, v = (jnp.asarray(x, dtype) for x in (q, k, v))
-    return q, k, v, jnp.asarray(position, jnp.int32), jnp.asarray(key_position, jnp.int32)
+    cache = Cache(k, v, jnp.asarray(key_position, jnp.int32))
+    return q, cache, jnp.asarray(position, jnp.int32)
 
 
 @jax.jit
-def plain(q, k, v, position, key_position):
-    return attention.attend(q, k, v, attention.visible(position[:, None], key_position))
+def plain(q, cache, position):
+    return attention.attend_one("plain", q, cache, position[:, None])
 
 
 interpreted = jax.jit(
@@ -151,9 +152,9 @@ def test_it_lowers_and_copies_no_keys(platform, kv_heads, group, slots, d):
     k = jax.ShapeDtypeStruct((2, kv_heads, slots, d), jnp.bfloat16)
     q = jax.ShapeDtypeStruct((2, 1, kv_heads * group, d), jnp.bfloat16)
     position = jax.ShapeDtypeStruct((2,), jnp.int32)
-    key_position = jax.ShapeDtypeStruct(k.shape[:3], jnp.int32)
+    cache = Cache(k, k, jax.ShapeDtypeStruct(k.shape[:3], jnp.int32))
     call = functools.partial(kernels.decode_attention, platform=platform)
-    text = lowered(platform, call, q, k, k, position, key_position)
+    text = lowered(platform, call, q, cache, position)
     size = math.prod(k.shape)
     large = [x for x in text.splitlines() if numbers(x) >= size]
     # The arguments of the program, and the call: no operation in between.
@@ -176,8 +177,8 @@ def test_a_gpu_does_not_leave_its_arrays(slots, group, masked):
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
-def test_a_decoding_step_has_one_call_a_layer(platform, monkeypatch):
-    config = dataclasses.replace(costs.SHAPES["Qwen/Qwen3-4B"], layers=2, kernel="pallas")
+def test_a_decoding_step_has_one_call_a_layer(platform):
+    config = dataclasses.replace(costs.SHAPES["Qwen/Qwen3-4B"], layers=2, kernel=platform)
     params = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), models.decoder.param_shapes(config)
     )
@@ -188,7 +189,6 @@ def test_a_decoding_step_has_one_call_a_layer(platform, monkeypatch):
     prompts = jax.ShapeDtypeStruct((2, 256), jnp.int32)
     state = jax.eval_shape(prefill, params, policy, prompts, row, keys, row)
     step = functools.partial(decoding.decode_chunk, config, prompt_width=256, **fixed)
-    monkeypatch.setattr(jax, "default_backend", lambda: platform)
     text = lowered(platform, step, params, policy, state)
     assert text.count(CALL[platform]) == 2
 
@@ -197,16 +197,23 @@ def test_a_decoding_step_has_one_call_a_layer(platform, monkeypatch):
 
 
 def test_where_there_is_no_kernel_is_said():
-    inputs = random_inputs(1, 16, 8, jnp.float32)
-    q, k, v, position, key_position = inputs
-    one = functools.partial(attention.attend_one, "pallas", q)
     with pytest.raises(UserError, match="'pallas' needs a GPU or a TPU, and JAX runs on the CPU"):
-        one(k, v, position[:, None], key_position)
-    quantised = types.SimpleNamespace(value=k, scale=k[..., 0])
-    with pytest.raises(UserError, match="'pallas' reads caches in the model's dtype only"):
-        one(quantised, quantised, position[:, None], key_position)
+        kernels.for_platform("cpu")
     for d in (8, 80):
         with pytest.raises(UserError, match=f"power of two from 16 on a GPU, .* the model is {d}:"):
-            kernels.decode_attention(*random_inputs(1, 16, d, jnp.float32), platform="gpu")
-    with pytest.raises(UserError, match="knows no float16 on a TPU: set dtype to 'bfloat16'"):
-        kernels.decode_attention(*random_inputs(1, 16, 8, jnp.float16), platform="tpu")
+            attention.attend_one("gpu", *inputs_of_one(d, jnp.float32))
+    with pytest.raises(UserError, match="does not support float16 on a TPU: set dtype to 'bfloat"):
+        attention.attend_one("tpu", *inputs_of_one(8, jnp.float16))
+
+
+def inputs_of_one(d, dtype):
+    q, cache, position = random_inputs(1, 16, d, dtype)
+    return q, cache, position[:, None]
+
+
+def test_a_config_has_a_kernel_for_its_cache():
+    config, _ = oracles.make_model()
+    with pytest.raises(UserError, match="kernel = 'pallas' must be one of plain, gpu, tpu, inter"):
+        dataclasses.replace(config, kernel="pallas")
+    with pytest.raises(UserError, match="kernel = 'gpu' reads caches in the model's dtype only"):
+        dataclasses.replace(config, kernel="gpu", cache_dtype="int8")

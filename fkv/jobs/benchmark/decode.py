@@ -41,7 +41,7 @@ def _decode_program(bench: Bench, arm: Arm):
 
     def lower():
         state = jax.eval_shape(make, bench.key)
-        model = dataclasses.replace(bench.model, kernel=arm.kernel)
+        model = dataclasses.replace(bench.model, kernel=common.kernel_here(arm.kernel))
         return call.lower(
             model, bench.params, policy, state, prompt_width=width, budget=arm.budget,
             interval=interval, sampling=bench.sampling, stop=(),
@@ -301,7 +301,7 @@ def growth(bench: Bench) -> list[dict]:
     """
     s, interval = bench.settings, bench.interval
     arms = [
-        Arm(name, budget, s.growth_batch, s.growth_tokens, bench.model.kernel)
+        Arm(name, budget, s.growth_batch, s.growth_tokens, bench.config.attention_kernel)
         for name in s.policies
         if bench.policy(name).evicts
         for budget in s.budgets
