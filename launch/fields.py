@@ -18,11 +18,12 @@ _LINE = re.compile(
 _COLUMN = 34
 
 
-def describe(job: str, config: ConfigDict) -> str:
-    """The fields of a config that a job reads, each with its value and what it means."""
+def describe(job: str, config: ConfigDict, name: str) -> str:
+    """The fields of a config of this name that a job reads, with their values and meanings."""
     reads = {"dry_run", *READS.get(job, config)}
-    if job == "pipeline":
-        reads |= {"pipeline", *(x for stage in config.pipeline.stages for x in READS[stage])}
+    if job == "pipeline" and "pipeline" in config:
+        stages = [READS.get(stage, ()) for stage in config.pipeline.stages]
+        reads = reads.union(["pipeline"], *stages)
     about, comment = comments()
     order = list(comment)
 
@@ -32,7 +33,8 @@ def describe(job: str, config: ConfigDict) -> str:
             field = field.rpartition(".")[0]
         return field or order[-1]
 
-    lines, group = [f"fields that {job} reads, set by --config.<field>=<value>:"], None
+    lines = [f"fields that {job} reads, as in {name}; --config.<field>=<value> sets one:"]
+    group = None
     for field, value in sorted(leaves(config), key=lambda x: order.index(documented(x[0]))):
         if not any(f"{field}.".startswith(f"{read}.") for read in reads):
             continue

@@ -67,7 +67,7 @@ def parse(
     _override(config, rest, options)
     name = "_".join([path.stem, *argument.replace("/", "_").split()])
     if given.help:
-        parser.epilog = fields.describe(job, config)
+        parser.epilog = fields.describe(job, config, name)
         parser.print_help()
         sys.exit()
     from fkv.runs import rundir
