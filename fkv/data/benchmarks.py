@@ -42,19 +42,12 @@ KNOWN = {
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """One question.
-
-    Attributes:
-      id: its name in results.
-      text: the user's message, instruction included.
-      answer: the reference.
-      choice: whether that is the letter of one of the choices in the text.
-    """
+    """One question."""
 
     id: str
-    text: str
-    answer: str
-    choice: bool = False
+    text: str  # the user's message, instruction included
+    answer: str  # the reference
+    choice: bool = False  # whether that is the letter of one of the choices in the text
 
 
 @dataclasses.dataclass(frozen=True)

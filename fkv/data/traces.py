@@ -18,21 +18,13 @@ from fkv.tasks import ledger
 
 @dataclasses.dataclass(frozen=True)
 class Traces:
-    """Right-padded traces, all long enough that a token attends after an eviction.
+    """Right-padded traces, all long enough that a token attends after an eviction; all int32."""
 
-    Attributes:
-      token_nt: ids [n, t], int32.
-      length_n: tokens of each, int32.
-      prompt_n: how many of these are the prompt, which the model did not write, int32.
-      padded_n: width of each one's bucket, equal within a batch, int32.
-      skipped: how many were left out because they are not longer than `B + L`.
-    """
-
-    token_nt: np.ndarray
-    length_n: np.ndarray
-    prompt_n: np.ndarray
-    padded_n: np.ndarray
-    skipped: int = 0
+    token_nt: np.ndarray  # ids [n, t]
+    length_n: np.ndarray  # tokens of each
+    prompt_n: np.ndarray  # how many of these are the prompt, which the model did not write
+    padded_n: np.ndarray  # width of each one's bucket, equal within a batch
+    skipped: int = 0  # traces left out, not longer than `B + L`
 
     def __len__(self) -> int:
         return len(self.length_n)

@@ -50,34 +50,20 @@ def difference(ours_p: np.ndarray, theirs_p: np.ndarray, level: float = 0.95) ->
 
 @dataclasses.dataclass(frozen=True)
 class Accuracy:
-    """One policy at one budget.
-
-    Attributes:
-      policy, budget: of a `Cell`.
-      right_pn: verdicts, [problems, samples] bool.
-      tokens: mean length of the answers.
-      truncated: share cut off by the limit on new tokens.
-      evictions: mean number of evictions that a later token attends after.
-      lost, gained: samples that only the full cache, or only this policy, answers right; None
-        without a full cache to compare with.
-      no_answer: share in which no answer was found.
-      undecided: answers that count as wrong since the deadline was exceeded, or math-verify failed.
-      difference: to the full cache; None for itself, and without it.
-      trained: the budget that its scorers were trained at, see `Trained.at`; else empty.
-    """
+    """One policy at one budget; shares and means are over all its answers."""
 
     policy: str
-    budget: int
-    right_pn: np.ndarray
-    tokens: float
-    truncated: float
-    evictions: float
-    lost: int | None = None
-    gained: int | None = None
-    no_answer: float = 0.0
-    undecided: tuple[int, int] = (0, 0)
-    difference: Difference | None = None
-    trained: str = ""
+    budget: int  # 0 is the full cache
+    right_pn: np.ndarray  # verdicts, [problems, samples] bool
+    tokens: float  # mean length
+    truncated: float  # share cut off by the limit on new tokens
+    evictions: float  # mean number that a later token attends after
+    lost: int | None = None  # samples that only the full cache answers right, where it ran
+    gained: int | None = None  # that only this policy does
+    no_answer: float = 0.0  # share without one
+    undecided: tuple[int, int] = (0, 0)  # wrong as the deadline was exceeded, math-verify failed
+    difference: Difference | None = None  # to the full cache, where it ran
+    trained: str = ""  # the budget of the scorers' training, see `Trained.at`
 
     @property
     def pass_at_1(self) -> float:

@@ -18,36 +18,23 @@ TRACES = "trace_losses.csv"
 
 @dataclasses.dataclass(frozen=True)
 class Other:
-    """Another evaluation.
-
-    Attributes:
-      path: its directory.
-      rows: its answers, by `answers.key`.
-      losses: of its traces, by policy and budget; empty where it measured none.
-      traces: `Traces.digests` of these.
-    """
+    """Another evaluation."""
 
     path: Path
-    rows: Mapping[tuple, dict]
-    losses: Mapping[Cell, Losses]
-    traces: Sequence[str]
+    rows: Mapping[tuple, dict]  # its answers, by `answers.key`
+    losses: Mapping[Cell, Losses]  # of its traces
+    traces: Sequence[str]  # `Traces.digests` of these
 
 
 @dataclasses.dataclass(frozen=True)
 class Compared:
-    """One policy at one budget in both; None where not both have answers, or losses.
-
-    Attributes:
-      there, here: accuracy of the other and of this one.
-      lost, gained, difference: of this one to the other, see `accuracy.paired`.
-      losses_there, losses_here: likewise.
-    """
+    """One policy at one budget, there and here; None where not both have answers, or losses."""
 
     policy: str
     budget: int
     there: Accuracy | None = None
     here: Accuracy | None = None
-    lost: int | None = None
+    lost: int | None = None  # and so on, see `accuracy.paired`
     gained: int | None = None
     difference: accuracy.Difference | None = None
     losses_there: Losses | None = None

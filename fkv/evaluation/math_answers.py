@@ -4,6 +4,7 @@ Text written by a language model is untrusted and can make a parser run for ever
 runs in a process of its own that is killed at a deadline and started anew.
 """
 
+import contextlib
 import decimal
 import json
 import logging
@@ -200,16 +201,12 @@ def _serve(connection, deadline: float) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-class Checker:
-    """Checks answers in a process that is killed at the deadline; close it, or use `with`."""
+class Checker(contextlib.AbstractContextManager):
+    """Checks answers in a process that is killed at the deadline (seconds); close it in the end."""
 
     def __init__(self, deadline: float = 10.0):
-        """Args: deadline: seconds for one comparison."""
         self.deadline = deadline
         self._process = None
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *_):
         self.close()

@@ -1,6 +1,8 @@
 """Figures of results, each written atomically in the format of its file name."""
 
+import collections
 import contextlib
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +13,7 @@ from fkv import files
 from fkv.evaluation.accuracy import Accuracy
 from fkv.evaluation.loss_ratio import Losses
 
+Name = str | Path
 PANELS = (("all tokens", 0), ("low-entropy tokens, added nats", 1), ("high-entropy tokens", 2))
 
 # A policy has the same colour in every figure.
@@ -32,7 +35,7 @@ _STYLE = {
 
 
 @contextlib.contextmanager
-def _figure(path: str | Path, size, grid=(1, 1), title="", x="", y="") -> Iterator[np.ndarray]:
+def _figure(path: Name, size, grid=(1, 1), title="", x="", y="") -> Iterator[np.ndarray]:
     """Axes of a figure with these labels, which is saved with its legend in the end."""
     # Without pyplot, a notebook keeps its backend; the import takes a second.
     import matplotlib
@@ -79,26 +82,18 @@ def _of(results: Sequence, name: str) -> list:
 
 def _styles(names: Sequence[str]) -> dict[str, dict]:
     """A colour and line for each policy: golden dashed, scorers bold."""
-    styles, variants = {}, {}
+    styles, lines = {}, collections.defaultdict(lambda: itertools.cycle(("-", "--", "-.", ":")))
     free = [c for c in OTHERS if c not in {LEARNED.get(name) for name in names}]
     for name in names:
         kind = re.split("[:(]", name)[0]
-        if kind == "golden":
-            styles[name] = {"color": "black", "linestyle": "--", "linewidth": 1.6}
-            continue
-        colour = COLOURS.get(kind) or LEARNED.get(kind)
-        if colour is None:
-            colour = free.pop(0) if free else "crimson"
-        variant = variants[colour] = variants.get(colour, -1) + 1  # the same with other settings
-        styles[name] = {
-            "color": colour,
-            "linestyle": ("-", "--", "-.", ":")[variant % 4],
-            "linewidth": 1.3 if kind in COLOURS else 2.6,
-        }
+        colour = COLOURS.get(kind) or LEARNED.get(kind) or (free.pop(0) if free else "crimson")
+        line = "--" if kind == "golden" else next(lines[colour])
+        width = 1.3 if kind in COLOURS else 2.6
+        styles[name] = {"color": colour, "linestyle": line, "linewidth": width}
     return styles
 
 
-def loss_ratios(results: Sequence[Losses], path: str | Path, title: str) -> None:
+def loss_ratios(results: Sequence[Losses], path: Name, title: str) -> None:
     """Loss ratio against budget, a line per policy with two standard errors."""
     names = dict.fromkeys(r.policy for r in results if r.policy != "full")
     with _figure(path, (14, 4.2), (1, 3), title, _BUDGET) as axes:
@@ -115,7 +110,7 @@ def loss_ratios(results: Sequence[Losses], path: str | Path, title: str) -> None
             axis.set(title=label, ylabel=what, xticks=sorted({r.budget for r in results}))
 
 
-def accuracy(results: Sequence[Accuracy], path: str | Path) -> None:
+def accuracy(results: Sequence[Accuracy], path: Name) -> None:
     """pass@1 against budget with 95 % intervals, the full cache as a band."""
     evicted = [r for r in results if r.budget]
     title = "pass@1 with 95 % intervals over problems"
@@ -133,7 +128,7 @@ def accuracy(results: Sequence[Accuracy], path: str | Path) -> None:
         axis.set(xticks=sorted({r.budget for r in evicted}), ylim=(-2, 102))
 
 
-def loss_by_position(results: Sequence[Losses], path: str | Path, bins: int = 16) -> None:
+def loss_by_position(results: Sequence[Losses], path: Name, bins: int = 16) -> None:
     """Nats added by eviction against position, a panel per budget."""
     budgets = sorted({r.budget for r in results})
     size, labels = (4.5 * len(budgets) + 4, 4.2), ("position (tokens)", "nats per token")
@@ -153,7 +148,7 @@ def loss_by_position(results: Sequence[Losses], path: str | Path, bins: int = 16
             axis.set_title(f"B = {budget}")
 
 
-def regret(results: Sequence[Losses], path: str | Path) -> None:
+def regret(results: Sequence[Losses], path: Name) -> None:
     """Regret against golden per layer and KV head, a panel per policy and budget."""
     shown = [r for r in results if r.regret_nyk is not None and r.policy != "golden"]
     if not shown:  # golden has no uneven budgets
@@ -171,7 +166,7 @@ def regret(results: Sequence[Losses], path: str | Path) -> None:
         image.figure.colorbar(image, ax=axes, label="attention lost")
 
 
-def retention(held: Mapping[str, np.ndarray], path: str | Path, title: str) -> None:
+def retention(held: Mapping[str, np.ndarray], path: Name, title: str) -> None:
     """The entries held over time, a panel per policy and layer.
 
     Args:
@@ -189,11 +184,7 @@ def retention(held: Mapping[str, np.ndarray], path: str | Path, title: str) -> N
 
 
 def lookups(
-    held: Mapping[str, np.ndarray],
-    lookup_n2: np.ndarray,
-    path: str | Path,
-    title: str,
-    prompt: int = 0,
+    held: Mapping[str, np.ndarray], lookup_n2: np.ndarray, path: Name, title: str, prompt: int = 0
 ) -> None:
     """The entries that one head holds over time, and which of its look-ups find their token.
 
@@ -221,7 +212,7 @@ def lookups(
             axis.set_visible(False)
 
 
-def attention_patterns(patterns: Mapping[str, np.ndarray], interval: int, path: str | Path) -> None:
+def attention_patterns(patterns: Mapping[str, np.ndarray], interval: int, path: Name) -> None:
     """Attention that single tokens receive over time, a panel per pattern."""
     title = "attention that single tokens receive, the clearest of a pattern dark"
     labels = "position of the queries (tokens)", "attention, mean over a chunk"
@@ -233,7 +224,7 @@ def attention_patterns(patterns: Mapping[str, np.ndarray], interval: int, path: 
             axis.set_title(f"{name}{'' if len(rows) else ': no such token'}")
 
 
-def sweep(summary: Sequence[Mapping], path: str | Path) -> None:
+def sweep(summary: Sequence[Mapping], path: Name) -> None:
     """Figures of a sweep against budget, a panel per figure and a line per group and policy.
 
     Args:
@@ -266,9 +257,7 @@ def sweep(summary: Sequence[Mapping], path: str | Path) -> None:
             axis.set_title(name)
 
 
-def cache_memory(
-    bytes_per_token: int, slots: int, tokens: int, path: str | Path, title: str
-) -> None:
+def cache_memory(bytes_per_token: int, slots: int, tokens: int, path: Name, title: str) -> None:
     """Bytes of a full cache and of a bounded one against tokens, log-log."""
     held, scale = np.geomspace(16, tokens, 257), bytes_per_token / 2**20
     bounded, labels = (

@@ -35,21 +35,13 @@ PAD, EOS = ID["<pad>"], ID["<eos>"]
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """The sizes of a problem; each is drawn uniformly from an inclusive range.
+    """The sizes of a problem; each is drawn uniformly from an inclusive range."""
 
-    Attributes:
-      facts: entries of the ledger, on the path or not (at most 36).
-      hops: length of the path (at most `facts`; cut to the drawn number of facts).
-      remarks: entries that never matter.
-      marks: facts on the path whose running sum must be recalled at the end (at most 3).
-      fillers: filler words before a hop.
-    """
-
-    facts: tuple[int, int] = (20, 28)
-    hops: tuple[int, int] = (12, 18)
-    remarks: tuple[int, int] = (2, 6)
-    marks: tuple[int, int] = (2, 3)
-    fillers: tuple[int, int] = (1, 3)
+    facts: tuple[int, int] = (20, 28)  # entries of the ledger, on the path or not, at most 36
+    hops: tuple[int, int] = (12, 18)  # length of the path, cut to the number of facts
+    remarks: tuple[int, int] = (2, 6)  # entries that never matter
+    marks: tuple[int, int] = (2, 3)  # facts on the path whose sum is recalled in the end, at most 3
+    fillers: tuple[int, int] = (1, 3)  # filler words before a hop
 
     def __post_init__(self):
         most = {"facts": len(NODES), "marks": len(MARKS)}
