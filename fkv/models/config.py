@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from fkv import files
+from fkv import files, kinds
 from fkv.errors import UserError
-from fkv.kinds import said
+from fkv.kinds import Kind, said
 
 ARCHITECTURES = {
     "Qwen3ForCausalLM": "qwen3",
@@ -19,38 +19,37 @@ ARCHITECTURES = {
 }
 CACHE_DTYPES = ("", "int8")
 KERNELS = ("plain", "gpu", "tpu", "interpret")
-# Beyond any model of these families: a wrong size is found before anything is made of it.
-_LARGEST, _MOST_LAYERS = 2**24, 4096
 # `max_position_embeddings` where a config has none.
 _POSITIONS = {"qwen3": 32_768, "qwen2": 32_768, "llama": 2048}
-# Settings of related families that change the numbers, and the value that does not.
+# Settings of related families that change the logits, and the value that does not.
 _NEUTRAL = {
-    "alibi": False,
-    "attention_chunk_size": None,
-    "attention_multiplier": None,
-    "attn_logit_softcapping": None,
-    "clip_qkv": None,
-    "dim_model_base": None,
-    "embedding_multiplier": 1,
-    "final_logit_softcapping": None,
-    "is_causal": True,
-    "logit_scale": 1,
-    "logits_scaling": 1,
-    "no_rope_layers": None,
-    "parallel_residual": False,
-    "partial_rotary_factor": 1,
-    "query_pre_attn_scalar": None,
-    "residual_multiplier": 1,
-    "rope_interleave": False,
-    "rope_interleaved": False,
-    "rotary_pct": 1,
-    "scale_attn_weights": True,
-    "scale_depth": None,
-    "scale_emb": 1,
-    "use_bidirectional_attention": False,
-    "use_mrope": False,
-    "use_parallel_residual": False,
+    **dict.fromkeys((
+        "attention_chunk_size", "attention_multiplier", "attn_logit_softcapping", "clip_qkv",
+        "dim_model_base", "final_logit_softcapping", "no_rope_layers", "query_pre_attn_scalar",
+        "scale_depth",
+    )),
+    **dict.fromkeys((
+        "embedding_multiplier", "logit_scale", "logits_scaling", "partial_rotary_factor",
+        "residual_multiplier", "rotary_pct", "scale_emb",
+    ), 1),
+    **dict.fromkeys((
+        "alibi", "parallel_residual", "rope_interleave", "rope_interleaved",
+        "use_bidirectional_attention", "use_mrope", "use_parallel_residual",
+    ), False),
+    **dict.fromkeys(("is_causal", "scale_attn_weights"), True),
+}  # fmt: skip
+_LENGTH = "original_max_position_embeddings"
+# The forms of rotary scaling with the fields that each one needs, and the optional ones of YaRN.
+_SCALINGS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", _LENGTH),
+    "yarn": ("factor", _LENGTH),
 }
+_OPTIONAL = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+_POSITIVE = kinds.number(0, 1e30, above=True)
+_INTEGER = kinds.whole(-(2**31))
+_OBJECT = Kind("an object", lambda x: isinstance(x, Mapping))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,11 +66,11 @@ class ModelConfig:
       qkv_bias, out_bias, mlp_bias: which projections have biases.
       tied_embeddings: the unembedding is the embedding transposed.
       max_positions: the length the checkpoint was made for.
+      cache_dtype: of cached keys and values; no checkpoint says it. Empty is the model's own,
+        `int8` makes them `fkv.cache.slots.Int8`.
       kernel: of attention while decoding; no checkpoint says it. `plain` is `attention.attend`,
         `gpu` and `tpu` are the Pallas kernels of `fkv.cache.kernels`; `interpret` runs the first of
         these on any device, slowly, for tests.
-      cache_dtype: of cached keys and values; no checkpoint says it. Empty is the model's own,
-        `int8` makes them `fkv.cache.slots.Int8`.
     """
 
     family: str
@@ -99,8 +98,7 @@ class ModelConfig:
             raise UserError(
                 f"cache_dtype = {self.cache_dtype!r} must be '' (the model's own) or 'int8'"
             )
-        if self.kernel not in KERNELS:
-            raise UserError(f"kernel = {self.kernel!r} must be one of {', '.join(KERNELS)}")
+        kinds.check("kernel", self.kernel, kinds.one_of(KERNELS))
         if self.cache_dtype and self.kernel != "plain":
             raise UserError(
                 f"kernel = {self.kernel!r} reads caches in the model's dtype only: set kernel to "
@@ -113,19 +111,52 @@ class ModelConfig:
         return self.heads // self.kv_heads
 
     def beyond(self, tokens: int, what: str) -> str:
-        """A warning where so many tokens are more than the model was made for; else empty."""
+        """A warning if these are more tokens than the model was made for; else empty."""
         positions = _reach(self.max_positions, self.rope_scaling)
         if tokens <= positions:
             return ""
         scaled = "" if positions == self.max_positions else f", scaled to {positions}"
         return (
             f"{what} = {tokens} tokens, beyond max_position_embeddings = {self.max_positions}"
-            f"{scaled}: what it says there is not to be relied on"
+            f"{scaled}: expect poor text there"
         )
 
     def inv_frequencies(self) -> tuple[np.ndarray, float]:
         """Rotary inverse frequencies [head_dim / 2] and the factor on cos and sin (float64)."""
-        return _inv_frequencies(self)
+        half = self.head_dim // 2
+        inv = self.rope_theta ** -(np.arange(half) / half)
+        rope = dict(self.rope_scaling)
+        kind = rope.get("rope_type", "default")
+        if kind == "linear":
+            return inv / rope["factor"], 1.0
+        if kind == "llama3":
+            # Long wavelengths are stretched, short ones kept, those between are blended.
+            low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+            turns = rope[_LENGTH] * inv / (2 * math.pi)
+            blend = np.clip((turns - low) / (high - low), 0, 1)
+            return inv * (blend + (1 - blend) / rope["factor"]), 1.0
+        return _yarn(inv, rope, self) if kind == "yarn" else (inv, 1.0)
+
+
+def _yarn(inv: np.ndarray, rope: dict[str, Any], config: ModelConfig) -> tuple[np.ndarray, float]:
+    half, factor = len(inv), rope["factor"]
+
+    def dim_of_turns(turns):
+        return half * math.log(rope[_LENGTH] / (turns * 2 * math.pi)) / math.log(config.rope_theta)
+
+    def scale(m=1.0):
+        return 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    low, high = dim_of_turns(rope.get("beta_fast", 32)), dim_of_turns(rope.get("beta_slow", 1))
+    if rope.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, config.head_dim - 1)
+    ramp = np.clip((np.arange(half) - low) / max(high - low, 1e-3), 0, 1)
+    attention = rope.get("attention_factor")
+    if attention is None:
+        both = "mscale" in rope and "mscale_all_dim" in rope
+        attention = scale(rope["mscale"]) / scale(rope["mscale_all_dim"]) if both else scale()
+    return inv * ((1 - ramp) + ramp / factor), float(attention)
 
 
 def _reach(positions: int, scaling: tuple[tuple[str, float | str], ...]) -> int:
@@ -138,35 +169,33 @@ def _reach(positions: int, scaling: tuple[tuple[str, float | str], ...]) -> int:
     return positions
 
 
+def read(directory: str | Path) -> ModelConfig:
+    """Reads `config.json` of a checkpoint directory.
+
+    Raises:
+      UserError: the file is missing, is not JSON, or describes a decoder that is not supported.
+    """
+    path = files.expand(directory) / "config.json"
+    return from_hf(files.read_json(path), str(path))
+
+
 def from_hf(config: Mapping, where: str = "config.json") -> ModelConfig:
     """Reads the dictionary of a Hugging Face `config.json`.
 
     Both spellings of the rotary settings are read: `rope_theta` with `rope_scaling`, and
-    `rope_parameters` (transformers 5). What is absent has the default that transformers gives it.
+    `rope_parameters` (transformers 5). Absent fields have their defaults of transformers.
 
     Raises:
       UserError: the architecture or a setting of it is not supported, or a field is missing or of
         the wrong kind.
     """
 
-    def wrong(key, wanted):
-        return UserError(
-            f"{where}: the field {key!r} must be {wanted}, not {said(config.get(key))}"
-        )
-
-    def need(key, default=None, most=_LARGEST):
+    def integer(key, default=None, most=2**24):
         value = config.get(key)
-        value = default if value is None else value
-        if type(value) is not int or value < 1:
-            raise wrong(key, "a positive integer")
-        if value > most:
-            raise wrong(key, f"{most:,} at most")
-        return value
+        return _checked(where, key, default if value is None else value, kinds.whole(1, most))
 
     def flag(key):
-        if not isinstance(config.get(key, False), bool):
-            raise wrong(key, "true or false")
-        return config.get(key, False)
+        return _checked(where, key, config.get(key, False), kinds.SWITCH)
 
     family = _family(config, where)
     if config.get("quantization_config"):
@@ -174,49 +203,42 @@ def from_hf(config: Mapping, where: str = "config.json") -> ModelConfig:
             f"{where}: quantised checkpoints (quantization_config) are not supported; "
             "use the bfloat16 one"
         )
-    if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise UserError(
-            f"{where}: hidden_act {said(config['hidden_act'])} is not supported, only 'silu'"
-        )
+    _checked(where, "hidden_act", config.get("hidden_act", "silu"), kinds.one_of(("silu", "swish")))
     for key, neutral in _NEUTRAL.items():
-        if config.get(key) is not None and config[key] != neutral:
-            raise UserError(
-                f"{where}: the field {key!r} = {said(config[key])} would change what the model "
-                "computes, and is not supported"
-            )
-    layers = need("num_hidden_layers", most=_MOST_LAYERS)
-    positions = need("max_position_embeddings", _POSITIONS[family], 2**31 - 1)
+        _check_neutral(where, key, config.get(key), neutral)
+    layers = integer("num_hidden_layers", most=4096)
+    positions = integer("max_position_embeddings", _POSITIONS[family], 2**31 - 1)
     theta, scaling = _rope(config, positions, where)
-    reach = _reach(positions, scaling)
-    if _slides(config, family, layers, reach, flag("use_sliding_window"), where):
-        raise UserError(
-            f"{where}: sliding-window attention is not supported, and some layers slide by "
-            "layer_types, or use_sliding_window, sliding_window and max_window_layers"
-        )
-    eps = config.get("rms_norm_eps", 1e-6)
-    if not _is_number(eps) or not 0 <= eps < 1:
-        raise wrong("rms_norm_eps", "a number from 0 to 1")
-
-    width, heads = need("hidden_size"), need("num_attention_heads")
-    kv_heads = need("num_key_value_heads", heads)
+    if _slides(config, family, layers, flag("use_sliding_window"), where):
+        # A window as wide as the context hides nothing.
+        if (config.get("sliding_window") or 0) < _reach(positions, scaling):
+            raise UserError(
+                f"{where}: sliding-window attention is not supported, and some layers slide by "
+                "layer_types, or use_sliding_window, sliding_window and max_window_layers"
+            )
+    eps = _checked(
+        where, "rms_norm_eps", config.get("rms_norm_eps", 1e-6), kinds.number(0, 1, below=True)
+    )
+    width, heads = integer("hidden_size"), integer("num_attention_heads")
+    kv_heads = integer("num_key_value_heads", heads)
     if heads % kv_heads:
         raise UserError(
             f"{where}: num_attention_heads {heads} is not a multiple of "
             f"num_key_value_heads {kv_heads}"
         )
-    head_dim = need("head_dim", 128 if family == "qwen3" else max(width // heads, 1))
+    head_dim = integer("head_dim", 128 if family == "qwen3" else max(width // heads, 1))
     if head_dim % 2:
         raise UserError(f"{where}: head_dim {head_dim} is odd, and rotary embeddings need pairs")
     bias = flag("attention_bias") and family != "qwen2"
     return ModelConfig(
         family=family,
-        vocab_size=need("vocab_size"),
+        vocab_size=integer("vocab_size"),
         width=width,
         layers=layers,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        mlp_width=need("intermediate_size"),
+        mlp_width=integer("intermediate_size"),
         rms_eps=float(eps),
         rope_theta=theta,
         rope_scaling=scaling,
@@ -229,57 +251,58 @@ def from_hf(config: Mapping, where: str = "config.json") -> ModelConfig:
     )
 
 
+def _checked(where: str, key: str, value: Any, kind: Kind) -> Any:
+    """The value of a field, which must be of this kind."""
+    if not kind.fits(value):
+        raise UserError(f"{where}: the field {key!r} must be {kind.said}, not {said(value)}")
+    return value
+
+
+def _check_neutral(where: str, key: str, value: Any, neutral: Any) -> None:
+    if value is not None and value != neutral:
+        raise UserError(
+            f"{where}: the field {key!r} = {said(value)} changes what the model computes, and is "
+            "not supported"
+        )
+
+
 def _family(config: Mapping, where: str) -> str:
     """The family that `architectures` or else `model_type` names."""
-    names, kind = config.get("architectures"), config.get("model_type")
-    if names is not None and not (
-        isinstance(names, list) and all(isinstance(name, str) for name in names)
-    ):
-        raise UserError(
-            f"{where}: the field 'architectures' must be a list of names, not {said(names)}"
-        )
-    if kind is not None and not isinstance(kind, str):
-        raise UserError(f"{where}: the field 'model_type' must be a name, not {said(kind)}")
-    name = names[0] if names else kind
+    names, model_type = config.get("architectures"), config.get("model_type")
+    if names is not None:
+        _checked(where, "architectures", names, kinds.several(kinds.TEXT, "a list of names"))
+    if model_type is not None:
+        _checked(where, "model_type", model_type, kinds.TEXT)
+    name = names[0] if names else model_type
     family = ARCHITECTURES.get(name, name if name in ARCHITECTURES.values() else None)
     if family is None:
         known = ", ".join(ARCHITECTURES)
         raise UserError(
             f"{where}: architecture {said(name)} is not supported; supported are {known}"
         )
-    if kind not in (None, family):
+    if model_type not in (None, family):
         raise UserError(
-            f"{where}: architectures say {family!r}, but model_type {said(kind)}: "
-            "take the config.json of the checkpoint"
+            f"{where}: architectures say {family!r}, but model_type {said(model_type)}: "
+            "use the config.json of the checkpoint"
         )
     return family
 
 
-def _slides(config: Mapping, family: str, layers: int, reach: int, asked: bool, where: str) -> bool:
-    """Whether a window hides anything from any layer, by the rules of transformers."""
-    kinds = config.get("layer_types")
-    if kinds is not None:
-        if not isinstance(kinds, list) or len(kinds) != layers:
-            raise UserError(
-                f"{where}: the field 'layer_types' must list {layers} layers, not {said(kinds)}"
-            )
-        if unknown := [x for x in kinds if x not in ("full_attention", "sliding_attention")]:
-            raise UserError(f"{where}: layer_types {said(unknown[0])} is not supported")
-    for key in ("sliding_window", "max_window_layers"):
-        value = config.get(key, 0)
-        if type(value) is not int and (value is not None or key == "max_window_layers"):
-            raise UserError(f"{where}: the field {key!r} must be an integer, not {said(value)}")
+def _slides(config: Mapping, family: str, layers: int, asked: bool, where: str) -> bool:
+    """Whether any layer has a sliding window, by the rules of transformers."""
     window = config.get("sliding_window")
-    if kinds is not None:
-        slides = "sliding_attention" in kinds
-    elif family == "llama":
-        # Not a field of Llama: transformers ignores it, other engines go by it.
-        slides = asked or (window is not None and "use_sliding_window" not in config)
-    else:
-        has_window = window is not None or "sliding_window" not in config
-        slides = asked and has_window and config.get("max_window_layers", 28) < layers
-    # A window as wide as the context hides nothing.
-    return slides and (window is None or window < reach)
+    if window is not None:
+        _checked(where, "sliding_window", window, _INTEGER)
+    most = _checked(where, "max_window_layers", config.get("max_window_layers", 28), _INTEGER)
+    if (of_layers := config.get("layer_types")) is not None:
+        known = kinds.one_of(("full_attention", "sliding_attention"))
+        what = f"a list of {layers} full_attention or sliding_attention"
+        _checked(where, "layer_types", of_layers, kinds.several(known, what, layers))
+        return "sliding_attention" in of_layers
+    if family == "llama":
+        # Not a field of Llama: transformers ignores it, other engines do not.
+        return asked or (window is not None and "use_sliding_window" not in config)
+    return asked and (window is not None or "sliding_window" not in config) and most < layers
 
 
 def _rope(
@@ -287,144 +310,49 @@ def _rope(
 ) -> tuple[float, tuple[tuple[str, float | str], ...]]:
     """The base of the rotary frequencies, and their scaling as sorted pairs."""
     for key in ("rope_scaling", "rope_parameters"):
-        if not isinstance(config.get(key), Mapping | None):
-            raise UserError(
-                f"{where}: the field {key!r} must be an object or null, not {said(config[key])}"
-            )
-    # As transformers: `rope_scaling` goes first, and does not mix with `rope_parameters`.
+        if config.get(key) is not None:
+            _checked(where, key, config[key], _OBJECT)
+    # As in transformers, `rope_scaling` has precedence and does not mix with `rope_parameters`.
     field = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     spelled = config.get(field) or {}
     if any(isinstance(value, Mapping) for value in spelled.values()):
         raise UserError(f"{where}: rotary settings that differ by layer are not supported")
-    bases = [
-        place["rope_theta"]
-        for place in (spelled, config, config.get("rope_parameters") or {})
-        if "rope_theta" in place
-    ]
-    theta = next((x for x in bases if x is not None), None if bases else 10_000.0)
-    if not _is_number(theta) or theta <= 1:
-        raise UserError(
-            f"{where}: the field 'rope_theta' must be a number above 1, not {said(theta)}"
-        )
 
+    places = (spelled, config, config.get("rope_parameters") or {})
+    bases = [place["rope_theta"] for place in places if "rope_theta" in place] or [10_000.0]
+    theta = next((x for x in bases if x is not None), None)
+    theta = float(_checked(where, "rope_theta", theta, kinds.number(1, 1e30, above=True)))
     kind = spelled.get("rope_type", spelled.get("type", "default"))
-    if not isinstance(kind, str) or kind not in _SCALINGS:
-        known = ", ".join(_SCALINGS)
-        raise UserError(
-            f"{where}: rope_type {said(kind)} of {field} is not supported; known: {known}"
-        )
+    _checked(where, f"{field}.rope_type", kind, kinds.one_of(list(_SCALINGS)))
     for key, neutral in {"partial_rotary_factor": 1, "mrope_section": None}.items():
-        if spelled.get(key) not in (None, neutral):
-            raise UserError(
-                f"{where}: {field} with {key!r} = {said(spelled[key])} is not supported"
-            )
+        _check_neutral(where, f"{field}.{key}", spelled.get(key), neutral)
     if kind == "default":
         if spelled.get("factor") not in (None, 1):
-            raise UserError(
-                f"{where}: {field} with 'factor' = {said(spelled['factor'])} needs a "
-                f"'rope_type': one of {', '.join(_SCALINGS)}"
-            )
-        return float(theta), ()
+            raise UserError(f"{where}: {field}.factor needs a rope_type: {', '.join(_SCALINGS)}")
+        return theta, ()
+
+    # Others are ignored, as by transformers: DeepSeek-R1-0528-Qwen3-8B has `attn_factor`.
     needed = _SCALINGS[kind]
-    # Others are ignored, as transformers does: DeepSeek-R1-0528-Qwen3-8B has `attn_factor`.
     rope = {k: spelled[k] for k in (*needed, *_OPTIONAL) if spelled.get(k) is not None}
+
+    def positive(key):
+        return _checked(where, f"{field}.{key}", rope.get(key), _POSITIVE)
+
     if _LENGTH in needed:
-        outside = config.get(_LENGTH)  # goes first, as in transformers
+        outside = config.get(_LENGTH)  # has precedence, as in transformers
         rope[_LENGTH] = rope.get(_LENGTH, positions) if outside is None else outside
-    if kind == "yarn" and "factor" in spelled and _is_number(rope[_LENGTH]) and rope[_LENGTH] > 0:
-        rope.setdefault("factor", positions / rope[_LENGTH])
-    if not isinstance(rope.pop("truncate", True), bool):
-        raise UserError(
-            f"{where}: 'truncate' of {field} must be true or false, not {said(spelled['truncate'])}"
-        )
-    # Without both of them there is no scale, and 0 is none.
-    for key in ("mscale", "mscale_all_dim"):
-        if type(rope.get(key)) in (int, float) and rope[key] == 0:
+        length = positive(_LENGTH)
+        if kind == "yarn" and "factor" in spelled:
+            rope.setdefault("factor", positions / length)
+    for key in ("mscale", "mscale_all_dim"):  # 0 is none
+        if rope.get(key) == 0:
             del rope[key]
     for key in dict.fromkeys((*needed, *rope)):
-        if not _is_number(rope.get(key)) or rope[key] <= 0:
-            raise UserError(
-                f"{where}: {field} {kind!r} needs a number {key!r} above 0, "
-                f"not {said(rope.get(key))}"
-            )
-    if kind == "llama3" and not rope["low_freq_factor"] < rope["high_freq_factor"]:
-        raise UserError(
-            f"{where}: {field} 'llama3' needs a 'high_freq_factor' above its "
-            f"'low_freq_factor' {rope['low_freq_factor']}, not {rope['high_freq_factor']}"
-        )
-    if "truncate" in spelled:
-        rope["truncate"] = spelled["truncate"]
-    return float(theta), tuple(sorted({**rope, "rope_type": kind}.items()))
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e30  # neither infinite nor NaN
-
-
-def read(directory: str | Path) -> ModelConfig:
-    """Reads `config.json` of a checkpoint directory.
-
-    Raises:
-      UserError: the file is missing, is not JSON, or describes a decoder that is not supported.
-    """
-    path = files.expand(directory) / "config.json"
-    if not path.exists():
-        raise UserError(f"{path}: no such file; a Hugging Face checkpoint directory is needed")
-    return from_hf(files.read_json(path), str(path))
-
-
-_LENGTH = "original_max_position_embeddings"
-# The scaling forms and the fields each one needs.
-_SCALINGS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": (
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        _LENGTH,
-    ),
-    "yarn": ("factor", _LENGTH),
-}
-# Of YaRN, if they are there and not null.
-_OPTIONAL = (
-    "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate",
-)  # fmt: skip
-
-
-def _inv_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
-    half = config.head_dim // 2
-    inv = config.rope_theta ** -(np.arange(half) / half)
-    scaling = dict(config.rope_scaling)
-    kind = scaling.get("rope_type", "default")
-    if kind == "linear":
-        return inv / scaling["factor"], 1.0
+        positive(key)
     if kind == "llama3":
-        # Long wavelengths are stretched, short ones kept, those between are blended.
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        turns = scaling["original_max_position_embeddings"] * inv / (2 * math.pi)
-        blend = np.clip((turns - low) / (high - low), 0, 1)
-        return inv * (blend + (1 - blend) / scaling["factor"]), 1.0
-    if kind == "yarn":
-        factor, length = scaling["factor"], scaling["original_max_position_embeddings"]
-
-        def dim_of_turns(turns):
-            return half * math.log(length / (turns * 2 * math.pi)) / math.log(config.rope_theta)
-
-        low = dim_of_turns(scaling.get("beta_fast") or 32)
-        high = dim_of_turns(scaling.get("beta_slow") or 1)
-        if scaling.get("truncate", True):
-            low, high = math.floor(low), math.ceil(high)
-        low, high = max(low, 0), min(high, config.head_dim - 1)
-        ramp = np.clip((np.arange(half) - low) / max(high - low, 1e-3), 0, 1)
-        inv = inv * ((1 - ramp) + ramp / factor)
-
-        def scale(m=1.0):
-            return 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-        attention = scaling.get("attention_factor")
-        if attention is None:
-            mscale, all_dim = scaling.get("mscale"), scaling.get("mscale_all_dim")
-            attention = scale(mscale) / scale(all_dim) if mscale and all_dim else scale()
-        return inv, float(attention)
-    return inv, 1.0
+        above = kinds.number(rope["low_freq_factor"], above=True)
+        _checked(where, f"{field}.high_freq_factor", rope["high_freq_factor"], above)
+    if "truncate" in spelled:
+        truncate = spelled["truncate"] or False  # null is false, as in transformers
+        rope["truncate"] = _checked(where, f"{field}.truncate", truncate, kinds.SWITCH)
+    return theta, tuple(sorted({**rope, "rope_type": kind}.items()))

@@ -512,16 +512,25 @@ def test_biases_that_a_family_has_not_are_none():
     ("change", "says"),
     [
         ({"architectures": ["MixtralForCausalLM"]}, "'MixtralForCausalLM' is not supported"),
-        ({"hidden_size": None}, "'hidden_size' must be a positive integer, not None"),
-        ({"num_hidden_layers": "two"}, "'num_hidden_layers' must be a positive integer, not 'two'"),
+        (
+            {"hidden_size": None},
+            "'hidden_size' must be a whole number from 1 to 16777216, not None",
+        ),
+        ({"num_hidden_layers": "two"}, "'num_hidden_layers' must be a whole number from 1 to 4096"),
         ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple"),
         ({"head_dim": 9}, "head_dim 9 is odd"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"hidden_act": "gelu"}, "'hidden_act' must be one of silu, swish, not 'gelu'"),
         ({"quantization_config": {"bits": 4}}, "quantised"),
         ({"use_sliding_window": True}, "sliding-window"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
-        ({"rope_scaling": {"rope_type": "linear"}}, "'linear' needs a number 'factor'"),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "'rope_scaling.rope_type' must be one of default,",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "linear"}},
+            "'rope_scaling.factor' must be a number above 0",
+        ),
         ({"rope_parameters": {"full_attention": {}}}, "differ by layer"),
     ],
 )
