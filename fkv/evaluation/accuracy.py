@@ -106,13 +106,11 @@ def paired(
       How many only they answer right, how many only we do, and the difference paired by problem,
       None without a common sample.
     """
-    both = {}
-    for key in ours:
-        if key in theirs:
-            both.setdefault(key[0], []).append((ours[key], theirs[key]))
-    pairs = [pair for found in both.values() for pair in found]
-    lost = sum(there and not here for here, there in pairs)
-    gained = sum(here and not there for here, there in pairs)
+    common = [key for key in ours if key in theirs]
+    pairs, both = [(ours[key], theirs[key]) for key in common], {}
+    for (problem, _), pair in zip(common, pairs, strict=True):
+        both.setdefault(problem, []).append(pair)
+    lost, gained = pairs.count((False, True)), pairs.count((True, False))
     if not both:
         return lost, gained, None
     here_p, there_p = np.array([np.mean(found, axis=0) for found in both.values()]).T
