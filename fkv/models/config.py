@@ -253,16 +253,14 @@ def from_hf(config: Mapping, where: str = "config.json") -> ModelConfig:
 
 def _checked(where: str, key: str, value: Any, kind: Kind) -> Any:
     """The value of a field, which must be of this kind."""
-    if not kind.fits(value):
-        raise UserError(f"{where}: the field {key!r} must be {kind.said}, not {said(value)}")
+    kinds.check(f"{where}: {key}", value, kind)
     return value
 
 
 def _check_neutral(where: str, key: str, value: Any, neutral: Any) -> None:
     if value is not None and value != neutral:
         raise UserError(
-            f"{where}: the field {key!r} = {said(value)} changes what the model computes, and is "
-            "not supported"
+            f"{where}: {key} = {said(value)} changes what the model computes: not supported"
         )
 
 

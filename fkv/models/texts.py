@@ -1,41 +1,85 @@
-"""Tokenizers and chat templates, those of `transformers`, and the ids that end an answer."""
+"""Tokenizers and chat templates of `transformers`, and the ids that end an answer."""
 
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fkv import files, hub
+from fkv import files, hub, kinds
 from fkv.errors import UserError
-from fkv.kinds import said
+from fkv.kinds import Kind, said
 
 _CONFIG, _TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
-# All may be absent, but for one of the first two.
+# All are optional, but for one of the first two.
 _FILES = ("tokenizer.json", _CONFIG, "special_tokens_map.json", "added_tokens.json")
-# Llama 3.2's template writes today's date unless told one. With its own default, prompts are the
-# same tomorrow.
+# Llama 3.2's template writes today's date unless given one: prompts must be the same tomorrow.
 _DATE = "26 Jul 2024"
 _ANSWER = "The answer is forty-two."
 
 
+def _instance(what: str, *types: type) -> Kind:
+    def fits(value):
+        return isinstance(value, types) and (bool in types or not isinstance(value, bool))
+
+    return Kind(what, fits)
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value.get("content") if isinstance(value, dict) else value, str)
+
+
+def _are_templates(value: Any) -> bool:
+    if isinstance(value, list):
+        named = all(isinstance(one, dict) for one in value)
+        return named and all(isinstance(x.get(k), str) for x in value for k in ("name", "template"))
+    texts = value.values() if isinstance(value, dict) else [value or ""]
+    return all(isinstance(text, str) for text in texts)
+
+
+def _are_added_tokens(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        key.isdecimal() and isinstance(token, dict) and _is_token(token)
+        for key, token in value.items()
+    )
+
+
+_NULL = type(None)
+_SPECIAL = _instance("a list or an object", list, dict, _NULL)
+# Fields of a tokenizer's files over which transformers fails without naming them.
+_KINDS = {
+    r"add_\w+_token": _instance("true or false", bool, _NULL),
+    r"(?!add_).*_token": Kind("a token", lambda value: value is None or _is_token(value)),
+    "tokenizer_class": _instance("a name", str, _NULL),
+    "auto_map": _instance("an object", dict),
+    "added_tokens_decoder": Kind("an object of tokens by their ids", _are_added_tokens),
+    "model_max_length": _instance("a number", int, float, _NULL),
+    "split_special_tokens": kinds.SWITCH,
+    "extra_special_tokens": _SPECIAL,
+    "additional_special_tokens": _SPECIAL,
+    "chat_template": Kind(
+        "a template, or a list of objects with 'name' and 'template'", _are_templates
+    ),
+}
+
+
 def load_tokenizer(directory: Path) -> Any:
-    """The tokenizer of a checkpoint; None where the directory has none.
+    """The tokenizer of a checkpoint; None if the directory has none.
 
     Raises:
-      UserError: one of its files is damaged, or is not of this tokenizer.
+      UserError: one of its files is damaged, or does not belong to this tokenizer.
     """
     found = {name: directory / name for name in _FILES if (directory / name).exists()}
     if not found.keys() & set(_FILES[:2]):
         return None
-    found = {name: files.read_json(path) for name, path in found.items()}
-    for name in (_CONFIG, "special_tokens_map.json"):
-        _check_fields(directory / name, found.get(name, {}))
+    for name, path in found.items():
+        fields = files.read_json(path)
+        if name in (_CONFIG, "special_tokens_map.json"):
+            _check_fields(path, fields)
     if (path := directory / _TEMPLATE).exists():
-        _check_text(path)
-
+        files.read_text(path)
     try:
         return hub.transformers().AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    # Whatever transformers and tokenizers raise over files that are not theirs.
+    # Whatever transformers and tokenizers raise over damaged files.
     except Exception as error:
         reason = f"{', '.join(name for name in found if name != _FILES[0])}: {_reason(error)}"
         if _FILES[0] in found:
@@ -48,60 +92,11 @@ def load_tokenizer(directory: Path) -> Any:
         raise UserError(f"{directory}: its tokenizer can't be loaded ({reason})") from error
 
 
-def _check_fields(path: Path, config: Mapping) -> None:
-    """Refuses fields of a tokenizer's files that transformers trips over without their names."""
-
-    def refuse(key, wanted):
-        raise UserError(f"{path}: the field {key!r} must be {wanted}, not {said(config[key])}")
-
-    def is_token(value):
-        value = value.get("content") if isinstance(value, dict) else value
-        return isinstance(value, str)
-
-    for key, value in config.items():
-        if re.fullmatch(r"add_\w+_token", key):
-            if not isinstance(value, bool | None):
-                refuse(key, "true or false")
-        elif key.endswith("_token") and not (value is None or is_token(value)):
-            refuse(key, "a token")
-    for key, kinds, wanted in (
-        ("tokenizer_class", str | None, "a name"),
-        ("auto_map", dict, "an object"),
-        ("added_tokens_decoder", dict, "an object of tokens by their ids"),
-        ("model_max_length", int | float | None, "a number"),
-        ("split_special_tokens", bool, "true or false"),
-        ("extra_special_tokens", list | dict | None, "a list or an object"),
-        ("additional_special_tokens", list | dict | None, "a list or an object"),
-    ):
-        value = config.get(key)
-        ok = isinstance(value, kinds) and (kinds is bool or not isinstance(value, bool))
-        if key in config and not ok:
-            refuse(key, wanted)
-    if not all(
-        key.isdecimal() and isinstance(value, dict) and is_token(value)
-        for key, value in config.get("added_tokens_decoder", {}).items()
-    ):
-        refuse("added_tokens_decoder", "an object of tokens by their ids")
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        texts = [
-            one.get(k) if isinstance(one, dict) else None
-            for one in template
-            for k in ("name", "template")
-        ]
-    else:
-        texts = template.values() if isinstance(template, dict) else [template or ""]
-    if not all(isinstance(text, str) for text in texts):
-        refuse("chat_template", "a template, or a list of objects with 'name' and 'template'")
-
-
-def _check_text(path: Path) -> None:
-    if not path.is_file():
-        raise UserError(f"{path}: not a regular file")
-    try:
-        path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: can't be read ({_reason(error)})") from None
+def _check_fields(path: Path, fields: Mapping) -> None:
+    for key, value in fields.items():
+        for name, kind in _KINDS.items():
+            if re.fullmatch(name, key):
+                kinds.check(f"{path}: {key}", value, kind)
 
 
 def _reason(error: Exception) -> str:
@@ -110,32 +105,33 @@ def _reason(error: Exception) -> str:
 
 
 def stop_tokens(directory: Path, tokenizer: Any, vocabulary: int) -> tuple[int, ...]:
-    """Ids that end a text: of the generation config where there is one, else of the tokenizer.
+    """Ids that end a text, from the generation config or else the tokenizer.
 
-    An empty list there says that none does.
+    An empty list in the config means that none does.
 
     Args:
       vocabulary: ids must be below this.
 
     Raises:
-      UserError: a file is damaged, or what it says is no id of the model.
+      UserError: a file is damaged, or names no id of the model.
     """
+
+    def fits(value):
+        ids = value if isinstance(value, list) else [value]
+        return all(type(x) is int and 0 <= x < vocabulary for x in ids)
+
+    kind = Kind(f"a token id from 0 to {vocabulary - 1}, or a list of them", fits)
     for name in ("generation_config.json", "config.json"):
         path = directory / name
         found = files.read_json(path).get("eos_token_id") if path.exists() else None
         if found is not None:
-            ids = found if isinstance(found, list) else [found]
-            if not all(type(x) is int and 0 <= x < vocabulary for x in ids):
-                raise UserError(
-                    f"{path}: the field 'eos_token_id' must be a token id from 0 to "
-                    f"{vocabulary - 1}, or a list of them, not {said(found)}"
-                )
-            return tuple(dict.fromkeys(ids))
+            kinds.check(f"{path}: eos_token_id", found, kind)
+            return tuple(dict.fromkeys(found if isinstance(found, list) else [found]))
     end = getattr(tokenizer, "eos_token_id", None)
     if end is not None and not 0 <= end < vocabulary:
         raise UserError(
             f"{directory}: its tokenizer's 'eos_token' {tokenizer.eos_token!r} has the id {end}, "
-            f"but config.json a 'vocab_size' of {vocabulary}: take the files of one checkpoint"
+            f"but config.json a 'vocab_size' of {vocabulary}: use the files of one checkpoint"
         )
     return () if end is None else (end,)
 
@@ -144,8 +140,8 @@ def tokenize(tokenizer: Any, text: str, continued: bool = True) -> list[int]:
     """Token ids of a text.
 
     Args:
-      continued: the text is the beginning of one: what the tokenizer puts in front (a BOS) comes
-        in front of it, unless the text has it, and what it puts at the end does not come.
+      continued: the model continues the text: special tokens in front (a BOS) are added unless
+        the text has them, those at the end are not.
 
     Raises:
       UserError: the tokenizer fails.
@@ -158,18 +154,16 @@ def tokenize(tokenizer: Any, text: str, continued: bool = True) -> list[int]:
     start = next((i for i in starts if whole[i : i + len(ids)] == ids), None)
     if start is None:  # special tokens change the others
         return whole
-    if start and _begins_with(tokenizer, text, ids, whole[start - 1]):
-        start -= 1
-        return whole[:start] + ids
-    return whole[: start + len(ids)]
+    front = whole[:start]
+    if front:
+        name = tokenizer.convert_ids_to_tokens(front[-1])
+        if ids[0] == front[-1] or text.lstrip().startswith(name):
+            del front[-1]
+    return front + ids
 
 
 def unknown(tokenizer: Any, text: str, ids: Sequence[int]) -> str:
-    """A warning if words of a text became the token for what the tokenizer does not know.
-
-    Args:
-      ids: what became of the text.
-    """
+    """A warning if words of a text, tokenized as `ids`, became the tokenizer's unknown token."""
     inner = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
     token = getattr(tokenizer, "unk_token", None) or getattr(inner, "unk_token", None)
     # Where it has other uses, the tokenizer knows all text (GPT-2's, byte by byte).
@@ -182,11 +176,6 @@ def unknown(tokenizer: Any, text: str, ids: Sequence[int]) -> str:
         f"{count} of its {len(ids)} tokens are {token!r}, for words that the tokenizer does not "
         "know: the model can't tell these apart"
     )
-
-
-def _begins_with(tokenizer: Any, text: str, ids: list[int], token: int) -> bool:
-    name = tokenizer.convert_ids_to_tokens(token)
-    return ids[0] == token or text.lstrip().startswith(name)
 
 
 def _ids(tokenizer: Any, text: str, special: bool) -> list[int]:
@@ -205,29 +194,31 @@ def render(tokenizer: Any, text: str, name: str) -> str:
     Raises:
       UserError: there is no chat template, or it fails.
     """
+
+    def ask(text):
+        return _apply(tokenizer, _asked(text), add_generation_prompt=True)
+
+    raw = "give the whole prompt as text, chat off"
     template = tokenizer.chat_template
     if not template:
-        raise UserError(
-            f"model {name} has no chat template: give the whole prompt as text, chat off"
-        )
+        raise UserError(f"model {name} has no chat template: {raw}")
     if isinstance(template, dict) and "default" not in template:
         raise UserError(
             f"model {name}: none of its chat templates ({', '.join(template)}) is the 'default': "
-            f"name one so in {_CONFIG}, or give the whole prompt as text, chat off"
+            f"name one so in {_CONFIG}, or {raw}"
         )
     try:
-        whole = _render(tokenizer, _asked(text), True)
-        begin = tokenizer.bos_token
+        whole, begin = ask(text), tokenizer.bos_token
         if begin and whole.lstrip().startswith(begin) and text.lstrip().startswith(begin):
             text = text.lstrip().removeprefix(begin)
-            whole = _render(tokenizer, _asked(text), True)
-        # It may write the text in its own way: escaped, or in upper case.
-        if text.strip() not in whole and whole == _render(tokenizer, _asked(text + _ANSWER), True):
-            raise ValueError("what it makes of a message does not have the message in it")
+            whole = ask(text)
+        # A template may rewrite the text: escaped, or in upper case.
+        if text.strip() not in whole and whole == ask(text + _ANSWER):
+            raise ValueError("its output does not contain the message")
     except Exception as error:  # a template is a program
         raise UserError(
-            f"model {name}: its chat template fails ({_reason(error)}): mend {_TEMPLATE}, or "
-            f"'chat_template' of {_CONFIG}, or give the whole prompt as text, chat off"
+            f"model {name}: its chat template fails ({_reason(error)}): fix {_TEMPLATE}, or "
+            f"'chat_template' of {_CONFIG}, or {raw}"
         ) from error
     return whole
 
@@ -236,14 +227,12 @@ def _asked(text: str) -> list[dict]:
     return [{"role": "user", "content": text}]
 
 
-def _render(tokenizer: Any, messages: list[dict], answering: bool) -> str:
-    return tokenizer.apply_chat_template(
-        messages, add_generation_prompt=answering, tokenize=False, date_string=_DATE
-    )
+def _apply(tokenizer: Any, messages: list[dict], **settings: bool) -> str:
+    return tokenizer.apply_chat_template(messages, tokenize=False, date_string=_DATE, **settings)
 
 
 def end_of_answer(tokenizer: Any, stop: tuple[int, ...], chat: bool) -> int | None:
-    """The token among `stop` that the model ends an answer with; None where nothing ends it.
+    """The token among `stop` with which the model ends an answer; None if there is none.
 
     In a chat it is the one that the template has after an assistant's message (`<|eot_id|>` of
     Llama 3, which ends texts with another); else, and where no template says, the tokenizer's EOS.
@@ -251,9 +240,9 @@ def end_of_answer(tokenizer: Any, stop: tuple[int, ...], chat: bool) -> int | No
     if chat and tokenizer.chat_template:
         messages = [*_asked("What is six times seven?"), {"role": "assistant", "content": _ANSWER}]
         try:
-            _, found, after = _render(tokenizer, messages, False).rpartition(_ANSWER)
+            _, found, after = _apply(tokenizer, messages).rpartition(_ANSWER)
             ended = [x for x in _ids(tokenizer, after, False) if x in stop] if found else []
-        except Exception:  # some templates take no answers
+        except Exception:  # some templates refuse answers
             ended = []
         if ended:
             return ended[0]
@@ -262,7 +251,7 @@ def end_of_answer(tokenizer: Any, stop: tuple[int, ...], chat: bool) -> int | No
 
 
 def continues_thought(before: str, answer: str) -> str:
-    """The answer without the `<think>` that the text before it has opened already."""
+    """The answer without the `<think>` that the text before it has already opened."""
     opened = re.search(r"<think>(\s*)$", before)
     opens = re.match(r"\s*<think>(\s*)", answer)
     if not opened or not opens:

@@ -108,7 +108,7 @@ def test_a_template_that_writes_bos_is_not_given_another(template):
         ("{{ messages[0].text.nobody }}", "its chat template fails (UndefinedError: "),
         ("{{ messages[0].content + 1 }}", "its chat template fails (TypeError: "),
         ("{{ 1 / 0 }}", "its chat template fails (ZeroDivisionError: "),
-        ("null", "does not have the message in it"),
+        ("null", "its output does not contain the message"),
         ({"tools": CHAT, "rag": CHAT}, "none of its chat templates (tools, rag) is the 'default'"),
     ],
 )
@@ -207,13 +207,14 @@ def test_files_that_are_no_json_objects(directory, name, content):
 def test_what_is_no_regular_file_is_not_read(directory, name, make_it):
     (directory / name).unlink(missing_ok=True)
     make_it(directory / name)
-    assert f"{directory / name}: not a regular file" in refusal(texts.load_tokenizer, directory)
+    message = refusal(texts.load_tokenizer, directory)
+    assert message.startswith(str(directory / name)) and "not a regular file" in message
 
 
 def test_a_template_that_is_not_utf_8(directory):
     (directory / "chat_template.jinja").write_bytes(b"\xff")
     message = refusal(texts.load_tokenizer, directory)
-    assert f"{directory}/chat_template.jinja: can't be read (UnicodeDecodeError" in message
+    assert f"{directory}/chat_template.jinja is not UTF-8 text" in message
 
 
 KINDS = {
@@ -267,7 +268,8 @@ def test_stop_tokens_that_are_no_ids(tmp_path, name, ids):
     path = tmp_path / name
     path.write_text(json.dumps({"eos_token_id": ids}))
     message = refusal(texts.stop_tokens, tmp_path, None, len(WORDS))
-    assert message.startswith(f"{path}: the field 'eos_token_id' must be a token id from 0 to 10")
+    assert message.startswith(f"{path}: eos_token_id = ")
+    assert "must be a token id from 0 to 10" in message
 
 
 def test_stop_tokens_that_are_ids(tmp_path):
