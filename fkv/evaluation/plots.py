@@ -4,7 +4,7 @@ import collections
 import contextlib
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -75,9 +75,11 @@ def _held(axis, held_ct, top: float, colours: str) -> int:
     return interval
 
 
-def _of(results: Sequence, name: str) -> list:
-    """Results of one policy, by budget."""
-    return sorted((r for r in results if r.policy == name), key=lambda r: r.budget)
+def _curve(axis, points: Iterable[tuple], label: str, **style) -> None:
+    """A line through (x, y, error) or (x, y, error below, error above), in the order of x."""
+    x, y, *error = map(list, zip(*sorted(points), strict=True))
+    error = error if len(error) == 2 else error[0]
+    axis.errorbar(x, y, yerr=error, label=label, **{"marker": "o"} | style)
 
 
 def _styles(names: Sequence[str]) -> dict[str, dict]:
@@ -99,12 +101,9 @@ def loss_ratios(results: Sequence[Losses], path: Name, title: str) -> None:
     with _figure(path, (14, 4.2), (1, 3), title, _BUDGET) as axes:
         for axis, (label, kind) in zip(axes[0], PANELS, strict=True):
             for name, style in _styles(names).items():
-                rows = _of(results, name)
-                points = [r.added(kind) if kind == 1 else r.ratio(kind) for r in rows]
-                values, errors = zip(*points, strict=True)
-                bars = [2 * error for error in errors]
-                budgets = [r.budget for r in rows]
-                axis.errorbar(budgets, values, yerr=bars, label=name, marker="o", **style)
+                rows = [r for r in results if r.policy == name]
+                found = [(r.budget, r.added(kind) if kind == 1 else r.ratio(kind)) for r in rows]
+                _curve(axis, [(x, y, 2 * error) for x, (y, error) in found], name, **style)
             _horizontal(axis, 0 if kind == 1 else 1)
             what = "nats per token" if kind == 1 else "loss / full-cache loss"
             axis.set(title=label, ylabel=what, xticks=sorted({r.budget for r in results}))
@@ -121,10 +120,9 @@ def accuracy(results: Sequence[Accuracy], path: Name) -> None:
                 axis.axhspan(*(100 * x for x in r.interval()), color="gray", alpha=0.3)
                 axis.axhline(100 * r.pass_at_1, color="gray", label=r.policy)
         for name, style in _styles(dict.fromkeys(r.policy for r in evicted)).items():
-            rows = _of(evicted, name)
-            budgets, middle = [r.budget for r in rows], [100 * r.pass_at_1 for r in rows]
-            bars = np.abs(100 * np.array([r.interval() for r in rows]).T - middle)
-            axis.errorbar(budgets, middle, yerr=bars, label=name, marker="o", **style)
+            found = [(r.budget, r.pass_at_1, *r.interval()) for r in evicted if r.policy == name]
+            points = [(x, 100 * y, 100 * (y - low), 100 * (top - y)) for x, y, low, top in found]
+            _curve(axis, points, name, **style)
         axis.set(xticks=sorted({r.budget for r in evicted}), ylim=(-2, 102))
 
 
@@ -239,21 +237,15 @@ def sweep(summary: Sequence[Mapping], path: Name) -> None:
             lines, seen = {}, set()
             for row in sorted(summary, key=lambda row: row["budget"]):
                 if row["figure"] == name and row["budget"] and row["policy"] != "full":
-                    lines.setdefault((row["policy"], row["group"]), []).append(row)
-            for line, rows in lines.items():
-                values = tuple(row["mean"] for row in rows)
-                if (line[0], values) in seen:
-                    continue
-                seen.add((line[0], values))
-                i = len(styles)
-                style = {"color": f"C{i % 10}", "marker": "os^vD"[i // 10 % 5]}
-                axis.errorbar(
-                    [row["budget"] for row in rows],
-                    values,
-                    yerr=np.nan_to_num([2 * row["se"] for row in rows]),
-                    label=", ".join(line),
-                    **styles.setdefault(line, style),
-                )
+                    point = row["budget"], row["mean"], np.nan_to_num(2 * row["se"])
+                    lines.setdefault((row["policy"], row["group"]), []).append(point)
+            for line, points in lines.items():
+                means = (line[0], *(mean for _, mean, _ in points))
+                if means not in seen:
+                    seen.add(means)
+                    i = len(styles)
+                    style = {"color": f"C{i % 10}", "marker": "os^vD"[i // 10 % 5]}
+                    _curve(axis, points, ", ".join(line), **styles.setdefault(line, style))
             axis.set_title(name)
 
 
@@ -298,27 +290,22 @@ def _decode_cost(records: Sequence[Mapping], path: Path) -> None:
     """Time per token against the length of the context, a panel per batch."""
     batches = sorted({r["batch"] for r in records})
     several = len({r["kernel"] for r in records}) > 1
-    lines = {}
-    for r in sorted(records, key=lambda r: r["length"]):
-        lines.setdefault((r["policy"], r["budget"], r["kernel"]), []).append(r)
+    lines = list(dict.fromkeys((r["policy"], r["budget"], r["kernel"]) for r in records))
     size, labels = (4.5 * len(batches) + 2, 4.2), ("tokens of context", "ms per step")
     with _figure(path, size, (1, len(batches)), "", *labels) as axes:
         for axis, batch in zip(axes[0], batches, strict=True):
-            for i, ((name, budget, kernel), rows) in enumerate(lines.items()):
-                rows = [r for r in rows if r["batch"] == batch]
-                middle, low, high = (
-                    np.array([1e3 * batch / r[f"tokens_per_s{end}"] for r in rows])
-                    for end in ("", "_high", "_low")
-                )
-                axis.errorbar(
-                    [r["length"] for r in rows],
-                    middle,
-                    yerr=[middle - low, high - middle],
-                    label=(f"{name}, B = {budget}" if budget else name) + f", {kernel}" * several,
-                    color=f"C{i % 10}" if budget or several else "black",
-                    linestyle="-" if budget else "--",
-                    marker="o",
-                )
+            points = {}
+            for r in records:
+                if r["batch"] == batch:
+                    speeds = (r[f"tokens_per_s{end}"] for end in ("", "_high", "_low"))
+                    ms, low, high = (1e3 * batch / speed for speed in speeds)
+                    line = points.setdefault((r["policy"], r["budget"], r["kernel"]), [])
+                    line.append((r["length"], ms, ms - low, high - ms))
+            for line, found in points.items():
+                name, budget, kernel = line
+                label = (f"{name}, B = {budget}" if budget else name) + f", {kernel}" * several
+                colour = f"C{lines.index(line) % 10}" if budget or several else "black"
+                _curve(axis, found, label, color=colour, linestyle="-" if budget else "--")
             _log2(axis, False)
             axis.set_title(f"batch {batch}")
 
