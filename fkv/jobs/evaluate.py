@@ -126,7 +126,7 @@ def run(config: ConfigDict, workdir: str, anew: Sequence[str] = ()) -> list[accu
 
     anew = [name for name in anew if name in named]
     path = rundir.check_path(workdir)
-    rundir.by_the_first(path, lambda: _forget(path, anew, plan.inputs))
+    parallel.on_first(lambda: _forget(path, anew, plan.inputs), f"open {path}")
     run = open_run(workdir, config, MAY_DIFFER, plan.inputs)
     samples = _Samples(run.path / "samples.jsonl", config.interval)
     _check_references(samples, problems)

@@ -1,9 +1,8 @@
-"""Mapping over devices and processes; the only file that names them.
+"""Devices and processes; the only module that names them.
 
-A mesh of devices has two axes. The rows of a batch are split over `data`; steps speak to each other
-over it, in `lax.pmean` and its like. The devices along `model` share one copy of the language
-model: its weights are split by heads, by the width of the MLP and by vocabulary, and XLA finds out
-what that means for a step. A copy never leaves its process.
+A mesh of devices has two axes. Along `data` the rows of a batch are split; steps communicate over
+it with collectives such as `lax.pmean`. The devices along `model` share one copy of the language
+model, split by heads, MLP width and vocabulary; XLA derives the rest. A copy never spans processes.
 """
 
 import json
@@ -20,7 +19,7 @@ from fkv.errors import UserError
 from fkv.models.decoder import MODEL
 
 AXIS = "data"
-DEADLINE = 1800.0  # seconds that a process waits for the others, unless said
+DEADLINE = 1800.0  # seconds that a process waits for the others by default
 
 # ---- devices
 
@@ -43,10 +42,10 @@ def make_mesh(model_axis: int = 1, span: str = "all") -> Mesh:
 
     Args:
       model_axis: devices that share one copy of the language model.
-      span: `all` the devices, those of this `process`, or those of its first `copy` of the model.
+      span: `all` devices, those of this `process`, or those of its first `copy` of the model.
 
     Raises:
-      UserError: the devices of a process can't be shared out so.
+      UserError: the devices of a process can't be grouped so.
     """
     each = jax.local_device_count()
     if model_axis < 1 or each % model_axis:
@@ -62,23 +61,17 @@ def make_mesh(model_axis: int = 1, span: str = "all") -> Mesh:
 
 
 def device_count(mesh: Mesh) -> int:
-    """Parts that a batch is split into: copies of the language model."""
+    """Copies of the language model: the parts a batch is split into."""
     return mesh.shape[AXIS]
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """Copies a pytree to every device, as `pmap` returns it: its first call compiles for good."""
+    """Copies a pytree to every device, laid out as `pmap` returns it, so that it compiles once."""
     return jax.tree.map(lambda x: _put(x, NamedSharding(mesh, PartitionSpec())), tree)
 
 
 def view(params: Any, mesh: Mesh) -> Any:
-    """A language model that lies on all devices of this process, as arrays of another mesh.
-
-    Nothing is copied.
-
-    Args:
-      mesh: of any span.
-    """
+    """A language model on all devices of this process as arrays of another mesh, without a copy."""
 
     def one(x):
         shards = [part.data for part in x.addressable_shards if part.device in mesh.local_devices]
@@ -92,10 +85,9 @@ def pmap(step: Callable[..., tuple[Any, Any]], mesh: Mesh, constants: int, batch
     """Maps a per-device step over the axis `data`.
 
     Args:
-      step: of `constants` arguments that every device gets whole (or its part of a language model),
-        then `batched` arguments that are split along their first axis, one part a device. Its
-        results must be the same on every device: it speaks to the others by collectives over
-        `AXIS`.
+      step: takes `constants` arguments that every device gets whole (or its part of a language
+        model), then `batched` ones that are split along their first axis. Its results must be the
+        same on every device, by collectives over `AXIS`.
 
     Returns:
       The step over whole batches [devices * b, ...], the same on every process.
@@ -122,7 +114,7 @@ def pmap(step: Callable[..., tuple[Any, Any]], mesh: Mesh, constants: int, batch
 
 
 def _alone(step, constants, batched):
-    """The step where `data` is one device: XLA can't leave out the other axis beside such a one."""
+    """For a `data` axis of one device, which XLA can't map beside a `model` axis of several."""
     in_axes = (*[None] * constants, *[0] * batched)
     mapped = jax.vmap(step, in_axes, out_axes=None, axis_name=AXIS)
 
@@ -148,24 +140,24 @@ def check_batch(batch: int, mesh: Mesh) -> None:
 
 
 def parts_of(batch: int, at_once: int, field: str, mesh: Mesh) -> int:
-    """How many parts a batch is worked off in.
+    """The number of micro-batches in a batch.
 
     Args:
-      at_once: rows in a part; 0 for all.
-      field: names it in errors.
+      at_once: rows of a micro-batch; 0 for all.
+      field: its name, for errors.
 
     Raises:
-      UserError: the batch can't be cut into such parts, or these can't be split over the devices.
+      UserError: the batch can't be split so, or a micro-batch not over the devices.
     """
     at_once = at_once or batch
     if at_once < 0 or batch % at_once:
-        raise UserError(f"{field}: {at_once} rows at once must divide the batch of {batch}")
+        raise UserError(f"{field}: micro-batches of {at_once} must divide the batch of {batch}")
     check_batch(at_once, mesh)
     return batch // at_once
 
 
 def _put(x: Any, where: NamedSharding) -> jax.Array:
-    """A host array on devices, of which this process sees to its own."""
+    """A host array on devices; each process fills its own."""
     x = np.asarray(x)
     return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
 
@@ -174,26 +166,44 @@ def _put(x: Any, where: NamedSharding) -> jax.Array:
 
 
 def first() -> bool:
-    """Whether this is the process that writes and prints."""
+    """Whether this is process 0, which writes and prints."""
     return jax.process_index() == 0
 
 
+def on_first(act: Callable[[], Any], what: str) -> Any:
+    """What `act` returns on process 0, None on others; if it refuses, all processes do.
+
+    Args:
+      what: the action, for errors: `open runs/x`.
+    """
+    found = wrong = None
+    if first():
+        try:
+            found = act()
+        except UserError as error:
+            wrong = error
+    barrier(what)
+    if anywhere(wrong is not None):
+        raise wrong or UserError(f"process 0 can't {what}: see its log")
+    return found
+
+
 def anywhere(flag: bool) -> bool:
-    """Whether the flag is set on any process; all of them have to ask."""
+    """Whether the flag is set on any process; all of them have to call this."""
     if jax.process_count() == 1:
         return flag
     return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
 def total(tree: Any) -> Any:
-    """Sums over the processes of a pytree of host arrays; of one process, the tree itself."""
+    """Sums of a pytree of host arrays over the processes."""
     if jax.process_count() == 1:
         return tree
     return jax.tree.map(lambda x: x.sum(0), multihost_utils.process_allgather(tree))
 
 
 def share(rows: list) -> list:
-    """The lists of all processes, one after the other, of what JSON can say."""
+    """The lists of all processes, concatenated; they hold JSON data."""
     if jax.process_count() == 1:
         return rows
     text = np.frombuffer(json.dumps(rows).encode(), np.uint8)
@@ -205,13 +215,13 @@ def share(rows: list) -> list:
 
 
 def barrier(name: str, seconds: float = DEADLINE) -> None:
-    """Waits until every process is here.
+    """Waits for all processes.
 
     Args:
-      name: says in errors where they were to meet.
+      name: what they are about to do, for errors.
 
     Raises:
-      UserError: some did not come in time; the message names them.
+      UserError: deadline exceeded; the message names the processes that are missing.
     """
     if jax.process_count() == 1:
         return
@@ -225,5 +235,5 @@ def barrier(name: str, seconds: float = DEADLINE) -> None:
         missing = ", ".join(re.findall(r"^(\d+)$", str(error), re.MULTILINE))
         raise UserError(
             f"{name}: waited {seconds:g} s for process {missing or '?'} of {jax.process_count()}: "
-            "see its log, then start all of them again"
+            "see its log, then restart all of them"
         ) from None

@@ -1,4 +1,4 @@
-"""The directory of a run: its config, its inputs, its commit, its metrics and its checkpoints."""
+"""The directory of a run: its config, inputs, commits, metrics and checkpoints."""
 
 import dataclasses
 import fcntl
@@ -8,28 +8,30 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-import ml_collections
+from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
 
 import fkv
+from fkv import files
 from fkv.errors import UserError
-from fkv.files import append_text, expand, read_bytes, write_text, writing
 from fkv.runs import checkpoint, parallel
 
 PROVENANCE = "provenance.json"
+Inputs = Mapping[str, str | list[str]]  # name: digest, or a list of digests that may grow
 
 
 @dataclasses.dataclass
 class Run:
-    """An open run directory; `open_run` makes one. Only process 0 writes to it.
+    """An open run directory, from `open_run`. Only process 0 writes to it.
 
     Attributes:
-      path: `config.json`, `provenance.json`, `commit.txt`, `metrics.jsonl`, `tb/` and
-        `checkpoints/` lie here.
-      config: the resolved config as plain JSON data.
+      path: holds `config.json`, `provenance.json`, `commit.txt`, `metrics.jsonl`, `tb/` and
+        `checkpoints/`.
+      config: the resolved config as JSON data.
     """
 
     path: Path
@@ -38,10 +40,9 @@ class Run:
     _held: Any = None
 
     def resume(self, target: Any) -> checkpoint.Checkpoint | None:
-        """Restore the newest intact checkpoint into the structure of `target`, if there is any.
+        """Restores the newest intact checkpoint, if any, into the structure of `target`.
 
-        Metrics of later steps (of all steps, if there is no checkpoint) are forgotten, since those
-        steps will run again.
+        Metrics of later steps are dropped, since those steps will run again.
 
         Raises:
           UserError: see `checkpoint.restore`.
@@ -52,135 +53,116 @@ class Run:
         if parallel.first():
             last_step = -1 if restored is None else restored.step
             _trim_metrics(self.path / "metrics.jsonl", last_step)
-            # TensorBoard reads the old event files too, and hides what the purge step tells it to.
-            with writing(self.path / "tb"):
-                self._board = _Board(self.path / "tb", purge_step=last_step + 1)
+            # TensorBoard reads the old event files too, and hides steps from this one on.
+            self._write_events([{"step": last_step + 1, "session_log": {"status": 1}}])
         return restored
 
     def save(self, step: int, state: Any, *, keep: int = 2, **info: Any) -> None:
-        """Save a checkpoint whose info is the run's config and `info`; see `checkpoint.save`."""
+        """Saves a checkpoint with the run's config and `info`; see `checkpoint.save`."""
         checkpoint.save(self.path, step, state, {"config": self.config, **info}, keep=keep)
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Write one line to `metrics.jsonl`, and the scalars among `metrics` to TensorBoard.
+        """Appends a line to `metrics.jsonl`, and the scalars among `metrics` to TensorBoard.
 
-        Values may be numbers, arrays, strings, or lists and dicts of them. NaN and infinity, which
-        JSON cannot express, become null.
+        Values are numbers, arrays, strings, or lists and dicts of them; NaN and infinity become
+        null.
         """
         if not parallel.first():
             return
-        record = {"step": int(step), **_plain(metrics)}
-        path = self.path / "metrics.jsonl"
-        append_text(path, json.dumps(record, allow_nan=False) + "\n")
+        text = json.dumps({"step": int(step), **metrics}, default=lambda x: x.tolist())
+        record = json.loads(text, parse_constant=lambda _: None)
+        files.append_text(self.path / "metrics.jsonl", json.dumps(record) + "\n")
+        from tensorboardX import summary
+
         scalars = {name: record[name] for name in metrics if isinstance(record[name], int | float)}
-        with writing(self.path / "tb"):
-            self._board = self._board or _Board(self.path / "tb")
-            self._board.add(int(step), scalars)
+        self._write_events(
+            [{"step": int(step), "summary": summary.scalar(*x)} for x in scalars.items()]
+        )
+
+    def _write_events(self, events: Sequence[Mapping[str, Any]]) -> None:
+        """Writes to TensorBoard's file, synchronously.
+
+        The thread of tensorboardX's `SummaryWriter` dies on a full disk, and the run would wait
+        for it forever.
+        """
+        # Slow where torch is installed, which tensorboardX imports.
+        from tensorboardX import event_file_writer
+        from tensorboardX.proto import event_pb2
+
+        path = self.path / "tb"
+        with files.writing(path):
+            if self._board is None:
+                path.mkdir(exist_ok=True)
+                # The suffix keeps two openings within one second from sharing a file.
+                name = f".{time.time_ns()}"
+                self._board = event_file_writer.EventsWriter(str(path / "events"), name)
+            for event in events:
+                self._board.write_event(event_pb2.Event(wall_time=time.time(), **event))
+            self._board.flush()
 
     def close(self) -> None:
-        """Close the TensorBoard file, and wait for the other processes."""
+        """Closes the TensorBoard file, and waits for the other processes."""
         if self._board is not None:
             self._board.close()
-        parallel.barrier(f"end of the run in {self.path}")
+        parallel.barrier(f"close {self.path}")
 
 
 def open_run(
     workdir: str | os.PathLike,
-    config: ml_collections.ConfigDict,
+    config: ConfigDict,
     may_differ: Sequence[str] = (),
-    inputs: Mapping[str, str | list[str]] | None = None,
+    inputs: Inputs | None = None,
 ) -> Run:
-    """Create the run directory `workdir`, or open it again to go on with the same config.
+    """Creates the run directory `workdir`, or opens it to resume a run of the same config.
 
     Every process calls this; process 0 creates it.
 
     Args:
       may_differ: dotted names of fields, or of groups of fields, that may change between openings
-        because no result depends on them; `config.json` takes their newest values.
-      inputs: digests (see `fkv.runs.provenance`) of what results depend on beside the config, by
-        the words that name it in errors; a list may grow. `provenance.json` holds all there were.
+        because no result depends on them; `config.json` holds their newest values.
+      inputs: digests (see `fkv.runs.provenance`) of what results depend on beside the config.
+        `provenance.json` holds all that were ever given.
 
     Raises:
-      UserError: `workdir` cannot be written, holds a run (or checkpoints) of another config or of
-        other inputs, or is in use by another process.
+      UserError: `workdir` can't be written, is in use by another process, or holds a run or
+        checkpoints of another config or of other inputs.
     """
-    path, data = check_path(workdir), _as_json(config)
-    parallel.barrier(f"start of the run in {path}")
-    held = by_the_first(path, lambda: _create(path, data, may_differ, inputs or {}))
+    path, data = check_path(workdir), _json_data(config)
+    held = parallel.on_first(lambda: _create(path, data, may_differ, inputs or {}), f"open {path}")
     return Run(path, data, _held=held)
 
 
 def check_run(
     workdir: str | os.PathLike,
-    config: ml_collections.ConfigDict,
+    config: ConfigDict,
     may_differ: Sequence[str] = (),
-    inputs: Mapping[str, str | list[str]] | None = None,
+    inputs: Inputs | None = None,
 ) -> None:
-    """Refuses what `open_run` will refuse of a config and inputs, and writes nothing."""
-    path, data = check_path(workdir), _as_json(config)
-    by_the_first(path, lambda: _check(path, data, may_differ, inputs or {}))
-
-
-def _as_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    return json.loads(json.dumps(config.to_dict()))  # tuples become lists, as in config.json
-
-
-def by_the_first(path: Path, act: Callable[[], Any]) -> Any:
-    """What process 0 gets from it; a refusal is all processes'."""
-    found = wrong = None
-    if parallel.first():
-        try:
-            found = act()
-        except UserError as error:
-            wrong = error
-    if parallel.anywhere(wrong is not None):
-        raise wrong or UserError(f"process 0 can't open {path}: see what it said")
-    return found
-
-
-def _create(
-    path: Path, data: dict[str, Any], may_differ: Sequence[str], inputs: Mapping[str, Any]
-) -> IO:
-    """What process 0 does to open a run directory; returns its lock."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        held = lock(path)
-        old = _check(path, data, may_differ, inputs)
-        write_text(path / "config.json", json.dumps(data, indent=1) + "\n")
-        if new := {**old, **{name: _longer(old.get(name), x) for name, x in inputs.items()}}:
-            write_inputs(path, new)
-        _note_commit(path / "commit.txt")
-    except OSError as error:
-        raise UserError(
-            f"cannot write run directory {path}: {error.strerror}; choose another --workdir"
-        ) from error
-    _trim_metrics(path / "metrics.jsonl")
-    return held
+    """Refuses what `open_run` would refuse of a config and inputs, and writes nothing."""
+    path, data = check_path(workdir), _json_data(config)
+    parallel.on_first(lambda: _check(path, data, may_differ, inputs or {}), f"open {path}")
 
 
 def check_path(workdir: str | os.PathLike) -> Path:
-    """The path with `~` filled in; refuses `gs://...` and the like, which are no file system.
-
-    It refuses an empty name, too, as an unset variable of a shell leaves it.
-    """
+    """The path with `~` expanded; refuses `gs://...`, and the empty string of an unset variable."""
     if not os.fspath(workdir).strip():
         raise UserError("--workdir is empty: name a directory")
     if match := re.match(r"(\w+)://", os.fspath(workdir)):
         raise UserError(
             f"{workdir}: {match[1]}:// is no file system: mount the bucket (gcsfuse; --bucket of "
-            "launch.sweep does) and give the directory where it is"
+            "launch.sweep does) and give its local directory"
         )
-    return expand(workdir)
+    return files.expand(workdir)
 
 
 def lock(path: Path, shared: bool = False) -> IO:
-    """Keeps other processes off a directory for as long as this one lives or the file is open.
+    """Locks a directory for as long as the process lives or the returned file is open.
 
     Args:
-      shared: let in others that share, too.
+      shared: admit other shared locks.
 
     Raises:
-      UserError: another process is at work there.
+      UserError: another process holds it.
     """
     file = (path / ".lock").open("a+")
     try:
@@ -194,144 +176,35 @@ def lock(path: Path, shared: bool = False) -> IO:
     return file
 
 
-class _Board:
-    """TensorBoard's file of events, written at once.
-
-    The thread with which tensorboardX's `SummaryWriter` writes ends on a full disk, and the run
-    would wait for it for ever.
-    """
-
-    def __init__(self, path: Path, purge_step: int | None = None):
-        # Slow where torch is installed, which tensorboardX imports.
-        from tensorboardX import event_file_writer, summary
-        from tensorboardX.proto import event_pb2
-
-        self._scalar, self._event = summary.scalar, event_pb2.Event
-        path.mkdir(exist_ok=True)
-        # The suffix keeps two openings within one second from sharing a file.
-        self._file = event_file_writer.EventsWriter(str(path / "events"), f".{time.time_ns()}")
-        if purge_step is not None:
-            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-            self._write(step=purge_step, session_log=start)
-        self._file.flush()
-
-    def add(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Writes one step's values."""
-        for name, value in scalars.items():
-            self._write(step=step, summary=self._scalar(name, value))
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
-
-    def _write(self, **fields) -> None:
-        self._file.write_event(self._event(wall_time=time.time(), **fields))
-
-
-def _check(
-    path: Path, data: dict[str, Any], may_differ: Sequence[str], inputs: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Refuses another config and other inputs than those of before; returns the latter."""
-    old = read_inputs(path)
-    wrong = []
-    if differing := _config_differs(path / "config.json", data, may_differ):
-        wrong.append(f"with another config ({'; '.join(differing)})")
-    if differing := [
-        name + _where(old[name], new)
-        for name, new in inputs.items()
-        if name in old and _longer(old[name], new) is None
-    ]:
-        wrong.append(f"of other inputs, which have changed since ({'; '.join(differing)})")
-    if wrong:
-        raise UserError(f"{path} holds a run {' and '.join(wrong)}: use another --workdir")
-    return old
-
-
-def read_inputs(path: Path) -> dict[str, Any]:
-    """Digests of the inputs of the run in a directory, as `open_run` got them.
+def read_inputs(path: Path) -> dict[str, str | list[str]]:
+    """The inputs recorded in a run directory.
 
     Raises:
-      UserError: its record is damaged.
+      UserError: the record is damaged.
     """
-    record = path / PROVENANCE
+    older = path / "scorers.json"  # of evaluations before anything else was recorded
+    record = older if older.exists() and not (path / PROVENANCE).exists() else path / PROVENANCE
     try:
-        if record.exists():
-            found = json.loads(read_bytes(record))
-            if not all(isinstance(x, str | list) for x in found.values()):
-                raise TypeError("not digests")
-            return found
-        record = path / "scorers.json"  # what evaluations wrote before there was more to record
-        found = json.loads(read_bytes(record)) if record.exists() else {}
-        return {answers_of(name): str(one["sha256"]) for name, one in found.items()}
-    except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
+        found = files.read_json(record) if record.exists() else {}
+        if record == older:
+            found = {answers_of(name): entry["sha256"] for name, entry in found.items()}
+        if not all(isinstance(x, str | list) for x in found.values()):
+            raise TypeError("not digests")
+    except (UserError, TypeError, KeyError) as error:
         raise UserError(
-            f"{record}: not the record of what a run has used ({error!r}): use another --workdir"
+            f"{record}: not a record of a run's inputs ({error}): use another --workdir"
         ) from error
+    return found
 
 
 def answers_of(name: str) -> str:
-    """Words for what answers under this name: scorers or a policy with its settings."""
+    """The input that answers under this name come from: scorers, or a policy and its settings."""
     return f"evaluate.scorers or .policies: {name!r}"
 
 
-def write_inputs(path: Path, inputs: Mapping[str, str | list[str]]) -> None:
+def write_inputs(path: Path, inputs: Inputs) -> None:
     """Writes the record that `read_inputs` reads."""
-    write_text(path / PROVENANCE, json.dumps(dict(inputs), indent=1) + "\n")
-
-
-def _longer(old: str | list[str] | None, new: str | list[str]) -> str | list[str] | None:
-    """The longer of two lists of which one goes on with the other, or what both are; else None."""
-    if isinstance(old, list) and isinstance(new, list):
-        shared = min(len(old), len(new))
-        return max(old, new, key=len) if old[:shared] == new[:shared] else None
-    return new if old is None or old == new else None
-
-
-def _where(old: Any, new: Any) -> str:
-    """Which entries of lists have changed."""
-    if not (isinstance(old, list) and isinstance(new, list)):
-        return ""
-    changed = [i for i, pair in enumerate(zip(old, new, strict=False), 1) if len(set(pair)) > 1]
-    return f", number {changed[0]}" + (f" and {len(changed) - 1} more" if changed[1:] else "")
-
-
-def _config_differs(path: Path, new: dict[str, Any], may_differ: Sequence[str]) -> list[str]:
-    """The fields in which a run's config is another, if there is one."""
-    old = checkpoint.newest_info(path.parent).get("config")
-    if path.exists():
-        try:
-            old = dict(json.loads(read_bytes(path)))
-        except (ValueError, TypeError, RecursionError) as error:
-            advice = "delete it, as the checkpoints know the config, too; or " if old else ""
-            raise UserError(
-                f"{path} is not the JSON of a config ({error}): {advice}use another --workdir"
-            ) from error
-    if old is None:
-        return []
-    old_fields = dict(_fields(old))
-    new_fields = dict(_fields(new))
-    return [
-        f"{name}: {old_fields.get(name, 'absent')} -> {new_fields.get(name, 'absent')}"
-        for name in sorted({*old_fields, *new_fields})
-        if old_fields.get(name, ...) != new_fields.get(name, ...)
-        and not any(f"{name}.".startswith(f"{prefix}.") for prefix in may_differ)
-    ]
-
-
-def _fields(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from _fields(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
-
-
-def _note_commit(path: Path) -> None:
-    # A run that goes on under newer code has a line for each.
-    text = read_bytes(path).decode(errors="backslashreplace") if path.exists() else ""
-    commits = text.splitlines()
-    if (commit := source_version()) not in commits[-1:]:
-        write_text(path, "".join(f"{line}\n" for line in [*commits, commit]))
+    files.write_text(path / PROVENANCE, json.dumps(dict(inputs), indent=1) + "\n")
 
 
 def source_version() -> str:
@@ -351,9 +224,79 @@ def source_version() -> str:
     return done.stdout.strip()
 
 
+def _create(path: Path, data: dict[str, Any], may_differ: Sequence[str], inputs: Inputs) -> IO:
+    """Opens a run directory on process 0; returns its lock."""
+    with files.writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+        held = lock(path)
+        old = _check(path, data, may_differ, inputs)
+        files.write_text(path / "config.json", json.dumps(data, indent=1) + "\n")
+        if new := {**old, **{name: _longer(old.get(name), x) for name, x in inputs.items()}}:
+            write_inputs(path, new)
+        record = path / "commit.txt"  # one line per version that the run was opened with
+        text = files.read_bytes(record).decode(errors="backslashreplace") if record.exists() else ""
+        if (commit := source_version()) not in text.splitlines()[-1:]:
+            files.write_text(record, "\n".join([*text.splitlines(), commit, ""]))
+    _trim_metrics(path / "metrics.jsonl")
+    return held
+
+
+def _check(path: Path, data: dict[str, Any], may_differ: Sequence[str], inputs: Inputs) -> dict:
+    """Refuses another config or other inputs than before; returns the inputs from before."""
+    old, before, wrong = read_inputs(path), _old_config(path), []
+    if before is not None and (differing := _changed_fields(before, data, may_differ)):
+        wrong.append(f"with another config ({'; '.join(differing)})")
+    changed = {n: x for n, x in inputs.items() if n in old and _longer(old[n], x) is None}
+    if changed:
+        named = [name + _where(old[name], new) for name, new in changed.items()]
+        wrong.append(f"of other inputs, which have changed since ({'; '.join(named)})")
+    if wrong:
+        raise UserError(f"{path} holds a run {' and '.join(wrong)}: use another --workdir")
+    return old
+
+
+def _old_config(path: Path) -> dict[str, Any] | None:
+    """The config of the run in a directory; its checkpoints have a copy."""
+    file = path / "config.json"
+    try:
+        return files.read_json(file) if file.exists() else checkpoint.newest_info(path)["config"]
+    except KeyError:
+        return None
+    except UserError as error:
+        known = "config" in checkpoint.newest_info(path)
+        advice = "delete it, as the checkpoints have a copy; or " if known else ""
+        raise UserError(f"{error}: {advice}use another --workdir") from error
+
+
+def _changed_fields(old: dict, new: dict, may_differ: Sequence[str]) -> list[str]:
+    old, new = (flatten_dict(x, sep=".", keep_empty_nodes=True) for x in (old, new))
+    return [
+        f"{name}: {old.get(name, 'absent')} -> {new.get(name, 'absent')}"
+        for name in sorted({*old, *new})
+        if old.get(name, ...) != new.get(name, ...)
+        and not any(f"{name}.".startswith(f"{prefix}.") for prefix in may_differ)
+    ]
+
+
+def _longer(old: str | list[str] | None, new: str | list[str]) -> str | list[str] | None:
+    """The longer of two lists of which one begins the other, or what both are; None otherwise."""
+    if isinstance(old, list) and isinstance(new, list):
+        shared = min(len(old), len(new))
+        return max(old, new, key=len) if old[:shared] == new[:shared] else None
+    return new if old is None or old == new else None
+
+
+def _where(old: Any, new: Any) -> str:
+    """Which entries of a list have changed."""
+    if not (isinstance(old, list) and isinstance(new, list)):
+        return ""
+    changed = [i for i, (a, b) in enumerate(zip(old, new, strict=False), 1) if a != b]
+    return f", number {changed[0]}" + (f" and {len(changed) - 1} more" if changed[1:] else "")
+
+
 def _trim_metrics(path: Path, last_step: float = math.inf) -> None:
-    """Drop the records of later steps, and a last line that was cut off when the run was killed."""
-    lines = read_bytes(path).decode(errors="replace").splitlines() if path.exists() else []
+    """Drops the records of later steps, and a last line that a killed run left unfinished."""
+    lines = files.read_bytes(path).decode(errors="replace").splitlines() if path.exists() else []
     kept = []
     for number, line in enumerate(lines, 1):
         try:
@@ -365,14 +308,8 @@ def _trim_metrics(path: Path, last_step: float = math.inf) -> None:
         if stays:
             kept.append(line + "\n")
     if lines:
-        write_text(path, "".join(kept))
+        files.write_text(path, "".join(kept))
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _plain(entry) for name, entry in value.items()}
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _json_data(config: ConfigDict) -> dict[str, Any]:
+    return json.loads(json.dumps(config.to_dict()))  # tuples become lists, as in config.json

@@ -226,7 +226,7 @@ def test_rewards_compare_with_the_model_itself_whatever_its_cache(model_dir):
         (dict(grpo__reward="most"), "grpo.reward = 'most' must be one of"),
         (
             dict(grpo__traces=3, grpo__traces_at_once=2),
-            "traces_at_once: 6 rows at once must divide",
+            "traces_at_once: micro-batches of 6 must divide",
         ),
         (dict(grpo__traces_at_once=1, grpo__epochs=2), "grpo.epochs must be 1 where a step is"),
         (dict(grpo__traces=64), "batch = 64 is larger than the 16 traces"),

@@ -246,7 +246,7 @@ def test_short_traces_are_skipped_and_counted(capsys):
         (dict(model="nowhere/at/all"), "nowhere/at/all"),
         (dict(data__path="gone.parquet", data__eval_path="gone.parquet"), "gone.parquet"),
         (dict(sft__warmup=6), "sft.warmup = 6 must be less than sft.steps = 6"),
-        (dict(sft__at_once=4), "sft.at_once: 4 rows at once must divide the batch of 2"),
+        (dict(sft__at_once=4), "sft.at_once: micro-batches of 4 must divide the batch of 2"),
         (dict(sft__batch=64), "batch = 64 is larger than the 16 traces"),
     ],
 )

@@ -288,7 +288,7 @@ def test_a_process_that_hangs_is_named(runs):
     assert len(hung) == 2
     for lines in waited:
         assert lines[2] == (
-            "the meeting: waited 1 s for process 1 of 2: see its log, then start all of them again"
+            "the meeting: waited 1 s for process 1 of 2: see its log, then restart all of them"
         )
 
 

@@ -80,7 +80,7 @@ def test_checkpoints_of_another_config_are_refused(tmp_path):
     run = rundir.open_run(tmp_path, make_config())
     run.save(1, {"w": np.ones(2)})
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"not the JSON .* delete it, as the checkpoints know"):
+    with pytest.raises(UserError, match=r"not JSON .* delete it, as the checkpoints have"):
         rundir.open_run(tmp_path, make_config())
     (tmp_path / "config.json").unlink()
     with pytest.raises(UserError, match=r"another config \(lr: 0.01 -> 0.02\): use another"):
@@ -132,11 +132,11 @@ def test_names_a_bad_line_and_a_bad_directory(tmp_path):
         (tmp_path / "metrics.jsonl").write_text(f'{{"step": 0}}\n{line}\n{{"step": 1}}\n')
         with pytest.raises(UserError, match=r"metrics\.jsonl, line 2 is not a record"):
             rundir.open_run(tmp_path, make_config())
-    with pytest.raises(UserError, match=r"cannot write run directory .*: Not a directory"):
+    with pytest.raises(UserError, match=r"cannot write .*config.json/run \(Not a directory\)"):
         rundir.open_run(tmp_path / "config.json" / "run", make_config())
     for text in ("", "{", "[1]", "3", "null"):
         (tmp_path / "config.json").write_text(text)
-        with pytest.raises(UserError, match=r"config\.json is not the JSON"):
+        with pytest.raises(UserError, match=r"config\.json: not "):
             rundir.open_run(tmp_path, make_config())
 
 
@@ -177,7 +177,7 @@ def test_small_files_that_are_not_text(tmp_path):
     assert commits == ["caf\\xe9", rundir.source_version()]
     for bad in (b"\xff\xfe{}", b"[" * 100_000, b"\x00"):
         (tmp_path / "config.json").write_bytes(bad)
-        with pytest.raises(UserError, match=r"config\.json is not the JSON of a config"):
+        with pytest.raises(UserError, match=r"config\.json: not "):
             rundir.open_run(tmp_path, make_config())
 
 
@@ -188,10 +188,10 @@ def test_files_that_are_no_files(tmp_path):
         path = tmp_path / f"{name}-{make.__name__}"
         path.mkdir()
         make(path / name)
-        with pytest.raises(UserError, match=rf"{name} can't be read \(not a regular file\): move"):
+        with pytest.raises(UserError, match=rf"{name}(:| can't be read).*not a regular file"):
             rundir.open_run(path, make_config())
         if name.endswith(".json"):
-            with pytest.raises(UserError, match=rf"{name} can't be read \(not a regular file\)"):
+            with pytest.raises(UserError, match=rf"{name}: not a regular file.*: use"):
                 rundir.check_run(path, make_config())
 
 
