@@ -1,7 +1,7 @@
-"""Checkpoints of a run: the only file that names Orbax.
+"""Checkpoints of a run; the only module that names Orbax.
 
 `<run_dir>/checkpoints/<step>/` holds `state/` (an Orbax checkpoint of host arrays, so it restores
-on any device layout), `info.json` and `sha256.json` (the checksum of every other file).
+to any device layout), `info.json` and `sha256.json` (the checksums of all other files).
 """
 
 import contextlib
@@ -38,75 +38,43 @@ class Checkpoint(NamedTuple):
 def save(
     run_dir: str | os.PathLike, step: int, state: Any, info: dict[str, Any], *, keep: int = 2
 ) -> None:
-    """Save `state` at `step`, all or nothing, and delete all but the newest `keep` checkpoints.
+    """Saves `state` at `step` atomically, and deletes all but the newest `keep` checkpoints.
 
-    Damaged checkpoints do not count among these; they go when they are older than the oldest kept.
-    Every process calls this with the same state; process 0 writes, the others wait for it.
+    Damaged checkpoints do not count; they go when they are older than the oldest kept. Every
+    process calls this with the same state; process 0 writes, the others wait.
 
     Args:
-      state: any pytree of non-empty arrays and numbers, the same on every device. PRNG keys go in
-        as their data (`jax.random.key_data`).
-      info: JSON data kept beside the state: `{"config": ...}`, the position in the data, ...
+      state: any pytree of non-empty arrays and numbers, the same on every device. PRNG keys are
+        saved as their data (`jax.random.key_data`).
+      info: JSON data, such as `{"config": ...}` or the position in the data.
 
     Raises:
-      UserError: the file system refused to write, say because the disk is full.
+      UserError: the file system refuses, for example because the disk is full.
     """
     if keep < 1:
         raise UserError(f"cannot keep {keep} checkpoints: keep at least 1")
-    wrong = None
-    if parallel.first():
-        try:
-            _write(run_dir, step, state, info, keep)
-        except UserError as error:
-            wrong = error
-    parallel.barrier(f"checkpoint of step {step} in {run_dir}")
-    if parallel.anywhere(wrong is not None):
-        raise wrong or UserError(f"process 0 can't save step {step} in {run_dir}: see its log")
+    what = f"save step {step} in {run_dir}"
+    parallel.on_first(lambda: _write(run_dir, step, state, info, keep), what)
 
 
 def _write(run_dir: str | os.PathLike, step: int, state: Any, info: dict, keep: int) -> None:
-    root = _root(run_dir)
-    temporary, final = root / f"{step}.tmp", root / str(step)
-    leaves = _flatten(state)
-    try:
-        _delete(root.glob("*.tmp"))  # what a killed save left
-        _ask_for_room(temporary, leaves)
-        with _quiet(), _checkpointer() as checkpointer:
-            checkpointer.save(temporary / "state", traverse_util.unflatten_dict(leaves))
-            checkpointer.wait_until_finished()
-        (temporary / "info.json").write_text(json.dumps(info, indent=1))
-        files = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
-        checksums = {str(path.relative_to(temporary)): _sha256(path) for path in files}
-        (temporary / "sha256.json").write_text(json.dumps(checksums, indent=1))
-        if final.exists():
-            final.rename(root / f"{step}.old.tmp")
-        temporary.rename(final)
-        intact = [old for old in _steps(run_dir) if old == step or not _damage(root / str(old))]
-        oldest = intact[-keep:][0]
-        outdated = [root / str(old) for old in _steps(run_dir) if old < oldest]
-        _delete([*root.glob("*.tmp"), *outdated])
-    except Exception as error:
-        reason = _refusal(error)
-        if reason is None:
-            raise
-        shutil.rmtree(temporary, ignore_errors=True)  # half a checkpoint takes room, too
-        before = latest_step(run_dir)
-        raise UserError(
-            f"checkpoint of step {step} can't be written to {root} ({reason}): make room or mend "
-            "that, and run the same command again; it goes on from "
-            + ("the start" if before is None else f"step {before}")
-        ) from error
-
-
-def _checkpointer() -> ocp.StandardCheckpointer:
-    """Of this process alone: a run's state is the same on all, and needs no one else."""
-    if jax.process_count() == 1:
-        return ocp.StandardCheckpointer()
-    index = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(
-        primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"process_{index}"
-    )
-    return ocp.StandardCheckpointer(multiprocessing_options=alone)
+    root, leaves = _root(run_dir), _flatten(state)
+    with files.writing(root):
+        _delete(root.glob("*.tmp"))  # of saves that were killed
+        with files.whole_directory(root / str(step)) as folder:
+            # Orbax writes some files around the arrays.
+            size = sum(x.nbytes for x in leaves.values()) + 4096 * (16 + len(leaves))
+            _check_space(folder / "space", size)
+            with _checkpointer() as checkpointer:
+                checkpointer.save(folder / "state", traverse_util.unflatten_dict(leaves))
+                checkpointer.wait_until_finished()
+            (folder / "info.json").write_text(json.dumps(info, indent=1))
+            written = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+            checksums = {str(path.relative_to(folder)): _sha256(path) for path in written}
+            (folder / "sha256.json").write_text(json.dumps(checksums, indent=1))
+        steps = _steps(run_dir)
+        intact = [old for old in steps if old == step or not _damage(root / str(old))]
+        _delete(root / str(old) for old in steps if old < intact[-keep:][0])
 
 
 def latest_step(run_dir: str | os.PathLike) -> int | None:
@@ -115,62 +83,61 @@ def latest_step(run_dir: str | os.PathLike) -> int | None:
 
 
 def newest_info(run_dir: str | os.PathLike) -> dict[str, Any]:
-    """The JSON data of the newest intact checkpoint; none if there is no such checkpoint."""
-    for step in reversed(_steps(run_dir)):
-        path = _root(run_dir) / str(step)
-        if not _damage(path):
-            return json.loads((path / "info.json").read_text())
-    return {}
+    """The JSON data of the newest intact checkpoint; empty if there is none."""
+    step, _ = _newest_intact(run_dir)
+    return {} if step < 0 else files.read_json(_root(run_dir) / str(step) / "info.json")
 
 
 def load(run_dir: str | os.PathLike, step: int | None = None) -> Checkpoint:
-    """Read the checkpoint of `step`, by default the newest, as it was saved.
+    """Reads the checkpoint of `step`, by default the newest, as it was saved.
 
-    Containers come back as nested dicts: the fields of a dataclass or NamedTuple under their names,
-    the entries of a list or tuple under "0", "1", ...
+    Containers become nested dicts: the fields of a dataclass or NamedTuple under their names, the
+    entries of a list or tuple under "0", "1", ...
 
     Raises:
-      UserError: there is no such checkpoint, or it is damaged. There is no falling back to an older
-        one: whoever asks for what a run has learned would get something else.
+      UserError: there is no such checkpoint, or it is damaged; an older one would be something
+        else than what was asked for.
     """
-    steps = _steps(run_dir)
+    root, steps = _root(run_dir), _steps(run_dir)
     if not steps:
-        raise _none(run_dir)
+        raise UserError(f"no checkpoint in {root}: give the --workdir of a run that has saved one")
     step = steps[-1] if step is None else step
     if step not in steps:
-        raise UserError(f"no checkpoint of step {step} in {_root(run_dir)}, only of {steps}")
-    path = _root(run_dir) / str(step)
+        raise UserError(f"no checkpoint of step {step} in {root}, only of {steps}")
+    path = root / str(step)
     if damage := _damage(path):
         raise UserError(
-            f"checkpoint {path} is damaged ({damage}): run the job that made it again, with the "
-            "same --workdir; it goes on from the newest that is intact"
+            f"checkpoint {path} is damaged ({damage}): rerun the job that made it with the same "
+            "--workdir, which resumes from the newest intact one"
         )
     try:
-        with _quiet(), _checkpointer() as checkpointer:
+        with _checkpointer() as checkpointer:
             state = checkpointer.restore(path / "state")
-    except Exception as error:  # whole, but nothing that Orbax wrote
+    except Exception as error:  # intact, but not written by Orbax
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"checkpoint {path} can't be read ({type(error).__name__}: {reason}): delete it"
         ) from error
-    return Checkpoint(step, state, json.loads((path / "info.json").read_text()))
+    return Checkpoint(step, state, files.read_json(path / "info.json"))
 
 
 def restore(run_dir: str | os.PathLike, target: Any, step: int | None = None) -> Checkpoint:
-    """Read the checkpoint of `step`, by default the newest intact, into the structure of `target`.
+    """Reads the checkpoint of `step`, by default the newest intact, into the structure of `target`.
 
-    Damaged checkpoints that are passed over are named in a line of warning each. Every process
-    calls this; process 0 decides which checkpoint it is.
+    Prints a warning for each damaged checkpoint that is skipped. Every process calls this; process
+    0 chooses the checkpoint.
 
     Args:
-      target: a pytree of arrays, `jax.ShapeDtypeStruct`s or Python numbers; only its structure,
-        shapes and dtypes matter. Where it holds a Python number, so does the result.
+      target: a pytree of arrays, `jax.ShapeDtypeStruct`s or Python numbers, of which the
+        structure, shapes and dtypes matter. Where it holds a Python number, so does the result.
 
     Raises:
       UserError: there is no such checkpoint, none is intact, or it differs from `target`; the
         message names the first leaf that does.
     """
-    step, state, info = load(run_dir, _newest_intact(run_dir) if step is None else step)
+    if step is None and latest_step(run_dir) is not None:
+        step = _choose(run_dir)
+    step, state, info = load(run_dir, step)
     saved = _flatten(state)
     paths_leaves, treedef = jax.tree.flatten_with_path(target)
     wanted = {_names(path): leaf for path, leaf in paths_leaves}
@@ -189,34 +156,28 @@ def restore(run_dir: str | os.PathLike, target: Any, step: int | None = None) ->
     return Checkpoint(step, jax.tree.unflatten(treedef, leaves), info)
 
 
-def _newest_intact(run_dir: str | os.PathLike) -> int:
-    """The newest step whose checkpoint is intact; names those that are not."""
-    found = -1
-    damaged = []
-    if parallel.first():
-        for step in reversed(_steps(run_dir)):
-            path = _root(run_dir) / str(step)
-            if not (damage := _damage(path)):
-                found = step
-                break
-            damaged.append(f"{path} is damaged ({damage})")
-        for line in damaged if found >= 0 else ():
-            print(f"warning: checkpoint {line}: going on from step {found}", flush=True)
-    found, damaged = parallel.share([[found, damaged]])[0]
+def _choose(run_dir: str | os.PathLike) -> int:
+    """The newest intact step, as process 0 finds it; warns of damaged ones."""
+    found, damaged = parallel.share([_newest_intact(run_dir)] if parallel.first() else [])[0]
     if found < 0:
-        if not _steps(run_dir):
-            raise _none(run_dir)
         raise UserError(
             f"no checkpoint in {_root(run_dir)} is intact ({'; '.join(damaged)}): delete this "
-            "folder to start anew, or use another --workdir"
+            "folder to start over, or use another --workdir"
         )
+    for line in damaged if parallel.first() else ():
+        print(f"warning: checkpoint {line}: resuming from step {found}", flush=True)
     return found
 
 
-def _none(run_dir: str | os.PathLike) -> UserError:
-    return UserError(
-        f"no checkpoint in {_root(run_dir)}: give the --workdir of a run that has saved one"
-    )
+def _newest_intact(run_dir: str | os.PathLike) -> tuple[int, list[str]]:
+    """The newest intact step, or -1; and what is wrong with newer ones."""
+    damaged = []
+    for step in reversed(_steps(run_dir)):
+        path = _root(run_dir) / str(step)
+        if not (damage := _damage(path)):
+            return step, damaged
+        damaged.append(f"{path} is damaged ({damage})")
+    return -1, damaged
 
 
 def _root(run_dir: str | os.PathLike) -> Path:
@@ -224,19 +185,19 @@ def _root(run_dir: str | os.PathLike) -> Path:
 
 
 def _steps(run_dir: str | os.PathLike) -> list[int]:
-    """Of the folders that `save` made: others, empty ones and files of such names are not ours."""
+    """Sorted steps of the folders that `save` made; anything else there is not ours."""
     root = _root(run_dir)
     found = root.glob("*") if root.is_dir() else ()
     found = [p for p in found if re.fullmatch("0|[1-9][0-9]*", p.name)]
     return sorted(int(p.name) for p in found if p.is_dir() and any(p.iterdir()))
 
 
-def _delete(folders: Iterable[Path]) -> None:
-    for folder in folders:
-        if folder.is_dir() and not folder.is_symlink():
-            shutil.rmtree(folder)
+def _delete(paths: Iterable[Path]) -> None:
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
         else:
-            folder.unlink()
+            path.unlink()
 
 
 def _names(path: tuple) -> tuple[str, ...]:
@@ -253,7 +214,7 @@ def _flatten(tree: Any) -> dict[tuple[str, ...], np.ndarray]:
 def _describe(leaf: Any) -> str:
     if leaf is None:
         return "absent"
-    # JAX holds Python numbers, which are saved in 64 bits, in 32.
+    # Python numbers are saved in 64 bits, where JAX has 32.
     return f"{jax.dtypes.canonicalize_dtype(jnp.result_type(leaf))}{list(np.shape(leaf))}"
 
 
@@ -262,85 +223,66 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _object(path: Path) -> dict:
-    """What a JSON file of a checkpoint holds."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path.name}: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path.name}: not a JSON object")
-    return found
-
-
 def _damage(path: Path) -> str:
-    """What is wrong with a checkpoint; empty if it is intact."""
-    # Orbax notices some damage but not a flipped bit in an array, so every file is compared with
-    # its checksum before Orbax reads any. A pipe or a device would never end.
+    """What is wrong with a checkpoint; empty if it is intact.
+
+    Orbax does not notice a flipped bit in an array, so checksums are compared before it reads.
+    """
     try:
-        odd = [x for x in path.rglob("*") if not x.is_file() and not x.is_dir()]
-        if odd:
-            return f"{odd[0].relative_to(path)}: not a regular file"
-        checksums = _object(path / "sha256.json")
-        outside = [x for x in checksums if ".." in Path(x).parts or Path(x).is_absolute()]
-        if outside:
-            return f"sha256.json names {outside[0]!r}, which is outside"
+        for file in path.rglob("*"):  # a pipe or a device would never end
+            if not file.is_file() and not file.is_dir():
+                return f"{file.relative_to(path)}: not a regular file"
+        checksums = files.read_json(path / "sha256.json")
         if "info.json" not in checksums:
             return "sha256.json does not name info.json"
-        absent = [name for name in checksums if not (path / name).is_file()]
-        if absent:
-            return f"{', '.join(absent)}: No such file"
-        names = [name for name, sha in checksums.items() if _sha256(path / name) != sha]
-        if not names:
-            _object(path / "info.json")
-    except OSError as error:
-        missing = Path(error.filename or path)
-        name = missing.relative_to(path) if missing.is_relative_to(path) else missing
-        return f"{name}: {error.strerror or error}"
-    except (ValueError, RecursionError) as error:
-        return " ".join(str(error).split())
-    return f"{', '.join(names)}: not what was written" if names else ""
+        for name, sha in checksums.items():
+            if ".." in Path(name).parts or Path(name).is_absolute():
+                return f"sha256.json names {name!r}, which is outside"
+            if not (path / name).is_file():
+                return f"{name!r}: no such file"
+            if _sha256(path / name) != sha:
+                return f"{name}: not what was written"
+        files.read_json(path / "info.json")
+    except (UserError, OSError) as error:
+        return str(error)
+    return ""
 
 
-def _ask_for_room(folder: Path, leaves: dict[tuple[str, ...], np.ndarray]) -> None:
-    """Makes the folder, and sure that these arrays fit on its disk, and into one file.
-
-    Orbax notices that, too, but late.
-
-    Raises:
-      OSError: they don't.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    if not hasattr(os, "posix_fallocate"):
-        return
-    files = 4096 * (16 + len(leaves))  # what Orbax writes around the arrays
-    with (folder / "room").open("wb") as file:
-        try:
-            os.posix_fallocate(file.fileno(), 0, sum(x.nbytes for x in leaves.values()) + files)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise
-    (folder / "room").unlink()
+def _check_space(path: Path, size: int) -> None:
+    """Raises OSError if a file of `size` bytes does not fit on the disk: Orbax notices late."""
+    if hasattr(os, "posix_fallocate"):
+        with path.open("wb") as file:
+            try:
+                os.posix_fallocate(file.fileno(), 0, size)
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                    raise
+        path.unlink()
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps Orbax from logging, in hundreds of lines, what it raises anyway."""
+def _checkpointer() -> Iterator[ocp.StandardCheckpointer]:
+    """Orbax for this process alone: a run's state is the same on all.
+
+    What it raises it does not log, too, in hundreds of lines; an error of the file system is
+    raised as such.
+    """
 
     def is_minor(record):
         return record.levelno < logging.ERROR
 
+    index = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"process_{index}"
+    )
     logger = logging.getLogger("absl")
     logger.addFilter(is_minor)
     try:
-        yield
+        with ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer:
+            yield checkpointer
+    except Exception as error:
+        if code := re.search(r"os_error_code='(\d+)'", str(error)):
+            raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
+        raise
     finally:
         logger.removeFilter(is_minor)
-
-
-def _refusal(error: Exception) -> str | None:
-    """What the file system said, if it was the file system; Orbax wraps it in errors of its own."""
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    code = re.search(r"os_error_code='(\d+)'", str(error))
-    return os.strerror(int(code[1])) if code else None

@@ -266,7 +266,7 @@ def test_a_damaged_checkpoint_costs_its_steps_only(model_dir, finished, finished
     files = (finished_copy / "checkpoints" / "6" / "state").rglob("*")
     largest = max((f for f in files if f.is_file()), key=lambda f: f.stat().st_size)
     os.truncate(largest, largest.stat().st_size // 2)
-    with pytest.raises(UserError, match=r"checkpoints/6 is damaged .* run the job that made it"):
+    with pytest.raises(UserError, match=r"checkpoints/6 is damaged .* rerun the job that made it"):
         fkv.load_scorer(finished_copy)
     sft.run(uneven(model_dir), str(finished_copy))
     said = capsys.readouterr().out

@@ -140,8 +140,8 @@ def test_a_disk_without_room(tmp_path, monkeypatch, where, caplog):
     state = {"x": np.random.default_rng(0).random(40_000)}
     reason = "File too large" if where in ("arrays", "limit") else "No space left on device"
     refused = (
-        f"checkpoint of step 2 can't be written to {tmp_path}/checkpoints ({reason}): make room or "
-        "mend that, and run the same command again; it goes on from step 1"
+        f"cannot write {tmp_path}/checkpoints/2 ({reason}): free disk space or fix the cause, and "
+        "rerun the same command"
     )
     with monkeypatch.context() as patch, contextlib.ExitStack() as limits:
         if where == "arrays":  # where the file system can't be asked before
@@ -197,7 +197,7 @@ def test_finds_damage_in_any_file(saved, tmp_path):
     shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
     files = [p for p in (tmp_path / "checkpoints/10").rglob("*") if p.is_file()]
     assert {"info.json", "sha256.json", "manifest.ocdbt"} <= {p.name for p in files}
-    message = f"checkpoint {tmp_path}/checkpoints/10 is damaged .*: run the job that made it again"
+    message = f"checkpoint {tmp_path}/checkpoints/10 is damaged .*: rerun the job that made it"
     for path in files:
         sound = path.read_bytes()
         for damaged in damage_cases(path):
@@ -232,7 +232,7 @@ def cut_short(folder: Path) -> None:
     [
         (flip_a_bit, "/d/.*: not what was written"),
         (cut_short, "/d/.*: not what was written"),
-        (lambda folder: (folder / "sha256.json").unlink(), "sha256.json: No such file"),
+        (lambda folder: (folder / "sha256.json").unlink(), "sha256.json: no such file"),
     ],
 )
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys, damage, told):
@@ -244,7 +244,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys, damage, told):
     assert (step, info, state["x"].tolist()) == (4, {"at": 4}, [0, 1, 2, 3])
     (warning,) = capsys.readouterr().out.splitlines()
     assert re.fullmatch(
-        rf"warning: checkpoint {root}/6 is damaged \(.*{told}.*\): going on from step 4", warning
+        rf"warning: checkpoint {root}/6 is damaged \(.*{told}.*\): resuming from step 4", warning
     )
     # What was asked for, by the number of its step or for use, is not silently another one.
     for call in (lambda: checkpoint.restore(tmp_path, {}, 6), lambda: checkpoint.load(tmp_path)):
@@ -296,16 +296,16 @@ def odd_file(make, name="odd"):
         (rewritten(lambda c: c | {"/dev/zero": "a"}), "names '/dev/zero', which is outside"),
         (rewritten(lambda c: c | {"../../x": "a"}), "names '../../x', which is outside"),
         (rewritten(lambda c: c | {"state/../../x": "a"}), "which is outside"),
-        (rewritten(lambda c: c | {"state": "a"}), "state: No such file"),
-        (rewritten(lambda c: c | {"a\0b": "a"}), "No such file"),
+        (rewritten(lambda c: c | {"state": "a"}), "'state': no such file"),
+        (rewritten(lambda c: c | {"a\0b": "a"}), "no such file"),
         (rewritten(lambda c: c | {"x" * 300: "a"}), "File name too long"),
         (rewritten(lambda c: c | {"info.json": None}), "info.json: not what was written"),
         (rewritten(lambda c: {k: v for k, v in c.items() if k != "info.json"}), "does not name"),
         (rewritten(lambda c: {}), "does not name info.json"),
         (rewritten(lambda c: [["info.json", "a"]]), "sha256.json: not a JSON object"),
         (rewritten(lambda c: None), "sha256.json: not a JSON object"),
-        (rewritten(lambda c: "[" * 100_000), "sha256.json: maximum recursion"),
-        (rewritten(lambda c: "{"), "sha256.json: Expecting"),
+        (rewritten(lambda c: "[" * 100_000), "sha256.json: not JSON (maximum recursion"),
+        (rewritten(lambda c: "{"), "sha256.json: not JSON (Expecting"),
         (odd_file(os.mkfifo), "odd: not a regular file"),
         (odd_file(os.mkfifo, "sha256.json"), "sha256.json: not a regular file"),
         (odd_file(os.mkfifo, "info.json"), "info.json: not a regular file"),
@@ -313,7 +313,7 @@ def odd_file(make, name="odd"):
         (odd_file(lambda path: path.symlink_to("nowhere")), "odd: not a regular file"),
         (odd_file(lambda path: path.write_bytes(b"\xff"), "sha256.json"), "can't decode byte"),
         (info_of("[]"), "info.json: not a JSON object"),
-        (info_of("["), "info.json: Expecting value"),
+        (info_of("["), "info.json: not JSON (Expecting value"),
     ],
 )
 def test_only_files_of_the_checkpoint_are_read(tmp_path, damage, told):
