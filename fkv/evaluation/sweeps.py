@@ -1,4 +1,4 @@
-"""What came out of a sweep: every figure, and a summary over the points of each group."""
+"""Results of a sweep: every figure, and a summary over the points of each group."""
 
 import csv
 import io
@@ -14,33 +14,30 @@ from fkv.errors import UserError
 from fkv.evaluation import plots, tables
 from fkv.runs.sweep import DONE, Point, is_done
 
-FIGURES = {  # file of a run directory: columns of it
+FIGURES = {  # file of a run directory: its columns
     "loss_ratio.csv": ("ratio", "ratio_low", "added_low", "overlap"),
     "accuracy.csv": ("pass_at_1",),
 }
+_CELL = ("group", "policy", "budget", "figure")
 
 
 def collect(points: Sequence[Point], root: str | os.PathLike) -> list[dict[str, Any]]:
-    """All figures of the points that are done: a row for each point, policy, budget and figure."""
+    """All figures of the finished points: a row per point, policy, budget and figure."""
     rows = []
     for point in points:
         path = files.expand(root) / point.name
-        if not is_done(path, point):
-            continue
-        about = {"point": point.name, "group": point.group or point.name}
-        for file, figures in FIGURES.items():
-            if (path / file).exists():
-                rows += [{**about, **row} for row in _figures(path / file, figures)]
+        if is_done(path, point):
+            about = {"point": point.name, "group": point.group or point.name}
+            for file, figures in FIGURES.items():
+                if (path / file).exists():
+                    rows += [{**about, **row} for row in _figures(path / file, figures)]
     return rows
 
 
 def _figures(path: Path, figures: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The figures of one table."""
-
     def refuse(reason):
         return UserError(
-            f"{path} is damaged ({reason}): delete it and {DONE} beside it, and run the sweep "
-            "again, which writes both"
+            f"{path} is damaged ({reason}): delete it and {DONE} beside it, and rerun the sweep"
         )
 
     try:
@@ -49,13 +46,11 @@ def _figures(path: Path, figures: Sequence[str]) -> Iterator[dict[str, Any]]:
         raise refuse(error) from error
     if not text.endswith("\n"):
         raise refuse("cut off" if text else "empty")
-    lines = csv.DictReader(io.StringIO(text, newline=""))
+    lines, number = csv.DictReader(io.StringIO(text, newline="")), None
     try:
-        if missing := [
-            n for n in ("policy", "budget", *figures) if n not in (lines.fieldnames or ())
-        ]:
+        known = lines.fieldnames or ()
+        if missing := [name for name in ("policy", "budget", *figures) if name not in known]:
             raise refuse(f"no column {missing[0]!r}")
-        number = None
         for number, line in enumerate(lines, 1):
             if None in line or None in line.values():
                 raise refuse(f"row {number} has not as many fields as there are columns")
@@ -69,47 +64,35 @@ def _figures(path: Path, figures: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 
 def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Mean over the points of a group, and its standard error where there are several."""
+    """Mean over the points of a group, and its standard error; nan for one point."""
     cells: dict[tuple, list[float]] = {}
     for row in rows:
-        key = tuple(row[name] for name in ("group", "policy", "budget", "figure"))
-        cells.setdefault(key, []).append(row["value"])
+        cells.setdefault(tuple(row[name] for name in _CELL), []).append(row["value"])
     found = []
-    for (group, policy, budget, figure), values in cells.items():
+    for cell, values in cells.items():
         n = len(values)
-        found.append(
-            {
-                "group": group,
-                "policy": policy,
-                "budget": budget,
-                "figure": figure,
-                "points": n,
-                "mean": float(np.mean(values)),
-                "se": float(np.std(values, ddof=1) / n**0.5) if n > 1 else float("nan"),
-            }
-        )
+        error = float(np.std(values, ddof=1) / n**0.5) if n > 1 else float("nan")
+        row = dict(zip(_CELL, cell, strict=True))
+        found.append({**row, "points": n, "mean": float(np.mean(values)), "se": error})
     return found
 
 
 def table(summary: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows: a row for each group, policy and budget, a column for each figure."""
+    """Head and rows: a row per group, policy and budget, a column per figure."""
     figures = list(dict.fromkeys(row["figure"] for row in summary))
     lines: dict[tuple, dict[str, str]] = {}
     for row in summary:
         key = (row["group"], row["policy"], str(row["budget"]), str(row["points"]))
         error = "" if np.isnan(row["se"]) else f" ± {row['se']:.3f}"
-        lines.setdefault(key, {})[row["figure"]] = (
-            "" if np.isnan(row["mean"]) else f"{row['mean']:.3f}{error}"
-        )
-    head = ["group", "policy", "budget", "points", *figures]
-    return head, [
-        [*key, *(cells.get(name, "") for name in figures)] for key, cells in lines.items()
-    ]
+        text = "" if np.isnan(row["mean"]) else f"{row['mean']:.3f}{error}"
+        lines.setdefault(key, {})[row["figure"]] = text
+    body = [[*key, *(cells.get(name, "") for name in figures)] for key, cells in lines.items()]
+    return ["group", "policy", "budget", "points", *figures], body
 
 
 def write_summary(points: Sequence[Point], root: str | os.PathLike) -> str:
     """Writes `results.csv` (every figure), `summary.csv`, `summary.txt`, `summary.md` and
-    `summary.png`; returns the table as text, and where it is."""
+    `summary.png`; returns the table as text, and its place."""
     root = files.expand(root)
     rows = collect(points, root)
     if not rows:

@@ -1,22 +1,21 @@
-"""A sweep on TPU pods: what to submit, as `xpk` commands, as Kubernetes manifests, or for `gcloud`.
+"""Sweeps on TPU pods: as `xpk` commands, as Kubernetes manifests, or for `gcloud`.
 
-Nothing here talks to a cluster but `submit`, which runs xpk (Google's tool for GKE clusters).
-Points that need each other go into one workload, which works them off as `launch.sweep` does on a
-laptop; workloads run at the same time. A workload has the clone in `/fkv` of its image and the
-bucket mounted at `/fkv/runs`, so that paths mean the same there as here.
+Only `submit` talks to a cluster: it runs xpk, Google's tool for GKE. Points that depend on each
+other form one workload, which runs them in order as `launch.sweep` does on a laptop; workloads run
+in parallel. A workload has the clone in `/fkv` of its image and the bucket mounted at `/fkv/runs`,
+so paths are the same there as here.
 """
 
 import dataclasses
 import hashlib
+import json
 import re
 import shlex
+import string
 import subprocess
 import unicodedata
 from collections.abc import Sequence
-from pathlib import PurePosixPath
-from typing import Any
-
-import yaml
+from pathlib import Path, PurePosixPath
 
 from fkv.errors import UserError
 from fkv.runs import sweep
@@ -26,26 +25,26 @@ RUNS = "runs"
 TOPOLOGIES = {  # chips of a slice
     1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16",
 }  # fmt: skip
-FAMILIES = {  # what GKE calls the chip, the runtime of its TPU VMs, the smallest slice for xpk
+FAMILIES = {  # GKE's name of the chip, the runtime of its TPU VMs, the smallest slice for xpk
     "v5litepod": ("tpu-v5-lite-podslice", "v2-alpha-tpuv5-lite", 8),
     "v6e": ("tpu-v6e-slice", "v2-alpha-tpuv6e", 1),
 }
-RESTARTS = 3  # of a workload whose machines were taken away: it goes on where it stopped
-RESTART_ON = (42, *range(127, 256))  # exit codes, as xpk has them
+RESTARTS = 3  # of a preempted workload, which resumes
+RESTART_ON = (42, *range(127, 256))  # exit codes, as in xpk
 LONGEST = 40  # name that xpk takes
 
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """Where to run; an empty project or zone is what `gcloud config` says.
+    """Where to run; an empty project or zone is that of `gcloud config`.
 
     Attributes:
       tpu_type: of a slice, named by its chips: `v5litepod-16` (v5e), `v6e-4`.
       image: Docker image with the clone in /fkv.
-      bucket: of Cloud Storage, mounted at /fkv/runs; empty if `--workdir` lies on a disk that all
-        pods have.
+      bucket: of Cloud Storage, mounted at /fkv/runs; empty if `--workdir` is on a disk that all
+        pods share.
       name: of the GKE cluster, for xpk.
-      slices: of each workload.
+      slices: per workload.
     """
 
     tpu_type: str
@@ -66,25 +65,22 @@ class Cluster:
 
     @property
     def machines(self) -> int:
-        """Of a slice in GKE, four chips each; each runs a process."""
+        """Machines of a slice in GKE, four chips each; each runs a process."""
         return max(1, self.chips // 4)
 
     def where(self) -> list[str]:
-        """Options of xpk and gcloud alike."""
-        return [
-            f"--{name}={value}"
-            for name, value in (("project", self.project), ("zone", self.zone))
-            if value
-        ]
+        """Options of both xpk and gcloud."""
+        found = {"project": self.project, "zone": self.zone}
+        return [f"--{name}={value}" for name, value in found.items() if value]
 
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """Points that one slice, or several together, work off one after the other.
+    """Points that one slice, or several together, run one after the other.
 
     Attributes:
       name: unique in a cluster, and the same whenever the sweep is submitted again.
-      arguments: to run in /fkv.
+      arguments: the command line, to run in /fkv.
     """
 
     name: str
@@ -93,7 +89,7 @@ class Workload:
 
     @property
     def command(self) -> str:
-        """For a shell that is somewhere else."""
+        """For a shell in any directory."""
         return f"cd {HOME} && exec {shlex.join(self.arguments)}"  # signals are for Python
 
 
@@ -136,27 +132,23 @@ def check(cluster: Cluster, backend: str, root: str) -> None:
             )
     elif not path.is_absolute():
         raise UserError(
-            f"--backend={backend} needs --bucket, or a --workdir=/on/a/disk that all pods have: "
-            "what they write elsewhere is lost with them"
+            f"--backend={backend} needs --bucket, or a --workdir=/on/a/disk that all pods share: "
+            "anything written elsewhere is lost with them"
         )
 
 
 def _is_control(char: str) -> bool:
-    """Whether it may break a line, which ends a comment, or is none that YAML may hold."""
-    # Control, surrogate, line and paragraph separator; what is no character at all.
+    """Whether it may break a line, which ends a comment, or is not allowed in YAML."""
     return unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") or char in "\ufffe\uffff"
 
 
 def _check_printable(name: str, value: str) -> None:
     if found := next(filter(_is_control, value), None):
-        raise UserError(
-            f"{name}={value!a} has a control character ({found!a}): there can be none in what is "
-            "submitted"
-        )
+        raise UserError(f"{name}={value!a} has a control character ({found!a}): remove it")
 
 
 def _comment(text: str) -> str:
-    """The text as one line of a comment, its control characters as Python writes them."""
+    """The text as one line of a comment, with control characters escaped."""
     return "# " + "".join(ascii(char)[1:-1] if _is_control(char) else char for char in text)
 
 
@@ -164,7 +156,7 @@ def _comment(text: str) -> str:
 
 
 def chains(points: Sequence[sweep.Point]) -> list[list[sweep.Point]]:
-    """Points that need each other, directly or not, together; the order within stays."""
+    """Groups of points that depend on each other, directly or not; order is kept."""
     groups: list[list[sweep.Point]] = []
     for point in points:
         needs = set(point.needs())
@@ -179,18 +171,17 @@ def chains(points: Sequence[sweep.Point]) -> list[list[sweep.Point]]:
 def workloads(
     points: Sequence[sweep.Point], root: str, common: Sequence[str], label: str, bucket: str = ""
 ) -> list[Workload]:
-    """One workload a chain.
+    """One workload per chain of points.
 
     Args:
       points: as `sweep.check` returns them.
-      root: directory of the sweep, there.
-      common: options of `launch.sweep` for all points, `--config=...` among them.
+      root: directory of the sweep, on the pods.
+      common: options of `launch.sweep` for all points, with `--config=...`.
       label: of the sweep, such as its config's name.
-      bucket: tells sweeps in different buckets from each other.
+      bucket: distinguishes sweeps in different buckets.
 
     Raises:
-      UserError: an option has a line break, which xpk does not survive, or another control
-        character.
+      UserError: an option has a control character, such as a line break, which breaks xpk.
     """
     found = []
     for chain in chains(points):
@@ -209,22 +200,26 @@ def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
+def _described(workload: Workload, root: str, common: Sequence[str]) -> list[str]:
+    commands = [_comment(f"  {point.command(root, common)}") for point in workload.points]
+    return [f"# {workload.name} runs:", *commands]
+
+
 # ---- xpk, on GKE
 
 
 def attach_command(cluster: Cluster) -> list[str]:
-    """Makes the bucket known to the cluster, once and for all."""
+    """Attaches the bucket to the cluster, once and for all."""
     return [
         *("xpk", "storage", "attach", _slug(cluster.bucket), f"--cluster={cluster.name}"),
         *cluster.where(),
         *("--type=gcsfuse", f"--bucket={cluster.bucket}", f"--mount-point={HOME / RUNS}"),
-        # The size is a formality; a bucket has none.
-        *("--auto-mount=false", "--readonly=false", "--size=100"),
+        *("--auto-mount=false", "--readonly=false", "--size=100"),  # a bucket has no size
     ]
 
 
 def xpk_command(workload: Workload, cluster: Cluster) -> list[str]:
-    """`xpk workload create`, as xpk 1.16 takes it."""
+    """`xpk workload create`, as of xpk 1.16."""
     return [
         *("xpk", "workload", "create", f"--workload={workload.name}", f"--cluster={cluster.name}"),
         *cluster.where(),
@@ -235,150 +230,43 @@ def xpk_command(workload: Workload, cluster: Cluster) -> list[str]:
     ]
 
 
-def manifest(workload: Workload, cluster: Cluster) -> dict[str, Any]:
-    """The JobSet that this command makes; xpk's own is what counts."""
-    accelerator, _, _ = FAMILIES[cluster.family]
-    label = {"xpk.google.com/workload": workload.name}
-    mounts = [{"name": "dshm-2", "mountPath": "/dev/shm"}]
-    volumes: list[dict] = [{"name": "dshm-2", "emptyDir": {"medium": "Memory"}}]
-    pod_metadata: dict[str, Any] = {"labels": label}
-    pod: dict[str, Any] = {}
-    if cluster.bucket:
-        storage = _slug(cluster.bucket)
-        claim = {"claimName": f"{storage}-pvc", "readOnly": False}
-        volumes.append({"name": f"{storage}-pv", "persistentVolumeClaim": claim})
-        mounts.append({"name": f"{storage}-pv", "mountPath": str(HOME / RUNS), "readOnly": False})
-        limits = {f"gke-gcsfuse/{x}-limit": "0" for x in ("cpu", "memory", "ephemeral-storage")}
-        pod_metadata["annotations"] = {"gke-gcsfuse/volumes": "true", **limits}
-        pod["serviceAccountName"] = "xpk-sa"
-    container = {
-        "name": "jax-tpu",
-        "image": cluster.image,
-        "securityContext": {"privileged": True},
-        "command": ["bash", "-c", _Block(_SCRIPT.replace("COMMAND", workload.command))],
-        "resources": {"limits": {"google.com/tpu": cluster.chips // cluster.machines}},
-        "volumeMounts": mounts,
-    }
-    pod |= {
-        "schedulerName": "default-scheduler",
-        "restartPolicy": "Never",
-        "nodeSelector": {
-            "cloud.google.com/gke-tpu-accelerator": accelerator,
-            "cloud.google.com/gke-tpu-topology": TOPOLOGIES[cluster.chips],
-        },
-        "priorityClassName": "medium",
-        "hostNetwork": True,
-        "dnsPolicy": "ClusterFirstWithHostNet",
-        "terminationGracePeriodSeconds": 30,
-        "containers": [container],
-        "tolerations": [{"operator": "Exists", "key": "google.com/tpu"}],
-        "volumes": volumes,
-    }
-    # A job that failed for good ends the workload; one whose machine went away starts again.
-    fatal = {
-        "action": "FailJob",
-        "onPodConditions": [],
-        "onExitCodes": {
-            "containerName": "jax-tpu",
-            "operator": "NotIn",
-            "values": _Row(RESTART_ON),
-        },
-    }
-    rule = {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
-    return {
-        "apiVersion": "jobset.x-k8s.io/v1alpha2",
-        "kind": "JobSet",
-        "metadata": {
-            "name": workload.name,
-            "labels": {"kueue.x-k8s.io/queue-name": "multislice-queue", **label},
-            "annotations": {
-                "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"
-            },
-        },
-        "spec": {
-            "ttlSecondsAfterFinished": 12 * 3600,
-            "failurePolicy": {"rules": [rule], "maxRestarts": RESTARTS},
-            "replicatedJobs": [
-                {
-                    "name": "slice-job",
-                    "replicas": cluster.slices,
-                    "template": {
-                        "spec": {
-                            "parallelism": cluster.machines,
-                            "completions": cluster.machines,
-                            "backoffLimit": 0,
-                            "podFailurePolicy": {"rules": [fatal]},
-                            "template": {"metadata": pod_metadata, "spec": pod},
-                        }
-                    },
-                }
-            ],
-        },
-    }
-
-
-# What xpk wraps a command in: it passes signals on, and the exit code.
-_SCRIPT = """\
-echo XPK Start: $(date);
-_sigterm() (kill -SIGTERM $! 2>/dev/null;);
-trap _sigterm SIGTERM;
-(COMMAND) & PID=$!;
-while kill -0 $PID 2>/dev/null;
-    do sleep 5;
-done;
-wait $PID;
-EXIT_CODE=$?;
-echo XPK End: $(date);
-echo EXIT_CODE=$EXIT_CODE;
-exit $EXIT_CODE
-"""
-
-
-class _Block(str):
-    """Text that YAML shows as it is."""
-
-
-class _Row(list):
-    """Numbers that YAML shows side by side."""
-
-
-class _Dumper(yaml.SafeDumper):
-    def ignore_aliases(self, data):
-        return True
-
-
-_Dumper.add_representer(
-    _Block, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|")
-)
-_Dumper.add_representer(
-    _Row,
-    lambda dumper, row: dumper.represent_sequence("tag:yaml.org,2002:seq", row, flow_style=True),
-)
+def manifest(workload: Workload, cluster: Cluster) -> str:
+    """The JobSet that this command creates, as YAML; xpk's own is authoritative."""
+    text = Path(__file__).with_name("jobset.yaml").read_text(encoding="utf-8")
+    lines = [line.partition("  # bucket") for line in text.splitlines()[1:]]
+    text = "\n".join(line for line, mark, _ in lines if cluster.bucket or not mark)
+    return string.Template(text).safe_substitute(
+        name=workload.name,
+        command=workload.command,
+        image=json.dumps(cluster.image, ensure_ascii=False),
+        slices=cluster.slices,
+        machines=cluster.machines,
+        chips=cluster.chips // cluster.machines,
+        accelerator=FAMILIES[cluster.family][0],
+        topology=TOPOLOGIES[cluster.chips],
+        storage=_slug(cluster.bucket),
+        mount=HOME / RUNS,
+        restarts=RESTARTS,
+        restart_on=list(RESTART_ON),
+    )
 
 
 def render(found: Sequence[Workload], root: str, common: Sequence[str], cluster: Cluster) -> str:
-    """Everything for xpk as one YAML stream: the manifests, and in comments the commands."""
+    """Everything for xpk as one YAML stream: the manifests, with the commands as comments."""
     lines = [_comment(f"directory of the sweep: {root}")]
     if cluster.bucket:
         lines += ["# once for the cluster:", _comment(shlex.join(attach_command(cluster)))]
     for workload in found:
         lines += ["---", _comment(shlex.join(xpk_command(workload, cluster)))]
-        lines += _what_runs(workload, root, common)
-        document = manifest(workload, cluster)
-        lines.append(yaml.dump(document, Dumper=_Dumper, sort_keys=False, width=1000).rstrip())
+        lines += [*_described(workload, root, common), manifest(workload, cluster)]
     return "\n".join(lines)
-
-
-def _what_runs(workload, root, common):
-    commands = [_comment(f"  {point.command(root, common)}") for point in workload.points]
-    return [f"# {workload.name} runs:", *commands]
 
 
 def submit(found: Sequence[Workload], cluster: Cluster) -> None:
     """Runs `xpk workload create` for every workload; xpk asks before it replaces one.
 
     Raises:
-      UserError: xpk is missing, or refused; workloads before that one are submitted.
+      UserError: xpk is missing, or failed; the workloads before that one are submitted.
     """
     for i, workload in enumerate(found):
         print(f"[{i + 1}/{len(found)}] {workload.name}", flush=True)
@@ -391,7 +279,7 @@ def submit(found: Sequence[Workload], cluster: Cluster) -> None:
             ) from None
         if code:
             raise UserError(
-                f"xpk ended with code {code} at workload {workload.name}: see above; "
+                f"xpk exited with code {code} at workload {workload.name}: see above; "
                 f"{i} of {len(found)} are submitted"
             )
 
@@ -402,7 +290,6 @@ def submit(found: Sequence[Workload], cluster: Cluster) -> None:
 def gcloud_commands(workload: Workload, cluster: Cluster, root: str) -> list[list[str]]:
     """Creates a TPU VM, starts the workload on all its machines, follows it and deletes the VM."""
     tpu = ["gcloud", "compute", "tpus", "tpu-vm"]
-    _, runtime, _ = FAMILIES[cluster.family]
 
     def on(worker, command):
         options = [*cluster.where(), f"--worker={worker}", f"--command={command}"]
@@ -419,7 +306,8 @@ def gcloud_commands(workload: Workload, cluster: Cluster, root: str) -> list[lis
     return [
         [
             *(*tpu, "create", workload.name, *cluster.where()),
-            *(f"--accelerator-type={cluster.tpu_type}", f"--version={runtime}"),
+            f"--accelerator-type={cluster.tpu_type}",
+            f"--version={FAMILIES[cluster.family][1]}",
             "--scopes=https://www.googleapis.com/auth/cloud-platform",
         ],
         *([on("all", _MOUNT.replace("BUCKET", cluster.bucket))] if cluster.bucket else []),
@@ -444,13 +332,13 @@ _MOUNT = (
 def render_gcloud(
     found: Sequence[Workload], root: str, common: Sequence[str], cluster: Cluster
 ) -> str:
-    """The same for TPU VMs, as a shell script; the VM is deleted whatever became of it."""
+    """The same for TPU VMs, as a shell script that deletes each VM whatever happens."""
     lines = [
         _comment(f"directory of the sweep: {root}"),
-        "# Where `create` finds no machine, `gcloud compute tpus queued-resources create` waits",
-        "# for one: its options are --node-id, --accelerator-type and --runtime-version.",
+        "# If `create` finds no machine, `gcloud compute tpus queued-resources create` waits for",
+        "# one: its options are --node-id, --accelerator-type and --runtime-version.",
     ]
     for workload in found:
         *commands, delete = map(shlex.join, gcloud_commands(workload, cluster, root))
-        lines += ["", *_what_runs(workload, root, common), " &&\n".join(commands), delete]
+        lines += ["", *_described(workload, root, common), " &&\n".join(commands), delete]
     return "\n".join(lines)

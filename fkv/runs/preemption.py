@@ -1,7 +1,7 @@
-"""Ending well when asked to: a signal is noted, and heeded where work can be saved.
+"""Preemption: a signal is noted, and obeyed where work can be saved.
 
-Schedulers (Slurm, Kubernetes, spot machines) send SIGTERM some seconds before they kill, Ctrl-C is
-SIGINT, and a terminal or an ssh connection that goes away sends SIGHUP.
+Schedulers (Slurm, Kubernetes, spot machines) send SIGTERM some seconds before they kill, Ctrl-C
+sends SIGINT, and a terminal or an ssh connection that closes sends SIGHUP.
 """
 
 import contextlib
@@ -17,8 +17,8 @@ ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 class Preempted(SystemExit):
     """A job ended early, with everything saved; the process exits with code 143 for SIGTERM.
 
-    That is what a process ended by the signal has in a shell, and not 0: a scheduler must not take
-    the job for done, but start it again.
+    This is what a shell reports for a process killed by the signal. With 0 a scheduler would take
+    the job for done, and not start it again.
     """
 
     def __init__(self, message: str):
@@ -29,11 +29,11 @@ class Preempted(SystemExit):
 
 @contextlib.contextmanager
 def noticed() -> Iterator[Callable[[], bool]]:
-    """Notes the signals that ask to end; yields what says whether one has come to this process.
+    """Notes the signals above; yields a function that says whether one came to this process.
 
-    A second Ctrl-C within ends the process at once. Signals that the process was started to ignore,
-    as by `nohup`, stay ignored. Outside the main thread, where Python takes no signals, none comes.
-    A signal that nobody heeded within, since the work came to its end, is raised again afterwards.
+    A second Ctrl-C ends the process at once. Signals that the process was started to ignore, as by
+    `nohup`, stay ignored, and so do all outside the main thread. A signal that the work did not
+    obey before its end is raised again afterwards.
     """
     came: list[int] = []
 
@@ -46,8 +46,7 @@ def noticed() -> Iterator[Callable[[], bool]]:
         with handled(note):
             yield lambda: bool(came)
     except Preempted as ended:
-        # Of several processes, another may have been asked.
-        number = came[0] if came else signal.SIGTERM
+        number = came[0] if came else signal.SIGTERM  # it may have come to another process
         say(number, f"{ended.message}; ")
         ended.code = 128 + number
         raise
@@ -56,15 +55,15 @@ def noticed() -> Iterator[Callable[[], bool]]:
 
 
 def say(number: int, done: str = "") -> None:
-    """Says what ended this process, unless the terminal is what went away."""
+    """Prints what ended this process, unless the terminal is gone."""
     with contextlib.suppress(OSError):
         name = signal.Signals(number).name
-        print(f"ended by {name}: {done}run the same command again to go on", flush=True)
+        print(f"ended by {name}: {done}rerun the same command to resume", flush=True)
 
 
 @contextlib.contextmanager
 def handled(handler: Callable) -> Iterator[None]:
-    """Has a function (number, frame) called for the signals that ask to end, if not ignored."""
+    """Installs a handler (number, frame) of the signals above that are not ignored."""
     before = {}
     if threading.current_thread() is threading.main_thread():
         before = {number: signal.getsignal(number) for number in ASKING}
@@ -89,9 +88,9 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 
 def following(command: Sequence[str]) -> list[str]:
-    """The command of a child to which SIGTERM comes when this process dies.
+    """The command of a child that gets SIGTERM when this process dies, even of SIGKILL.
 
-    Nothing else can be told of a SIGKILL. Only Linux has this; elsewhere it is the command itself.
+    Only Linux can do this; elsewhere it is the command itself.
     """
     if sys.platform != "linux":
         return [*command]

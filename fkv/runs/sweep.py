@@ -1,11 +1,10 @@
-"""Many runs of one recipe: what to run, in which order, and what came out.
+"""Sweeps: many runs of one recipe.
 
-A config file says what in a pure `sweep()` that returns points; each is a job with values set, in
-a directory of its own under the sweep's. A value that mentions `{sweep}/NAME` is about the
-directory of the point NAME, which is then run before.
+A config file lists the points of its sweep in a pure `sweep()`; each is a job with some values set,
+in a directory of its own. A value that mentions `{sweep}/NAME` refers to the directory of the point
+NAME, which then runs before.
 """
 
-import collections
 import contextlib
 import dataclasses
 import itertools
@@ -35,10 +34,10 @@ class Point:
     """One run of a sweep.
 
     Attributes:
-      job: what to launch: `sft`, `grpo`, `evaluate`...
+      job: to launch: `sft`, `grpo`, `evaluate`...
       name: of its directory, unique in the sweep.
-      values: dotted names of the config's fields, and what they are set to.
-      group: points that differ in their seed alone share one; the summary is over them.
+      values: dotted names of the config's fields, and their values.
+      group: the same for points that differ only in their seed, which the summary averages over.
     """
 
     job: str
@@ -47,20 +46,17 @@ class Point:
     group: str = ""
 
     def needs(self) -> list[str]:
-        """Names of the points that have to be done before."""
+        """Names of the points that have to run before."""
         return _MENTION.findall(" ".join(map(repr, self.values.values())))
 
     def arguments(self, root: str, common: Sequence[str]) -> list[str]:
-        """The command line after `python -m`, with `{sweep}` filled in.
+        """The command line after `python -m`.
 
         Args:
-          root: directory of the sweep.
-          common: options of all points, `--config=...` among them.
+          root: directory of the sweep, which replaces `{sweep}`.
+          common: options of all points, with `--config=...`.
         """
-        values = [
-            f"--config.{name}={value}".replace("{sweep}", root)
-            for name, value in self.values.items()
-        ]
+        values = [f"--config.{k}={v}".replace("{sweep}", root) for k, v in self.values.items()]
         return [f"launch.{self.job}", *common, f"--workdir={root}/{self.name}", *values]
 
     def command(self, root: str, common: Sequence[str]) -> str:
@@ -75,23 +71,23 @@ def grid(**values: Sequence[Any]) -> list[dict[str, Any]]:
 
 
 def check(points: Iterable[Point], jobs: Sequence[str]) -> list[Point]:
-    """The points in their order, but for each coming after what it needs.
+    """The points in their order, except that each comes after those it needs.
 
     Raises:
-      UserError: a name is used twice or is no directory name, a job is unknown, or a point needs
-        one that is not there, or itself.
+      UserError: a name is taken or no directory name, a job is unknown, or a point needs itself or
+        one that does not exist.
     """
     points = list(points)
     if not points:
         raise UserError("the sweep has no points")
-    by_name = {point.name: point for point in points}
-    if twice := [
-        n for n, times in collections.Counter(p.name for p in points).items() if times > 1
-    ]:
-        raise UserError(f"the sweep has two points named {twice[0]!r}")
+    by_name = {}
+    for point in points:
+        if point.name in by_name:
+            raise UserError(f"the sweep has two points named {point.name!r}")
+        by_name[point.name] = point
     for point in points:
         if not re.fullmatch(r"[\w.+-]+", point.name) or not point.name.strip("."):
-            raise UserError(f"sweep point {point.name!r}: use letters, digits and _ . + - alone")
+            raise UserError(f"sweep point {point.name!r}: use only letters, digits and _ . + -")
         if point.job not in jobs:
             raise UserError(
                 f"sweep point {point.name!r}: no job {point.job!r}: there are {', '.join(jobs)}"
@@ -114,16 +110,15 @@ def check(points: Iterable[Point], jobs: Sequence[str]) -> list[Point]:
 
 
 def choose(points: Sequence[Point], names: Sequence[str], root: str | os.PathLike) -> list[Point]:
-    """Some of the points, in their order.
+    """The points of these names, in their order.
 
     Raises:
-      UserError: a name is unknown, or a point needs one that is neither among them nor done, or
-        was done with other values.
+      UserError: a name is unknown, or a point needs one that is neither among them nor done.
     """
-    if unknown := [name for name in names if name not in {p.name for p in points}]:
-        known = ", ".join(p.name for p in points)
-        raise UserError(f"--points: there is no {unknown[0]!r} in the sweep; it has {known}")
     by_name = {point.name: point for point in points}
+    if unknown := [name for name in names if name not in by_name]:
+        known = ", ".join(by_name)
+        raise UserError(f"--points: there is no {unknown[0]!r} in the sweep; it has {known}")
     chosen = [point for point in points if point.name in names]
     for point in chosen:
         for need in point.needs():
@@ -142,88 +137,75 @@ def run_local(
     show: bool = False,
     alone: bool = True,
 ) -> list[Point]:
-    """Runs the points one after the other, each in a process of its own; returns those that failed.
+    """Runs the points one after the other, each in its own process; returns those that failed.
 
-    A point that was done before is not run again; one that was interrupted goes on where it
-    stopped. The rest goes on without points that need one that failed. What a point prints goes to
-    `log.txt` in its directory.
+    Points that are done are skipped, interrupted ones resume, and points that need a failed one are
+    left out. The output of a point goes to `log.txt` in its directory.
 
     Args:
-      show: let it through instead, as the many machines of a pod can't write one file.
-      alone: no other sweep may be at work in `root`; otherwise others that said so may, too, on
-        other points: a run directory has one process at a time.
+      show: print the output instead, as the machines of a pod can't share a file.
+      alone: no other sweep may run in `root`; otherwise others with `alone=False` may, on other
+        points.
 
     Raises:
-      UserError: another sweep is at work in `root`, or a point was done with other values.
+      UserError: another sweep runs in `root`, or a point was done with other values.
     """
-    try:
-        root = rundir.check_path(root)
+    root = rundir.check_path(root)
+    with files.writing(root):
         root.mkdir(parents=True, exist_ok=True)
         held = rundir.lock(root, shared=not alone)
-    except OSError as error:
-        raise UserError(
-            f"cannot write sweep directory {root}: {error.strerror}; choose another --workdir"
-        ) from error
     try:
         return _run(points, str(root), common, show)
     finally:
-        with contextlib.suppress(OSError):  # a mounted bucket minds that others made the file, too
+        with contextlib.suppress(OSError):  # on a mounted bucket where others made the file, too
             held.close()
 
 
 def _run(points, root, common, show):
-    failed = []
-    done = {p.name for p in points if is_done(Path(root, p.name), p)}
-    for point in points:  # what one that is run again gives may be other than what was used
-        if set(point.needs()) & {p.name for p in points} - done:
+    failed, paths = [], {point.name: Path(root, point.name) for point in points}
+    done = {p.name for p in points if is_done(paths[p.name], p)}
+    for point in points:  # a point that runs again may give another result to those that need it
+        if set(point.needs()) & paths.keys() - done:
             done.discard(point.name)
     for i, point in enumerate(points, 1):
-        path = Path(root, point.name)
-        label = f"[{i}/{len(points)}] {point.name}"
+        path, label = paths[point.name], f"[{i}/{len(points)}] {point.name}"
         if point.name in done:
             print(f"{label}: done before", flush=True)
             continue
         if set(point.needs()) & {p.name for p in failed}:
-            print(f"{label}: left out, what it needs failed", flush=True)
+            print(f"{label}: skipped, as a point it needs failed", flush=True)
             failed.append(point)
             continue
         with files.writing(path):
             path.mkdir(parents=True, exist_ok=True)
-            for left in path.glob(f"{DONE}.*"):  # by one that was killed; no other is done here yet
+            for left in path.glob(f"{DONE}.*"):  # by a process that was killed
                 left.unlink(missing_ok=True)
-        start = time.monotonic()
-        command = point.arguments(root, common)
+        start, log = time.monotonic(), path / "log.txt"
         print(f"{label}: {point.command(root, common)}", flush=True)
-        with contextlib.nullcontext() if show else _open_log(path / "log.txt") as log:
-            code = _run_job(command, log)
+        with contextlib.ExitStack() as stack:
+            with files.writing(log):
+                out = None if show else stack.enter_context(log.open("a"))
+            code = _run_job(point.arguments(root, common), out)
         seconds = time.monotonic() - start
         if code:
-            last = "" if show else f": {_last_line(path / 'log.txt')}"
+            said = "" if show else log.read_text(errors="replace").strip()
+            last = "".join(f": {line}" for line in said.splitlines()[-1:])
             print(f"{label}: failed with code {code}{last}", flush=True)
             failed.append(point)
             continue
         print(f"{label}: {seconds:.0f} s", flush=True)
         record = {"values": _plain(point.values), "job": point.job, "seconds": round(seconds, 1)}
-        # All machines of a pod write this: each a file of its own, and then whole.
+        # All machines of a pod write this, each by a file of its own.
         with files.whole(path / DONE, uuid.uuid4().hex) as mine:
             mine.write_text(json.dumps(record, indent=1) + "\n")
     return failed
 
 
-def _open_log(path):
-    with files.writing(path):
-        return path.open("a")
-
-
-def _last_line(path):
-    return " ".join(path.read_text(errors="replace").strip().splitlines()[-1:])
-
-
 def _run_job(arguments: Sequence[str], log: IO | None) -> int:
-    """Exit code of a job; a signal that asks to end is passed on, and ends the sweep after the job.
+    """Exit code of a job; a signal to this process ends the job, and then the sweep.
 
-    Whatever came, the job gets SIGTERM, on which it saves; a second Ctrl-C kills it. The job gets
-    it, too, if this process is killed (on Linux).
+    Whatever the signal, the job gets SIGTERM, on which it saves; a second Ctrl-C kills it. On Linux
+    the job also gets SIGTERM when this process is killed.
     """
     came, jobs = [], []
 
@@ -232,15 +214,9 @@ def _run_job(arguments: Sequence[str], log: IO | None) -> int:
         for job in jobs:
             job.kill() if came.count(signal.SIGINT) > 1 else job.terminate()
 
-    with (
-        preemption.handled(pass_on),
-        subprocess.Popen(
-            preemption.following([sys.executable, "-m", *arguments]),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log and subprocess.STDOUT,
-        ) as job,
-    ):
+    command = preemption.following([sys.executable, "-m", *arguments])
+    streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log and subprocess.STDOUT}
+    with preemption.handled(pass_on), subprocess.Popen(command, **streams) as job:
         jobs.append(job)
         if came:  # before there was a job
             job.terminate()
@@ -256,21 +232,26 @@ def _plain(values: Mapping[str, Any]) -> Any:
 
 
 def is_done(path: Path, point: Point) -> bool:
-    mark = path / DONE
-    if not mark.exists():
+    """Whether the point is done in this directory.
+
+    Raises:
+      UserError: another point is, or the record of it is damaged.
+    """
+    record = path / DONE
+    if not record.exists():
         return False
     try:
-        before = json.loads(files.read_bytes(mark))
-        was = before["job"], before["values"]
-        if not isinstance(was[0], str) or not isinstance(was[1], dict):
+        before = files.read_json(record)
+        job, values = before["job"], before["values"]
+        if not isinstance(job, str) or not isinstance(values, dict):
             raise TypeError("no job, or no values")
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (UserError, TypeError, KeyError) as error:
         raise UserError(
-            f"{mark} is not the mark of a point that is done ({error!r}): delete it, and run the "
-            "sweep again"
+            f"{record} is not the record of a finished point ({error}): delete it, and rerun the "
+            "sweep"
         ) from error
-    if was != (point.job, _plain(point.values)):
+    if (job, values) != (point.job, _plain(point.values)):
         raise UserError(
-            f"{path} holds a point with other values ({was[0]} {was[1]}): use another --workdir"
+            f"{path} holds a point with other values ({job} {values}): use another --workdir"
         )
     return True

@@ -37,7 +37,7 @@ def test_ctrl_c_and_a_terminal_that_goes_away_are_noted_alike(number, capsys):
         assert asked_to_end()
         raise preemption.Preempted("all is saved")
     assert ended.value.code == 128 + number and signal.getsignal(number) is before
-    told = f"ended by {number.name}: all is saved; run the same command again to go on\n"
+    told = f"ended by {number.name}: all is saved; rerun the same command to resume\n"
     assert capsys.readouterr().out == told
 
 

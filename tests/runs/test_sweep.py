@@ -59,9 +59,9 @@ def test_points_come_after_what_they_need():
     [
         ([], "has no points"),
         ([Point("sft", "a", {}), Point("grpo", "a", {})], "two points named 'a'"),
-        ([Point("sft", "../a", {})], "point '../a': use letters"),
-        ([Point("sft", "..", {})], "point '..': use letters"),
-        ([Point("sft", "a\n", {})], r"point 'a\\n': use letters"),
+        ([Point("sft", "../a", {})], "point '../a': use only letters"),
+        ([Point("sft", "..", {})], "point '..': use only letters"),
+        ([Point("sft", "a\n", {})], r"point 'a\\n': use only letters"),
         ([Point("stf", "a", {})], "point 'a': no job 'stf': there are pretrain, traces, sft"),
         ([Point("sft", "a", {"x": "{sweep}/b"})], "point 'a' needs 'b', which is no point"),
         (
@@ -121,7 +121,7 @@ def test_what_is_done_is_not_run_again_and_failures_stop_what_needs_them(
     failing.append("a1")
     failed = sweep.run_local(list(points()), tmp_path, ["--config=x"])
     assert calls == ["a1", "a2", "a3"] and [p.name for p in failed] == ["a1", "b1"]
-    assert "b1: left out, what it needs failed" in capsys.readouterr().out
+    assert "b1: skipped, as a point it needs failed" in capsys.readouterr().out
     failing.clear()
     assert sweep.run_local(list(points()), tmp_path, ["--config=x"]) == []
     assert calls[3:] == ["a1", "b1"]
@@ -285,7 +285,7 @@ def test_signals_go_to_the_job_and_end_the_sweep(tmp_path, monkeypatch, capsys, 
     with pytest.raises(SystemExit) as end:
         sweep.run_local(list(points()), tmp_path / "s", [])
     assert end.value.code == 128 + number and signal.getsignal(number) is before
-    assert f"ended by {number.name}: run the same command again" in capsys.readouterr().out
+    assert f"ended by {number.name}: rerun the same command" in capsys.readouterr().out
     assert (tmp_path / "s/a1/log.txt").read_text() == "saved\n"
     assert not (tmp_path / "s/a1" / sweep.DONE).exists() and not (tmp_path / "s/a2").exists()
 
@@ -358,7 +358,7 @@ def test_a_damaged_mark_is_named(fake_jobs, tmp_path, data):
     sweep.run_local(list(points()), tmp_path, [])
     mark = tmp_path / "a1" / sweep.DONE
     mark.write_bytes(data)
-    told = f"{mark} is not the mark of a point that is done .*: delete it, and run the sweep again"
+    told = f"{mark} is not the record of a finished point .*: delete it, and rerun the sweep"
     for use in (
         lambda: sweep.run_local(list(points()), tmp_path, []),
         lambda: sweeps.write_summary(list(points()), tmp_path),
@@ -403,7 +403,7 @@ def test_a_damaged_table_is_named(fake_jobs, tmp_path, data, reason, file):
         sweeps.write_summary(list(points()), tmp_path)
     told = str(error.value)
     assert told.startswith(f"{tmp_path}/a2/{file} is damaged (") and reason in told
-    assert "delete it and sweep_point.json beside it, and run the sweep again" in told
+    assert "delete it and sweep_point.json beside it, and rerun the sweep" in told
     assert not (tmp_path / "summary.txt").exists()
 
 
@@ -648,7 +648,7 @@ def test_submitting_runs_xpk_and_says_how_far_it_came(command, monkeypatch, caps
         "--config=configs/tiny_ablations.py --backend=xpk --cluster=c --image=i --bucket=runs-of-us"
     )
     code, _, error = command(*usual.split(), "--project=p", "--zone=z")
-    assert code == 2 and "xpk ended with code 3 at workload fkv-tiny-" in error
+    assert code == 2 and "xpk exited with code 3 at workload fkv-tiny-" in error
     assert "1 of 3 are submitted" in error and len(calls) == 2
     assert calls[0][:3] == ["xpk", "workload", "create"] and "--project=p" in calls[0]
 
