@@ -24,15 +24,7 @@ def run(config: ConfigDict, workdir: str) -> None:
         raise UserError(f"export.layout = {settings.layout!r} must be one of {', '.join(LAYOUTS)}")
     what = f"scorers of {settings.scorer}, layout {settings.layout}"
     common.announce("export", config, workdir, what=what)
-    wrong = None
-    if parallel.first():
-        try:
-            _write(config, workdir)
-        except UserError as error:
-            wrong = error
-    parallel.barrier("end of the export")
-    if parallel.anywhere(wrong is not None):
-        raise wrong or UserError(f"process 0 can't export to {workdir}: see what it said")
+    parallel.on_first(lambda: _write(config, workdir), f"export to {workdir}")
     common.say(f"written to {workdir}: fkv.load_scorer({str(workdir)!r}) reads it")
 
 

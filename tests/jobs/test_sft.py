@@ -164,7 +164,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     with pytest.raises(preemption.Preempted) as ended:
         sft.run(config, str(broken))
     assert ended.value.code == 143  # as a process that SIGTERM has ended: there is more to do
-    assert f"step 3 is saved in {broken}; run the same command again" in capsys.readouterr().out
+    assert f"step 3 is saved in {broken}; rerun the same command" in capsys.readouterr().out
     assert checkpoint.latest_step(broken) == 3
     sigterm_in.undo()
     sft.run(config, str(broken))

@@ -106,9 +106,7 @@ def test_where_scorers_can_not_be_written_is_one_line(base, tmp_path, monkeypatc
             write(path)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text("{}")
-    with pytest.raises(
-        UserError, match=r"run (is there already|holds other files \(config.json\))"
-    ):
+    with pytest.raises(UserError, match=r"run (exists already|holds other files \(config.json\))"):
         write(tmp_path / "run")
     for code in (errno.EROFS, errno.EACCES):  # root may write anywhere, so that has to be played
 
@@ -181,7 +179,7 @@ def test_the_released_layout_gives_the_scorers_back(base, tmp_path):
     tensors = load_file(tmp_path / "out" / "model-judges.safetensors")
     fc2 = tensors["model.layers.1.self_attn.judge_model.fc2.weight"]
     np.testing.assert_array_equal(fc2[..., 0], -policy.params["w2"][1])
-    with pytest.raises(UserError, match="out is there already"):
+    with pytest.raises(UserError, match="out exists already"):
         sharing.export_released(policy, source, tmp_path / "out")
     with pytest.raises(UserError, match="has scorers of its own"):
         sharing.export_released(policy, tmp_path / "out", tmp_path / "other")
@@ -270,7 +268,7 @@ def test_processes_meet_where_the_first_refuses_to_export(tmp_path, monkeypatch)
         export.run(config, str(tmp_path / "out"))
     monkeypatch.setattr(parallel, "first", lambda: False)
     monkeypatch.setattr(parallel, "anywhere", lambda flag: True)
-    with pytest.raises(UserError, match=r"process 0 can't export to .*/out: see what it said"):
+    with pytest.raises(UserError, match=r"process 0 can't export to .*/out: see its log"):
         export.run(config, str(tmp_path / "out"))
     assert len(met) == 2
 
