@@ -1,4 +1,4 @@
-"""All stages one after the other in one directory, from a reasoner to answers."""
+"""Several stages in one directory, from training a reasoner to its answers."""
 
 import functools
 
@@ -10,21 +10,20 @@ from fkv.jobs import common, evaluate, fields, grpo, pretrain, sft
 from fkv.runs import rundir
 
 JOBS = {"pretrain": pretrain, "sft": sft, "grpo": grpo, "evaluate": evaluate}
-# The scorers of a reinforcement stage that was asked for more steps answer anew.
+# When the reinforcement stage has been asked for more steps, its scorers answer anew.
 STAGES = {name: job.run for name, job in JOBS.items()} | {
     "evaluate": functools.partial(evaluate.run, anew=("grpo",))
 }
 
 
 def run(config: ConfigDict, workdir: str) -> None:
-    """Runs the stages named in `pipeline.stages`, each in `workdir/<stage>`.
+    """Runs `pipeline.stages`, each in `workdir/<stage>`.
 
-    A stage takes the model and the scorers of those before it, and what `pipeline.changes.<stage>`
-    says otherwise than the config. Done stages are opened again and not repeated, an interrupted
-    one goes on where it stopped.
+    A stage takes the model and the scorers of those before it, and the values that
+    `pipeline.changes.<stage>` changes. Done stages are not repeated, an interrupted one resumes.
     """
     stages = plan(config, workdir)
-    for stage, part in stages.items():  # what is wrong with the last is found out before the first
+    for stage, part in stages.items():  # all are refused before the first starts
         fields.check(part, stage)
     for stage, part in stages.items():
         rundir.check_run(f"{workdir}/{stage}", part, JOBS[stage].MAY_DIFFER)
@@ -40,31 +39,25 @@ def run(config: ConfigDict, workdir: str) -> None:
 
 
 def plan(config: ConfigDict, workdir: str) -> dict[str, ConfigDict]:
-    """The config of every stage, in order.
-
-    Raises:
-      UserError: a stage is unknown, comes twice or too early, or is changed where it is not named.
-    """
+    """The config of every stage, in order; UserError if stages or their changes are wrong."""
     fields.check(config, "pipeline")
-    stages, changes = config.pipeline.stages, config.pipeline.changes
-    for stage in stages:
-        if stage not in STAGES:
-            raise UserError(f"pipeline.stages: no stage {stage!r}: there are {', '.join(STAGES)}")
+    stages = config.pipeline.stages
     if list(stages) != [name for name in STAGES if name in stages]:
-        raise UserError(f"pipeline.stages = {stages} must be in the order {', '.join(STAGES)}")
+        known = ", ".join(STAGES)
+        raise UserError(f"pipeline.stages = {stages} must be some of {known}, in this order")
     root, found = files.expand(workdir), {}
+    scorers = [f"supervised={root / 'sft'}"] * ("sft" in stages)
+    scorers += [f"grpo={root / 'grpo'}"] * ("grpo" in stages)
     for stage in stages:
         part = ConfigDict(config).copy_and_resolve_references()
         if "pretrain" in stages and stage != "pretrain":
             part.model = str(root / "pretrain" / "model")
         if "sft" in stages and stage == "grpo" and "grpo" in part:
             part.grpo.scorer = str(root / "sft")
-        before = [name for name in ("sft", "grpo") if name in stages]
-        if before and stage == "evaluate" and "evaluate" in part:
-            names = {"sft": "supervised", "grpo": "grpo"}
-            part.evaluate.scorers = tuple(f"{names[name]}={root / name}" for name in before)
+        if scorers and stage == "evaluate" and "evaluate" in part:
+            part.evaluate.scorers = tuple(scorers)
         try:
-            part.update(changes.get(stage, {}))
+            part.update(config.pipeline.changes.get(stage, {}))
         except (KeyError, AttributeError, TypeError, ValueError) as error:
             raise UserError(f"pipeline.changes.{stage}: {error}") from error
         found[stage] = part.lock()

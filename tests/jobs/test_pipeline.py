@@ -47,9 +47,9 @@ def test_a_reasoner_of_ones_own_and_stages_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(stages=("sft", "rl")), "no stage 'rl': there are pretrain, sft"),
-        (dict(stages=("grpo", "sft")), "must be in the order pretrain, sft"),
-        (dict(stages=("sft", "sft")), "must be in the order"),
+        (dict(stages=("sft", "rl")), r"\('sft', 'rl'\) must be some of pretrain, sft"),
+        (dict(stages=("grpo", "sft")), "must be some of pretrain, sft, .*in this order"),
+        (dict(stages=("sft", "sft")), "in this order"),
         (dict(changes={"sft": {"budgt": 3}}), r"pipeline.changes.sft: .*budgt"),
         (dict(changes={"sft": {"budget": "many"}}), "pipeline.changes.sft"),
         (dict(changes={"rl": {}}), "no stage 'rl'"),
