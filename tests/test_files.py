@@ -31,7 +31,8 @@ def table(path):
 
 
 def tensors(path):
-    loading.write_tensors(path, {"x": np.ones(3)}, "fkv")
+    with files.whole(path) as temporary:
+        loading.write_tensors(temporary, {"x": np.ones(3)}, "fkv")
 
 
 def text(path):

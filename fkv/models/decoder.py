@@ -71,8 +71,8 @@ def param_shapes(config: ModelConfig) -> dict:
     )
 
 
-def sharding(name: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
-    """How a parameter is split over the devices that share a copy of the model.
+def sharding(name: str, shape: Sequence[int], mesh: Mesh | None) -> NamedSharding | None:
+    """How a parameter is split over the devices that share a copy of the model, if there are any.
 
     Args:
       name: its last letters name its last axes.
@@ -80,6 +80,8 @@ def sharding(name: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
     Raises:
       UserError: the KV heads can't be split evenly.
     """
+    if mesh is None:
+        return None
     parts = mesh.shape[MODEL]
     letters = name.rpartition("_")[2]
     axes = [None] * len(shape)

@@ -56,13 +56,13 @@ _LAYER = {
     "up_bias_f": ("mlp.up_proj.bias", 0),
     "down_bias_m": ("mlp.down_proj.bias", 0),
 }
-# What a checkpoint may hold beside the decoder: ForesightKV's released scorers, and the rotary
-# buffers that old versions of transformers saved.
 JUDGE = "model.layers.{}.self_attn.judge_model."
+# What a checkpoint may hold beside the decoder: ForesightKV's released scorers, and the rotary
+# buffers of old versions of transformers.
 _BESIDE = re.compile(
     r"model\.layers\.\d+\.self_attn\.judge_model\..+|model\..*rotary_emb\.inv_freq"
 )
-# What is downloaded: the weights, the configs, and whatever a tokenizer may consist of.
+# What is downloaded: the weights, the configs, and all that a tokenizer may consist of.
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 _AT_ONCE = 2**23  # numbers of a matrix that are in memory to be compared
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -78,7 +78,7 @@ class _Tensor(NamedTuple):
 
 
 class _Stored(NamedTuple):
-    """What the header of a safetensors file says of one tensor."""
+    """A tensor in the header of a safetensors file."""
 
     name: str
     path: Path
@@ -98,10 +98,10 @@ def load(
       path_or_hub_id: a directory with `config.json` and `model.safetensors` or its shards, or the
         id of a model on the Hugging Face hub, which is downloaded to its cache.
       dtype: float32, bfloat16 or float16; None keeps the stored one (the widest where a
-        checkpoint mixes them, so that the parameters always have one dtype).
+        checkpoint mixes them).
       revision: branch, tag or commit on the hub.
-      mesh: devices of this process, from `parallel.make_mesh`; every device gets its part of each
-        tensor and no more. Without it all goes to the default device.
+      mesh: devices of this process, from `parallel.make_mesh`, which share each tensor; without
+        it all goes to the default device.
 
     Returns:
       The config and the parameters as laid out in `fkv.models.decoder`. `tied_embeddings` is as the
@@ -111,53 +111,39 @@ def load(
       UserError: the checkpoint is absent, damaged, not finite, or is not the decoder its config
         describes.
     """
-    if dtype is not None:
-        try:
-            dtype = jnp.dtype(dtype)
-        except TypeError:
-            pass
-        if str(dtype) not in _DTYPES.values():
-            raise UserError(f"dtype {dtype!r} is not supported; use {_some(_DTYPES.values())}")
+    if dtype is not None and dtype not in map(jnp.dtype, _DTYPES.values()):
+        raise UserError(f"dtype {dtype!r} is not supported; use {_some(_DTYPES.values())}")
     if not isinstance(mesh, Mesh | None):
         raise UserError(f"mesh = {said(mesh)} must be devices, of fkv.runs.parallel.make_mesh()")
     directory = find(path_or_hub_id, revision)
     config = read(directory)
     stored = _stored(directory)
-    head, embedding = (_TOP[name] for name in ("head_vm", "embed_vm"))
+    head, embedding = _TOP["head_vm"], _TOP["embed_vm"]
     if config.tied_embeddings and head in stored and embedding not in stored:
         stored[embedding] = stored.pop(head)
     both = config.tied_embeddings and head in stored
-    tensors = list(_tensors(dataclasses.replace(config, tied_embeddings=False) if both else config))
-    names = {t.name for t in tensors}
-    _refuse(
-        directory,
-        "tensors that do not belong to this decoder",
-        [n for n in stored if n not in names and not _BESIDE.fullmatch(n)],
-    )
-    _check(directory, {t.name: t.shape for t in tensors}, stored)
+    wanted = list(_tensors(dataclasses.replace(config, tied_embeddings=False) if both else config))
+    tensors = {t.name: t for t in wanted}
+    strangers = [n for n in stored if n not in tensors and not _BESIDE.fullmatch(n)]
+    _refuse(directory, "tensors that do not belong to this decoder", strangers)
+    _check(directory, {t.name: t.shape for t in wanted}, stored)
     if both:
         # As transformers 5: a head that differs from the embedding is used, whatever is said of it.
         config = dataclasses.replace(config, tied_embeddings=_same(stored[head], stored[embedding]))
         if config.tied_embeddings:
-            tensors = [t for t in tensors if t.name != head]
-            names.remove(head)
+            del tensors[head]
     if dtype is None:
-        dtype = jnp.result_type(*{jnp.dtype(_DTYPES[stored[name].dtype]) for name in names})
+        dtype = jnp.result_type(*{jnp.dtype(_DTYPES[stored[name].dtype]) for name in tensors})
+    dtype = jnp.dtype(dtype)
 
     shapes = param_shapes(config)
-    flat = {**shapes, **shapes["layers"]}
-    flat.pop("layers")
-    place = dict.fromkeys(flat)  # of the default device
-    if mesh is not None:
-        place = {name: sharding(name, leaf.shape, mesh) for name, leaf in flat.items()}
-    layers = {
-        name: jnp.zeros(leaf.shape, dtype, device=place[name])
-        for name, leaf in shapes["layers"].items()
-    }
+    stacked = shapes.pop("layers")
+    place = {name: sharding(name, x.shape, mesh) for name, x in (shapes | stacked).items()}
+    layers = {n: jnp.zeros(x.shape, dtype, device=place[n]) for n, x in stacked.items()}
     params = {"layers": layers}
-    for path in sorted({stored[name].path for name in names}):
+    for path in sorted({stored[name].path for name in tensors}):
         with _open(path) as file:
-            for t in tensors:
+            for t in tensors.values():
                 if stored[t.name].path != path:
                     continue
                 ours = place[t.ours]
@@ -169,9 +155,8 @@ def load(
                     # Reading runs ahead of the device: without waiting the host fills up.
                     layers[t.ours] = stack.block_until_ready()
     finite = jax.device_get(_finite(params))
-    for t in tensors:
-        fits = finite[t.ours] if t.layer is None else finite["layers"][t.ours][t.layer]
-        if not fits:
+    for t in tensors.values():
+        if not finite[t.ours][t.layer or 0]:
             raise UserError(
                 f"{stored[t.name].path}: {stored[t.name].name} holds NaN or infinity in {dtype}: "
                 "the checkpoint is damaged, or needs a wider dtype (bfloat16 or float32)"
@@ -181,20 +166,20 @@ def load(
 
 @jax.jit
 def _finite(params: Params) -> dict:
-    """Whether all is finite, of each parameter, and of those of layers for each layer."""
-    layers = {
-        name: jnp.isfinite(x).all(tuple(range(1, x.ndim))) for name, x in params["layers"].items()
+    """Whether each parameter is finite, [layers] or [1]."""
+    top = {name: x[None] for name, x in params.items() if name != "layers"}
+    return {
+        name: jnp.isfinite(x).all(tuple(range(1, x.ndim)))
+        for name, x in (top | params["layers"]).items()
     }
-    top = {name: jnp.isfinite(x).all() for name, x in params.items() if name != "layers"}
-    return {"layers": layers, **top}
 
 
 def _as_stored(tensor: _Tensor, ours: NamedSharding | None) -> NamedSharding | None:
-    """How a tensor of a checkpoint is cut, so that its parts are those of our parameter."""
+    """The sharding of a tensor of a checkpoint that makes its parts those of our parameter."""
     if ours is None or tensor.layer is None:
         return ours
     axes, inputs = ours.spec[1:], _LAYER[tensor.ours][1]
-    # Where several of our axes are one there, the first is the one that may be cut.
+    # Of several axes that are one there, only the first may be sharded.
     stored = (axes[inputs], axes[0]) if inputs else axes[:1]
     return NamedSharding(ours.mesh, PartitionSpec(*stored))
 
@@ -225,27 +210,18 @@ def save(directory: str | Path, config: ModelConfig, params: Params) -> None:
             tensor = host[t.ours]
         else:
             tensor = host["layers"][t.ours][t.layer].reshape(t.shape[::-1]).T
-        # safetensors writes the memory as it lies, whatever the strides say.
+        # safetensors ignores strides.
         tensors[t.name] = np.ascontiguousarray(tensor)
     directory = files.expand(directory)
     with files.writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
-    write_tensors(directory / "model.safetensors", tensors, "pt")
+    with files.whole(directory / "model.safetensors") as temporary:
+        write_tensors(temporary, tensors, "pt")
     files.write_text(directory / "config.json", json.dumps(description, indent=2) + "\n")
 
 
 def write_tensors(path: Path, tensors: dict[str, np.ndarray], kind: str) -> None:
-    """Writes a safetensors file whole or not at all; `kind` says for whom it is (`pt`, `fkv`).
-
-    Raises:
-      UserError: the file system refuses, say because the disk is full.
-    """
-    with files.whole(path) as temporary:
-        write_tensors_into(temporary, tensors, kind)
-
-
-def write_tensors_into(path: Path, tensors: dict[str, np.ndarray], kind: str) -> None:
-    """The same to a file that somebody else makes whole.
+    """Writes a safetensors file; `kind` is who reads it (`pt`, `fkv`).
 
     Raises:
       OSError: the file system refuses.
@@ -269,35 +245,27 @@ def load_judges(path_or_hub_id: str | Path, revision: str | None = None) -> dict
       UserError: the checkpoint has no scorers, or not those of its decoder.
     """
     directory = find(path_or_hub_id, revision)
-    config = read(directory)
-    stored = _stored(directory)
-    heads, features = config.kv_heads, 2 * config.head_dim + 8 * config.group_size
+    config, stored = read(directory), _stored(directory)
+    k, features = config.kv_heads, 2 * config.head_dim + 8 * config.group_size
     shapes = {
-        "fc1.weight": (heads, features, 16),
-        "fc1.bias": (heads, 16),
-        "fc2.weight": (heads, 16, 1),
-        "fc2.bias": (heads, 1),
+        "fc1.weight": (k, features, 16),
+        "fc1.bias": (k, 16),
+        "fc2.weight": (k, 16, 1),
+        "fc2.bias": (k, 1),
     }
     layers = [JUDGE.format(i) for i in range(config.layers)]
     _check(directory, {p + name: shape for p in layers for name, shape in shapes.items()}, stored)
 
-    def stack(name):
-        rows = []
-        for prefix in layers:
-            with _open(stored[prefix + name].path) as file:
-                rows.append(file.get_tensor(prefix + name).astype(np.float32))
-        return np.stack(rows)
+    def read_one(name):
+        with _open(stored[name].path) as file:
+            return file.get_tensor(name).astype(np.float32)
 
-    return {
-        "w1": stack("fc1.weight"),
-        "b1": stack("fc1.bias"),
-        "w2": stack("fc2.weight")[..., 0],
-        "b2": stack("fc2.bias")[..., 0],
-    }
+    w1, b1, w2, b2 = (np.stack([read_one(p + name) for p in layers]) for name in shapes)
+    return {"w1": w1, "b1": b1, "w2": w2[..., 0], "b2": b2[..., 0]}
 
 
 def files_of_tensors(directory: Path) -> tuple[dict[str, str], int]:
-    """Name of the file of every tensor of a checkpoint, and how many bytes they all have."""
+    """The file name of every tensor of a checkpoint, and the bytes of all."""
     stored = _stored(directory)
     bits = {"F64": 64, "I64": 64, "F32": 32, "I32": 32, "BF16": 16, "F16": 16}
     size = sum(math.prod(t.shape) * bits.get(t.dtype, 8) // 8 for t in stored.values())
@@ -320,32 +288,27 @@ def _tensors(config: ModelConfig) -> Iterator[_Tensor]:
 
 
 def find(path_or_hub_id: str | Path, revision: str | None = None, weights: bool = True) -> Path:
-    """The directory itself, or that of the downloaded snapshot of a hub id.
+    """The directory itself, or the downloaded snapshot of a hub id.
 
     Args:
-      weights: without them only what describes the model is downloaded.
+      weights: without them only `config.json` is downloaded.
     """
-    name = str(path_or_hub_id)
-    path = files.expand(name)
+    name, path = str(path_or_hub_id), files.expand(path_or_hub_id)
     if path.is_dir():
         if revision is not None:
             raise UserError(f"{path}: revision {revision!r} is for a hub id; this is a directory")
         return path
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         raise UserError(f"{path}: no such directory, and not a hub id of the form owner/name")
+    wanted = _FILES if weights else ["config.json"]
     try:
-        wanted = _FILES if weights else ["config.json"]
-        snapshot = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=wanted)
+        return Path(
+            huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=wanted)
+        )
     except GatedRepoError:
-        raise UserError(
-            f"{name}: access is gated; accept the terms at https://huggingface.co/{name} "
-            "and log in with `hf auth login`"
-        ) from None
+        reason = f"access is gated; accept the terms at https://huggingface.co/{name} and log in"
     except RepositoryNotFoundError:
-        raise UserError(
-            f"{name}: no such directory, and no such model on the Hugging Face hub; "
-            "check the spelling, or log in with `hf auth login` if it is private"
-        ) from None
+        reason = "no such directory or model on the Hugging Face hub; check the spelling, or log in"
     except RevisionNotFoundError:
         raise UserError(f"{name}: the hub has no revision {revision!r} of this model") from None
     # Without a network, the hub's client raises whatever its HTTP library of the day raises.
@@ -355,7 +318,7 @@ def find(path_or_hub_id: str | Path, revision: str | None = None, weights: bool 
             f"{name}: no such directory, and the download from the Hugging Face hub failed "
             f"({type(error).__name__}: {reason}); check the network, or give a local directory"
         ) from error
-    return Path(snapshot)
+    raise UserError(f"{name}: {reason} with `hf auth login`")
 
 
 def _stored(directory: Path) -> dict[str, _Stored]:
@@ -364,7 +327,13 @@ def _stored(directory: Path) -> dict[str, _Stored]:
     if single.is_file():
         paths, places = [single], {}
     elif index.is_file():
-        places = _places(index)
+        places = files.read_json(index).get("weight_map")
+        # In a snapshot of the hub a shard is a link to elsewhere, but its name is a plain one.
+        if not isinstance(places, dict) or not all(map(_is_plain, places.values())):
+            raise UserError(
+                f"{index}: not an index of shards, whose 'weight_map' gives every tensor the name "
+                "of a file in the same directory; download it again"
+            )
         paths = [directory / shard for shard in sorted(set(places.values()))]
     else:
         raise UserError(
@@ -381,28 +350,9 @@ def _stored(directory: Path) -> dict[str, _Stored]:
                     raise UserError(f"{path}: {name} is in {stored[name].path.name}, too")
                 view = file.get_slice(name)
                 stored[name] = _Stored(name, path, tuple(view.get_shape()), view.get_dtype())
-    _refuse(
-        index,
-        "tensors that are not in the files it names",
-        [n for n, shard in places.items() if n not in stored or stored[n].path.name != shard],
-    )
+    astray = [n for n, shard in places.items() if n not in stored or stored[n].path.name != shard]
+    _refuse(index, "tensors that are not in the files it names", astray)
     return stored
-
-
-def _places(index: Path) -> dict[str, str]:
-    """The name of every tensor's file."""
-    try:
-        places = files.read_json(index).get("weight_map")
-    except UserError as error:
-        reason = str(error).removeprefix(f"{index}: ")
-        raise UserError(f"{index}: not an index of shards ({reason}); download it again") from None
-    # In a snapshot of the hub a shard is a link to elsewhere, but its name is a plain one.
-    if not isinstance(places, dict) or not all(map(_is_plain, places.values())):
-        raise UserError(
-            f"{index}: not an index of shards, whose 'weight_map' gives every tensor the name of a "
-            "file in the same directory; download it again"
-        )
-    return places
 
 
 def _is_plain(name: Any) -> bool:
@@ -411,7 +361,7 @@ def _is_plain(name: Any) -> bool:
 
 
 def _same(one: _Stored, other: _Stored) -> bool:
-    """Whether two stored matrices are equal; some rows of each are in memory at once."""
+    """Whether two stored matrices are equal, with a few rows of each in memory."""
     count, width = one.shape
     rows = max(1, _AT_ONCE // width)
     with _open(one.path) as first, _open(other.path) as second:
@@ -434,20 +384,11 @@ def _open(path: Path) -> Iterator[Any]:
 def _check(directory: Path, wanted: dict[str, tuple[int, ...]], stored: dict[str, _Stored]):
     """Refuses a checkpoint in which wanted tensors are missing, misshapen or quantised."""
     _refuse(directory, "missing tensors", [n for n in wanted if n not in stored])
-    _refuse(
-        directory,
-        "tensors of the wrong shape",
-        [
-            f"{name} {list(stored[name].shape)} instead of {list(shape)}"
-            for name, shape in wanted.items()
-            if stored[name].shape != shape
-        ],
-    )
-    _refuse(
-        directory,
-        f"tensors that are not {_some(_DTYPES.values())}",
-        [f"{n} {stored[n].dtype}" for n in wanted if stored[n].dtype not in _DTYPES],
-    )
+    shapes = [(n, list(stored[n].shape), list(shape)) for n, shape in wanted.items()]
+    misshapen = [f"{n} {is_} instead of {shape}" for n, is_, shape in shapes if is_ != shape]
+    _refuse(directory, "tensors of the wrong shape", misshapen)
+    others = [f"{n} {stored[n].dtype}" for n in wanted if stored[n].dtype not in _DTYPES]
+    _refuse(directory, f"tensors that are not {_some(_DTYPES.values())}", others)
 
 
 def _refuse(directory: Path, what: str, names: list[str]):

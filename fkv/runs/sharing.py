@@ -156,7 +156,7 @@ def export(
         files.whole(path / CARD) as card,
     ):
         with files.writing(path / WEIGHTS):
-            loading.write_tensors_into(weights, params, "fkv")
+            loading.write_tensors(weights, params, "fkv")
         with files.writing(path / ABOUT):
             record.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
         card.write_text(_card(data, metrics), encoding="utf-8")
@@ -224,7 +224,7 @@ def export_released(policy: Foresight, model: str | os.PathLike, directory: str 
             if file.is_file() and file.suffix in _FILES and file.name != _INDEX:
                 # A file named model.safetensors would be taken for the whole.
                 _link(file, temporary / (_BASE if file.name == "model.safetensors" else file.name))
-        loading.write_tensors_into(temporary / _JUDGES, tensors, "pt")
+        loading.write_tensors(temporary / _JUDGES, tensors, "pt")
         (temporary / _INDEX).write_text(json.dumps(data, indent=1) + "\n")
 
 
