@@ -1,4 +1,4 @@
-"""The exceptions that are the user's to fix, and how they offer what was meant."""
+"""Errors that the user can fix."""
 
 import difflib
 from collections.abc import Sequence
@@ -9,11 +9,11 @@ class UserError(Exception):
 
 
 class DivergedError(UserError, FloatingPointError):
-    """Training has come to NaN or infinity."""
+    """Training reached NaN or infinity."""
 
 
 def suggest(name: str, known: Sequence[str]) -> str:
-    """The end of a message about an unknown name: what is near it, or all there are."""
+    """The end of a message about an unknown name: the nearest known ones, or all."""
     if near := difflib.get_close_matches(name, known):
         return f": did you mean {' or '.join(near)}?"
     return f": there are {', '.join(known)}" if known else ""

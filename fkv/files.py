@@ -1,4 +1,4 @@
-"""Paths as people write them, and files that are written atomically."""
+"""Paths as people write them, reading, and atomic writing; refusals are `UserError`s."""
 
 import contextlib
 import json
@@ -14,12 +14,7 @@ FIX = "free disk space or fix the cause, and rerun the same command"
 
 
 def expand(path: str | os.PathLike) -> Path:
-    """The path with a leading `~` or `~user` expanded, as a shell does it.
-
-    Raises:
-      UserError: no home directory is known, or the file system can't have such a path, for example
-        because it is too long.
-    """
+    """The path with a leading `~` or `~user` expanded; refuses what can't be a path."""
     given = os.fspath(path)
     found = os.path.expanduser(given)
     if found.startswith("~"):
@@ -39,11 +34,7 @@ def expand(path: str | os.PathLike) -> Path:
 
 
 def read_bytes(path: Path) -> bytes:
-    """The content of a file.
-
-    Raises:
-      UserError: it can't be read, or is not a regular file: a pipe would never end.
-    """
+    """The content of a file; refuses what is not a regular file: a pipe would never end."""
     try:
         if path.exists() and not path.is_file():
             raise UserError(f"{path} can't be read (not a regular file): move it away")
@@ -53,26 +44,16 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file.
-
-    Raises:
-      UserError: it can't be read, or is not text.
-    """
+    """The text of a UTF-8 file."""
     try:
         return read_bytes(path).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not UTF-8 text ({error.reason} at byte {error.start})"
-        ) from None
+        where = f"{error.reason} at byte {error.start}"
+        raise UserError(f"{path} is not UTF-8 text ({where})") from None
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file.
-
-    Raises:
-      UserError: it is not a regular file, can't be read, is not a JSON object, or gives one key two
-        values.
-    """
+    """The object in a JSON file; refuses other JSON, and one key with two values."""
 
     def once(pairs):
         found = dict(pairs)
@@ -93,21 +74,13 @@ def read_json(path: Path) -> dict:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file atomically.
-
-    Raises:
-      UserError: the file system refuses, for example because the disk is full.
-    """
+    """Writes a UTF-8 file atomically."""
     with whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def append_text(path: Path, text: str) -> None:
-    """Appends text atomically, and waits for the disk.
-
-    Raises:
-      UserError: the file system refuses.
-    """
+    """Appends text atomically, and waits for the disk."""
     data = memoryview(text.encode())
     with writing(path), path.open("ab", buffering=0) as file:
         before = file.tell()
@@ -125,11 +98,7 @@ def append_text(path: Path, text: str) -> None:
 def whole(path: str | os.PathLike, suffix: str = "tmp") -> Iterator[Path]:
     """Yields a temporary path, which is renamed to `path` in the end, or deleted on failure.
 
-    Args:
-      suffix: of the temporary name; concurrent writers of one file need different ones.
-
-    Raises:
-      UserError: the file system refuses.
+    Concurrent writers of one file need different suffixes of the temporary name.
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{suffix}")
@@ -145,11 +114,7 @@ def whole(path: str | os.PathLike, suffix: str = "tmp") -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_directory(path: str | os.PathLike) -> Iterator[Path]:
-    """The same for a directory, which replaces an older one.
-
-    Raises:
-      UserError: the file system refuses.
-    """
+    """The same for a directory, which replaces an older one."""
     path = Path(os.path.abspath(path))
     temporary, old = (path.with_name(path.name + suffix) for suffix in (".tmp", ".old.tmp"))
     with writing(path):

@@ -1,19 +1,12 @@
-"""Hugging Face's `transformers`, imported when it is needed, since that takes seconds."""
+"""Hugging Face's `transformers`, imported on first use, since that takes seconds."""
 
 import os
 from types import ModuleType
-
-_QUIET = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+from unittest import mock
 
 
 def transformers() -> ModuleType:
-    """The module, without its advice to install PyTorch, for which fkv has no use."""
-    before = os.environ.get(_QUIET)
-    os.environ[_QUIET] = "1"
-    try:
+    """The module, without its advice to install PyTorch."""
+    with mock.patch.dict(os.environ, TRANSFORMERS_NO_ADVISORY_WARNINGS="1"):
         import transformers
-    finally:
-        del os.environ[_QUIET]
-        if before is not None:
-            os.environ[_QUIET] = before
     return transformers

@@ -1,8 +1,7 @@
-"""PRNG keys, and what each is for: no two draws of a run share one.
+"""PRNG keys and their purposes: no two draws of a run share a key.
 
-A key is folded from its root (the seed of a run, or the key of a row), a purpose and indices, such
-as a step or a position. Purposes of one root are different numbers, and every use of a purpose has
-the same number of indices, so two keys are equal only where purpose and indices are.
+A key is folded from a root (the seed of a run, or the key of a row), a purpose and indices. Every
+use of a purpose has the same number of indices, so keys are equal only if purpose and indices are.
 """
 
 import enum
@@ -16,45 +15,31 @@ from fkv.errors import UserError
 
 
 class Purpose(enum.IntEnum):
-    """What is drawn, and the indices that follow. A new number changes the draws of a seed.
+    """What is drawn, and its indices. A new number changes the draws of a seed."""
 
-    Of a seed:
-      MODEL: weights of a language model that starts from scratch or is made up; parameter.
-      SCORER: scorers before training; layer.
-      ROLLOUT: evictions of a rollout; step, row.
-      REPLAY: evictions where losses are measured; row.
-      ANSWER: answers of `generate`, `stream` and `evaluate`; prompt, sample.
-      TRACE: answers that become traces; question, sample.
-      PRETRAIN: answers of the embedded reasoner after its training; problem.
-      BENCHMARK: what a benchmark makes up; 0 and row, 1 and layer and keys or values, or 2 for
-        queries.
-
-    Of the key of a row:
-      TOKEN: the next token; its position.
-      EVICTION: what a policy draws; layer, newest position.
-    """
-
-    MODEL = 1
-    SCORER = 2
-    ROLLOUT = 3
-    REPLAY = 4
-    ANSWER = 5
-    TRACE = 6
-    PRETRAIN = 7
-    BENCHMARK = 8
-    TOKEN = 9
-    EVICTION = 10
+    # From a seed:
+    MODEL = 1  # weights of a language model from scratch; parameter
+    SCORER = 2  # scorers before training; layer
+    ROLLOUT = 3  # evictions of a rollout; step, row
+    REPLAY = 4  # evictions where losses are measured; row
+    ANSWER = 5  # answers of `generate`, `stream` and `evaluate`; prompt, sample
+    TRACE = 6  # answers that become traces; question, sample
+    PRETRAIN = 7  # answers of the embedded reasoner after its training; problem
+    BENCHMARK = 8  # inputs of a benchmark; 0 and row, 1, layer and keys or values, 2 for queries
+    # From the key of a row:
+    TOKEN = 9  # the next token; its position
+    EVICTION = 10  # what a policy draws; layer, newest position
 
 
 def key_of(root: int | Array, purpose: Purpose, *index: int | Array) -> Array:
     """The key of a purpose.
 
     Args:
-      root: a seed, or a key.
-      index: whole numbers of 32 bits, see `Purpose`; those that are left out are folded in later.
+      root: a seed (0 to 2**32 - 1, as more bits would be cut off), or a key.
+      index: integers of 32 bits, see `Purpose`; those left out are folded in later.
 
     Raises:
-      UserError: the seed is none: one of more bits would be cut to another's.
+      UserError: the seed is out of range.
     """
     if not isinstance(root, Array):
         whole = isinstance(root, numbers.Integral) and not isinstance(root, bool)
@@ -72,5 +57,5 @@ def fold(key: Array, *index: int | Array) -> Array:
 
 
 def keys_of(key: Array, count: int) -> Array:
-    """The keys [count] at the indices from 0, the same whatever `count` is."""
+    """The keys [count] at the indices from 0, the same for any `count`."""
     return jax.vmap(lambda i: fold(key, i))(jnp.arange(count))

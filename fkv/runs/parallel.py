@@ -38,14 +38,9 @@ def describe() -> str:
 
 
 def make_mesh(model_axis: int = 1, span: str = "all") -> Mesh:
-    """Devices as [data, model].
+    """Devices as [data, model], with `model_axis` devices to a copy of the language model.
 
-    Args:
-      model_axis: devices that share one copy of the language model.
-      span: `all` devices, those of this `process`, or those of its first `copy` of the model.
-
-    Raises:
-      UserError: the devices of a process can't be grouped so.
+    `span` is `all` devices, those of this `process`, or those of its first `copy` of the model.
     """
     each = jax.local_device_count()
     if model_axis < 1 or each % model_axis:
@@ -82,15 +77,11 @@ def view(params: Any, mesh: Mesh) -> Any:
 
 
 def pmap(step: Callable[..., tuple[Any, Any]], mesh: Mesh, constants: int, batched: int):
-    """Maps a per-device step over the axis `data`.
+    """Maps a per-device step over the axis `data`; takes batches [devices * b, ...].
 
-    Args:
-      step: takes `constants` arguments that every device gets whole (or its part of a language
-        model), then `batched` ones that are split along their first axis. Its results must be the
-        same on every device, by collectives over `AXIS`.
-
-    Returns:
-      The step over whole batches [devices * b, ...], the same on every process.
+    The step takes `constants` arguments that every device gets whole (or its part of a language
+    model), then `batched` ones that are split along their first axis. Its results must be the same
+    on every device, by collectives over `AXIS`.
     """
     if device_count(mesh) == 1 and mesh.size > 1:
         mapped = _alone(step, constants, batched)
@@ -140,15 +131,7 @@ def check_batch(batch: int, mesh: Mesh) -> None:
 
 
 def parts_of(batch: int, at_once: int, field: str, mesh: Mesh) -> int:
-    """The number of micro-batches in a batch.
-
-    Args:
-      at_once: rows of a micro-batch; 0 for all.
-      field: its name, for errors.
-
-    Raises:
-      UserError: the batch can't be split so, or a micro-batch not over the devices.
-    """
+    """The number of micro-batches of `at_once` rows (0: all) in a batch; `field` sets `at_once`."""
     at_once = at_once or batch
     if at_once < 0 or batch % at_once:
         raise UserError(f"{field}: micro-batches of {at_once} must divide the batch of {batch}")
@@ -173,8 +156,7 @@ def first() -> bool:
 def on_first(act: Callable[[], Any], what: str) -> Any:
     """What `act` returns on process 0, None on others; if it refuses, all processes do.
 
-    Args:
-      what: the action, for errors: `open runs/x`.
+    Errors name the action by `what`, such as `open runs/x`.
     """
     found = wrong = None
     if first():
@@ -215,14 +197,7 @@ def share(rows: list) -> list:
 
 
 def barrier(name: str, seconds: float = DEADLINE) -> None:
-    """Waits for all processes.
-
-    Args:
-      name: what they are about to do, for errors.
-
-    Raises:
-      UserError: deadline exceeded; the message names the processes that are missing.
-    """
+    """Waits for all processes; if the deadline is exceeded, the error names those missing."""
     if jax.process_count() == 1:
         return
     from jax._src import distributed  # the public barrier has no deadline

@@ -15,14 +15,13 @@ ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Preempted(SystemExit):
-    """A job ended early, with everything saved; the process exits with code 143 for SIGTERM.
+    """A job ended early, with everything saved, as the message says.
 
-    This is what a shell reports for a process killed by the signal. With 0 a scheduler would take
-    the job for done, and not start it again.
+    The exit code is that of a process killed by the signal, 143 for SIGTERM: with 0 a scheduler
+    would take the job for done.
     """
 
     def __init__(self, message: str):
-        """Args: message: one line on what was saved."""
         super().__init__(128 + signal.SIGTERM)
         self.message = message
 
@@ -31,9 +30,8 @@ class Preempted(SystemExit):
 def noticed() -> Iterator[Callable[[], bool]]:
     """Notes the signals above; yields a function that says whether one came to this process.
 
-    A second Ctrl-C ends the process at once. Signals that the process was started to ignore, as by
-    `nohup`, stay ignored, and so do all outside the main thread. A signal that the work did not
-    obey before its end is raised again afterwards.
+    A second Ctrl-C ends the process at once. Signals ignored before, as under `nohup`, and all
+    outside the main thread stay ignored. A signal not obeyed within is raised again afterwards.
     """
     came: list[int] = []
 
