@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from fkv import api, files, models, policies
 from fkv.cache import slots as cache
+from fkv.cache.cadence import Cadence
 from fkv.engine import decoding, replay
 from fkv.errors import UserError
 from fkv.evaluation import tables
@@ -67,7 +68,8 @@ def _sft(config: ConfigDict, model: ModelConfig, job: str) -> list[str]:
         return found + costs.size(batch)
 
     def operations(tokens):
-        trace = costs.sft_flops(model, scorer_config, tokens, config.budget, config.interval)
+        cadence = Cadence(config.budget, config.interval)
+        trace = costs.sft_flops(model, scorer_config, tokens, cadence)
         return trace * config.sft.batch
 
     what = f"{config.sft.batch} a step, {rows} at once on each of {_devices(mesh)}"
@@ -97,8 +99,8 @@ def _grpo(config: ConfigDict, model: ModelConfig, job: str) -> list[str]:
         return found + costs.size(batch)
 
     def operations(tokens):
-        sizes = (tokens, config.budget, config.interval, settings.epochs)
-        rollout = costs.grpo_flops(model, scorer_config, *sizes)
+        cadence = Cadence(config.budget, config.interval)
+        rollout = costs.grpo_flops(model, scorer_config, tokens, cadence, settings.epochs)
         full = costs.pass_flops(model, tokens) + costs.unembedding_flops(model, tokens)
         return config.grpo.traces * (full + settings.rollouts * rollout)
 

@@ -1,8 +1,7 @@
-"""What a model costs by its shape, before anything runs: parameters, bytes, operations.
+"""The cost of a model by its shape, before anything runs: parameters, bytes, FLOPs.
 
-A multiplication and an addition are two operations (FLOPs). Only matrix products are counted, and
-of causal attention only the half that is not masked, so a share of the peak that is computed with
-these figures is never flattered by wasted work. Temporary memory is what the compiler says.
+A multiply-add is two FLOPs. Only matrix products count, and of causal attention only the unmasked
+half, so wasted work never flatters a share of the peak.
 """
 
 import dataclasses
@@ -14,25 +13,20 @@ import jax
 import jax.numpy as jnp
 
 from fkv import files
+from fkv.cache.cadence import Cadence
 from fkv.errors import UserError
 from fkv.models import ModelConfig, read
 from fkv.models.decoder import param_shapes
-from fkv.policies import scorer
+from fkv.policies.scorer import ScorerConfig, feature_size
 
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """An accelerator as its maker describes it.
+    """The data sheet of an accelerator."""
 
-    Attributes:
-      memory: bytes.
-      flops: dense bfloat16 operations a second.
-      bandwidth: of its memory, bytes a second.
-    """
-
-    memory: float
-    flops: float
-    bandwidth: float
+    memory: float  # bytes
+    flops: float  # dense bfloat16 FLOPs per second
+    bandwidth: float  # of its memory, bytes per second
 
 
 DEVICES = {
@@ -44,10 +38,9 @@ DEVICES = {
     "H100": Device(80e9, 989e12, 3.35e12),
     "H200": Device(141e9, 989e12, 4.8e12),
 }
-# What is left for a program beside the runtime and what fragments.
-USABLE = 0.9
+USABLE = 0.9  # of a device's memory, beside the runtime and fragmentation
 
-# Shapes of models that the recipes name, so that they can be timed without their weights.
+# Shapes of models in the recipes, so that they can be timed without their weights.
 _QWEN3 = {"family": "qwen3", "qk_norm": True, "tied_embeddings": True, "rope_theta": 1e6}
 SHAPES = {
     "Qwen/Qwen3-4B": ModelConfig(
@@ -70,7 +63,7 @@ SHAPES = {
             ("original_max_position_embeddings", 8192), ("rope_type", "llama3"),
         ),
     ),
-    # No one's model: a hundred million parameters, for machines without an accelerator.
+    # A hundred million random parameters, for machines without an accelerator.
     "random-100m": ModelConfig(
         **_QWEN3, vocab_size=32_000, width=768, layers=10, heads=12, kv_heads=4, head_dim=64,
         mlp_width=2304, max_positions=40_960,
@@ -79,19 +72,15 @@ SHAPES = {
 
 
 def shape_of(model: str | Path, layers: int = 0) -> ModelConfig:
-    """The shape of a model: of a directory with `config.json`, or one of `SHAPES` by its name.
-
-    Args:
-      layers: how many of its layers; 0 for all.
-    """
+    """The shape of a model, from a directory with `config.json` or `SHAPES`; 0 `layers` are all."""
     if (files.expand(model) / "config.json").is_file():
         config = read(files.expand(model))
     elif model in SHAPES:
         config = SHAPES[model]
     else:
-        known = ", ".join(SHAPES)
         raise UserError(
-            f"model = {model!r}: no directory with a config.json; shapes known by name are {known}"
+            f"model = {model!r}: no directory with a config.json; shapes known by name are "
+            + ", ".join(SHAPES)
         )
     if not 0 <= layers <= config.layers:
         raise UserError(f"benchmark.layers = {layers} must be 0 (all) to {config.layers}")
@@ -107,10 +96,10 @@ def parameters(config: ModelConfig) -> int:
 
 
 def layer_weights(config: ModelConfig) -> int:
-    """Entries of the matrices that a token meets in all layers: FLOPs per token are twice that."""
+    """Entries of all layers' matrices: half the FLOPs per token."""
     shapes = param_shapes(config)["layers"]
-    small = [name for name in shapes if "norm" in name or "bias" in name]
-    return sum(math.prod(x.shape) for name, x in shapes.items() if name not in small)
+    matrices = [name for name in shapes if "norm" not in name and "bias" not in name]
+    return sum(math.prod(shapes[name].shape) for name in matrices)
 
 
 def parameter_bytes(config: ModelConfig, dtype: str) -> int:
@@ -121,8 +110,7 @@ def parameter_bytes(config: ModelConfig, dtype: str) -> int:
 def cache_bytes(config: ModelConfig, slots: int, dtype: str, statistics: bool = False) -> int:
     """Keys, values and positions of one row in all layers, and sums of attention if it has them.
 
-    Args:
-      dtype: the model's; its `cache_dtype` goes first.
+    The config's `cache_dtype` takes precedence over the model's `dtype`.
     """
     entry = 2 * config.head_dim * jnp.dtype(config.cache_dtype or dtype).itemsize + 4
     entry += 2 * 4 if config.cache_dtype == "int8" else 0  # scales
@@ -131,19 +119,18 @@ def cache_bytes(config: ModelConfig, slots: int, dtype: str, statistics: bool = 
 
 
 def decode_bytes(config: ModelConfig, batch: int, slots: int, dtype: str) -> int:
-    """Bytes that one decoding step can't avoid reading: each weight once, each row's cache once.
+    """Bytes that a decoding step has to read: each weight once, each row's cache once.
 
-    Of an embedding that is not the unembedding, a step reads `batch` rows, which are left out.
+    The `batch` rows of an untied embedding are left out.
     """
     read = parameters(config)
     if not config.tied_embeddings:
         read -= config.vocab_size * config.width
-    weights = read * jnp.dtype(dtype).itemsize
-    return weights + batch * cache_bytes(config, slots, dtype)
+    return read * jnp.dtype(dtype).itemsize + batch * cache_bytes(config, slots, dtype)
 
 
 def decode_flops(config: ModelConfig, batch: int, slots: int) -> int:
-    """FLOPs of one decoding step: every matrix once per row, and `4 h d` per layer and slot."""
+    """FLOPs of a decoding step: each matrix once per row, and `4 h d` per layer and slot."""
     matrices = layer_weights(config) + config.vocab_size * config.width
     attended = 4 * config.layers * config.heads * config.head_dim * slots
     return batch * (2 * matrices + attended)
@@ -152,77 +139,64 @@ def decode_flops(config: ModelConfig, batch: int, slots: int) -> int:
 def pass_flops(config: ModelConfig, length: int, slots: int = 0) -> int:
     """FLOPs of a trace through all layers, without the unembedding.
 
-    Args:
-      slots: entries that every token attends to under eviction (B + L); 0 for the full cache,
-        where it attends to half the trace on average.
+    Under eviction a token attends to `slots` entries (B + L); with the full cache, 0, to half the
+    trace on average.
     """
     seen = min(slots, length / 2) if slots else length / 2
     attended = 4 * config.layers * config.heads * config.head_dim * seen
     return int(length * (2 * layer_weights(config) + attended))
 
 
+def unembedding_flops(config: ModelConfig, tokens: int) -> int:
+    """FLOPs of the logits of this many tokens."""
+    return 2 * tokens * config.vocab_size * config.width
+
+
 def label_flops(config: ModelConfig, length: int) -> int:
-    """FLOPs of golden labels: a full pass, and every query against every key before it again."""
+    """FLOPs of golden labels: a full pass, then every query against every earlier key again."""
     again = config.layers * config.heads * config.head_dim * length**2
     return pass_flops(config, length) + again
 
 
-def _observed_flops(config, rules: scorer.ScorerConfig, length, budget, interval, passes) -> float:
-    """Per trace and eviction: the statistics, and `passes` over the scorer's weights."""
-    events = max(0, length // interval - budget // interval)
-    looked = 2 * config.layers * config.heads * config.head_dim * length * (budget + interval)
-    weights = rules.hidden * (scorer.feature_size(config, rules) + 1)
-    scored = 2 * passes * config.layers * config.kv_heads * budget * weights * events
-    return scored + (looked if rules.statistics else 0)
+def sft_flops(config: ModelConfig, scorers: ScorerConfig, length: int, cadence: Cadence) -> int:
+    """FLOPs per trace of a supervised step: labels, and a pass under eviction with the scorers.
 
-
-def sft_flops(
-    config: ModelConfig, rules: scorer.ScorerConfig, length: int, budget: int, interval: int
-) -> int:
-    """FLOPs of a trace in a supervised step: labels, the evicted pass, the scorers forward and
-    their weights' gradient. The features carry no gradient, so that is two passes and not three.
+    Scorers take two passes, forward and their weights' gradient: features carry no gradient.
     """
-    evicted = pass_flops(config, length, budget + interval)
-    observed = _observed_flops(config, rules, length, budget, interval, 2)
-    return int(label_flops(config, length) + evicted + observed)
+    evicted = _evicted_flops(config, scorers, length, cadence, 2)
+    return int(label_flops(config, length) + evicted)
 
 
 def grpo_flops(
-    config: ModelConfig,
-    rules: scorer.ScorerConfig,
-    length: int,
-    budget: int,
-    interval: int,
-    epochs: int = 1,
+    config: ModelConfig, scorers: ScorerConfig, length: int, cadence: Cadence, epochs: int = 1
 ) -> int:
-    """FLOPs of a rollout: its replay with one pass over the scorers and the losses of its tokens;
-    and per epoch the replay again with three, the reference being the third.
+    """FLOPs per rollout: it is replayed and its losses measured, then replayed in every epoch.
+
+    In an epoch scorers take three passes: two as above, and that of the reference.
     """
-    evicted = pass_flops(config, length, budget + interval)
-    drawn = _observed_flops(config, rules, length, budget, interval, 1)
-    updated = _observed_flops(config, rules, length, budget, interval, 3)
-    losses = unembedding_flops(config, length)
-    return int(evicted + drawn + losses + epochs * (evicted + updated))
+    drawn = _evicted_flops(config, scorers, length, cadence, 1)
+    updated = _evicted_flops(config, scorers, length, cadence, 3)
+    return int(drawn + unembedding_flops(config, length) + epochs * updated)
 
 
-def unembedding_flops(config: ModelConfig, tokens: int) -> int:
-    """FLOPs of the logits of so many tokens."""
-    return 2 * tokens * config.vocab_size * config.width
+def _evicted_flops(config, scorers, length, cadence: Cadence, passes) -> float:
+    """A trace under eviction, with its statistics and `passes` over the scorers."""
+    events = max(0, length // cadence.interval - cadence.fill_chunks)
+    weights = scorers.hidden * (feature_size(config, scorers) + 1)
+    heads = config.layers * config.kv_heads
+    found = pass_flops(config, length, cadence.slots)
+    found += 2 * passes * heads * cadence.budget * weights * events
+    if scorers.statistics:
+        found += 2 * config.layers * config.heads * config.head_dim * length * cadence.slots
+    return found
 
 
 # ---- memory
 
 
-def temporaries(step: Callable, *arguments, donate: tuple[int, ...] = ()) -> int:
-    """Bytes that a step needs beside its arguments and its results.
-
-    Compiled for the device at hand from shapes alone; nothing is allocated.
-
-    Args:
-      arguments: pytrees of `jax.ShapeDtypeStruct`.
-      donate: which of them the results take the place of.
-    """
-    compiled = jax.jit(step, donate_argnums=donate).lower(*arguments).compile()
+def temporaries(step: Callable, *arguments) -> int:
+    """Bytes that a step needs beside its arguments (shapes) and results, as it is compiled here."""
+    compiled = jax.jit(step).lower(*arguments).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
 
@@ -232,11 +206,7 @@ def size(tree) -> int:
 
 
 def largest(points: Sequence[tuple[int, float]], memory: float, multiple: int = 1) -> int:
-    """The largest x that fits, by the line through two points (x, bytes).
-
-    Returns:
-      A multiple of `multiple`; 0 if none fits.
-    """
+    """The largest x that fits, by the line through two points (x, bytes), rounded down; or 0."""
     (x, low), (y, high) = points
     slope = (high - low) / (y - x)
     most = (memory * USABLE - low) / slope + x

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from fkv import models, policies
+from fkv.cache.cadence import Cadence
 from fkv.engine import replay
 from fkv.errors import UserError
 from fkv.models import ModelConfig
@@ -70,9 +71,9 @@ def test_formulas_by_hand():
     looked = 2 * 3 * 4 * 4 * 24 * 12
     evicted = costs.pass_flops(SHAPE, 24, 12)
     want = costs.label_flops(SHAPE, 24) + evicted + looked + 2 * scored
-    assert costs.sft_flops(SHAPE, rules, 24, 8, 4) == want
+    assert costs.sft_flops(SHAPE, rules, 24, Cadence(8, 4)) == want
     want = 3 * (evicted + looked) + scored + 2 * 3 * scored + 2 * 24 * 400
-    assert costs.grpo_flops(SHAPE, rules, 24, 8, 4, epochs=2) == want
+    assert costs.grpo_flops(SHAPE, rules, 24, Cadence(8, 4), epochs=2) == want
 
 
 def test_operations_are_those_that_the_compiler_counts():

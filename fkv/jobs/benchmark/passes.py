@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fkv import models
+from fkv.cache.cadence import Cadence
 from fkv.engine import decoding
 from fkv.jobs import common
 from fkv.jobs.benchmark.base import (
@@ -174,9 +175,10 @@ def steps(bench: Bench) -> list[dict]:
             first[1], everywhere, reference, batch,
         ),
     }  # fmt: skip
+    cadence = Cadence(*sizes)
     work = {
-        "supervised": traces * costs.sft_flops(model, rules, length, *sizes),
-        "grpo": rollouts * costs.grpo_flops(model, rules, length, *sizes, settings.epochs),
+        "supervised": traces * costs.sft_flops(model, rules, length, cadence),
+        "grpo": rollouts * costs.grpo_flops(model, rules, length, cadence, settings.epochs),
     }
     compiled = {}
     for name, step in calls.items():
