@@ -1,20 +1,20 @@
 """The fixed-shape masked KV cache of one layer.
 
-An array of `B + L` slots per KV head, in two regions: slots [0, B) hold the kept entries, slots
-[B, B + L) are the staging ring into which the newest tokens are written. When the ring is full,
-`admit` drops exactly `L` of the `B + L` entries and moves the staged entries that survive into the
-freed slots: at most `L` rows move, the shape never changes, and filling up is the same code as
-running full, since empty slots are the first to be dropped. Attention does not care about the
-order of slots, because keys are cached after the rotation; `position` says what sits where.
+Of the `B + L` slots per KV head, [0, B) hold the kept entries and [B, B + L) are the staging ring
+into which the newest tokens are written. When the ring is full, `admit` drops exactly `L` entries
+and moves the staged entries that survive into the freed slots: at most `L` rows move, and filling
+up is the same code as running full, since empty slots are dropped first. The order of slots does
+not matter, because keys are cached after the rotation; `position` says which token a slot holds.
 
-Keys and values are held in the model's dtype, or as `Int8`: quantised once, when they come. What
-moves at an eviction are rows of integers and their scales, bit for bit.
+Keys and values are held in the model's dtype, or as `Int8`: quantised once, on arrival. An eviction
+moves integers and their scales, bit for bit.
 
 Letters: b batch, k KV heads, s slots (B + L), l interval (L), d head dim.
 """
 
 from typing import Any
 
+import chex
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ class Int8:
 
     Attributes:
       value: [..., d], int8.
-      scale: [...], float32: the largest magnitude of the vector over 127; 0 where there is none.
+      scale: [...], float32: the largest magnitude of the vector over 127.
     """
 
     value: Array
@@ -49,12 +49,12 @@ def quantise(x: Array) -> Int8:
 
 
 def stored(x: Array, cache_dtype: str) -> Array | Int8:
-    """Vectors [..., d] as a cache holds them, `cache_dtype` being a model config's."""
+    """Vectors [..., d] as the cache of a `ModelConfig` with this `cache_dtype` holds them."""
     return quantise(x) if cache_dtype == "int8" else x
 
 
 def dense(x: Array | Int8) -> Array:
-    """Vectors [..., d] as numbers: float32 of `Int8`, all others as they are."""
+    """Vectors [..., d] as floats: float32 for `Int8`, others unchanged."""
     return x.value * x.scale[..., None] if isinstance(x, Int8) else x
 
 
@@ -111,11 +111,10 @@ def init(
 
 
 def unit_axes(array_bk: Array | Int8) -> tuple[int, ...]:
-    """Those of the axes b and k that have a length of one.
+    """Which of the axes b and k have length one.
 
-    XLA drops such axes from products. An update of the cache that still has them then differs in
-    shape from what is multiplied, and the CPU copies the whole cache at every token: so updates,
-    products and the carry of the decoding loop are all without them.
+    XLA drops such axes from products. A cache whose updates still have them is copied by a CPU at
+    every token, so updates, products and the carry of the decoding loop all go without them.
     """
     return tuple(axis for axis in (0, 1) if array_bk.shape[axis] == 1)
 
@@ -130,11 +129,13 @@ def append(
     """Writes `t` new tokens at slots [slot, slot + t), the same for every row and head.
 
     Args:
-      slot: first slot to write, in the staging ring.
       key_btkd, value_btkd: quantised here for a cache of `Int8`, unless they are already.
       position_bt: absolute positions, -1 for padding (the slot is then empty).
     """
-    b, t, k, _ = key_btkd.shape
+    b, t, k, d = key_btkd.shape
+    chex.assert_shape([cache.key_bksd, cache.value_bksd], (b, k, None, d))
+    chex.assert_shape(value_btkd, key_btkd.shape)
+    chex.assert_shape(position_bt, ({1, b}, t))
     position = jnp.broadcast_to(position_bt[:, None], (b, k, t))
     axes = unit_axes(cache.position_bks)
 
@@ -167,7 +168,7 @@ def choose(importance_bks: Array, position_bks: Array, interval: int) -> Array:
 
 
 def moves(evict_bkl: Array, slots: int) -> tuple[Array, Array]:
-    """What `admit` does: which staged entry goes into which freed slot.
+    """Which staged entry `admit` moves into which freed slot.
 
     Args:
       evict_bkl: distinct slots to drop, any order, exactly `L` of the `slots`.
@@ -190,11 +191,12 @@ def moves(evict_bkl: Array, slots: int) -> tuple[Array, Array]:
 
 
 def admit(cache: Cache, evict_bkl: Array) -> Cache:
-    """Drops the entries in the given slots and takes the staged survivors in; empties the ring.
+    """Drops the entries in the given slots, keeps the staged survivors, and empties the ring.
 
     Args:
       evict_bkl: exactly `L` distinct slots per row and head, in either region.
     """
+    chex.assert_shape(evict_bkl, (*cache.position_bks.shape[:2], None))
     slots, interval = cache.position_bks.shape[-1], evict_bkl.shape[-1]
     target, source = moves(evict_bkl, slots)
     moved = jax.tree.map(lambda x: move(x, target, source), cache)

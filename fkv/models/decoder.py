@@ -1,7 +1,7 @@
 """One decoder for Qwen3, Qwen2 and Llama, as pure functions over a parameter pytree.
 
-The parameters are a dictionary; those of the layers are stacked along a leading layer axis, so
-that `lax.scan` runs over them and one layer is `jax.tree.map(lambda x: x[i], params["layers"])`:
+The parameters are a dictionary; those of the layers are stacked along a leading layer axis, over
+which `lax.scan` runs:
 
   embed_vm, final_norm_m, head_vm (untied only), and in layers:
   attn_norm_m, q_mhd, k_mkd, v_mkd, o_hdm, mlp_norm_m, gate_mf, up_mf, down_fm,
@@ -14,6 +14,7 @@ Letters: b batch, t tokens, v vocabulary, m width, h query heads, k KV heads, d 
 import functools
 from collections.abc import Sequence
 
+import chex
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -41,25 +42,16 @@ def param_shapes(config: ModelConfig) -> dict:
     """Shapes of every parameter, as a pytree of `jax.ShapeDtypeStruct` (float32)."""
     c = config
     m, h, k, d, f = c.width, c.heads, c.kv_heads, c.head_dim, c.mlp_width
-    layer = {
-        "attn_norm_m": (m,),
-        "q_mhd": (m, h, d),
-        "k_mkd": (m, k, d),
-        "v_mkd": (m, k, d),
-        "o_hdm": (h, d, m),
-        "mlp_norm_m": (m,),
-        "gate_mf": (m, f),
-        "up_mf": (m, f),
-        "down_fm": (f, m),
-    }
+    layer = dict(attn_norm_m=(m,), q_mhd=(m, h, d), k_mkd=(m, k, d), v_mkd=(m, k, d))
+    layer |= dict(o_hdm=(h, d, m), mlp_norm_m=(m,), gate_mf=(m, f), up_mf=(m, f), down_fm=(f, m))
     if c.qk_norm:
-        layer |= {"q_norm_d": (d,), "k_norm_d": (d,)}
+        layer |= dict(q_norm_d=(d,), k_norm_d=(d,))
     if c.qkv_bias:
-        layer |= {"q_bias_hd": (h, d), "k_bias_kd": (k, d), "v_bias_kd": (k, d)}
+        layer |= dict(q_bias_hd=(h, d), k_bias_kd=(k, d), v_bias_kd=(k, d))
     if c.out_bias:
-        layer |= {"o_bias_m": (m,)}
+        layer |= dict(o_bias_m=(m,))
     if c.mlp_bias:
-        layer |= {"gate_bias_f": (f,), "up_bias_f": (f,), "down_bias_m": (m,)}
+        layer |= dict(gate_bias_f=(f,), up_bias_f=(f,), down_bias_m=(m,))
     shapes = {"embed_vm": (c.vocab_size, m), "final_norm_m": (m,)}
     if not c.tied_embeddings:
         shapes["head_vm"] = (c.vocab_size, m)
@@ -72,7 +64,7 @@ def param_shapes(config: ModelConfig) -> dict:
 
 
 def sharding(name: str, shape: Sequence[int], mesh: Mesh | None) -> NamedSharding | None:
-    """How a parameter is split over the devices that share a copy of the model, if there are any.
+    """How a parameter is split over the devices of a mesh that share a copy of the model.
 
     Args:
       name: its last letters name its last axes.
@@ -105,18 +97,16 @@ def init(key: Array, config: ModelConfig, qk_gain: float = 1.0) -> Params:
         logits can't pass `gain_q * gain_k * sqrt(head_dim)`: small head dims need more than 1
         to become sharp.
     """
+    inputs = {"o_hdm": config.heads * config.head_dim, "down_fm": config.mlp_width}
     leaves, treedef = jax.tree_util.tree_flatten_with_path(param_shapes(config))
     params = []
     for i, (path, leaf) in enumerate(leaves):
         name, shape = path[-1].key, leaf.shape
-        if name in ("q_norm_d", "k_norm_d"):
-            params.append(jnp.full(shape, qk_gain))
-        elif "norm" in name:
-            params.append(jnp.ones(shape))
+        if "norm" in name:
+            params.append(jnp.full(shape, qk_gain if name in ("q_norm_d", "k_norm_d") else 1.0))
         elif "bias" in name:
             params.append(jnp.zeros(shape))
         else:
-            inputs = {"o_hdm": config.heads * config.head_dim, "down_fm": config.mlp_width}
             std = inputs.get(name, config.width) ** -0.5
             if name in inputs:  # the residual stream is the sum of 2 * layers of these
                 std /= (2 * config.layers) ** 0.5
@@ -154,7 +144,10 @@ def embed(params: Params, token_bt: Array) -> Array:
 def project(
     config: ModelConfig, layer: Params, hidden_btm: Array, position_bt: Array
 ) -> tuple[Array, Array, Array]:
-    """Queries [b, t, h, d], keys and values [b, t, k, d] of one layer, rotated, cache-ready."""
+    """Queries [b, t, h, d], keys and values [b, t, k, d] of one layer; the first two rotated."""
+    b, t, _ = hidden_btm.shape
+    chex.assert_shape(hidden_btm, (b, t, config.width))
+    chex.assert_shape(position_bt, ({1, b}, t))
     x = rms_norm(hidden_btm, layer["attn_norm_m"], config.rms_eps)
     q = einsum("btm,mhd->bthd", x, layer["q_mhd"])
     k = einsum("btm,mkd->btkd", x, layer["k_mkd"])
@@ -170,7 +163,7 @@ def project(
 
 
 def finish(config: ModelConfig, layer: Params, hidden_btm: Array, attended_bthd: Array) -> Array:
-    """The rest of a layer after attention: output projection, residuals and the gated MLP."""
+    """A layer after its attention: output projection, residuals and the gated MLP."""
     out = einsum("bthd,hdm->btm", attended_bthd, layer["o_hdm"])
     if config.out_bias:
         out = out + layer["o_bias_m"][None, None]
