@@ -18,9 +18,6 @@ from collections.abc import Sequence
 from fkv.errors import UserError
 
 RIGHT, WRONG, NO_ANSWER, TIMEOUT, FAILED = "right", "wrong", "no answer", "timeout", "failed"
-
-
-_THINK = re.compile(r"</?think>")
 # A tag; a run of backslashes, with the box or the brace that it belongs to; or a brace alone.
 _TOKEN = re.compile(r"(</?think>)|(\\++)(?:(boxed\s*+\{)|([{}]))?|([{}])")
 
@@ -32,9 +29,9 @@ def opens_thought(prompt: str, question: str = "") -> bool:
       prompt: all of it, special tokens included.
       question: the user's part of it, in which tags are words.
     """
-    _, found, after = prompt.rpartition(question) if question else ("", "", "")
-    tags = _THINK.findall(after) if found else []
-    return (tags[-1] == "<think>") if tags else prompt.rstrip().endswith("<think>")
+    after = prompt[prompt.rfind(question) + len(question) :] if question in prompt else ""
+    opened, ended = after.rfind("<think>"), after.rfind("</think>")
+    return opened > ended or (opened == ended and prompt.rstrip().endswith("<think>"))
 
 
 def last_boxed(text: str, opened: bool = False) -> str | None:
