@@ -58,8 +58,8 @@ def attend(
     """Softmax attention.
 
     Returns:
-      The attended values [b, q, h, d] in the dtype of the values (of the queries, for `Int8`), and
-      the log-sum-exp of the logits [b, k, g, q] (float32).
+      Attended values [b, q, h, d] in the dtype of the values (of the queries, for `Int8`), and
+      log-sum-exps of the logits [b, k, g, q] (float32).
     """
     b, k, s, d = k_bksd.shape
     chex.assert_shape(q_bqhd, (b, None, None, d))
@@ -92,18 +92,14 @@ def attend_one(
         return attend(q_bqhd, cache.key_bksd, cache.value_bksd, seen)
     from fkv.cache import kernels  # Pallas takes a while to import
 
-    interpret = kernel == "interpret"
-    platform = "gpu" if interpret else kernel
-    return kernels.decode_attention(q_bqhd, cache, position_bq[:, 0], platform, interpret=interpret)
+    platform, interpret = "gpu" if kernel == "interpret" else kernel, kernel == "interpret"
+    return kernels.decode_attention(q_bqhd, cache, position_bq[:, 0], platform, 0, interpret)
 
 
 def full_attention(
-    q_bthd: Array,
-    k_btkd: Array | kv.Int8,
-    v_btkd: Array | kv.Int8,
-    position_bt: Array,
+    q_bthd: Array, k_btkd: Array | kv.Int8, v_btkd: Array | kv.Int8, position_bt: Array,
     block: int = 256,
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array]:  # fmt: skip
     """Causal attention of a whole sequence, one block of queries at a time: never T x T.
 
     Args:
@@ -140,7 +136,7 @@ def full_attention(
 
 @flax.struct.dataclass
 class Statistics:
-    """What the last `L` queries gave to each cached entry, per query head, [b, k, s, g] each.
+    """Attention of the last `L` queries to each cached entry, per query head, [b, k, s, g] each.
 
     `last_8` and its like are sums over the newest 8, 16 and 32 queries; `total` over all `L`.
     """
@@ -159,13 +155,9 @@ _BLOCK = 64
 
 
 def statistics(
-    q_bqhd: Array,
-    query_position_bq: Array,
-    k_bksd: Array | kv.Int8,
-    key_position_bks: Array,
-    lse_bkgq: Array,
-    form: str = "windowed",
-) -> Statistics:
+    q_bqhd: Array, query_position_bq: Array, k_bksd: Array | kv.Int8, key_position_bks: Array,
+    lse_bkgq: Array, form: str = "windowed",
+) -> Statistics:  # fmt: skip
     """Attention statistics of the queries since the last eviction (paper section 3.2).
 
     Memory is that of the attention of 64 queries, whatever `q` is.

@@ -31,40 +31,30 @@ TPU_BLOCK = 2048
 
 
 def block_slots(slots: int, key_bytes: int, platform: str) -> int:
-    """Slots that a cell of the grid reads."""
+    """Slots that a cell of the grid reads: on a TPU, all or even blocks of whole tiles."""
     if platform == "gpu":
         return max(ROWS, min(GPU_BLOCK, GPU_BYTES // key_bytes))
     blocks = -(-slots // TPU_BLOCK)
-    if blocks == 1:
-        return slots
-    return -(-slots // (128 * blocks)) * 128  # even blocks of whole tiles
+    return slots if blocks == 1 else -(-slots // (128 * blocks)) * 128
 
 
 def decode_attention(
-    q_bqhd: Array,
-    cache: Cache,
-    position_b: Array,
-    platform: str,
-    block: int = 0,
+    q_bqhd: Array, cache: Cache, position_b: Array, platform: str, block: int = 0,
     interpret: bool = False,
-) -> tuple[Array, Array]:
-    """`attention.attend` of one query a row, masked as by `attention.visible`.
+) -> tuple[Array, Array]:  # fmt: skip
+    """`attention.attend` of one query a row at `position_b`, masked as by `attention.visible`.
 
     Args:
-      position_b: absolute positions of the queries.
       platform: `gpu` or `tpu`.
       block: slots that a cell of the grid reads; 0 for the platform's default.
       interpret: run on any device as plain JAX; for tests.
 
-    Returns:
-      The attended values [b, q, h, d] in the dtype of the values, and the log-sum-exp of the
-      logits [b, k, g, q] (float32).
-
     Raises:
       UserError: the platform has no such kernel, or not for this head dim or dtype.
     """
-    b, kv_heads, slots, d = cache.key_bksd.shape
-    if platform == "tpu" and not interpret and cache.key_bksd.dtype == jnp.float16:
+    k_bksd, v_bksd = cache.key_bksd, cache.value_bksd
+    b, kv_heads, slots, d = k_bksd.shape
+    if platform == "tpu" and not interpret and k_bksd.dtype == jnp.float16:
         raise UserError(
             "attention_kernel 'pallas' does not support float16 on a TPU: set dtype to 'bfloat16', "
             "or attention_kernel to 'plain'"
@@ -76,7 +66,7 @@ def decode_attention(
         )
     load, store, compiler_params = for_platform(platform)
     group = q_bqhd.shape[2] // kv_heads
-    block = block or block_slots(slots, d * cache.key_bksd.dtype.itemsize, platform)
+    block = block or block_slots(slots, d * k_bksd.dtype.itemsize, platform)
     blocks = -(-slots // block)
     rows = max(ROWS, 1 << (group - 1).bit_length())  # a power of two
 
@@ -90,35 +80,28 @@ def decode_attention(
     def of_cell(*shape):
         return pl.BlockSpec((None, None, None, *shape), lambda i, j, n: (i, j, n, 0, 0))
 
+    lead = (b, kv_heads, blocks, group)
+    of_row = pl.BlockSpec((None, 1, 1), lambda i, j, n: (i, 0, 0))
+    of_queries = pl.BlockSpec((None, None, rows, d), lambda i, j, n: (i, j, 0, 0))
     of_block = pl.BlockSpec((None, None, block, d), lambda i, j, n: (i, j, n, 0))
     # Triton's arrays have all the rows, of which only those of the group are written.
     written = rows if platform == "gpu" else group
     out, top, total = pl.pallas_call(
         functools.partial(_cell, (load, store), slots, group),
         grid=(b, kv_heads, blocks),
-        in_specs=[
-            pl.BlockSpec((None, None, rows, d), lambda i, j, n: (i, j, 0, 0)),
-            of_block,
-            of_block,
-            pl.BlockSpec((None, 1, 1), lambda i, j, n: (i, 0, 0)),
-            of_cell(1, block),
-        ],
+        in_specs=[of_queries, of_block, of_block, of_row, of_cell(1, block)],
         out_specs=[of_cell(written, width) for width in (d, 1, 1)],
-        out_shape=[
-            jax.ShapeDtypeStruct((b, kv_heads, blocks, group, width), jnp.float32)
-            for width in (d, 1, 1)
-        ],
+        out_shape=[jax.ShapeDtypeStruct((*lead, width), jnp.float32) for width in (d, 1, 1)],
         compiler_params=compiler_params,
         interpret=interpret,
         name="decode_attention",
-    )(q_bkgd, cache.key_bksd, cache.value_bksd, position_b[:, None, None], key_position)
+    )(q_bkgd, k_bksd, v_bksd, position_b[:, None, None], key_position)
 
     highest = top.max(2, keepdims=True)
     weight = jnp.exp(top - highest)
     total = (weight * total).sum(2)
     out = (weight * out).sum(2) / total
-    out = out.reshape(q_bqhd.shape).astype(cache.value_bksd.dtype)
-    return out, highest[:, :, 0] + jnp.log(total)
+    return out.reshape(q_bqhd.shape).astype(v_bksd.dtype), highest[:, :, 0] + jnp.log(total)
 
 
 def _cell(memory, slots, group, *refs):
@@ -149,11 +132,7 @@ def _cell(memory, slots, group, *refs):
 
 
 def for_platform(platform: str) -> tuple[Callable, Callable, Any]:
-    """How a cell loads and stores its blocks, and the compiler's parameters.
-
-    Raises:
-      UserError: the platform has no such kernel.
-    """
+    """How a cell loads and stores its blocks, and the compiler's parameters."""
     if platform == "gpu":
         try:
             from jax.experimental.pallas import triton

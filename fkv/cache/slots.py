@@ -102,12 +102,8 @@ def init(
         x = jnp.zeros((*lead, head_dim), dtype)
         return Int8(x, jnp.zeros(lead)) if x.dtype == jnp.int8 else x
 
-    return Cache(
-        key_bksd=empty(),
-        value_bksd=empty(),
-        position_bks=jnp.full(lead, -1, jnp.int32),
-        entry=jax.tree.map(lambda x: jnp.zeros((*lead, *x.shape), x.dtype), entry),
-    )
+    entry = jax.tree.map(lambda x: jnp.zeros((*lead, *x.shape), x.dtype), entry)
+    return Cache(empty(), empty(), jnp.full(lead, -1, jnp.int32), entry)
 
 
 def unit_axes(array_bk: Array | Int8) -> tuple[int, ...]:
@@ -120,12 +116,9 @@ def unit_axes(array_bk: Array | Int8) -> tuple[int, ...]:
 
 
 def append(
-    cache: Cache,
-    slot: int | Array,
-    key_btkd: Array | Int8,
-    value_btkd: Array | Int8,
+    cache: Cache, slot: int | Array, key_btkd: Array | Int8, value_btkd: Array | Int8,
     position_bt: Array,
-) -> Cache:
+) -> Cache:  # fmt: skip
     """Writes `t` new tokens at slots [slot, slot + t), the same for every row and head.
 
     Args:
@@ -150,11 +143,8 @@ def append(
         new = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 2), new)
         return jax.tree.map(write, held, new)
 
-    return cache.replace(
-        key_bksd=take_in(cache.key_bksd, key_btkd),
-        value_bksd=take_in(cache.value_bksd, value_btkd),
-        position_bks=write(cache.position_bks, position),
-    )
+    key, value = take_in(cache.key_bksd, key_btkd), take_in(cache.value_bksd, value_btkd)
+    return Cache(key, value, write(cache.position_bks, position), cache.entry)
 
 
 def choose(importance_bks: Array, position_bks: Array, interval: int) -> Array:

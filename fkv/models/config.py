@@ -12,11 +12,7 @@ from fkv import files, kinds
 from fkv.errors import UserError
 from fkv.kinds import Kind, said
 
-ARCHITECTURES = {
-    "Qwen3ForCausalLM": "qwen3",
-    "Qwen2ForCausalLM": "qwen2",
-    "LlamaForCausalLM": "llama",
-}
+ARCHITECTURES = {f"{name}ForCausalLM": name.lower() for name in ("Qwen3", "Qwen2", "Llama")}
 CACHE_DTYPES = ("", "int8")
 KERNELS = ("plain", "gpu", "tpu", "interpret")
 # `max_position_embeddings` where a config has none.
@@ -186,8 +182,7 @@ def from_hf(config: Mapping, where: str = "config.json") -> ModelConfig:
     `rope_parameters` (transformers 5). Absent fields have their defaults of transformers.
 
     Raises:
-      UserError: the architecture or a setting of it is not supported, or a field is missing or of
-        the wrong kind.
+      UserError: a field is missing or of the wrong kind, or the architecture is not supported.
     """
 
     def integer(key, default=None, most=2**24):
@@ -231,24 +226,12 @@ def from_hf(config: Mapping, where: str = "config.json") -> ModelConfig:
         raise UserError(f"{where}: head_dim {head_dim} is odd, and rotary embeddings need pairs")
     bias = flag("attention_bias") and family != "qwen2"
     return ModelConfig(
-        family=family,
-        vocab_size=integer("vocab_size"),
-        width=width,
-        layers=layers,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        mlp_width=integer("intermediate_size"),
-        rms_eps=float(eps),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        qk_norm=family == "qwen3",
-        qkv_bias=family == "qwen2" or bias,
-        out_bias=bias,
-        mlp_bias=flag("mlp_bias") and family == "llama",
-        tied_embeddings=flag("tie_word_embeddings"),
-        max_positions=positions,
-    )
+        family, integer("vocab_size"), width, layers, heads, kv_heads, head_dim,
+        mlp_width=integer("intermediate_size"), rms_eps=float(eps), rope_theta=theta,
+        rope_scaling=scaling, qk_norm=family == "qwen3", qkv_bias=family == "qwen2" or bias,
+        out_bias=bias, mlp_bias=flag("mlp_bias") and family == "llama",
+        tied_embeddings=flag("tie_word_embeddings"), max_positions=positions,
+    )  # fmt: skip
 
 
 def _checked(where: str, key: str, value: Any, kind: Kind) -> Any:

@@ -247,12 +247,8 @@ def load_judges(path_or_hub_id: str | Path, revision: str | None = None) -> dict
     directory = find(path_or_hub_id, revision)
     config, stored = read(directory), _stored(directory)
     k, features = config.kv_heads, 2 * config.head_dim + 8 * config.group_size
-    shapes = {
-        "fc1.weight": (k, features, 16),
-        "fc1.bias": (k, 16),
-        "fc2.weight": (k, 16, 1),
-        "fc2.bias": (k, 1),
-    }
+    shapes = {"fc1.weight": (k, features, 16), "fc1.bias": (k, 16),
+              "fc2.weight": (k, 16, 1), "fc2.bias": (k, 1)}  # fmt: skip
     layers = [JUDGE.format(i) for i in range(config.layers)]
     _check(directory, {p + name: shape for p in layers for name, shape in shapes.items()}, stored)
 
@@ -407,31 +403,19 @@ def _some(names: Iterable[str]) -> str:
 
 def _describe(config: ModelConfig, dtype: str) -> dict:
     """The `config.json` of a decoder."""
-    c = config
-    scaling = dict(c.rope_scaling)
+    c, scaling = config, dict(config.rope_scaling)
     return {
         "architectures": [{v: k for k, v in ARCHITECTURES.items()}[c.family]],
-        "model_type": c.family,
-        "vocab_size": c.vocab_size,
-        "hidden_size": c.width,
-        "intermediate_size": c.mlp_width,
-        "num_hidden_layers": c.layers,
-        "num_attention_heads": c.heads,
-        "num_key_value_heads": c.kv_heads,
-        "head_dim": c.head_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": c.rms_eps,
+        "model_type": c.family, "vocab_size": c.vocab_size, "hidden_size": c.width,
+        "intermediate_size": c.mlp_width, "num_hidden_layers": c.layers,
+        "num_attention_heads": c.heads, "num_key_value_heads": c.kv_heads,
+        "head_dim": c.head_dim, "hidden_act": "silu", "rms_norm_eps": c.rms_eps,
         # transformers 4 reads the first two, 5 and later the third.
-        "rope_theta": c.rope_theta,
-        "rope_scaling": scaling or None,
+        "rope_theta": c.rope_theta, "rope_scaling": scaling or None,
         "rope_parameters": {"rope_type": "default", **scaling, "rope_theta": c.rope_theta},
-        "attention_bias": c.out_bias,
-        "mlp_bias": c.mlp_bias,
-        "tie_word_embeddings": c.tied_embeddings,
-        "max_position_embeddings": c.max_positions,
-        "torch_dtype": dtype,
-        "dtype": dtype,
+        "attention_bias": c.out_bias, "mlp_bias": c.mlp_bias,
+        "tie_word_embeddings": c.tied_embeddings, "max_position_embeddings": c.max_positions,
+        "torch_dtype": dtype, "dtype": dtype,
         # Llama's defaults (1 and 2) would be tokens of another vocabulary.
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
+        "bos_token_id": None, "eos_token_id": None,
+    }  # fmt: skip

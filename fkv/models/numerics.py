@@ -4,7 +4,6 @@ What differs is chosen when a program is lowered, not when it is traced: one tra
 GPU and TPU, with or without the device.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -41,7 +40,7 @@ def einsum_f32(spec: str, x: Array, y: Array) -> Array:
     def cast(x, y):
         return product(x.astype(jnp.float32), y.astype(jnp.float32))
 
-    if jnp.result_type(x, y) == jnp.float32:
+    if jnp.result_type(x, y) == jnp.float32:  # the same everywhere
         return cast(x, y)
     return jax.lax.platform_dependent(x, y, cpu=cast, default=product)
 
@@ -56,14 +55,12 @@ def einsum_int8(spec: str, x_bk: Array, y_bk: Array) -> Array:
     def together(x_bk, y_bk):
         return einsum_f32(spec, x_bk, y_bk.astype(x_bk.dtype))  # bfloat16 holds them exactly
 
-    def one(x_bk, y_bk, head):
-        x, y = (jax.lax.dynamic_slice_in_dim(z, head, 1, axis=1) for z in (x_bk, y_bk))
-        return together(x, y)[:, 0]
-
     def in_turn(x_bk, y_bk):
-        heads = jnp.arange(y_bk.shape[1])
-        out = jax.lax.map(functools.partial(one, x_bk, y_bk), heads)
-        return jnp.moveaxis(out, 0, 1)
+        def one(head):
+            x, y = (jax.lax.dynamic_slice_in_dim(z, head, 1, axis=1) for z in (x_bk, y_bk))
+            return together(x, y)[:, 0]
+
+        return jnp.moveaxis(jax.lax.map(one, jnp.arange(y_bk.shape[1])), 0, 1)
 
     return jax.lax.platform_dependent(x_bk, y_bk, cpu=in_turn, default=together)
 
