@@ -1,44 +1,25 @@
 """Eviction policies: `get(name, **fields)` and `names()`."""
 
-from fkv.policies.ada import Ada
-from fkv.policies.base import Policy, View, check, get, names, register
-from fkv.policies.expected_attention import ExpectedAttention
-from fkv.policies.forced import Forced
-from fkv.policies.foresight import Foresight
-from fkv.policies.full import Full
-from fkv.policies.h2o import H2O
-from fkv.policies.keydiff import KeyDiff
-from fkv.policies.knorm import Knorm
-from fkv.policies.lagkv import LagKV
-from fkv.policies.pyramid import Pyramid
-from fkv.policies.random import Random
-from fkv.policies.rkv import RKV
-from fkv.policies.snapkv import SnapKV
-from fkv.policies.streaming_llm import StreamingLLM
-from fkv.policies.tova import TOVA
-from fkv.policies.wrapper import Wrapper
-
-__all__ = [
-    "H2O",
-    "RKV",
-    "TOVA",
-    "Ada",
-    "ExpectedAttention",
-    "Forced",
-    "Foresight",
-    "Full",
-    "KeyDiff",
-    "Knorm",
-    "LagKV",
-    "Policy",
-    "Pyramid",
-    "Random",
-    "SnapKV",
-    "StreamingLLM",
-    "View",
-    "Wrapper",
-    "check",
-    "get",
-    "names",
-    "register",
-]
+from fkv.policies.ada import Ada as Ada
+from fkv.policies.base import Policy as Policy
+from fkv.policies.base import View as View
+from fkv.policies.base import check as check
+from fkv.policies.base import get as get
+from fkv.policies.base import names as names
+from fkv.policies.base import register as register
+from fkv.policies.base import setting as setting
+from fkv.policies.expected_attention import ExpectedAttention as ExpectedAttention
+from fkv.policies.forced import Forced as Forced
+from fkv.policies.foresight import Foresight as Foresight
+from fkv.policies.full import Full as Full
+from fkv.policies.h2o import H2O as H2O
+from fkv.policies.keydiff import KeyDiff as KeyDiff
+from fkv.policies.knorm import Knorm as Knorm
+from fkv.policies.lagkv import LagKV as LagKV
+from fkv.policies.pyramid import Pyramid as Pyramid
+from fkv.policies.random import Random as Random
+from fkv.policies.rkv import RKV as RKV
+from fkv.policies.snapkv import SnapKV as SnapKV
+from fkv.policies.streaming_llm import StreamingLLM as StreamingLLM
+from fkv.policies.tova import TOVA as TOVA
+from fkv.policies.wrapper import Wrapper as Wrapper

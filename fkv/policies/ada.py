@@ -1,20 +1,17 @@
 """AdaKV: the heads of a layer share its budget by need."""
 
-import flax.struct
 import jax.numpy as jnp
 from jax import Array
 
 from fkv import kinds
 from fkv.cache.cadence import Cadence
-from fkv.errors import UserError
 from fkv.models import ModelConfig
-from fkv.policies.base import Policy, View, name_of, register
+from fkv.policies.base import Policy, View, register, setting
 from fkv.policies.pyramid import Pyramid
 from fkv.policies.wrapper import Wrapper
 
 
 @register("ada")
-@flax.struct.dataclass
 class Ada(Wrapper):
     """Heads compete for the layer's `K B` entries by the scores of `policy` (arXiv 2407.11550).
 
@@ -23,26 +20,14 @@ class Ada(Wrapper):
     much memory is allocated. Around `pyramid`, B is what that gives the layer.
     """
 
-    safeguard: float = flax.struct.field(pytree_node=False, default=0.2)
-    room: float = flax.struct.field(pytree_node=False, default=2.0)
-
-    def __post_init__(self):
-        super().__post_init__()
-        kinds.check_fields(
-            f"{name_of(self)}: ", self, safeguard=kinds.number(0, 1), room=kinds.number(1)
-        )
+    safeguard: float = setting(kinds.number(0, 1), 0.2)
+    room: float = setting(kinds.number(1), 2.0)
 
     def fits(self, policy: Policy) -> bool:
         return super().fits(policy) or isinstance(policy, Pyramid)
 
-    def check(self, config: ModelConfig, cadence: Cadence) -> None:
-        super().check(config, cadence)
-        most = max(config.kv_heads, 2)
-        if self.room > most:
-            raise UserError(
-                f"{name_of(self)}: room = {self.room:g} must be at most {most}: the "
-                f"{config.kv_heads} KV heads of a layer hold no more together"
-            )
+    def limits(self, config: ModelConfig, cadence: Cadence) -> dict[str, float]:
+        return {"room": max(config.kv_heads, 2)}  # the heads of a layer hold no more together
 
     def capacity(self, budget: int) -> int:
         return max(budget + 1, round(self.room * self.policy.capacity(budget)))

@@ -1,6 +1,5 @@
-"""Expected attention: what queries of the near future will attend to, as far as statistics tell."""
+"""Expected attention: what queries of the near future attend to, by statistics of recent ones."""
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -8,7 +7,7 @@ from jax import Array
 from fkv import kinds, models
 from fkv.cache.cadence import Cadence
 from fkv.models import ModelConfig, numerics
-from fkv.policies.base import Policy, View, check_sinks, name_of, register
+from fkv.policies.base import Policy, View, register, setting
 
 
 def future_queries(view: View, horizon: int) -> Array:
@@ -29,7 +28,6 @@ def future_queries(view: View, horizon: int) -> Array:
 
 
 @register("expected_attention")
-@flax.struct.dataclass
 class ExpectedAttention(Policy):
     """Keeps large expected future attention times the norm of the value (arXiv 2510.00636).
 
@@ -39,17 +37,11 @@ class ExpectedAttention(Policy):
     over the group. The first `sinks` positions stay.
     """
 
-    horizon: int = flax.struct.field(pytree_node=False, default=512)
-    sinks: int = flax.struct.field(pytree_node=False, default=4)
+    horizon: int = setting(kinds.whole(1, 2**20), 512)
+    sinks: int = setting(kinds.whole(0), 4)
 
-    def __post_init__(self):
-        kinds.check_fields(
-            f"{name_of(self)}: ", self, horizon=kinds.whole(1, 2**20), sinks=kinds.whole(0)
-        )
-
-    def check(self, config: ModelConfig, cadence: Cadence) -> None:
-        super().check(config, cadence)
-        check_sinks(self, cadence)
+    def limits(self, config: ModelConfig, cadence: Cadence) -> dict[str, float]:
+        return {"sinks": cadence.budget - cadence.interval}
 
     def score(self, view: View) -> Array:
         key, position = view.key_bksd, view.cache.position_bks

@@ -3,7 +3,6 @@
 import dataclasses
 import os
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -13,14 +12,14 @@ from fkv.cache.cadence import Cadence
 from fkv.errors import UserError
 from fkv.models import ModelConfig
 from fkv.policies import scorer
-from fkv.policies.base import Policy, View, name_of, register, row_by_row
+from fkv.policies.base import Policy, View, name_of, register, row_by_row, setting
 
 ACTIONS = ("top", "sample", "multinomial")
 
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """Where scorers are from and what they were trained for; empty or 0 where that is not known.
+    """Where scorers are from and what they were trained for; empty or 0 where unknown.
 
     All records are equal, so that programs compiled for scorers of one shape serve all of them.
 
@@ -41,99 +40,78 @@ class Trained:
         kinds.check_fields("", self, budget=kinds.whole(0), interval=kinds.whole(0))
 
     def at(self, interval: int) -> str:
-        """At which budget, and interval where it is another, as tables say it."""
-        other = self.interval and self.interval != interval
-        if not self.budget:
-            return ""
-        return f"{self.budget}, L = {self.interval}" if other else str(self.budget)
+        """The budget of the training, and its interval if another, as tables say it."""
+        if self.budget and self.interval not in (0, interval):
+            return f"{self.budget}, L = {self.interval}"
+        return str(self.budget or "")
 
     def other_model(self, model: str, revision: str | None) -> str:
-        """A warning that names both, where the model to run is another; else empty."""
-        if not self.model:
+        """A warning that names both models if the one to run is another; else empty."""
+        ours, theirs = _place(self.model, self.revision), _place(model, revision)
+        if not self.model or ours == theirs:
             return ""
-        ours, theirs = (_place(self.model, self.revision), _place(model, revision))
-        if ours == theirs:
-            return ""
-        return (
-            f"{self.source or 'these scorers'}: trained for model {_said(*ours)}, and used with "
-            f"{_said(*theirs)}"
-        )
+        return f"{self.source or 'these scorers'}: trained for model {ours}, and used with {theirs}"
 
 
-def _place(model: str, revision: str | None) -> tuple[str, str]:
+def _place(model: str, revision: str | None) -> str:
     """A model and its revision; a directory has none."""
     path = os.path.expanduser(model)
     if os.path.isdir(path):
-        return os.path.realpath(path), ""
-    return model, "" if revision in (None, "main") else revision
+        return os.path.realpath(path)
+    return model if revision in (None, "", "main") else f"{model}@{revision}"
 
 
-def _said(model: str, revision: str) -> str:
-    return f"{model}@{revision}" if revision else model
-
-
-_CONFIG = kinds.Kind("a ScorerConfig", lambda value: isinstance(value, scorer.ScorerConfig))
-_TRAINED = kinds.Kind("a Trained", lambda value: isinstance(value, Trained))
+def _is_a(cls: type) -> kinds.Kind:
+    return kinds.Kind(f"a {cls.__name__}", lambda value: isinstance(value, cls))
 
 
 @register("foresight")
-@flax.struct.dataclass
 class Foresight(Policy):
     """Drops the candidates to which the scorers give the least importance (arXiv 2602.03203).
 
     Attributes:
       params: scorer parameters of all layers, stacked.
-      config: what the scorers are made of.
+      config: architecture and features of the scorers.
       action: `top` drops the `L` least important; `sample`, as in the paper, draws them without
         replacement from the `2L` least important, with probability
         softmax(-importance / temperature); `multinomial` draws from all candidates.
       temperature: of the draw.
       trained: what the scorers were trained for.
-      any_interval: lets them run at another interval than that of their training.
+      any_interval: allows an interval other than that of the training.
     """
 
     params: dict
-    config: scorer.ScorerConfig = flax.struct.field(pytree_node=False)
-    action: str = flax.struct.field(pytree_node=False, default="top")
-    temperature: float = flax.struct.field(pytree_node=False, default=1.0)
-    trained: Trained = flax.struct.field(pytree_node=False, default=Trained())
-    any_interval: bool = flax.struct.field(pytree_node=False, default=False)
+    config: scorer.ScorerConfig = setting(_is_a(scorer.ScorerConfig))
+    action: str = setting(kinds.one_of(ACTIONS), "top")
+    temperature: float = setting(kinds.number(0, above=True), 1.0)
+    trained: Trained = setting(_is_a(Trained), Trained())
+    any_interval: bool = setting(kinds.SWITCH, False)
 
-    def __post_init__(self):
-        kinds.check_fields(
-            f"{name_of(self)}: ",
-            self,
-            config=_CONFIG,
-            action=kinds.one_of(ACTIONS),
-            temperature=kinds.number(0, above=True),
-            trained=_TRAINED,
-            any_interval=kinds.SWITCH,
-        )
+    statistics = property(lambda self: self.config.statistics)
 
     def check(self, config: ModelConfig, cadence: Cadence) -> None:
-        """Refuses scorers of another shape or interval, or of numbers that are not finite."""
+        """Refuses scorers of another shape or interval, or with numbers that are not finite."""
         where = self.trained.source or name_of(self)
         scorer.check_params(f"{where}: params", self.params, self.config.hidden)
-        layers, heads, size, _ = self.params["w1"].shape
-        theirs = (config.layers, config.kv_heads, scorer.feature_size(config, self.config))
-        if (layers, heads, size) != theirs:
+        ours, theirs = (
+            f"{layers} layers x {heads} KV heads with {size} features"
+            for layers, heads, size in (
+                self.params["w1"].shape[:3],
+                scorer.shapes(config, self.config)["w1"][:3],
+            )
+        )
+        if ours != theirs:
             raise UserError(
-                f"{where}: scorers of {layers} layers x {heads} KV heads with {size} features "
-                f"don't fit a model of {theirs[0]} layers x {theirs[1]} KV heads with {theirs[2]} "
-                f"features (scorer.inputs = {self.config.inputs!r})"
+                f"{where}: scorers of {ours} don't fit a model of {theirs} "
+                f"(scorer.inputs = {self.config.inputs!r})"
             )
         super().check(config, cadence)
         trained, interval = self.trained.interval, cadence.interval
         if trained and trained != interval and not self.any_interval:  # another budget is normal
             raise UserError(
                 f"{where}: trained at interval = {trained}, not {interval}: set interval to "
-                f"{trained}, or any_interval to True (of load_scorer, evaluate or generate) to use "
-                "them all the same"
+                f"{trained}, or any_interval to True (of load_scorer, evaluate or generate)"
             )
-
-    @property
-    def statistics(self) -> str | None:
-        return self.config.statistics
 
     def score(self, view: View) -> Array:
         def one(view):

@@ -1,16 +1,10 @@
 """No eviction."""
 
-import flax.struct
-
-from fkv.policies.base import Policy, View, register
+from fkv.policies.base import Policy, register
 
 
 @register("full")
-@flax.struct.dataclass
 class Full(Policy):
     """Keeps everything: the engine runs the full cache."""
 
     evicts = False
-
-    def score(self, view: View):
-        raise AssertionError("the full cache is never scored")

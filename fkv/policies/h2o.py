@@ -1,13 +1,11 @@
 """H2O: heavy hitters, by all the attention an entry has received."""
 
-import flax.struct
 from jax import Array
 
 from fkv.policies.base import Policy, View, register
 
 
 @register("h2o")
-@flax.struct.dataclass
 class H2O(Policy):
     """Keeps what has the largest cumulative attention, mean over the group (arXiv 2306.14048)."""
 

@@ -1,6 +1,5 @@
 """KeyDiff: keys unlike the others are the important ones."""
 
-import flax.struct
 import jax.numpy as jnp
 from jax import Array
 
@@ -8,7 +7,6 @@ from fkv.policies.base import Policy, View, register
 
 
 @register("keydiff")
-@flax.struct.dataclass
 class KeyDiff(Policy):
     """Keeps the keys least similar to the mean of all normalised keys held (arXiv 2504.15364)."""
 

@@ -1,6 +1,5 @@
 """Knorm: small keys are the important ones."""
 
-import flax.struct
 import jax.numpy as jnp
 from jax import Array
 
@@ -8,7 +7,6 @@ from fkv.policies.base import Policy, View, register
 
 
 @register("knorm")
-@flax.struct.dataclass
 class Knorm(Policy):
     """Keeps the entries whose keys have the smallest L2 norm (arXiv 2406.11430)."""
 

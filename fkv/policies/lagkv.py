@@ -1,15 +1,13 @@
 """LagKV: entries that stand out against those that come after them."""
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from fkv import kinds
 from fkv.cache.cadence import Cadence
-from fkv.errors import UserError
 from fkv.models import ModelConfig
-from fkv.policies.base import Policy, View, check_sinks, name_of, register
+from fkv.policies.base import Policy, View, register, setting
 
 
 def lag_scores(x_bkpld: Array) -> Array:
@@ -25,7 +23,6 @@ def lag_scores(x_bkpld: Array) -> Array:
 
 
 @register("lagkv")
-@flax.struct.dataclass
 class LagKV(Policy):
     """Keeps, of each partition, the entries least like the partition after it (arXiv 2504.04704).
 
@@ -37,21 +34,13 @@ class LagKV(Policy):
       lag: size of a partition; 0 for the interval.
     """
 
-    sinks: int = flax.struct.field(pytree_node=False, default=4)
-    lag: int = flax.struct.field(pytree_node=False, default=0)
+    sinks: int = setting(kinds.whole(0), 4)
+    lag: int = setting(kinds.whole(0), 0)
 
-    def __post_init__(self):
-        kinds.check_fields(f"{name_of(self)}: ", self, sinks=kinds.whole(0), lag=kinds.whole(0))
-
-    def check(self, config: ModelConfig, cadence: Cadence) -> None:
-        super().check(config, cadence)
-        check_sinks(self, cadence)
-        held = cadence.slots - min(self.sinks, cadence.budget - cadence.interval)
-        if 2 * self.lag > held:
-            raise UserError(
-                f"{name_of(self)}: lag = {self.lag} must be at most {held // 2}, so that two "
-                f"partitions fit in the {held} slots beside the sinks"
-            )
+    def limits(self, config: ModelConfig, cadence: Cadence) -> dict[str, float]:
+        most = cadence.budget - cadence.interval
+        two_partitions = (cadence.slots - min(self.sinks, most)) // 2
+        return {"sinks": most, "lag": two_partitions}
 
     def score(self, view: View) -> Array:
         cache, slots = view.cache, view.cache.position_bks.shape[-1]

@@ -1,6 +1,5 @@
 """Uniformly random eviction."""
 
-import flax.struct
 import jax
 from jax import Array
 
@@ -8,7 +7,6 @@ from fkv.policies.base import Policy, View, register
 
 
 @register("random")
-@flax.struct.dataclass
 class Random(Policy):
     """Every candidate is as likely to go as any other; draws depend on the row's key alone."""
 

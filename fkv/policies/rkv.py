@@ -1,6 +1,5 @@
 """R-KV: importance against redundancy."""
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -9,8 +8,8 @@ from fkv import kinds
 from fkv.cache.cadence import Cadence
 from fkv.models import ModelConfig
 from fkv.models.numerics import einsum_f32
-from fkv.policies.base import Policy, View, by_position, name_of, register, row_by_row
-from fkv.policies.snapkv import ODD, check_kernel, pooled_attention
+from fkv.policies.base import Policy, View, register, row_by_row, setting
+from fkv.policies.snapkv import ODD, by_position, pooled_attention, widest
 
 # Keys compared with all others at once: their similarities stay in a processor's cache, and no
 # S x S matrix is ever held (three times faster on a CPU).
@@ -66,31 +65,19 @@ def redundancy(threshold: float, key_bksd: Array, position_bks: Array) -> Array:
 
 
 @register("rkv")
-@flax.struct.dataclass
 class RKV(Policy):
     """Keeps large `mix * importance - (1 - mix) * redundancy` (arXiv 2505.24133).
 
     Importance is SnapKV's pooled attention; the last `window` entries stay.
     """
 
-    mix: float = flax.struct.field(pytree_node=False, default=0.1)
-    window: int = flax.struct.field(pytree_node=False, default=8)
-    kernel: int = flax.struct.field(pytree_node=False, default=7)
-    threshold: float = flax.struct.field(pytree_node=False, default=0.5)
+    mix: float = setting(kinds.number(0, 1), 0.1)
+    window: int = setting(kinds.whole(1), 8)
+    kernel: int = setting(ODD, 7)
+    threshold: float = setting(kinds.number(-1, 1), 0.5)
 
-    def __post_init__(self):
-        kinds.check_fields(
-            f"{name_of(self)}: ",
-            self,
-            mix=kinds.number(0, 1),
-            window=kinds.whole(1),
-            kernel=ODD,
-            threshold=kinds.number(-1, 1),
-        )
-
-    def check(self, config: ModelConfig, cadence: Cadence) -> None:
-        super().check(config, cadence)
-        check_kernel(self, cadence)
+    def limits(self, config: ModelConfig, cadence: Cadence) -> dict[str, float]:
+        return {"kernel": widest(cadence.slots)}
 
     def protected(self, view: View) -> int:
         return min(self.window, view.interval)

@@ -1,15 +1,13 @@
-"""The scorer: one tiny MLP per (layer, KV head) that predicts the importance of an entry.
+"""The scorer: a tiny MLP per layer and KV head that predicts the importance of an entry.
 
 Its input is the entry's rotated key, its value, and eight attention features per query head of the
 group; its output an importance, higher is kept (paper section 3.2). The released scorers give the
 opposite, an eviction score: their output weights are negated on import.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -22,9 +20,7 @@ from fkv.errors import UserError
 from fkv.keys import keys_of
 from fkv.models import ModelConfig
 from fkv.models.numerics import einsum_f32
-
-if TYPE_CHECKING:  # policies use scorers, not the other way round
-    from fkv.policies.base import View
+from fkv.policies.base import View
 
 INPUTS = ("both", "attention", "kv")
 NORMS = ("none", "rms")
@@ -33,14 +29,13 @@ FORMS = ("windowed", "reference")
 
 @dataclasses.dataclass(frozen=True)
 class ScorerConfig:
-    """What a scorer is made of; part of every scorer checkpoint.
+    """Architecture and features of a scorer; part of every scorer checkpoint.
 
     Attributes:
       hidden: width of the hidden layer.
       inputs: `both`, or `attention` or `kv` alone.
       norm: `none` as released, or `rms`: key, value and each of the eight attention features are
-        divided by their root mean square over the candidates of the state at hand, of which empty
-        slots are none.
+        divided by their root mean square over the candidates at this eviction.
       form: `windowed` or `reference` attention statistics.
     """
 
@@ -61,7 +56,7 @@ class ScorerConfig:
 
     @property
     def statistics(self) -> str | None:
-        """The attention statistics that the features are made of; None when they need none."""
+        """The form of attention statistics that the features need, or None."""
         return None if self.inputs == "kv" else self.form
 
 
@@ -91,7 +86,7 @@ def feature_size(model: ModelConfig, scorer: ScorerConfig) -> int:
 
 
 def init(key: Array, model: ModelConfig, scorer: ScorerConfig) -> dict:
-    """Random scorer parameters of all layers, stacked: w1 [y, k, f, o], b1, w2 [y, k, o], b2."""
+    """Random parameters of all layers, stacked, as in `shapes`."""
     example = jnp.zeros((1, model.kv_heads, 1, feature_size(model, scorer)))
 
     @jax.jit  # one program, where running it op by op compiles dozens
@@ -103,57 +98,48 @@ def init(key: Array, model: ModelConfig, scorer: ScorerConfig) -> dict:
 
 
 def shapes(model: ModelConfig, scorer: ScorerConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of the parameters that `init` makes."""
+    """Shapes of the parameters: w1 [y, k, f, o], b1 [y, k, o], w2 [y, k, o], b2 [y, k]."""
     lead, hidden = (model.layers, model.kv_heads), scorer.hidden
     first = (*lead, feature_size(model, scorer), hidden)
     return {"w1": first, "b1": (*lead, hidden), "w2": (*lead, hidden), "b2": lead}
 
 
 def check_params(where: str, params: Any, hidden: int) -> None:
-    """Refuses what is not the parameters of scorers with a hidden layer of that width.
+    """Refuses anything but finite parameters of scorers with a hidden layer of that width.
 
     Args:
       where: what the message begins with.
-      params: a dict of arrays; of those that have values, these are looked at, too.
+      params: a dict of arrays, or of their shapes.
     """
-    wanted = {"w1": 4, "b1": 3, "w2": 3, "b2": 2}
     found = params if isinstance(params, Mapping) else {"params": params}
-    arrays = {name: x for name, x in found.items() if hasattr(x, "shape") and hasattr(x, "dtype")}
-    if (
-        {name: x.ndim for name, x in arrays.items()} != wanted
-        or arrays.keys() != found.keys()
-        or any(
-            x.shape[:2] != arrays["w1"].shape[:2] or not jnp.issubdtype(x.dtype, jnp.floating)
-            for x in arrays.values()
-        )
-        or {arrays[name].shape[-1] for name in ("w1", "b1", "w2")} != {hidden}
-    ):
+    shapes = {name: tuple(getattr(x, "shape", ())) for name, x in found.items()}
+    first = shapes.get("w1", ())[:3]
+    lead = first[:2]
+    wanted = {"w1": (*first, hidden), "b1": (*lead, hidden), "w2": (*lead, hidden), "b2": lead}
+    dtypes = [getattr(x, "dtype", object) for x in found.values()]
+    floating = all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes)
+    if shapes != wanted or len(first) < 3 or not floating:
         said = {
-            name: f"{x.dtype}{list(x.shape)}" if name in arrays else type(x).__name__
+            name: f"{getattr(x, 'dtype', type(x).__name__)}{list(shapes[name])}"
             for name, x in found.items()
         }
         raise UserError(
             f"{where} {said} are not the float32 w1 [y, k, f, o], b1 [y, k, o], w2 [y, k, o] and "
             f"b2 [y, k] of a scorer with o = {hidden} hidden units"
         )
-    for name, x in arrays.items():
-        if has_values(x) and not np.isfinite(np.asarray(x, np.float32)).all():
+    for name, x in found.items():
+        is_here = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+        is_here = x.is_fully_addressable if is_here else isinstance(x, np.ndarray)
+        if is_here and not np.isfinite(np.asarray(x, np.float32)).all():
             raise UserError(f"{where} {name} holds numbers that are not finite")
-
-
-def has_values(x: Any) -> bool:
-    """Whether an array can be read here, which a shape, a tracer or another host's can't."""
-    if isinstance(x, jax.Array):
-        return not isinstance(x, jax.core.Tracer) and x.is_fully_addressable
-    return isinstance(x, np.ndarray)
 
 
 def features(config: ScorerConfig, view: View) -> Array:
     """Features of the `B` (or `view.capacity`) candidates, [b, k, n, f] float32.
 
     In this order: key [d], value [d], then blocks of `g`: max, min and sum over the last `L`
-    queries, sum over the last 16, 8 and 32 queries, cumulative and decayed cumulative sum. Those of
-    empty slots may be anything.
+    queries, sum over the last 16, 8 and 32 queries, cumulative and decayed cumulative sum. Empty
+    slots have arbitrary features.
     """
     if (
         config.statistics == "reference"

@@ -1,6 +1,5 @@
 """SnapKV: what the newest queries attend to, pooled along the sequence."""
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -8,16 +7,11 @@ from jax import Array
 from fkv import kinds
 from fkv.cache import attention
 from fkv.cache.cadence import Cadence
-from fkv.errors import UserError
 from fkv.models import ModelConfig
-from fkv.policies.base import (
-    Policy,
-    View,
-    by_position,
-    is_default,
-    max_pool,
-    name_of,
-    register,
+from fkv.policies.base import Policy, View, register, setting
+
+ODD = kinds.Kind(
+    "an odd whole number of at least 1", lambda value: kinds.whole(1).fits(value) and value % 2 == 1
 )
 
 
@@ -45,43 +39,41 @@ def pooled_attention(view: View, window: int, kernel: int) -> Array:
     return jnp.take_along_axis(score, inverse, axis=-1)
 
 
-ODD = kinds.Kind(
-    "an odd whole number of at least 1", lambda value: kinds.whole(1).fits(value) and value % 2 == 1
-)
-
-
 def widest(slots: int) -> int:
     """The largest kernel that does not pool over all slots wherever it is."""
     return 2 * slots - 3
 
 
-def check_kernel(policy: Policy, cadence: Cadence) -> None:
-    """Refuses a kernel that would make all slots as important, unless nobody asked for it."""
-    slots = policy.capacity(cadence.budget) + cadence.interval
-    if policy.kernel > widest(slots) and not is_default(policy, "kernel"):
-        raise UserError(
-            f"{name_of(policy)}: kernel = {policy.kernel} must be at most {widest(slots)}, "
-            f"as it pools over {slots} slots"
-        )
+def by_position(position_bks: Array) -> tuple[Array, Array]:
+    """Permutation of the slots into the order of positions, and its inverse, [b, k, s] each."""
+    order = jnp.argsort(position_bks, axis=-1)
+    slot = jnp.arange(order.shape[-1])
+
+    def inverse(order):  # half the time of sorting again
+        return jnp.zeros_like(order).at[order].set(slot, unique_indices=True)
+
+    return order, jax.vmap(jax.vmap(inverse))(order)
+
+
+def max_pool(x_bks: Array, kernel: int) -> Array:
+    """Max over a centred window of `kernel` (odd) along the last axis, same length."""
+    window, side = (1, 1, kernel), (kernel // 2, kernel // 2)
+    pads = ((0, 0), (0, 0), side)
+    return jax.lax.reduce_window(x_bks, -jnp.inf, jax.lax.max, window, (1, 1, 1), pads)
 
 
 @register("snapkv")
-@flax.struct.dataclass
 class SnapKV(Policy):
     """Keeps the entries that the last `window` queries attend to, and the window itself.
 
     arXiv 2404.14469, compressing at every eviction.
     """
 
-    window: int = flax.struct.field(pytree_node=False, default=8)
-    kernel: int = flax.struct.field(pytree_node=False, default=7)
+    window: int = setting(kinds.whole(1), 8)
+    kernel: int = setting(ODD, 7)
 
-    def __post_init__(self):
-        kinds.check_fields(f"{name_of(self)}: ", self, window=kinds.whole(1), kernel=ODD)
-
-    def check(self, config: ModelConfig, cadence: Cadence) -> None:
-        super().check(config, cadence)
-        check_kernel(self, cadence)
+    def limits(self, config: ModelConfig, cadence: Cadence) -> dict[str, float]:
+        return {"kernel": widest(cadence.slots)}
 
     def protected(self, view: View) -> int:
         return min(self.window, view.interval)

@@ -1,6 +1,5 @@
 """TOVA: what the newest query attends to."""
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -11,7 +10,6 @@ from fkv.policies.base import Policy, View, register
 
 
 @register("tova")
-@flax.struct.dataclass
 class TOVA(Policy):
     """Keeps what the last query attends to, mean over all heads (arXiv 2401.06104).
 

@@ -254,7 +254,7 @@ def test_fields_may_be_given_beside_a_name():
         ("ada(rkv):mix=1", "policy 'ada' has no field mix; it has policy, safeguard, room"),
         ("ada:mix=1", "has no field mix; it has policy, safeguard, room, window, kernel"),
         ("ada(h2o):policy=1", "policy is given twice"),
-        ("ada(foresight)", "'foresight' needs params, config.*; load scorers"),
+        ("ada(foresight)", "'foresight' needs params, config.*: make the object"),
         *((x, "must be a policy that scores each head by itself and shares the budget evenly")
           for x in ("ada(full)", "ada(tova)", "ada(ada)", "pyramid(ada)", "pyramid(pyramid)",
                     "ada(ada(pyramid))", "ada:policy=3")),
