@@ -83,8 +83,9 @@ def setting(kind: kinds.Kind, default: Any = dataclasses.MISSING) -> Any:
     return flax.struct.field(pytree_node=False, default=default, metadata={"kind": kind})
 
 
-class Policy(flax.struct.PyTreeNode):
-    """Base of all policies; a subclass is a dataclass without a decorator.
+@flax.struct.dataclass
+class Policy:
+    """Base of all policies; a subclass is made a flax dataclass by itself.
 
     Class attributes:
       statistics: what `evict` reads of the view's statistics: None, `sums` (the cumulative sums
@@ -108,6 +109,7 @@ class Policy(flax.struct.PyTreeNode):
         cls.__annotations__ = {**annotations, "kind": type}
         cls.kind = flax.struct.field(pytree_node=False, default=cls, kw_only=True, repr=False)
         super().__init_subclass__(**kwargs)
+        flax.struct.dataclass(cls)
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
