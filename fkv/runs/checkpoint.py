@@ -38,18 +38,14 @@ class Checkpoint(NamedTuple):
 def save(
     run_dir: str | os.PathLike, step: int, state: Any, info: dict[str, Any], *, keep: int = 2
 ) -> None:
-    """Saves `state` at `step` atomically, and deletes all but the newest `keep` checkpoints.
+    """Saves `state` at `step` atomically, and deletes all but the newest `keep` intact checkpoints.
 
-    Damaged checkpoints do not count; they go when they are older than the oldest kept. Every
-    process calls this with the same state; process 0 writes, the others wait.
+    Every process calls this with the same state; process 0 writes, the others wait.
 
     Args:
       state: any pytree of non-empty arrays and numbers, the same on every device. PRNG keys are
         saved as their data (`jax.random.key_data`).
       info: JSON data, such as `{"config": ...}` or the position in the data.
-
-    Raises:
-      UserError: the file system refuses, for example because the disk is full.
     """
     if keep < 1:
         raise UserError(f"cannot keep {keep} checkpoints: keep at least 1")
@@ -92,11 +88,8 @@ def load(run_dir: str | os.PathLike, step: int | None = None) -> Checkpoint:
     """Reads the checkpoint of `step`, by default the newest, as it was saved.
 
     Containers become nested dicts: the fields of a dataclass or NamedTuple under their names, the
-    entries of a list or tuple under "0", "1", ...
-
-    Raises:
-      UserError: there is no such checkpoint, or it is damaged; an older one would be something
-        else than what was asked for.
+    entries of a list or tuple under "0", "1", ... A damaged checkpoint is refused, since an older
+    one is not what was asked for.
     """
     root, steps = _root(run_dir), _steps(run_dir)
     if not steps:
@@ -124,23 +117,28 @@ def load(run_dir: str | os.PathLike, step: int | None = None) -> Checkpoint:
 def restore(run_dir: str | os.PathLike, target: Any, step: int | None = None) -> Checkpoint:
     """Reads the checkpoint of `step`, by default the newest intact, into the structure of `target`.
 
-    Prints a warning for each damaged checkpoint that is skipped. Every process calls this; process
-    0 chooses the checkpoint.
+    Every process calls this; process 0 chooses, and warns of damaged checkpoints that it skips.
 
     Args:
       target: a pytree of arrays, `jax.ShapeDtypeStruct`s or Python numbers, of which the
         structure, shapes and dtypes matter. Where it holds a Python number, so does the result.
 
     Raises:
-      UserError: there is no such checkpoint, none is intact, or it differs from `target`; the
-        message names the first leaf that does.
+      UserError: no checkpoint is intact, or it differs from `target`; names the first such leaf.
     """
     if step is None and latest_step(run_dir) is not None:
-        step = _choose(run_dir)
+        found = [_newest_intact(run_dir)] if parallel.first() else []
+        step, damaged = parallel.share(found)[0]
+        if step < 0:
+            raise UserError(
+                f"no checkpoint in {_root(run_dir)} is intact ({'; '.join(damaged)}): delete this "
+                "folder to start over, or use another --workdir"
+            )
+        for line in damaged if parallel.first() else ():
+            print(f"warning: checkpoint {line}: resuming from step {step}", flush=True)
     step, state, info = load(run_dir, step)
     saved = _flatten(state)
-    paths_leaves, treedef = jax.tree.flatten_with_path(target)
-    wanted = {_names(path): leaf for path, leaf in paths_leaves}
+    wanted = {_names(path): leaf for path, leaf in jax.tree.leaves_with_path(target)}
     for name in [*wanted, *saved]:
         there, here = (_describe(leaves.get(name)) for leaves in (saved, wanted))
         if there != here:
@@ -149,24 +147,8 @@ def restore(run_dir: str | os.PathLike, target: Any, step: int | None = None) ->
                 f"{'/'.join(name)} is {there} there, {here} here; "
                 "use the config it was saved with, or another --workdir"
             )
-    leaves = [
-        saved[name] if hasattr(leaf, "dtype") else saved[name].item()
-        for name, leaf in wanted.items()
-    ]
-    return Checkpoint(step, jax.tree.unflatten(treedef, leaves), info)
-
-
-def _choose(run_dir: str | os.PathLike) -> int:
-    """The newest intact step, as process 0 finds it; warns of damaged ones."""
-    found, damaged = parallel.share([_newest_intact(run_dir)] if parallel.first() else [])[0]
-    if found < 0:
-        raise UserError(
-            f"no checkpoint in {_root(run_dir)} is intact ({'; '.join(damaged)}): delete this "
-            "folder to start over, or use another --workdir"
-        )
-    for line in damaged if parallel.first() else ():
-        print(f"warning: checkpoint {line}: resuming from step {found}", flush=True)
-    return found
+    leaves = [saved[n] if hasattr(x, "dtype") else saved[n].item() for n, x in wanted.items()]
+    return Checkpoint(step, jax.tree.unflatten(jax.tree.structure(target), leaves), info)
 
 
 def _newest_intact(run_dir: str | os.PathLike) -> tuple[int, list[str]]:
@@ -205,10 +187,8 @@ def _names(path: tuple) -> tuple[str, ...]:
 
 
 def _flatten(tree: Any) -> dict[tuple[str, ...], np.ndarray]:
-    return {
-        _names(path): np.asarray(leaf)
-        for path, leaf in jax.tree.leaves_with_path(jax.device_get(tree))
-    }
+    leaves = jax.tree.leaves_with_path(jax.device_get(tree))
+    return {_names(path): np.asarray(leaf) for path, leaf in leaves}
 
 
 def _describe(leaf: Any) -> str:
@@ -250,37 +230,31 @@ def _damage(path: Path) -> str:
 
 def _check_space(path: Path, size: int) -> None:
     """Raises OSError if a file of `size` bytes does not fit on the disk: Orbax notices late."""
-    if hasattr(os, "posix_fallocate"):
-        with path.open("wb") as file:
-            try:
-                os.posix_fallocate(file.fileno(), 0, size)
-            except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                    raise
-        path.unlink()
+    with path.open("wb") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except AttributeError:  # not on every system
+            pass
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+    path.unlink()
 
 
 @contextlib.contextmanager
 def _checkpointer() -> Iterator[ocp.StandardCheckpointer]:
-    """Orbax for this process alone: a run's state is the same on all.
-
-    What it raises it does not log, too, in hundreds of lines; an error of the file system is
-    raised as such.
-    """
-
-    def is_minor(record):
-        return record.levelno < logging.ERROR
-
+    """Orbax for this process alone, without its log of hundreds of lines per error."""
     index = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(
         primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"process_{index}"
     )
-    logger = logging.getLogger("absl")
+    logger, is_minor = logging.getLogger("absl"), lambda record: record.levelno < logging.ERROR
     logger.addFilter(is_minor)
     try:
         with ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer:
             yield checkpointer
     except Exception as error:
+        # Of the file system's errors only the text is left.
         if code := re.search(r"os_error_code='(\d+)'", str(error)):
             raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
         raise

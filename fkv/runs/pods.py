@@ -1,9 +1,8 @@
 """Sweeps on TPU pods: as `xpk` commands, as Kubernetes manifests, or for `gcloud`.
 
-Only `submit` talks to a cluster: it runs xpk, Google's tool for GKE. Points that depend on each
-other form one workload, which runs them in order as `launch.sweep` does on a laptop; workloads run
-in parallel. A workload has the clone in `/fkv` of its image and the bucket mounted at `/fkv/runs`,
-so paths are the same there as here.
+Only `submit` talks to a cluster, by xpk, Google's tool for GKE. Points that depend on each other
+form one workload, which runs them as `launch.sweep` does on a laptop; workloads run in parallel.
+The clone is in `/fkv` of the image and the bucket at `/fkv/runs`, so paths are the same everywhere.
 """
 
 import dataclasses
@@ -36,24 +35,15 @@ LONGEST = 40  # name that xpk takes
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """Where to run; an empty project or zone is that of `gcloud config`.
+    """Where to run; an empty project or zone is that of `gcloud config`."""
 
-    Attributes:
-      tpu_type: of a slice, named by its chips: `v5litepod-16` (v5e), `v6e-4`.
-      image: Docker image with the clone in /fkv.
-      bucket: of Cloud Storage, mounted at /fkv/runs; empty if `--workdir` is on a disk that all
-        pods share.
-      name: of the GKE cluster, for xpk.
-      slices: per workload.
-    """
-
-    tpu_type: str
-    image: str
-    bucket: str = ""
-    name: str = ""
+    tpu_type: str  # of a slice, named by its chips: `v5litepod-16` (v5e), `v6e-4`
+    image: str  # Docker image with the clone in /fkv
+    bucket: str = ""  # of Cloud Storage; empty if `--workdir` is on a disk that all pods share
+    name: str = ""  # of the GKE cluster, for xpk
     project: str = ""
     zone: str = ""
-    slices: int = 1
+    slices: int = 1  # per workload
 
     @property
     def family(self) -> str:
@@ -76,14 +66,9 @@ class Cluster:
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """Points that one slice, or several together, run one after the other.
+    """Points that one slice, or several together, run one after the other, in /fkv."""
 
-    Attributes:
-      name: unique in a cluster, and the same whenever the sweep is submitted again.
-      arguments: the command line, to run in /fkv.
-    """
-
-    name: str
+    name: str  # unique in a cluster, and the same whenever the sweep is submitted again
     points: tuple[sweep.Point, ...]
     arguments: tuple[str, ...]
 
@@ -94,51 +79,46 @@ class Workload:
 
 
 def check(cluster: Cluster, backend: str, root: str) -> None:
-    """Refuses what can't run.
+    """Refuses options that can't work with a backend, `xpk` or `tpu-vm`; names the option.
 
     Args:
-      backend: `xpk` or `tpu-vm`.
       root: directory of the sweep.
-
-    Raises:
-      UserError: names the option that is wrong or missing.
     """
-    words = {"workdir": root, "cluster": cluster.name} | {
-        name: getattr(cluster, name) for name in ("tpu_type", "image", "bucket", "project", "zone")
-    }
+    on_gke, words = backend == "xpk", dataclasses.asdict(cluster) | {"workdir": root}
+    words["cluster"] = words.pop("name")
+    slices = words.pop("slices")
     for name, value in words.items():
         _check_printable(f"--{name}", value)
     known = [
         f"{family}-{chips}"
         for family, (_, _, smallest) in FAMILIES.items()
         for chips in TOPOLOGIES
-        if backend != "xpk" or chips >= smallest
+        if not on_gke or chips >= smallest
     ]
     if cluster.tpu_type not in known:
         raise UserError(f"--tpu_type={cluster.tpu_type}: {backend} has {', '.join(known)}")
-    needed = {"image": cluster.image} | ({"cluster": cluster.name} if backend == "xpk" else {})
-    if missing := [name for name, value in needed.items() if not value]:
+    needed = ("image", "cluster") if on_gke else ("image",)
+    if missing := [name for name in needed if not words[name]]:
         raise UserError(f"--backend={backend} needs --{' and --'.join(missing)}")
-    if cluster.slices < 1 or (backend == "tpu-vm" and cluster.slices > 1):
-        raise UserError(f"--num_slices={cluster.slices}: 1 or, with --backend=xpk, more")
+    if slices < 1 or (slices > 1 and not on_gke):
+        raise UserError(f"--num_slices={slices}: 1 or, with --backend=xpk, more")
     path = PurePosixPath(root)
-    if cluster.bucket:
-        if not re.fullmatch(r"[a-z0-9][a-z0-9._-]+[a-z0-9]", cluster.bucket):
-            raise UserError(f"--bucket={cluster.bucket}: give its name alone, without gs://")
-        if path.is_absolute() or ".." in path.parts or path.parts[:1] != (RUNS,):
+    if not cluster.bucket:
+        if not path.is_absolute():
             raise UserError(
-                f"--workdir={root}: with --bucket, which is mounted at {HOME / RUNS}, use "
-                f"{RUNS}/<name>"
+                f"--backend={backend} needs --bucket, or a --workdir=/on/a/disk that all pods "
+                "share: anything written elsewhere is lost with them"
             )
-    elif not path.is_absolute():
-        raise UserError(
-            f"--backend={backend} needs --bucket, or a --workdir=/on/a/disk that all pods share: "
-            "anything written elsewhere is lost with them"
-        )
+        return
+    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]+[a-z0-9]", cluster.bucket):
+        raise UserError(f"--bucket={cluster.bucket}: give its name alone, without gs://")
+    if path.is_absolute() or ".." in path.parts or path.parts[:1] != (RUNS,):
+        mount = HOME / RUNS
+        raise UserError(f"--workdir={root}: --bucket is mounted at {mount}: use {RUNS}/<name>")
 
 
 def _is_control(char: str) -> bool:
-    """Whether it may break a line, which ends a comment, or is not allowed in YAML."""
+    """Whether a character may break a line, which ends a comment, or is not allowed in YAML."""
     return unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") or char in "\ufffe\uffff"
 
 
@@ -155,23 +135,10 @@ def _comment(text: str) -> str:
 # ---- what runs where
 
 
-def chains(points: Sequence[sweep.Point]) -> list[list[sweep.Point]]:
-    """Groups of points that depend on each other, directly or not; order is kept."""
-    groups: list[list[sweep.Point]] = []
-    for point in points:
-        needs = set(point.needs())
-        joined = [group for group in groups if needs & {p.name for p in group}]
-        groups = [group for group in groups if group not in joined]
-        groups.append([*(p for group in joined for p in group), point])
-    place = {point.name: i for i, point in enumerate(points)}
-    groups = [sorted(group, key=lambda p: place[p.name]) for group in groups]
-    return sorted(groups, key=lambda group: place[group[0].name])
-
-
 def workloads(
     points: Sequence[sweep.Point], root: str, common: Sequence[str], label: str, bucket: str = ""
 ) -> list[Workload]:
-    """One workload per chain of points.
+    """One workload per group of points that depend on each other, directly or not.
 
     Args:
       points: as `sweep.check` returns them.
@@ -179,12 +146,15 @@ def workloads(
       common: options of `launch.sweep` for all points, with `--config=...`.
       label: of the sweep, such as its config's name.
       bucket: distinguishes sweeps in different buckets.
-
-    Raises:
-      UserError: an option has a control character, such as a line break, which breaks xpk.
     """
+    groups: list[list[sweep.Point]] = []
+    for point in points:
+        joined = [group for group in groups if {p.name for p in group} & set(point.needs())]
+        groups = [group for group in groups if group not in joined]
+        groups.append([*(p for group in joined for p in group), point])
     found = []
-    for chain in chains(points):
+    groups = [sorted(group, key=points.index) for group in groups]
+    for chain in sorted(groups, key=lambda group: points.index(group[0])):
         names = ",".join(point.name for point in chain)
         options = [*common, f"--workdir={root}", f"--points={names}", "--show"]
         for option in options:
@@ -263,11 +233,7 @@ def render(found: Sequence[Workload], root: str, common: Sequence[str], cluster:
 
 
 def submit(found: Sequence[Workload], cluster: Cluster) -> None:
-    """Runs `xpk workload create` for every workload; xpk asks before it replaces one.
-
-    Raises:
-      UserError: xpk is missing, or failed; the workloads before that one are submitted.
-    """
+    """Runs `xpk workload create` for every workload; xpk asks before it replaces one."""
     for i, workload in enumerate(found):
         print(f"[{i + 1}/{len(found)}] {workload.name}", flush=True)
         try:
@@ -300,9 +266,9 @@ def gcloud_commands(workload: Workload, cluster: Cluster, root: str) -> list[lis
         *("sudo", "docker", "run", "--detach", "--name=fkv", "--privileged", "--net=host"),
         *(f"--volume={volume}", f"--workdir={HOME}", cluster.image, *workload.arguments),
     ]
-    host = cluster.image.partition("/")[0]
-    registry = f"sudo gcloud auth configure-docker {host} --quiet && "
-    private = host.endswith(("pkg.dev", "gcr.io"))
+    start, host = shlex.join(docker), cluster.image.partition("/")[0]
+    if host.endswith(("pkg.dev", "gcr.io")):  # a private registry
+        start = f"sudo gcloud auth configure-docker {host} --quiet && {start}"
     return [
         [
             *(*tpu, "create", workload.name, *cluster.where()),
@@ -311,7 +277,7 @@ def gcloud_commands(workload: Workload, cluster: Cluster, root: str) -> list[lis
             "--scopes=https://www.googleapis.com/auth/cloud-platform",
         ],
         *([on("all", _MOUNT.replace("BUCKET", cluster.bucket))] if cluster.bucket else []),
-        on("all", f"{registry if private else ''}{shlex.join(docker)}"),
+        on("all", start),
         on("0", "sudo docker logs --follow fkv; exit $(sudo docker wait fkv)"),
         [*tpu, "delete", workload.name, *cluster.where(), "--quiet"],
     ]

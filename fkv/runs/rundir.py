@@ -28,10 +28,8 @@ Inputs = Mapping[str, str | list[str]]  # name: digest, or a list of digests tha
 class Run:
     """An open run directory, from `open_run`. Only process 0 writes to it.
 
-    Attributes:
-      path: holds `config.json`, `provenance.json`, `commit.txt`, `metrics.jsonl`, `tb/` and
-        `checkpoints/`.
-      config: the resolved config as JSON data.
+    It holds `config.json`, `provenance.json`, `commit.txt`, `metrics.jsonl`, `tb/` and
+    `checkpoints/`; `config` is the resolved config as JSON data.
     """
 
     path: Path
@@ -43,9 +41,6 @@ class Run:
         """Restores the newest intact checkpoint, if any, into the structure of `target`.
 
         Metrics of later steps are dropped, since those steps will run again.
-
-        Raises:
-          UserError: see `checkpoint.restore`.
         """
         restored = None
         if checkpoint.latest_step(self.path) is not None:
@@ -80,11 +75,7 @@ class Run:
         )
 
     def _write_events(self, events: Sequence[Mapping[str, Any]]) -> None:
-        """Writes to TensorBoard's file, synchronously.
-
-        The thread of tensorboardX's `SummaryWriter` dies on a full disk, and the run would wait
-        for it forever.
-        """
+        """Writes to TensorBoard, synchronously: the thread of `SummaryWriter` dies on a full disk."""
         # Slow where torch is installed, which tensorboardX imports.
         from tensorboardX import event_file_writer
         from tensorboardX.proto import event_pb2
@@ -93,9 +84,8 @@ class Run:
         with files.writing(path):
             if self._board is None:
                 path.mkdir(exist_ok=True)
-                # The suffix keeps two openings within one second from sharing a file.
-                name = f".{time.time_ns()}"
-                self._board = event_file_writer.EventsWriter(str(path / "events"), name)
+                own = f".{time.time_ns()}"  # two openings within a second would share a file
+                self._board = event_file_writer.EventsWriter(str(path / "events"), own)
             for event in events:
                 self._board.write_event(event_pb2.Event(wall_time=time.time(), **event))
             self._board.flush()
@@ -114,8 +104,6 @@ def open_run(
     inputs: Inputs | None = None,
 ) -> Run:
     """Creates the run directory `workdir`, or opens it to resume a run of the same config.
-
-    Every process calls this; process 0 creates it.
 
     Args:
       may_differ: dotted names of fields, or of groups of fields, that may change between openings
@@ -156,32 +144,20 @@ def check_path(workdir: str | os.PathLike) -> Path:
 
 
 def lock(path: Path, shared: bool = False) -> IO:
-    """Locks a directory for as long as the process lives or the returned file is open.
-
-    Args:
-      shared: admit other shared locks.
-
-    Raises:
-      UserError: another process holds it.
-    """
+    """Locks a directory until the process ends or the file is closed; `shared` locks coexist."""
     file = (path / ".lock").open("a+")
     try:
         fcntl.lockf(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(
-            f"another process is at work in {path}: wait for it, or use another --workdir"
-        ) from None
+        told = f"another process is at work in {path}: wait for it, or use another --workdir"
+        raise UserError(told) from None
     except OSError:
         pass  # a file system without locks
     return file
 
 
 def read_inputs(path: Path) -> dict[str, str | list[str]]:
-    """The inputs recorded in a run directory.
-
-    Raises:
-      UserError: the record is damaged.
-    """
+    """The inputs recorded in a run directory; refuses a damaged record."""
     older = path / "scorers.json"  # of evaluations before anything else was recorded
     record = older if older.exists() and not (path / PROVENANCE).exists() else path / PROVENANCE
     try:
@@ -216,9 +192,8 @@ def source_version() -> str:
             ["git", "ls-files", "--error-unmatch", here.name],
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
         ):
-            done = subprocess.run(
-                command, cwd=here.parent, check=True, capture_output=True, text=True
-            )
+            options = {"check": True, "capture_output": True, "text": True}
+            done = subprocess.run(command, cwd=here.parent, **options)
     except (OSError, subprocess.CalledProcessError):
         return f"fkv {fkv.__version__}"
     return done.stdout.strip()

@@ -31,31 +31,19 @@ _MENTION = re.compile(r"\{sweep\}/([\w.+-]+)")
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One run of a sweep.
+    """One run of a sweep."""
 
-    Attributes:
-      job: to launch: `sft`, `grpo`, `evaluate`...
-      name: of its directory, unique in the sweep.
-      values: dotted names of the config's fields, and their values.
-      group: the same for points that differ only in their seed, which the summary averages over.
-    """
-
-    job: str
-    name: str
-    values: Mapping[str, Any]
-    group: str = ""
+    job: str  # to launch: `sft`, `grpo`, `evaluate`...
+    name: str  # of its directory, unique in the sweep
+    values: Mapping[str, Any]  # of the config's fields, by dotted names
+    group: str = ""  # of points that differ only in their seed, which the summary averages over
 
     def needs(self) -> list[str]:
         """Names of the points that have to run before."""
         return _MENTION.findall(" ".join(map(repr, self.values.values())))
 
     def arguments(self, root: str, common: Sequence[str]) -> list[str]:
-        """The command line after `python -m`.
-
-        Args:
-          root: directory of the sweep, which replaces `{sweep}`.
-          common: options of all points, with `--config=...`.
-        """
+        """The command line after `python -m`, with the sweep's directory `root` for `{sweep}`."""
         values = [f"--config.{k}={v}".replace("{sweep}", root) for k, v in self.values.items()]
         return [f"launch.{self.job}", *common, f"--workdir={root}/{self.name}", *values]
 
@@ -71,12 +59,7 @@ def grid(**values: Sequence[Any]) -> list[dict[str, Any]]:
 
 
 def check(points: Iterable[Point], jobs: Sequence[str]) -> list[Point]:
-    """The points in their order, except that each comes after those it needs.
-
-    Raises:
-      UserError: a name is taken or no directory name, a job is unknown, or a point needs itself or
-        one that does not exist.
-    """
+    """The points in their order, except that each comes after those it needs."""
     points = list(points)
     if not points:
         raise UserError("the sweep has no points")
@@ -110,11 +93,7 @@ def check(points: Iterable[Point], jobs: Sequence[str]) -> list[Point]:
 
 
 def choose(points: Sequence[Point], names: Sequence[str], root: str | os.PathLike) -> list[Point]:
-    """The points of these names, in their order.
-
-    Raises:
-      UserError: a name is unknown, or a point needs one that is neither among them nor done.
-    """
+    """The points of these names, in their order; what they need must be among them, or done."""
     by_name = {point.name: point for point in points}
     if unknown := [name for name in names if name not in by_name]:
         known = ", ".join(by_name)
@@ -146,9 +125,6 @@ def run_local(
       show: print the output instead, as the machines of a pod can't share a file.
       alone: no other sweep may run in `root`; otherwise others with `alone=False` may, on other
         points.
-
-    Raises:
-      UserError: another sweep runs in `root`, or a point was done with other values.
     """
     root = rundir.check_path(root)
     with files.writing(root):
@@ -232,11 +208,7 @@ def _plain(values: Mapping[str, Any]) -> Any:
 
 
 def is_done(path: Path, point: Point) -> bool:
-    """Whether the point is done in this directory.
-
-    Raises:
-      UserError: another point is, or the record of it is damaged.
-    """
+    """Whether the point is done in this directory; refuses another point, or a damaged record."""
     record = path / DONE
     if not record.exists():
         return False
