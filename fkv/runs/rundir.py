@@ -75,7 +75,7 @@ class Run:
         )
 
     def _write_events(self, events: Sequence[Mapping[str, Any]]) -> None:
-        """Writes to TensorBoard, synchronously: the thread of `SummaryWriter` dies on a full disk."""
+        """Writes to TensorBoard, synchronously: `SummaryWriter`'s thread dies on a full disk."""
         # Slow where torch is installed, which tensorboardX imports.
         from tensorboardX import event_file_writer
         from tensorboardX.proto import event_pb2
@@ -206,7 +206,7 @@ def _create(path: Path, data: dict[str, Any], may_differ: Sequence[str], inputs:
         held = lock(path)
         old = _check(path, data, may_differ, inputs)
         files.write_text(path / "config.json", json.dumps(data, indent=1) + "\n")
-        if new := {**old, **{name: _longer(old.get(name), x) for name, x in inputs.items()}}:
+        if new := old | {n: max(x, old.get(n, x), key=len) for n, x in inputs.items()}:
             write_inputs(path, new)
         record = path / "commit.txt"  # one line per version that the run was opened with
         text = files.read_bytes(record).decode(errors="backslashreplace") if record.exists() else ""
@@ -221,9 +221,8 @@ def _check(path: Path, data: dict[str, Any], may_differ: Sequence[str], inputs: 
     old, before, wrong = read_inputs(path), _old_config(path), []
     if before is not None and (differing := _changed_fields(before, data, may_differ)):
         wrong.append(f"with another config ({'; '.join(differing)})")
-    changed = {n: x for n, x in inputs.items() if n in old and _longer(old[n], x) is None}
-    if changed:
-        named = [name + _where(old[name], new) for name, new in changed.items()]
+    conflicts = {n: _conflict(old[n], x) for n, x in inputs.items() if n in old}
+    if named := [name + where for name, where in conflicts.items() if where is not None]:
         wrong.append(f"of other inputs, which have changed since ({'; '.join(named)})")
     if wrong:
         raise UserError(f"{path} holds a run {' and '.join(wrong)}: use another --workdir")
@@ -253,20 +252,13 @@ def _changed_fields(old: dict, new: dict, may_differ: Sequence[str]) -> list[str
     ]
 
 
-def _longer(old: str | list[str] | None, new: str | list[str]) -> str | list[str] | None:
-    """The longer of two lists of which one begins the other, or what both are; None otherwise."""
-    if isinstance(old, list) and isinstance(new, list):
-        shared = min(len(old), len(new))
-        return max(old, new, key=len) if old[:shared] == new[:shared] else None
-    return new if old is None or old == new else None
-
-
-def _where(old: Any, new: Any) -> str:
-    """Which entries of a list have changed."""
+def _conflict(old: Any, new: Any) -> str | None:
+    """Where an input differs from before; None if it is the same, or one list begins the other."""
     if not (isinstance(old, list) and isinstance(new, list)):
-        return ""
+        return None if old == new else ""
     changed = [i for i, (a, b) in enumerate(zip(old, new, strict=False), 1) if a != b]
-    return f", number {changed[0]}" + (f" and {len(changed) - 1} more" if changed[1:] else "")
+    more = f" and {len(changed) - 1} more" if changed[1:] else ""
+    return f", number {changed[0]}{more}" if changed else None
 
 
 def _trim_metrics(path: Path, last_step: float = math.inf) -> None:
