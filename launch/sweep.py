@@ -1,7 +1,7 @@
-"""All points of a config's sweep(), and a table of what came out.
+"""Runs all points of a config's sweep(), and tabulates the results.
 
 One after the other, or on TPU pods (--backend). --config.key=value sets a field in every point.
-Run it again to go on: points that are done stay. A config without a sweep() is a sweep of one job.
+Rerun to resume: finished points are kept. A config without a sweep() is a sweep of one job.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def main(argv):
     root = options.workdir or flags.parse([argv[0], *shared, *where], options=OPTIONS)[1]
     root = str(files.expand(root)) if root.startswith("~") else root
     points = sweep.check(_points(options, path), common.JOBS)
-    for point in points:  # what is wrong with the last is found out before the first runs
+    for point in points:  # all are checked before the first runs
         try:
             config, _ = flags.parse(point.arguments(root, shared), options=OPTIONS)
             if Path(root, point.name, sweep.DONE).exists():  # with this config, say of --config?
@@ -52,7 +52,7 @@ def main(argv):
         print("\n".join(point.command(root, shared) for point in some))
     else:
         failed = sweep.run_local(some, root, shared, show=options.show, alone=some is points)
-        if some is points:  # others may be at work on the rest
+        if some is points:  # others may be running the rest
             print(f"\n{sweeps.write_summary(points, root)}")
         if failed:
             where = "above" if options.show else f"their log.txt in {root}"
@@ -71,22 +71,26 @@ def _parser():
         exit_on_error=False,
     )
     add = parser.add_argument
-    add("--config", metavar="configs/x.py", help="has a sweep(), or is the recipe of one job")
+    add("--config", metavar="configs/x.py", help="with a sweep(), or the recipe of one job")
     add("--job", help=f"of a config without a sweep() (default: {MAIN_JOB})")
     add("--workdir", help="directory of the sweep (default: runs/sweep_<config>)")
-    add("--points", metavar="NAME,NAME", help="these alone; others may run the rest elsewhere")
-    add("--show", action="store_true", help="show what points print; it is not kept in log.txt")
-    add("--summary", action="store_true", help="run nothing, gather what is done")
-    add("--dry_run", action="store_true", help="print what would be run or submitted")
+    add("--points", metavar="NAME,NAME", help="only these; others may run elsewhere")
+    add(
+        "--show",
+        action="store_true",
+        help="print the output of points instead of keeping it in log.txt",
+    )
+    add("--summary", action="store_true", help="run nothing; tabulate finished points")
+    add("--dry_run", action="store_true", help="print commands or manifests only")
     add("--backend", choices=BACKENDS, default=BACKENDS[0], help="tpu-vm only prints commands")
     pod = parser.add_argument_group("on pods")
     pod.add_argument("--tpu_type", default="v6e-4", help="v5litepod-16, v6e-4 (default)...")
-    pod.add_argument("--num_slices", type=int, default=1, help="of each workload")
+    pod.add_argument("--num_slices", type=int, default=1, help="per workload")
     pod.add_argument("--image", default="", help="Docker image with this clone in /fkv")
     pod.add_argument("--bucket", default="", help="of Cloud Storage, mounted at /fkv/runs")
     pod.add_argument("--cluster", default="", help="of GKE, for xpk")
     pod.add_argument("--project", default="", help="default: that of gcloud config")
-    pod.add_argument("--zone", default="", help="likewise")
+    pod.add_argument("--zone", default="", help="default: that of gcloud config")
     return parser
 
 
@@ -101,7 +105,7 @@ def _points(options, path):
 
 
 def _on_pods(options, points, root, shared, label):
-    # Without a cluster there is still something to look at.
+    # A dry run needs no cluster.
     stand_in = "my-{}".format if options.dry_run else lambda _: ""
     cluster = pods.Cluster(
         tpu_type=options.tpu_type,

@@ -51,8 +51,7 @@ def of_questions(questions: Iterable[tuple]) -> list[str]:
     """One digest per question: of its prompt's ids and whatever else belongs to it."""
     found = []
     for prompt, *rest in questions:
-        rest = [x.tolist() if isinstance(x, np.ndarray) else x for x in rest]
-        text = json.dumps([np.asarray(prompt).tolist(), *rest])
+        text = json.dumps([np.asarray(prompt), *rest], default=np.ndarray.tolist)
         found.append(hashlib.sha256(text.encode()).hexdigest()[:16])
     return found
 
@@ -90,8 +89,7 @@ def of_tokenizer(directory: Path) -> str:
     sha = hashlib.sha256()
     for path in sorted(directory.iterdir()):
         if path.is_file() and _TOKENIZER.fullmatch(path.name):
-            content = hashlib.sha256(path.read_bytes()).hexdigest()
-            sha.update(f"{path.name} {content} ".encode())
+            sha.update(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()} ".encode())
     return sha.hexdigest()
 
 
@@ -103,8 +101,8 @@ def of_settings(policy: Policy) -> str:
 def of_policy(policy: Policy) -> str:
     """Of a policy's settings, the code of its class and all code that it calls.
 
-    Code of libraries, and of fkv outside `fkv.policies`, counts by name only. Code is what Python
-    runs, so comments, docstrings and formatting do not count, and a notebook's code does.
+    Code is what Python runs: comments, docstrings and layout do not count, and a notebook's code
+    does. Of libraries, and of fkv outside `fkv.policies`, only names count.
     """
     ours = {cls.__module__.partition(".")[0] for cls in type(policy).__mro__}
     return _Digest(ours - {"fkv", *sys.stdlib_module_names}).of(policy)
@@ -128,9 +126,8 @@ def _entries(x: Iterable) -> list:
 class _Digest:
     """Walks through an object and the code it leads to.
 
-    Attributes:
-      ours: top-level modules whose code is followed even where they are installed as libraries;
-        None to follow no code at all.
+    The code of the top-level modules `ours` is followed even where they are installed as libraries;
+    with None no code is.
     """
 
     def __init__(self, ours: set[str] | None):
@@ -214,7 +211,7 @@ class _Digest:
             try:
                 value = cell.cell_contents
             except ValueError:  # still empty
-                value = None
+                continue
             # Of what libraries make, such as jax.vmap, only what they were given.
             if follows or isinstance(value, (*_PLAIN, tuple, types.FunctionType)):
                 self._walk(value)
@@ -222,9 +219,14 @@ class _Digest:
         if follows:
             names, imports = self._code(x.__code__)
             self._walk(x.__defaults__, x.__kwdefaults__)
-            self._look_up(x.__globals__, sorted(names))
-            for module in sorted(imports):
-                self._search(self._imported(module, x.__globals__), sorted(names))
+            self._look_up(x.__globals__, names)
+            for name in sorted(imports):
+                try:
+                    name = importlib.util.resolve_name(name, x.__globals__.get("__package__"))
+                    module = importlib.import_module(name) if self._follows(name) else None
+                except Exception:  # the policy will raise it, too
+                    continue
+                self._look_up(module or {}, names)
 
     def _code(self, x: types.CodeType) -> tuple[set[str], set[str]]:
         """Walks through code; returns the names that it looks up and the modules it imports."""
@@ -241,24 +243,15 @@ class _Digest:
                 imports.add("." * steps[i - 2].argval + value)
         return names, imports
 
-    def _imported(self, name: str, scope: Mapping[str, Any]) -> types.ModuleType | None:
-        """A module that code imports when it runs; None for those of libraries."""
-        try:
-            name = importlib.util.resolve_name(name, scope.get("__package__"))
-            return importlib.import_module(name) if self._follows(name) else None
-        except Exception:  # the policy will raise it, too
-            return None
-
-    def _look_up(self, scope: Mapping[str, Any], names: list[str]) -> None:
-        """Walks through what the names stand for, in modules among them, too."""
-        for name in names:
-            if name in scope and name != "_REGISTRY":  # other policies are no part of one
-                self._walk(name, scope[name])
-                self._search(scope[name], names)
-
-    def _search(self, module: Any, names: list[str]) -> None:
-        if isinstance(module, types.ModuleType) and self._follows(module.__name__):
-            key = module.__name__, tuple(names)
-            if key not in self._searched:
-                self._searched.add(key)
-                self._look_up(vars(module), names)
+    def _look_up(self, scope: Mapping[str, Any] | types.ModuleType, names: set[str]) -> None:
+        """Walks through what names stand for, in modules that they stand for, too."""
+        if isinstance(scope, types.ModuleType):
+            key = scope.__name__, frozenset(names)
+            if key in self._searched or not self._follows(scope.__name__):
+                return
+            self._searched.add(key)
+            scope = vars(scope)
+        for name in sorted(names & scope.keys() - {"_REGISTRY"}):  # not of other policies
+            self._walk(name, scope[name])
+            if isinstance(scope[name], types.ModuleType):
+                self._look_up(scope[name], names)

@@ -36,18 +36,12 @@ _FILES = (".json", ".safetensors", ".jinja", ".model", ".txt")
 
 
 def load(source: str | os.PathLike, revision: str | None = None) -> tuple[Foresight, dict]:
-    """Loads scorers as a policy.
+    """Loads scorers as a policy, and what is known of them (`model`, `budget`, `interval`...).
 
     Args:
       source: the workdir of an sft or grpo run, a shared directory, a checkpoint of the released
         PyTorch code, or the hub id of one of the last two.
       revision: branch, tag or commit of a hub id.
-
-    Returns:
-      The policy, and what is known of the scorers (`model`, `budget`, `interval`...).
-
-    Raises:
-      UserError: there are no scorers, or they are damaged.
     """
     path = files.expand(source)
     # A hub id looks like a path of two parts; a run that does not exist is no hub id.
@@ -114,11 +108,7 @@ def _policy(where: Any, source: Any, params: Any, rules: dict, about: Mapping) -
 
 
 def check_directory(directory: str | os.PathLike, released: bool = False) -> Path:
-    """The directory, if scorers can be written there; a shared one may be overwritten.
-
-    Raises:
-      UserError: it is a file, or holds something else.
-    """
+    """The directory, if it is new or empty or, unless `released`, holds shared scorers."""
     path = files.expand(directory)
     with files.writing(path):
         kept = [file.name for file in path.iterdir()] if os.path.lexists(path) else []
@@ -140,9 +130,6 @@ def export(
     Args:
       about: JSON data: `model`, `revision`, `budget`, `interval`, and what else should be known.
       metrics: a Markdown table for the card.
-
-    Raises:
-      UserError: `directory` can't be written, or holds something else.
     """
     path = check_directory(directory)
     with files.writing(path):
@@ -181,21 +168,13 @@ def _card(data: Mapping[str, Any], metrics: str) -> str:
 def export_released(policy: Foresight, model: str | os.PathLike, directory: str | os.PathLike):
     """Writes a checkpoint that the released PyTorch code loads: the base model with the scorers.
 
-    The files of the base model are linked where the file system can, copied otherwise.
-
-    Args:
-      model: directory of the base model.
-
-    Raises:
-      UserError: the released code has no such scorers (see `ScorerConfig`), or `directory` exists
-        or can't be written.
+    `model` is the directory of the base model, whose files are linked if possible, else copied.
+    Scorers that the released code does not have (see `ScorerConfig`) are refused.
     """
     config = policy.config
     if (config.inputs, config.norm, config.hidden) != ("both", "none", 16):
-        raise UserError(
-            f"the released code has scorers of 16 hidden units on plain features of both kinds; "
-            f"these are {config}"
-        )
+        plain = "scorers of 16 hidden units on plain features of both kinds"
+        raise UserError(f"the released code has {plain}; these are {config}")
     source, target = files.expand(model), check_directory(directory, released=True)
     places, size = loading.files_of_tensors(source)
     if theirs := [name for name in places if ".judge_model." in name]:
