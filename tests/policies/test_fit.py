@@ -4,8 +4,10 @@ import csv
 import dataclasses
 import io
 import json
+import re
 import shutil
 import warnings
+from pathlib import Path
 
 import flax.struct
 import jax
@@ -798,3 +800,21 @@ def test_what_a_method_gives_is_said_by_axes():
         "knorm: score gives float32 [3, 4], but must give float32 [3, 2, 5], "
         "[batch, KV heads, slots]"
     )
+
+
+def test_the_policy_of_the_readme_runs(registry):
+    readme = (Path(policies.__file__).parent / "README.md").read_text()
+    exec(readme.split("```python\n")[1].split("```")[0], {"__name__": "notebook"})
+    for name in ("strided", "ada(strided:stride=8)"):
+        [[one]] = run_generate(policies.get(name))
+        assert len(one.tokens) == 2
+    assert evict_once(policies.get("strided:stride=2"))[1] == [0, 2, 4, 5]
+    rows = [line.split("|") for line in readme.splitlines() if re.match(r"\| \[`\w+`\]", line)]
+    assert sorted(row[1].split("`")[1] for row in rows) == sorted({*policies.names()} - {"strided"})
+    for row in rows:
+        name, fields = (
+            row[1].split("`")[1],
+            re.findall(r"\w+", row[4].split(" (")[0].replace("=", " ")),
+        )
+        known = [f.name for f in dataclasses.fields(registry[name]) if f.name != "kind"]
+        assert [x for x in fields if x in known] == known
