@@ -97,8 +97,7 @@ class ModelConfig:
         kinds.check("kernel", self.kernel, kinds.one_of(KERNELS))
         if self.cache_dtype and self.kernel != "plain":
             raise UserError(
-                f"kernel = {self.kernel!r} reads caches in the model's dtype only: set kernel to "
-                "'plain', or cache_dtype to ''"
+                f"kernel = {self.kernel!r} reads no int8: set it to 'plain', or cache_dtype to ''"
             )
 
     @property
@@ -194,10 +193,7 @@ def from_hf(config: Mapping, where: str = "config.json") -> ModelConfig:
 
     family = _family(config, where)
     if config.get("quantization_config"):
-        raise UserError(
-            f"{where}: quantised checkpoints (quantization_config) are not supported; "
-            "use the bfloat16 one"
-        )
+        raise UserError(f"{where}: quantised checkpoints are not supported; use the bfloat16 one")
     _checked(where, "hidden_act", config.get("hidden_act", "silu"), kinds.one_of(("silu", "swish")))
     for key, neutral in _NEUTRAL.items():
         _check_neutral(where, key, config.get(key), neutral)
@@ -207,19 +203,14 @@ def from_hf(config: Mapping, where: str = "config.json") -> ModelConfig:
     if _slides(config, family, layers, flag("use_sliding_window"), where):
         # A window as wide as the context hides nothing.
         if (config.get("sliding_window") or 0) < _reach(positions, scaling):
-            raise UserError(
-                f"{where}: sliding-window attention is not supported, and some layers slide by "
-                "layer_types, or use_sliding_window, sliding_window and max_window_layers"
-            )
-    eps = _checked(
-        where, "rms_norm_eps", config.get("rms_norm_eps", 1e-6), kinds.number(0, 1, below=True)
-    )
+            raise UserError(f"{where}: sliding-window attention is not supported")
+    below_one = kinds.number(0, 1, below=True)
+    eps = _checked(where, "rms_norm_eps", config.get("rms_norm_eps", 1e-6), below_one)
     width, heads = integer("hidden_size"), integer("num_attention_heads")
     kv_heads = integer("num_key_value_heads", heads)
     if heads % kv_heads:
         raise UserError(
-            f"{where}: num_attention_heads {heads} is not a multiple of "
-            f"num_key_value_heads {kv_heads}"
+            f"{where}: {heads} heads are not a multiple of num_key_value_heads {kv_heads}"
         )
     head_dim = integer("head_dim", 128 if family == "qwen3" else max(width // heads, 1))
     if head_dim % 2:
@@ -242,9 +233,7 @@ def _checked(where: str, key: str, value: Any, kind: Kind) -> Any:
 
 def _check_neutral(where: str, key: str, value: Any, neutral: Any) -> None:
     if value is not None and value != neutral:
-        raise UserError(
-            f"{where}: {key} = {said(value)} changes what the model computes: not supported"
-        )
+        raise UserError(f"{where}: {key} = {said(value)} is not supported, only {neutral!r}")
 
 
 def _family(config: Mapping, where: str) -> str:
@@ -258,14 +247,9 @@ def _family(config: Mapping, where: str) -> str:
     family = ARCHITECTURES.get(name, name if name in ARCHITECTURES.values() else None)
     if family is None:
         known = ", ".join(ARCHITECTURES)
-        raise UserError(
-            f"{where}: architecture {said(name)} is not supported; supported are {known}"
-        )
+        raise UserError(f"{where}: architecture {said(name)} is not supported; use one of {known}")
     if model_type not in (None, family):
-        raise UserError(
-            f"{where}: architectures say {family!r}, but model_type {said(model_type)}: "
-            "use the config.json of the checkpoint"
-        )
+        raise UserError(f"{where}: architectures say {family!r}, but model_type {said(model_type)}")
     return family
 
 

@@ -69,7 +69,7 @@ _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 class _Tensor(NamedTuple):
-    """One tensor of the decoder: its name and shape in a checkpoint, and its place in ours."""
+    """A tensor of the decoder: its name and shape in a checkpoint, our name and the layer."""
 
     name: str
     shape: tuple[int, ...]
@@ -320,22 +320,19 @@ def find(path_or_hub_id: str | Path, revision: str | None = None, weights: bool 
 def _stored(directory: Path) -> dict[str, _Stored]:
     """The tensors of a checkpoint by name, from the headers of its files alone."""
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    if single.is_file():
-        paths, places = [single], {}
-    elif index.is_file():
+    paths, places = [single], {}
+    if index.is_file() and not single.is_file():
         places = files.read_json(index).get("weight_map")
         # In a snapshot of the hub a shard is a link to elsewhere, but its name is a plain one.
         if not isinstance(places, dict) or not all(map(_is_plain, places.values())):
             raise UserError(
-                f"{index}: not an index of shards, whose 'weight_map' gives every tensor the name "
-                "of a file in the same directory; download it again"
+                f"{index}: not an index of shards, whose 'weight_map' gives every tensor a file in "
+                "the same directory; download it again"
             )
         paths = [directory / shard for shard in sorted(set(places.values()))]
-    else:
-        raise UserError(
-            f"{directory}: neither {single.name} nor {index.name} is here; "
-            "checkpoints are read from safetensors only"
-        )
+    elif not single.is_file():
+        both = f"neither {single.name} nor {index.name} is here"
+        raise UserError(f"{directory}: {both}; only safetensors are read")
     stored = {}
     for path in paths:
         if not path.is_file():

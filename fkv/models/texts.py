@@ -18,10 +18,7 @@ _ANSWER = "The answer is forty-two."
 
 
 def _instance(what: str, *types: type) -> Kind:
-    def fits(value):
-        return isinstance(value, types) and (bool in types or not isinstance(value, bool))
-
-    return Kind(what, fits)
+    return Kind(what, lambda x: isinstance(x, types) and (bool in types or type(x) is not bool))
 
 
 def _is_token(value: Any) -> bool:
@@ -37,10 +34,9 @@ def _are_templates(value: Any) -> bool:
 
 
 def _are_added_tokens(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        key.isdecimal() and isinstance(token, dict) and _is_token(token)
-        for key, token in value.items()
-    )
+    tokens = value.values() if isinstance(value, dict) else [None]
+    named = all(isinstance(token, dict) and _is_token(token) for token in tokens)
+    return named and all(key.isdecimal() for key in value)
 
 
 _NULL = type(None)
@@ -56,9 +52,7 @@ _KINDS = {
     "split_special_tokens": kinds.SWITCH,
     "extra_special_tokens": _SPECIAL,
     "additional_special_tokens": _SPECIAL,
-    "chat_template": Kind(
-        "a template, or a list of objects with 'name' and 'template'", _are_templates
-    ),
+    "chat_template": Kind("text, or a list of objects with 'name' and 'template'", _are_templates),
 }
 
 

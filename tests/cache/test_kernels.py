@@ -215,5 +215,5 @@ def test_a_config_has_a_kernel_for_its_cache():
     config, _ = oracles.make_model()
     with pytest.raises(UserError, match="kernel = 'pallas' must be one of plain, gpu, tpu, inter"):
         dataclasses.replace(config, kernel="pallas")
-    with pytest.raises(UserError, match="kernel = 'gpu' reads caches in the model's dtype only"):
+    with pytest.raises(UserError, match="kernel = 'gpu' reads no int8: set it to 'plain'"):
         dataclasses.replace(config, kernel="gpu", cache_dtype="int8")

@@ -520,7 +520,7 @@ def test_biases_that_a_family_has_not_are_none():
             {"num_hidden_layers": "two"},
             "num_hidden_layers = 'two' must be a whole number from 1 to 4096",
         ),
-        ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple"),
+        ({"num_key_value_heads": 3}, "4 heads are not a multiple of num_key_value_heads 3"),
         ({"head_dim": 9}, "head_dim 9 is odd"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu' must be one of silu, swish"),
         ({"quantization_config": {"bits": 4}}, "quantised"),
