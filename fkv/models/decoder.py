@@ -1,14 +1,8 @@
 """One decoder for Qwen3, Qwen2 and Llama, as pure functions over a parameter pytree.
 
-The parameters are a dictionary; those of the layers are stacked along a leading layer axis, over
-which `lax.scan` runs:
-
-  embed_vm, final_norm_m, head_vm (untied only), and in layers:
-  attn_norm_m, q_mhd, k_mkd, v_mkd, o_hdm, mlp_norm_m, gate_mf, up_mf, down_fm,
-  q_norm_d, k_norm_d (QK-norm), q_bias_hd, k_bias_kd, v_bias_kd, o_bias_m, gate_bias_f, up_bias_f,
-  down_bias_m (where the config has biases).
-
-Letters: b batch, t tokens, v vocabulary, m width, h query heads, k KV heads, d head dim, f MLP.
+The parameters are a dictionary; those of the layers (`_LAYER`, `_OPTIONAL`) are stacked along a
+leading layer axis, over which `lax.scan` runs. The last letters of a name are its axes: v
+vocabulary, m width, h query heads, k KV heads, d head dim, f MLP. Elsewhere, b batch and t tokens.
 """
 
 import functools
@@ -28,6 +22,15 @@ from fkv.models.numerics import einsum, einsum_f32
 
 Params = dict
 MODEL = "model"  # the axis of a mesh over which a copy of the model is split
+_LAYER = (
+    "attn_norm_m", "q_mhd", "k_mkd", "v_mkd", "o_hdm", "mlp_norm_m", "gate_mf", "up_mf", "down_fm",
+)  # fmt: skip
+_OPTIONAL = {  # by the field of the config
+    "qk_norm": ("q_norm_d", "k_norm_d"),
+    "qkv_bias": ("q_bias_hd", "k_bias_kd", "v_bias_kd"),
+    "out_bias": ("o_bias_m",),
+    "mlp_bias": ("gate_bias_f", "up_bias_f", "down_bias_m"),
+}
 
 
 @flax.struct.dataclass
@@ -41,26 +44,16 @@ class LM:
 def param_shapes(config: ModelConfig) -> dict:
     """Shapes of every parameter, as a pytree of `jax.ShapeDtypeStruct` (float32)."""
     c = config
-    m, h, k, d, f = c.width, c.heads, c.kv_heads, c.head_dim, c.mlp_width
-    layer = dict(attn_norm_m=(m,), q_mhd=(m, h, d), k_mkd=(m, k, d), v_mkd=(m, k, d))
-    layer |= dict(o_hdm=(h, d, m), mlp_norm_m=(m,), gate_mf=(m, f), up_mf=(m, f), down_fm=(f, m))
-    if c.qk_norm:
-        layer |= dict(q_norm_d=(d,), k_norm_d=(d,))
-    if c.qkv_bias:
-        layer |= dict(q_bias_hd=(h, d), k_bias_kd=(k, d), v_bias_kd=(k, d))
-    if c.out_bias:
-        layer |= dict(o_bias_m=(m,))
-    if c.mlp_bias:
-        layer |= dict(gate_bias_f=(f,), up_bias_f=(f,), down_bias_m=(m,))
-    shapes = {"embed_vm": (c.vocab_size, m), "final_norm_m": (m,)}
-    if not c.tied_embeddings:
-        shapes["head_vm"] = (c.vocab_size, m)
-    shapes["layers"] = {name: (c.layers, *shape) for name, shape in layer.items()}
-    return jax.tree.map(
-        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
-        shapes,
-        is_leaf=lambda x: isinstance(x, tuple),
-    )
+    sizes = dict(v=c.vocab_size, m=c.width, h=c.heads, k=c.kv_heads, d=c.head_dim, f=c.mlp_width)
+
+    def leaves(names, *lead):
+        axes = {name: [sizes[letter] for letter in name.rpartition("_")[2]] for name in names}
+        return {n: jax.ShapeDtypeStruct((*lead, *shape), jnp.float32) for n, shape in axes.items()}
+
+    optional = (name for field, names in _OPTIONAL.items() if getattr(c, field) for name in names)
+    head = () if c.tied_embeddings else ("head_vm",)
+    layers = leaves((*_LAYER, *optional), c.layers)
+    return {"layers": layers, **leaves(("embed_vm", "final_norm_m", *head))}
 
 
 def sharding(name: str, shape: Sequence[int], mesh: Mesh | None) -> NamedSharding | None:
