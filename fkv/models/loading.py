@@ -141,19 +141,15 @@ def load(
     place = {name: sharding(name, x.shape, mesh) for name, x in (shapes | stacked).items()}
     layers = {n: jnp.zeros(x.shape, dtype, device=place[n]) for n, x in stacked.items()}
     params = {"layers": layers}
-    for path in sorted({stored[name].path for name in tensors}):
-        with _open(path) as file:
-            for t in tensors.values():
-                if stored[t.name].path != path:
-                    continue
-                ours = place[t.ours]
-                tensor = jax.device_put(file.get_tensor(stored[t.name].name), _as_stored(t, ours))
-                if t.layer is None:
-                    params[t.ours] = tensor.astype(dtype)
-                else:
-                    stack = _insert(layers[t.ours], tensor, t.layer, ours)
-                    # Reading runs ahead of the device: without waiting the host fills up.
-                    layers[t.ours] = stack.block_until_ready()
+    for t in sorted(tensors.values(), key=lambda t: stored[t.name].path):
+        ours = place[t.ours]
+        tensor = jax.device_put(_read(stored[t.name]), _as_stored(t, ours))
+        if t.layer is None:
+            params[t.ours] = tensor.astype(dtype)
+        else:
+            stack = _insert(layers[t.ours], tensor, t.layer, ours)
+            # Reading runs ahead of the device: without waiting the host fills up.
+            layers[t.ours] = stack.block_until_ready()
     finite = jax.device_get(_finite(params))
     for t in tensors.values():
         if not finite[t.ours][t.layer or 0]:
@@ -252,11 +248,9 @@ def load_judges(path_or_hub_id: str | Path, revision: str | None = None) -> dict
     layers = [JUDGE.format(i) for i in range(config.layers)]
     _check(directory, {p + name: shape for p in layers for name, shape in shapes.items()}, stored)
 
-    def read_one(name):
-        with _open(stored[name].path) as file:
-            return file.get_tensor(name).astype(np.float32)
-
-    w1, b1, w2, b2 = (np.stack([read_one(p + name) for p in layers]) for name in shapes)
+    w1, b1, w2, b2 = (
+        np.stack([_read(stored[p + name]).astype(np.float32) for p in layers]) for name in shapes
+    )
     return {"w1": w1, "b1": b1, "w2": w2[..., 0], "b2": b2[..., 0]}
 
 
@@ -372,6 +366,11 @@ def _open(path: Path) -> Iterator[Any]:
             yield file
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: unreadable ({error}); download the file again") from None
+
+
+def _read(tensor: _Stored) -> np.ndarray:
+    with _open(tensor.path) as file:
+        return file.get_tensor(tensor.name)
 
 
 def _check(directory: Path, wanted: dict[str, tuple[int, ...]], stored: dict[str, _Stored]):
