@@ -13,7 +13,7 @@ from fkv.policies.base import Policy, View, register, setting
 def future_queries(view: View, horizon: int) -> Array:
     """The last `L` queries as they would be at the next `horizon` positions, on average.
 
-    The rotation of each query is undone and the mean of the rotations ahead put in its place.
+    The rotation of each query is replaced by the mean of the rotations ahead.
     """
     q = view.query_blhd.astype(jnp.float32)
     _, scale = view.config.inv_frequencies()
@@ -31,8 +31,8 @@ def future_queries(view: View, horizon: int) -> Array:
 class ExpectedAttention(Policy):
     """Keeps large expected future attention times the norm of the value (arXiv 2510.00636).
 
-    Future queries are taken as normal, with the mean and covariance of the last `L` queries before
-    the rotation, at the mean rotation of the next `horizon` positions. The expectation of
+    Future queries are modelled as normal, with the mean and covariance of the last `L` queries
+    before the rotation, at the mean rotation of the next `horizon` positions. The expectation of
     `exp(q k / sqrt(d))` is then `exp(mean + variance / 2)`; softmax over the entries held, mean
     over the group. The first `sinks` positions stay.
     """

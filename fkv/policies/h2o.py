@@ -7,7 +7,7 @@ from fkv.policies.base import Policy, View, register
 
 @register("h2o")
 class H2O(Policy):
-    """Keeps what has the largest cumulative attention, mean over the group (arXiv 2306.14048)."""
+    """Keeps large cumulative attention, mean over the group (arXiv 2306.14048)."""
 
     statistics = "sums"
 

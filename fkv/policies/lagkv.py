@@ -27,8 +27,8 @@ class LagKV(Policy):
     """Keeps, of each partition, the entries least like the partition after it (arXiv 2504.04704).
 
     The entries held, in order of position and without the first `sinks`, are cut into partitions
-    of `lag`; the last complete one and what follows it stay. Partitions give up equally many:
-    entries compete by their rank within their own; among equals the older goes first.
+    of `lag`; the last complete one and what follows it stay. Entries compete by their rank within
+    their partition, so that each gives up equally many; among equals the older goes first.
 
     Attributes:
       lag: size of a partition; 0 for the interval.
@@ -63,11 +63,9 @@ class LagKV(Policy):
         held = (~empty).sum(-1, keepdims=True)
         complete = (held - sinks) // lag
         compete = (index >= sinks) & (index < sinks + (complete - 1) * lag)
-        rank = jnp.pad(
-            rank, ((0, 0), (0, 0), (sinks, slots - sinks - rank.shape[-1])),
-            constant_values=jnp.inf,
-        )  # fmt: skip
-        # Should fewer compete than must go, the oldest of the rest follow; the sinks last of all.
+        pads = ((0, 0), (0, 0), (sinks, slots - sinks - rank.shape[-1]))
+        rank = jnp.pad(rank, pads, constant_values=jnp.inf)
+        # If fewer compete than must go, the oldest of the rest follow, and the sinks last.
         rest = jnp.where(index < sinks, slots, lag) + index / slots
         importance = jnp.where(compete, rank + index / slots, rest.astype(jnp.float32))
         return jnp.take_along_axis(importance, jnp.argsort(order, axis=-1), axis=-1)

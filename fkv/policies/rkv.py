@@ -5,13 +5,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from fkv import kinds
-from fkv.cache.cadence import Cadence
-from fkv.models import ModelConfig
 from fkv.models.numerics import einsum_f32
-from fkv.policies.base import Policy, View, register, row_by_row, setting
-from fkv.policies.snapkv import ODD, by_position, pooled_attention, widest
+from fkv.policies.base import View, register, row_by_row, setting
+from fkv.policies.snapkv import SnapKV, by_position
 
-# Keys compared with all others at once: their similarities stay in a processor's cache, and no
+# Keys compared with all others at a time: their similarities stay in a processor's cache, and no
 # S x S matrix is ever held (three times faster on a CPU).
 _BLOCK = 128
 
@@ -56,8 +54,8 @@ def redundancy(threshold: float, key_bksd: Array, position_bks: Array) -> Array:
     value = jnp.where(newest < 0, einsum_f32("bkid,bkd->bki", key, oldest), value)
     value = jnp.where(spared == index[None, None], 0.0, value)
     less = jax.vmap(jax.vmap(lambda at, x: jnp.zeros(slots).at[at].add(x)))(spared, value)
-    # The sum over rows of all similarities is a key's product with the sum of all keys, itself
-    # left out; what is spared is one similarity of each row.
+    # A key's similarities sum to its product with the sum of all keys, less that with itself, and
+    # less those spared, one in each row.
     own = jnp.where(held, norm / (norm + 1e-8), 0.0) ** 2
     total = einsum_f32("bkid,bkd->bki", key, key.sum(-2)) - own
     mean = (total - less) / jnp.maximum(number, 1)
@@ -65,27 +63,18 @@ def redundancy(threshold: float, key_bksd: Array, position_bks: Array) -> Array:
 
 
 @register("rkv")
-class RKV(Policy):
+class RKV(SnapKV):
     """Keeps large `mix * importance - (1 - mix) * redundancy` (arXiv 2505.24133).
 
     Importance is SnapKV's pooled attention; the last `window` entries stay.
     """
 
     mix: float = setting(kinds.number(0, 1), 0.1)
-    window: int = setting(kinds.whole(1), 8)
-    kernel: int = setting(ODD, 7)
     threshold: float = setting(kinds.number(-1, 1), 0.5)
-
-    def limits(self, config: ModelConfig, cadence: Cadence) -> dict[str, float]:
-        return {"kernel": widest(cadence.slots)}
-
-    def protected(self, view: View) -> int:
-        return min(self.window, view.interval)
 
     def score(self, view: View) -> Array:
         def one(view):
-            importance = pooled_attention(view, self.protected(view), self.kernel)
             repeats = redundancy(self.threshold, view.key_bksd, view.cache.position_bks)
-            return self.mix * importance - (1 - self.mix) * repeats
+            return self.mix * SnapKV.score(self, view) - (1 - self.mix) * repeats
 
         return row_by_row(one, view)

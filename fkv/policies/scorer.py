@@ -45,14 +45,9 @@ class ScorerConfig:
     form: str = "windowed"
 
     def __post_init__(self):
-        kinds.check_fields(
-            "scorer.",
-            self,
-            hidden=kinds.whole(1, 2**16),
-            inputs=kinds.one_of(INPUTS),
-            norm=kinds.one_of(NORMS),
-            form=kinds.one_of(FORMS),
-        )
+        kinds.check_fields("scorer.", self, hidden=kinds.whole(1, 2**16))
+        kinds.check_fields("scorer.", self, inputs=kinds.one_of(INPUTS))
+        kinds.check_fields("scorer.", self, norm=kinds.one_of(NORMS), form=kinds.one_of(FORMS))
 
     @property
     def statistics(self) -> str | None:
@@ -141,10 +136,8 @@ def features(config: ScorerConfig, view: View) -> Array:
     queries, sum over the last 16, 8 and 32 queries, cumulative and decayed cumulative sum. Empty
     slots have arbitrary features.
     """
-    if (
-        config.statistics == "reference"
-        and view.query_blhd.shape[2] > 8 * view.cache.key_bksd.shape[1]
-    ):
+    group = view.query_blhd.shape[2] // view.cache.position_bks.shape[1]
+    if config.statistics == "reference" and group > 8:
         raise UserError("scorer.form = 'reference' is defined for at most 8 query heads a group")
     parts = []
     if config.inputs != "attention":

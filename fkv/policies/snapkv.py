@@ -18,8 +18,8 @@ ODD = kinds.Kind(
 def window_attention(view: View, window: int) -> Array:
     """Attention of the last `window` queries on the entries before them, [b, k, s].
 
-    The max over the group's heads is taken before the softmax, the softmax over the keys before
-    the window alone; the mean over the window's queries, padding aside. Zero inside the window.
+    Max over the group's heads before the softmax, which is over the keys before the window; mean
+    over the window's queries that aren't padding. Zero inside the window.
     """
     slots = view.cache.position_bks.shape[-1]
     before = (jnp.arange(slots) < slots - window)[None, None, None]
@@ -40,7 +40,7 @@ def pooled_attention(view: View, window: int, kernel: int) -> Array:
 
 
 def widest(slots: int) -> int:
-    """The largest kernel that does not pool over all slots wherever it is."""
+    """The largest kernel that doesn't pool over all slots wherever it stands."""
     return 2 * slots - 3
 
 
@@ -64,10 +64,7 @@ def max_pool(x_bks: Array, kernel: int) -> Array:
 
 @register("snapkv")
 class SnapKV(Policy):
-    """Keeps the entries that the last `window` queries attend to, and the window itself.
-
-    arXiv 2404.14469, compressing at every eviction.
-    """
+    """Keeps what the last `window` queries attend to, and the window itself (arXiv 2404.14469)."""
 
     window: int = setting(kinds.whole(1), 8)
     kernel: int = setting(ODD, 7)

@@ -24,7 +24,7 @@ class TOVA(Policy):
         return jnp.broadcast_to(mean, view.cache.position_bks.shape)
 
     def evict(self, view: View) -> Array:
-        # Chosen once: two heads that compute the same mean may round it differently.
+        # Chosen once, as two heads may round the same mean differently.
         importance, position = self.importance(view)[:, :1], view.cache.position_bks
         slots = kv.choose(importance, position[:, :1], view.interval)
         return jnp.broadcast_to(slots, (*position.shape[:2], view.interval))
