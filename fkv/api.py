@@ -24,7 +24,7 @@ from fkv.engine.decoding import Sampling
 from fkv.errors import UserError
 from fkv.keys import Purpose, key_of
 from fkv.kinds import said
-from fkv.models import ModelConfig, texts
+from fkv.models import LM, ModelConfig, texts
 from fkv.policies.base import Policy
 from fkv.runs import sharing
 
@@ -41,20 +41,23 @@ class Model:
     """A frozen language model with what belongs to it.
 
     Attributes:
-      config, params: the decoder.
+      lm: the decoder.
       tokenizer: of `transformers`, or None where the directory has none.
       stop: ids of the tokens that end an answer.
       name, revision: where it came from.
       directory: where its files lie, if it has any.
     """
 
-    config: ModelConfig
-    params: models.Params
+    lm: LM
     tokenizer: Any
     stop: tuple[int, ...]
     name: str
     directory: Path | None = None
     revision: str = ""
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.lm.config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,10 +103,9 @@ def load(
     vocabulary = models.read(directory).vocab_size
     tokenizer = texts.load_tokenizer(directory)
     stop = texts.stop_tokens(directory, tokenizer, vocabulary)
-    config, params = models.load(directory, dtype, mesh=mesh)
-    config = dataclasses.replace(config, cache_dtype=cache_dtype)
-    name = str(path_or_hub_id)
-    return Model(config, params, tokenizer, stop, name, directory, revision or "")
+    lm = models.load(directory, dtype, mesh=mesh)
+    lm = lm.replace(config=dataclasses.replace(lm.config, cache_dtype=cache_dtype))
+    return Model(lm, tokenizer, stop, str(path_or_hub_id), directory, revision or "")
 
 
 def encode(
@@ -214,11 +216,10 @@ def sample_key(seed: int, prompt: int, sample: int) -> jax.Array:
     return key_of(seed, Purpose.ANSWER, prompt, sample)
 
 
-def _policy(policy: str | Policy, model: Model, budget: int, interval: int) -> Policy:
+def _policy(policy: str | Policy, model: Model, cadence: Cadence) -> Policy:
     """The policy, by its name or as it is, once it is known to fit the model."""
     if isinstance(policy, str):
         policy = policies.get(policy)
-    cadence = Cadence(budget, interval)
     trained = getattr(policy, "trained", None)
     try:
         policies.check(policy, model.config, cadence)
@@ -270,23 +271,15 @@ def generate(
     kinds.check("samples", samples, kinds.whole(1, 2**16))
     kinds.check("new_tokens", new_tokens, kinds.whole(1))
     rows = [(i, j) for i in range(len(ids)) for j in range(samples)]
-    policy = _policy(policy, model, budget, interval)
+    plan = decoding.Plan(Cadence(budget, interval), Sampling(temperature, top_k, top_p), model.stop)
+    policy = _policy(policy, model, plan.cadence)
     _warn_of_length(model, max(map(len, ids)), new_tokens)
-    out = decoding.generate(
-        model.config,
-        model.params,
-        policy,
-        [ids[i] for i, _ in rows],
-        jax.numpy.stack([sample_key(seed, i, j) for i, j in rows]),
-        new_tokens,
-        budget,
-        interval,
-        Sampling(temperature, top_k, top_p),
-        model.stop,
-    )
+    prompts, limit = [ids[i] for i, _ in rows], [new_tokens] * len(rows)
+    key_b = jax.numpy.stack([sample_key(seed, i, j) for i, j in rows])
+    out = decoding.generate(model.lm, policy, plan, prompts, key_b, limit)
     found = [[] for _ in ids]
     for (i, _), tokens in zip(rows, out, strict=True):
-        found[i].append(finished(model, policy, len(ids[i]), tokens, budget, interval))
+        found[i].append(finished(model, policy, len(ids[i]), tokens, plan.cadence))
     return found
 
 
@@ -296,10 +289,10 @@ def _warn_of_length(model: Model, prompt: int, new_tokens: int) -> None:
 
 
 def finished(
-    model: Model, policy: Policy, prompt: int, tokens: np.ndarray, budget: int, interval: int
+    model: Model, policy: Policy, prompt: int, tokens: np.ndarray, cadence: Cadence
 ) -> Generation:
     """What is known of a continuation of a prompt of that many tokens."""
-    fired = decoding.evictions(prompt, len(tokens), budget, interval) if policy.evicts else 0
+    fired = decoding.evictions(prompt, len(tokens), cadence) if policy.evicts else 0
     truncated = not len(tokens) or int(tokens[-1]) not in model.stop
     return Generation(decode(model, tokens), tokens, truncated, fired)
 
@@ -325,24 +318,15 @@ def stream(
     if model.tokenizer is None:
         raise UserError(f"model {model.name} has no tokenizer: there is no text to stream")
     kinds.check("new_tokens", new_tokens, kinds.whole(1))
-    policy = _policy(policy, model, budget, interval)
+    plan = decoding.Plan(Cadence(budget, interval), Sampling(temperature, top_k, top_p), model.stop)
+    policy = _policy(policy, model, plan.cadence)
     found = _encode_all(model, prompt, chat)
     if len(found) != 1:
         raise UserError(f"stream takes one prompt, not {len(found)}: use generate")
     [ids] = found
     _warn_of_length(model, len(ids), new_tokens)
-    chunks = decoding.stream(
-        model.config,
-        model.params,
-        policy,
-        [ids],
-        sample_key(seed, 0, 0)[None],
-        new_tokens,
-        budget,
-        interval,
-        Sampling(temperature, top_k, top_p),
-        model.stop,
-    )
+    key_b = sample_key(seed, 0, 0)[None]
+    chunks = decoding.stream(model.lm, policy, plan, [ids], key_b, [new_tokens])
     tokens, said = [], ""
     for chunk in chunks:
         tokens += chunk[0][: new_tokens - len(tokens)].tolist()
@@ -351,7 +335,7 @@ def stream(
         if not text.endswith("\N{REPLACEMENT CHARACTER}") and text.startswith(said):
             yield text[len(said) :]
             said = text
-    one = finished(model, policy, len(ids), np.asarray(tokens, np.int32), budget, interval)
+    one = finished(model, policy, len(ids), np.asarray(tokens, np.int32), plan.cadence)
     yield one.text[len(said) :]
     return one
 

@@ -1,10 +1,11 @@
 """What a setting may be: in words, and as a test of values."""
 
+import dataclasses
 import math
 import numbers
 import reprlib
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Self
 
 from fkv.errors import UserError
 
@@ -75,4 +76,45 @@ def check_fields(where: str, owner: Any, **kinds: Kind) -> None:
 
 
 TEXT = Kind("text", lambda value: isinstance(value, str))
+POSITIVE = number(0, above=True)
+SIZES = several(whole(1), "a tuple of whole numbers from 1")
 SWITCH = Kind("True or False", lambda value: isinstance(value, bool))
+
+
+def setting(kind: Kind, default: Any = dataclasses.MISSING) -> Any:
+    """A field of `Settings`."""
+    return dataclasses.field(default=default, metadata={"kind": kind})
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """A group of settings, checked when they are made; fields are declared by `setting`.
+
+    Attributes:
+      group: where a config has them, and what errors put before the name of a field.
+    """
+
+    group: ClassVar[str] = ""
+
+    def __post_init__(self):
+        for name, kind in self.kinds().items():
+            check(f"{self.group}.{name}".lstrip("."), getattr(self, name), kind)
+
+    @classmethod
+    def kinds(cls) -> dict[str, Kind]:
+        """What each field may be, in order."""
+        found = {field.name: field.metadata.get("kind") for field in dataclasses.fields(cls)}
+        return {name: kind for name, kind in found.items() if kind is not None}
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], /, **more: Any) -> Self:
+        """The settings that a group of a config holds; fields without a kind come as `more`.
+
+        Raises:
+          UserError: a field is missing, or not what it may be.
+        """
+        for name in cls.kinds():
+            if name not in config:
+                where = f"{cls.group}.{name}".lstrip(".")
+                raise UserError(f"config has no field {where}: configs/tiny.py has all of them")
+        return cls(**{name: config[name] for name in cls.kinds()}, **more)

@@ -138,7 +138,8 @@ def prepare(home: Path, stages: Sequence[str]) -> None:
     config = ModelConfig(
         "qwen3", len(ledger.VOCABULARY), 16, 2, 2, 1, 8, 16, qk_norm=True, tied_embeddings=True
     )
-    models.save(home / "model", config, jax.device_get(models.init(jax.random.key(0), config)))
+    params = jax.device_get(models.init(jax.random.key(0), config))
+    models.save(home / "model", models.LM(params, config))
     ledger.tokenizer().save_pretrained(home / "model")
     if {"grpo", "evaluate"} & set(stages):
         Stage("sft", home, ["sft.steps=2"]).finish(home / "supervised")

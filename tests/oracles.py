@@ -1,6 +1,7 @@
 """The slow, obvious versions: numpy in float64, one row at a time, written from the definitions.
 
-Nothing here is shared with `fkv` but the names of parameters and the rotary frequencies. A trace
+Nothing here is shared with `fkv` but the names of parameters and the rotary frequencies (and the
+terms of the GRPO loss). A trace
 is a plain [t] array without padding, a cache a Python list of positions that grows and shrinks.
 """
 
@@ -10,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fkv.models import ModelConfig
+from fkv.engine.batch import Batch
+from fkv.learning import grpo
+from fkv.models import LM, ModelConfig
 from fkv.models.decoder import param_shapes
 
 
@@ -50,11 +53,22 @@ def make_model(family="qwen3", heads=4, kv_heads=2, layers=2, seed=0, **fields):
     return config, jax.tree_util.tree_map_with_path(random, param_shapes(config))
 
 
+def make_lm(*args, **fields):
+    """The same as one."""
+    config, params = make_model(*args, **fields)
+    return LM(params, config)
+
+
 def make_tokens(config, lengths, seed=0):
     """Right-padded random traces: ids [b, t] and lengths [b]."""
     rng = np.random.default_rng(seed)
     token = rng.integers(config.vocab_size, size=(len(lengths), max(lengths)))
     return jnp.asarray(token, jnp.int32), jnp.asarray(lengths, jnp.int32)
+
+
+def make_batch(config, lengths, seed=0):
+    """The same as a batch, without prompts."""
+    return Batch.of(*make_tokens(config, lengths, seed))
 
 
 def softmax(x):
@@ -299,3 +313,19 @@ def is_lowest(chosen, positions, score, tie=1e-6):
     must = {p for p, s in zip(positions.tolist(), score, strict=True) if s < border - tie}
     may = {p for p, s in zip(positions.tolist(), score, strict=True) if s <= border + tie}
     return must <= chosen <= may
+
+
+# ---- the reinforcement stage, in JAX, as gradients are taken of it
+
+
+def reward(evicted_nll_t, full_nll_t, counted_t, eta):
+    """Minus the mean over the counted tokens of the squared losses larger than `eta` nats."""
+    excess = evicted_nll_t - full_nll_t
+    penalty = jnp.where(excess > eta, excess**2, 0.0)
+    return -(penalty * counted_t).sum() / counted_t.sum()
+
+
+def grpo_loss(new_x, old_x, reference_x, advantage_x, clip, kl_weight):
+    """The mean PPO-clip loss plus the KL to the reference policy, and the mean KL, nats."""
+    _, surrogate, kl = grpo.terms(new_x, old_x, reference_x, advantage_x, clip)
+    return -surrogate.mean() + kl_weight * kl.mean(), kl.mean()

@@ -25,9 +25,12 @@ from fkv.cache import attention
 from fkv.cache import slots as kv
 from fkv.cache.cadence import Cadence
 from fkv.engine import replay
+from fkv.engine.batch import Batch
 from fkv.learning import golden, grpo, sft
+from fkv.learning.tokens import low_entropy, token_losses
 from fkv.policies import scorer
 from fkv.runs import sharing
+from tests import oracles
 
 LOGITS = 1e-4  # logits, losses per token, scorer scores
 SCORES = 1e-5  # future scores: probabilities
@@ -93,20 +96,18 @@ def in_order(position, value):
 def check_replay(directory: Path) -> list[Row]:
     """Full pass, golden search, forced replay, scorer and ranking loss of one checkpoint."""
     vectors = np.load(directory / "replay.npz")
-    config, params = models.load(directory, dtype=jnp.float32)
-    budget, interval = int(vectors["budget"]), int(vectors["interval"])
+    lm = models.load(directory, dtype=jnp.float32)
+    cadence = Cadence(int(vectors["budget"]), int(vectors["interval"]))
     token = jnp.asarray(vectors["input_ids"], jnp.int32)
-    length = jnp.array([token.shape[1]])
+    batch = Batch.of(token, jnp.array([token.shape[1]]))
     rows = []
 
     def row(what, ours, theirs, allowed=LOGITS):
         rows.append(Row(directory.name, what, error(ours, theirs), allowed))
 
-    _, labels, hidden = jax.jit(golden.policy, static_argnums=(0, 4, 5))(
-        config, params, token, length, budget, interval
-    )
-    row("full logits", models.unembed(config, params, hidden)[0], vectors["full_logits"])
-    losses = replay.token_losses(config, params, hidden, token)
+    _, labels, hidden = jax.jit(golden.policy, static_argnums=2)(lm, batch, cadence)
+    row("full logits", models.unembed(lm, hidden)[0], vectors["full_logits"])
+    losses = token_losses(lm, hidden, token)
     row("full nll", losses.nll_bt[0], vectors["full_nll"])
 
     # Ours in the order of slots [layers, e, k, n], theirs in the order of positions.
@@ -136,18 +137,19 @@ def check_replay(directory: Path) -> list[Row]:
     learned, about = sharing.load(directory)
     scorer_config = learned.config
     policy = policies.Forced(drop, "reference")
-    first = budget // interval
+    first = cadence.fill_chunks
 
     def observe(acc, policy, view, evicted):
-        return acc, (scorer.features(scorer_config, view), view.cache.position_bks[..., :budget])
+        return acc, (
+            scorer.features(scorer_config, view),
+            view.cache.position_bks[..., : cadence.budget],
+        )
 
     hidden, _, (feature, held) = jax.jit(
-        lambda params: replay.replay(
-            config, params, token, length, policy, budget, interval, observe=observe
-        )
-    )(params)
-    row("evicted logits", models.unembed(config, params, hidden)[0], vectors["evicted_logits"])
-    losses = replay.token_losses(config, params, hidden, token)
+        lambda lm: replay.replay(lm, batch, policy, cadence, observe=observe)
+    )(lm)
+    row("evicted logits", models.unembed(lm, hidden)[0], vectors["evicted_logits"])
+    losses = token_losses(lm, hidden, token)
     row("evicted nll", losses.nll_bt[0], vectors["evicted_nll"])
 
     events = slice(first, first + drop.shape[1])
@@ -202,15 +204,15 @@ def check_losses(path: Path) -> list[Row]:
         grpo.independent_log_prob(v[f"grpo_scores_{name}"], index) for name in ("new", "old", "ref")
     )
     advantage = v["grpo_advantages"][None, :, None, None]
-    loss, kl = grpo.loss(
+    loss, kl = oracles.grpo_loss(
         new, old, ref, advantage, float(v["grpo_clip"]), float(v["grpo_kl_weight"])
     )
     row("grpo loss", loss, v["grpo_loss"])
     row("grpo kl", kl, v["grpo_kl"])
     entropy, fraction = v["reward_entropy"][None], float(v["reward_high_entropy_fraction"])
     late = np.arange(entropy.shape[1])[None] >= int(v["reward_skip"])
-    counted = replay.low_entropy(entropy, late, fraction)[0]
-    ours = grpo.reward(
+    counted = low_entropy(entropy, late, fraction)[0]
+    ours = oracles.reward(
         v["reward_evicted_nll"], v["reward_full_nll"], counted, float(v["reward_eta"])
     )
     row("reward", ours, v["reward"])

@@ -15,6 +15,7 @@ from tokenizers import models as tokenizer_models
 
 import fkv
 from fkv import api, models, policies
+from fkv.cache.cadence import Cadence
 from fkv.engine import decoding
 from fkv.errors import UserError
 from fkv.models import texts
@@ -39,7 +40,7 @@ def save_tokenizer(directory, tokenizer, template=None, **special):
 
 def save_words(directory, template=None):
     """A tiny model and a tokenizer with one token a word."""
-    models.save(directory, *oracles.make_model())
+    models.save(directory, oracles.make_lm())
     vocab = {word: i for i, word in enumerate(WORDS)}
     tokenizer = Tokenizer(tokenizer_models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -56,7 +57,7 @@ def words(tmp_path_factory):
 def bare(tmp_path_factory):
     """A model without a tokenizer."""
     directory = tmp_path_factory.mktemp("bare")
-    models.save(directory, *oracles.make_model())
+    models.save(directory, oracles.make_lm())
     return fkv.load(directory)
 
 
@@ -68,7 +69,7 @@ def test_the_embedded_model():
     assert model.name == "embedded" and model.config.family == "qwen3"
     assert model.stop == (model.tokenizer.eos_token_id,)
     assert len(model.tokenizer) <= model.config.vocab_size
-    dtypes = {x.dtype.name for x in jax.tree.leaves(fkv.load(dtype="bfloat16").params)}
+    dtypes = {x.dtype.name for x in jax.tree.leaves(fkv.load(dtype="bfloat16").lm)}
     assert dtypes == {"bfloat16"}
     assert fkv.load(cache_dtype="int8").config.cache_dtype == "int8" != model.config.cache_dtype
     with pytest.raises(UserError, match=r"cache_dtype = 'int4' must be '' .* or 'int8'"):
@@ -76,10 +77,9 @@ def test_the_embedded_model():
 
 
 def test_a_directory_with_a_tokenizer(words, tmp_path):
-    config, params = oracles.make_model()
-    assert words.config == config and words.stop == (1,)
-    for ours, theirs in zip(jax.tree.leaves(words.params), jax.tree.leaves(params), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    lm = oracles.make_lm()
+    assert words.lm.config == lm.config and words.stop == (1,)
+    jax.tree.map(np.testing.assert_array_equal, words.lm.params, lm.params)
     assert api.encode(words, "w0 w32 w5").tolist() == [4, 36, 9]
     assert api.encode(words, [7, 8]).tolist() == [7, 8]
     assert api.encode(words, "w0 w1", chat=True).tolist() == [2, 4, 5, 3]
@@ -152,7 +152,7 @@ def test_one_text_or_several_with_samples(words):
             assert x.text == words.tokenizer.decode(x.tokens, skip_special_tokens=True)
             assert 0 < len(x.tokens) <= 20
             assert x.truncated == (x.tokens[-1] != 1) and (1 not in x.tokens[:-1])
-            assert x.evictions == decoding.evictions(prompt, len(x.tokens), 16, 8)
+            assert x.evictions == decoding.evictions(prompt, len(x.tokens), Cadence(16, 8))
 
 
 def test_ids_are_taken_as_they_are(words, bare):
@@ -170,7 +170,7 @@ def prompts_of(words, prompts, monkeypatch, call=fkv.generate, **settings):
     """What reaches the decoder."""
     seen = []
 
-    def fake(config, params, policy, prompts, *_):
+    def fake(lm, policy, plan, prompts, *_):
         seen.extend(np.asarray(p).tolist() for p in prompts)
         return [np.array([1])] * len(prompts)
 
@@ -290,14 +290,20 @@ def test_what_a_tokenizer_returns_is_no_prompt(words, monkeypatch):
     assert prompts_of(words, found["input_ids"], monkeypatch) == [[4, 5]]
 
 
+def changed(model, **fields):
+    """The same with another config."""
+    config = dataclasses.replace(model.config, **fields)
+    return dataclasses.replace(model, lm=model.lm.replace(config=config))
+
+
 def test_a_tokenizer_of_another_model_is_refused(words):
-    small = dataclasses.replace(words, config=dataclasses.replace(words.config, vocab_size=5))
+    small = changed(words, vocab_size=5)
     with pytest.raises(UserError, match="prompt 0 has token 5, and the model's are 0 to 4: "):
         fkv.generate(small, "w0 w1", **SIZES)
 
 
 def test_more_tokens_than_the_model_was_made_for_are_warned_of_once(words, monkeypatch):
-    short = dataclasses.replace(words, config=dataclasses.replace(words.config, max_positions=40))
+    short = changed(words, max_positions=40)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         prompts_of(short, ["w0 " * 20, "w1"], monkeypatch)
@@ -373,7 +379,7 @@ def test_a_stream_never_cuts_a_character(tmp_path):
     tokenizer.decoder = decoders.ByteLevel()
     save_tokenizer(tmp_path, tokenizer)
     config = dataclasses.replace(oracles.make_model()[0], vocab_size=256)
-    model = api.Model(config, None, texts.load_tokenizer(tmp_path), (), "bytes")
+    model = api.Model(models.LM({}, config), texts.load_tokenizer(tmp_path), (), "bytes")
     text = "aé€𝄞" * 5
     tokens = api.encode(model, text)
     assert len(tokens) == 50 and api.decode(model, tokens) == text

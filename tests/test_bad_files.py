@@ -107,14 +107,15 @@ SPOILED = {
 def sound(tmp_path_factory):
     """A model and scorers, each in a directory."""
     root = tmp_path_factory.mktemp("sound")
-    models.save(root / "model", MODEL, jax.device_get(models.init(jax.random.key(0), MODEL)))
+    params = jax.device_get(models.init(jax.random.key(0), MODEL))
+    models.save(root / "model", models.LM(params, MODEL))
     params = jax.device_get(scorer.init(jax.random.key(0), MODEL, scorer.ScorerConfig()))
     sharing.export(Foresight(params, scorer.ScorerConfig()), root / "scorers", {"model": "x"})
     return root
 
 
 def test_what_is_not_spoiled_loads(sound):
-    assert models.load(sound / "model")[0] == MODEL
+    assert models.load(sound / "model").config == MODEL
     assert fkv.load_scorer(sound / "scorers").config == scorer.ScorerConfig()
 
 

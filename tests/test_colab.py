@@ -45,7 +45,8 @@ def save_babbler(path):
     config = ModelConfig(
         "qwen3", len(tokenizer), 16, 2, 2, 1, 8, 16, qk_norm=True, tied_embeddings=True
     )
-    models.save(path, config, jax.device_get(models.init(jax.random.key(0), config)))
+    params = jax.device_get(models.init(jax.random.key(0), config))
+    models.save(path, models.LM(params, config))
     (path / "generation_config.json").write_text('{"eos_token_id": []}')
 
 

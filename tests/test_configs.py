@@ -9,7 +9,6 @@ from configs import base, tiny
 from fkv.data import benchmarks
 from fkv.engine.decoding import Sampling
 from fkv.errors import UserError
-from fkv.jobs.grpo import settings_of
 from fkv.learning import grpo, sft
 from fkv.policies import scorer
 from launch import fields, flags
@@ -41,9 +40,10 @@ def test_real_models_have_the_paper_s_settings(name):
     assert (config.budget, config.interval, config.dtype) == (1024, 256, "bfloat16")
     assert len(config.revision) == 40 and "/" in config.model
     assert scorer.ScorerConfig(**config.scorer) == scorer.ScorerConfig()  # the library's default
-    assert sft.LossConfig(config.sft.margin, config.sft.weighting) == sft.LossConfig()
+    assert sft.LossConfig.of(config.sft) == sft.LossConfig()
     assert (config.sft.steps, config.sft.batch, config.sft.learning_rate) == (1000, 4, 1e-2)
-    assert settings_of(config) == grpo.GRPOConfig(rollouts_at_once=4)  # which changes no result
+    settings = grpo.GRPOConfig.of(config.grpo)
+    assert settings == grpo.GRPOConfig(rollouts_at_once=4)  # which changes no result
     assert (config.grpo.steps, config.grpo.traces, config.grpo.learning_rate) == (250, 32, 3e-4)
     e = config.evaluate
     assert Sampling(e.temperature, e.top_k, e.top_p) == Sampling(0.6, 20, 0.95)

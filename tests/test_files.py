@@ -119,13 +119,13 @@ def test_a_line_of_which_a_part_fits_is_not_there(tmp_path):
 
 
 def test_a_models_config_is_written_whole(tmp_path):
-    config, params = oracles.make_model()
+    lm = oracles.make_lm()
     (tmp_path / "config.json.tmp").symlink_to("/dev/full")
     with pytest.raises(UserError, match=r"cannot write .*/config.json \(No space left"):
-        models.save(tmp_path, config, params)
+        models.save(tmp_path, lm)
     assert not (tmp_path / "config.json").exists()
     with pytest.raises(UserError, match=r"cannot write .*/model.safetensors/x"):
-        models.save(tmp_path / "model.safetensors" / "x", config, params)
+        models.save(tmp_path / "model.safetensors" / "x", lm)
 
 
 def test_text_that_is_none_is_named(tmp_path):
@@ -139,10 +139,10 @@ def test_text_that_is_none_is_named(tmp_path):
 def test_home_is_where_a_shell_has_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "me"))
-    config, params = oracles.make_model()
-    models.save("~/model", config, params)
-    assert models.read("~/model") == fkv.load("~/model").config == config
-    assert costs.shape_of("~/model") == config
+    lm = oracles.make_lm()
+    models.save("~/model", lm)
+    assert models.read("~/model") == fkv.load("~/model").config == lm.config
+    assert costs.shape_of("~/model") == lm.config
     python = tmp_path / "me" / "python"
     python.write_text("#!/bin/sh\nread question\necho '{\"version\": 1}'\nread end\n")
     python.chmod(0o755)

@@ -9,16 +9,20 @@ import pytest
 
 from fkv import policies
 from fkv.cache import kernels
+from fkv.cache.cadence import Cadence
 from fkv.cache.slots import Cache
-from fkv.engine import decoding, replay
-from fkv.engine.decoding import Sampling
+from fkv.engine import decoding
+from fkv.engine.batch import Batch
+from fkv.engine.decoding import Plan, Sampling
 from fkv.keys import keys_of
 from fkv.learning import golden, grpo, pretrain, sft
+from fkv.learning.fit import TrainState
+from fkv.learning.tokens import token_losses
 from fkv.policies import scorer
 from tests import oracles
 
-BUDGET, INTERVAL, LENGTH = 8, 4, 24
-SIZES = (BUDGET, INTERVAL)
+CADENCE, LENGTH = Cadence(8, 4), 24
+FIT = dict(log_every=1, checkpoint_every=1, cadence=CADENCE)
 
 
 def products(jaxpr):
@@ -33,8 +37,7 @@ def products(jaxpr):
 
 
 def model(dtype="float32", **fields):
-    config, params = oracles.make_model(layers=1, **fields)
-    return config, jax.tree.map(lambda x: x.astype(dtype), params)
+    return jax.tree.map(lambda x: x.astype(dtype), oracles.make_lm(layers=1, **fields))
 
 
 def scorers(config):
@@ -49,63 +52,62 @@ def on_axis(step, *args):
 
 
 def supervised(dtype):
-    config, params = model(dtype)
-    policy, optimiser = scorers(config), sft.optimizer(0.01, 1, 10, 1.0)
-    step = functools.partial(
-        sft.train_step, config, policy.config, sft.LossConfig(), optimiser, *SIZES, "data"
-    )
-    state = sft.init_state(policy.params, optimiser)
-    return on_axis(step, state, params, *oracles.make_tokens(config, [LENGTH]))
+    lm = model(dtype)
+    policy = scorers(lm.config)
+    plan = sft.Plan(
+        steps=10, batch=1, at_once=0, learning_rate=0.01, warmup=1, clip=1.0,
+        scorer=policy.config, loss=sft.LossConfig(), **FIT,
+    )  # fmt: skip
+    step = functools.partial(sft.train_step, plan, axis="data")
+    state = TrainState.init(policy.params, plan.optimiser)
+    return on_axis(step, state, lm, oracles.make_batch(lm.config, [LENGTH]))
 
 
 def reinforced(dtype):
-    config, params = model(dtype)
-    policy, optimiser = scorers(config), grpo.optimizer(0.01, 1, 1.0)
-    settings = grpo.GRPOConfig(rollouts=2, epochs=2)
-    step = functools.partial(
-        grpo.train_step, config, policy.config, settings, optimiser, *SIZES, "data"
-    )
-    state = sft.init_state(policy.params, optimiser)
-    token, length = oracles.make_tokens(config, [LENGTH, LENGTH])
+    lm = model(dtype)
+    policy = scorers(lm.config)
+    plan = grpo.Plan(
+        steps=10, traces=1, traces_at_once=0, learning_rate=0.01, warmup=1, clip_norm=1.0,
+        scorer=policy.config, grpo=grpo.GRPOConfig(rollouts=2, epochs=2), **FIT,
+    )  # fmt: skip
+    step = functools.partial(grpo.train_step, plan, axis="data")
+    state = grpo.TrainState.init(policy.params, plan.optimiser, reference=policy.params)
     losses = jnp.ones((2, LENGTH - 1))
     random = jax.random.key_data(keys_of(jax.random.key(0), 2))
-    batch = grpo.Batch(token, length, losses, losses, losses > 0, random)
-    return on_axis(step, state, params, policy.params, batch)
+    batch = oracles.make_batch(lm.config, [LENGTH, LENGTH])
+    return on_axis(step, state, lm, grpo.Rollouts(batch, losses, losses, random))
 
 
 def labels(dtype):
-    config, params = model(dtype)
+    lm = model(dtype)
 
-    def run(params, token, length):
-        _, found, hidden = golden.policy(config, params, token, length, *SIZES)
-        return found, replay.token_losses(config, params, hidden, token)
+    def run(lm, batch):
+        _, found, hidden = golden.policy(lm, batch, CADENCE)
+        return found, token_losses(lm, hidden, batch.token_bt)
 
-    return jax.make_jaxpr(run)(params, *oracles.make_tokens(config, [LENGTH]))
+    return jax.make_jaxpr(run)(lm, oracles.make_batch(lm.config, [LENGTH]))
 
 
 def pretraining(dtype):
-    config, params = model(dtype)
-    gradient = jax.value_and_grad(functools.partial(pretrain.loss, config=config), has_aux=True)
-    token, length = oracles.make_tokens(config, [LENGTH])
-    return jax.make_jaxpr(
-        lambda params: gradient(params, token_bt=token, prompt_b=length // 2, length_b=length)
-    )(params)
+    lm = model(dtype)
+    gradient = jax.value_and_grad(functools.partial(pretrain.loss, config=lm.config), has_aux=True)
+    token, length = oracles.make_tokens(lm.config, [LENGTH])
+    batch = Batch.of(token, length, length // 2)
+    return jax.make_jaxpr(lambda params: gradient(params, batch=batch))(lm.params)
 
 
 def answering(name, cache_dtype, dtype):
-    config, params = model(dtype, cache_dtype=cache_dtype)
-    policy = scorers(config) if name == "foresight" else policies.get(name)
-    keys, token = keys_of(jax.random.key(0), 2), np.zeros((2, 12), np.int32)
-    padding, limit = np.array([0, 3], np.int32), np.array([5, 5], np.int32)
-    fixed = dict(sampling=Sampling(0.6, 5, 0.9), stop=(1,))
+    lm = model(dtype, cache_dtype=cache_dtype)
+    policy = scorers(lm.config) if name == "foresight" else policies.get(name)
+    keys, limit = keys_of(jax.random.key(0), 2), np.array([5, 5], np.int32)
+    prompts = decoding.left_pad([np.zeros(n, np.int32) for n in (12, 9)])
+    plan = Plan(CADENCE, Sampling(0.6, 5, 0.9), stop=(1,))
 
-    def run(params, policy):
-        state = decoding.prefill(
-            config, params, policy, token, padding, keys, limit, *SIZES, new_tokens=8, **fixed
-        )
-        return decoding.decode_chunk(config, params, policy, state, 12, *SIZES, **fixed)
+    def run(lm, policy):
+        state = decoding.prefill(lm, policy, plan, prompts, keys, limit, new_tokens=8)
+        return decoding.decode_chunk(lm, policy, plan, state, prompt_width=12)
 
-    return jax.make_jaxpr(run)(params, policy)
+    return jax.make_jaxpr(run)(lm, policy)
 
 
 def kernel(dtype):

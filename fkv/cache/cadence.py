@@ -1,9 +1,12 @@
 """When evictions happen: after every `L` tokens once `B + L` are held."""
 
 import dataclasses
+from typing import Self
 
 from fkv import kinds
 from fkv.errors import UserError
+
+FULL = 0  # the budget of the full cache in tables: it has none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +34,11 @@ class Cadence:
             raise UserError(
                 f"budget = {self.budget} must be a multiple of interval = {self.interval}"
             )
+
+    @classmethod
+    def of(cls, budget: int, interval: int) -> Self:
+        """That of a cell of a table; for `FULL` only the interval is used."""
+        return cls(budget or 2 * interval, interval)
 
     @property
     def slots(self) -> int:

@@ -20,8 +20,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fkv.errors import UserError
-
 
 @flax.struct.dataclass
 class Int8:
@@ -72,16 +70,6 @@ class Cache:
     value_bksd: Array | Int8
     position_bks: Array
     entry: Any = ()
-
-
-def check_sizes(budget: int, interval: int) -> None:
-    """Refuses budgets and intervals that the cadence of eviction can't have."""
-    if interval < 1:
-        raise UserError(f"interval = {interval} must be at least 1")
-    if budget <= interval:
-        raise UserError(f"budget = {budget} must be larger than interval = {interval}")
-    if budget % interval:
-        raise UserError(f"budget = {budget} must be a multiple of interval = {interval}")
 
 
 def init(

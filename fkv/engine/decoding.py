@@ -22,23 +22,21 @@ from jax import Array
 from fkv import kinds, models
 from fkv.cache import attention
 from fkv.cache import slots as kv
+from fkv.cache.cadence import Cadence
 from fkv.engine import replay
+from fkv.engine.batch import Batch
+from fkv.engine.replay import Chunk, Site
 from fkv.errors import UserError
 from fkv.keys import Purpose, key_of
-from fkv.models import ModelConfig
+from fkv.models import LM
 from fkv.policies.base import Policy
 
 NO_TOKEN = -1
 _NOT_FINITE = -2  # in place of a token where logits are NaN or infinite; ends the row
-SAMPLING = {
-    "temperature": kinds.number(0),
-    "top_k": kinds.whole(0),
-    "top_p": kinds.number(0, 1, above=True),
-}
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling:
+class Sampling(kinds.Settings):
     """How the next token is drawn; in this order, as in `transformers`.
 
     Attributes:
@@ -48,12 +46,24 @@ class Sampling:
         probability; 1 for all.
     """
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
+    temperature: float = kinds.setting(kinds.number(0), 1.0)
+    top_k: int = kinds.setting(kinds.whole(0), 0)
+    top_p: float = kinds.setting(kinds.number(0, 1, above=True), 1.0)
 
-    def __post_init__(self):
-        kinds.check_fields("", self, **SAMPLING)
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What every step of decoding goes by; static under `jit`.
+
+    Attributes:
+      cadence: of evictions; of a policy that evicts nothing, only the interval is used.
+      sampling: how tokens are drawn.
+      stop: tokens that end a row.
+    """
+
+    cadence: Cadence
+    sampling: Sampling = Sampling()
+    stop: tuple[int, ...] = ()
 
 
 def sample(logits_bv: Array, key_b: Array, sampling: Sampling) -> Array:
@@ -80,24 +90,19 @@ def sample(logits_bv: Array, key_b: Array, sampling: Sampling) -> Array:
     return drawn.astype(jnp.int32)
 
 
-def left_pad(
-    prompts: Sequence[np.ndarray], multiple: int = 1, value: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
+def left_pad(prompts: Sequence[np.ndarray], multiple: int = 1, width: int = 0) -> Batch:
     """Aligns prompts at their ends.
 
     Args:
       multiple: the width is rounded up to a multiple of this.
-
-    Returns:
-      Ids [b, t] and the padding in front of each row [b], int32.
+      width: of the batch, at least.
     """
-    longest = max(len(prompt) for prompt in prompts)
-    width = -(-longest // multiple) * multiple
-    token = np.full((len(prompts), width), value, np.int32)
-    padding = np.array([width - len(prompt) for prompt in prompts], np.int32)
-    for row, prompt, start in zip(token, prompts, padding, strict=True):
-        row[start:] = prompt
-    return token, padding
+    length = np.array([len(prompt) for prompt in prompts], np.int32)
+    width = -(-max(width, *length) // multiple) * multiple
+    token = np.zeros((len(prompts), width), np.int32)
+    for row, prompt in zip(token, prompts, strict=True):
+        row[width - len(prompt) :] = prompt
+    return Batch(token, length, length, width - length)
 
 
 @flax.struct.dataclass
@@ -121,8 +126,8 @@ class State:
     chunk: Array
 
 
-def _next(hidden_bm, config, params, key_b, position_b, sampling):
-    logits = models.unembed(config, params, hidden_bm[:, None])[:, 0]
+def _next(lm, hidden_bm, key_b, position_b, sampling):
+    logits = models.unembed(lm, hidden_bm[:, None])[:, 0]
     key_b = jax.vmap(lambda key, at: key_of(key, Purpose.TOKEN, at))(key_b, position_b)
     token = sample(logits, key_b, sampling)
     return jnp.where(jnp.isfinite(logits.max(-1)), token, _NOT_FINITE)
@@ -137,17 +142,12 @@ def _left(token_b, left_b, stop):
 
 
 def prefill(
-    config: ModelConfig,
-    params: models.Params,
+    lm: LM,
     policy: Policy,
-    token_bt: Array,
-    padding_b: Array,
+    plan: Plan,
+    prompts: Batch,
     key_b: Array,
     limit_b: Array,
-    budget: int,
-    interval: int,
-    sampling: Sampling,
-    stop: tuple[int, ...],
     new_tokens: int,
 ) -> State:
     """Runs the prompts and draws the first token of each row.
@@ -156,88 +156,65 @@ def prefill(
     no cache is there twice.
 
     Args:
-      token_bt, padding_b: from `left_pad`; with a policy that evicts, `t` is a multiple of `L`.
+      prompts: from `left_pad`; with a policy that evicts, `t` is a multiple of `L`.
       key_b: one PRNG key per row.
       limit_b: tokens that each row may add, at most `new_tokens` (which sizes the full cache).
     """
-    t = token_bt.shape[1]
-    hidden, position = _begin(params, token_bt, padding_b)
+    hidden, position = _begin(lm, prompts)
+    room = -(-new_tokens // plan.cadence.interval) * plan.cadence.interval
     caches = []
-    for index in range(config.layers):
-        hidden, cache = prefill_layer(
-            config, params["layers"], policy, index, hidden, position, key_b,
-            budget=budget, interval=interval, new_tokens=new_tokens,
-        )  # fmt: skip
+    for layer in range(lm.config.layers):
+        site = Site(lm.config, plan.cadence, layer, key_b)
+        hidden, cache = prefill_layer(lm.params["layers"], policy, site, hidden, position, room)
         caches.append(cache)
-    token, position_b, left = _first_token(
-        config, params, hidden, position, key_b, limit_b, sampling=sampling, stop=stop
-    )
-    chunk = jnp.asarray(-(-t // interval), jnp.int32)
+    token, position_b, left = _first_token(lm, plan, hidden, position, key_b, limit_b)
+    chunk = jnp.asarray(-(-position.shape[1] // plan.cadence.interval), jnp.int32)
     # Decoding takes the state's place in memory, and the keys are the caller's.
     return State(tuple(caches), token, position_b, left, jnp.copy(key_b), chunk)
 
 
 @jax.jit
-def _begin(params, token_bt, padding_b):
-    position = replay.row_positions(token_bt, token_bt.shape[1] - padding_b, padding_b)
-    return models.embed(params, token_bt), position
+def _begin(lm, prompts):
+    return models.embed(lm, prompts.token_bt), prompts.position_bt
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("config", "budget", "interval", "new_tokens"),
-    donate_argnames="hidden_btm",
-)
+@functools.partial(jax.jit, static_argnames="room", donate_argnames="hidden_btm")
 def prefill_layer(
-    config: ModelConfig,
     layers: models.Params,
     policy: Policy,
-    index: Array | int,
+    site: Site,
     hidden_btm: Array,
     position_bt: Array,
-    key_b: Array,
-    budget: int,
-    interval: int,
-    new_tokens: int,
+    room: int,
 ) -> tuple[Array, kv.Cache]:
     """One layer of `prefill`: its output, which takes the place of its input, and its cache.
 
     Args:
-      layers, policy: of all layers, of which `index` says which one it is.
+      layers, policy: of all layers, of which `site.layer` says which one it is.
+      room: slots that a full cache has for new tokens.
     """
-    b, t = position_bt.shape
-    weights, policy = jax.tree.map(lambda x: x[index], (layers, policy))
-    q, k, v = models.project(config, weights, hidden_btm, position_bt)
+    (b, t), config = position_bt.shape, site.config
+    weights, policy = jax.tree.map(lambda x: x[site.layer], (layers, policy))
+    qkv = models.project(config, weights, hidden_btm, position_bt)
     if policy.evicts:
-        out, cache, _, _ = replay.layer_pass(
-            config, policy, index, q, k, v, position_bt, key_b, budget, interval
-        )
+        out, cache, _, _ = replay.layer_pass(policy, site, qkv, position_bt)
     else:
-        out, k, v = replay.full_pass(config, q, k, v, position_bt)
-        slots = t + -(-new_tokens // interval) * interval
-        dtype = config.cache_dtype or q.dtype
-        cache = kv.init(b, config.kv_heads, slots, config.head_dim, dtype)
+        out, k, v = replay.full_pass(config, qkv, position_bt)
+        dtype = config.cache_dtype or qkv[0].dtype
+        cache = kv.init(b, config.kv_heads, t + room, config.head_dim, dtype)
         cache = kv.append(cache, 0, k, v, position_bt)
     return models.finish(config, weights, hidden_btm, out), cache
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sampling", "stop"))
-def _first_token(config, params, hidden, position, key_b, limit_b, sampling, stop):
+@functools.partial(jax.jit, static_argnames="plan")
+def _first_token(lm, plan, hidden, position, key_b, limit_b):
     position_b = position[:, -1] + 1
-    token = _next(hidden[:, -1], config, params, key_b, position_b, sampling)
-    return token, position_b, _left(token, limit_b, stop)
+    token = _next(lm, hidden[:, -1], key_b, position_b, plan.sampling)
+    return token, position_b, _left(token, limit_b, plan.stop)
 
 
 def decode_chunk(
-    config: ModelConfig,
-    params: models.Params,
-    policy: Policy,
-    state: State,
-    prompt_width: int,
-    budget: int,
-    interval: int,
-    sampling: Sampling,
-    stop: tuple[int, ...],
+    lm: LM, policy: Policy, plan: Plan, state: State, prompt_width: int
 ) -> tuple[State, Array]:
     """`L` decoding steps and the eviction after them.
 
@@ -248,7 +225,8 @@ def decode_chunk(
       The state, and the tokens [b, L] that were put into the cache, `NO_TOKEN` for rows that were
       done: the first is the one drawn last time.
     """
-    weights = models.unstack(config, params)
+    config, interval = lm.config, plan.cadence.interval
+    weights = models.unstack(lm)
     prompt_chunks = -(-prompt_width // interval)
     start = prompt_width + (state.chunk - prompt_chunks) * interval
     if policy.evicts:
@@ -259,7 +237,7 @@ def decode_chunk(
         caches, token, position, left, done = carry
         caches = jax.tree.map(lambda x: jnp.expand_dims(x, axes), caches)
         at = jnp.where(done, -1, position)[:, None]
-        hidden, held, queries = models.embed(params, token[:, None]), [], []
+        hidden, held, queries = models.embed(lm, token[:, None]), [], []
         for layer, cache in zip(weights, caches, strict=True):
             q, k, v = models.project(config, layer, hidden, at)
             cache = kv.append(cache, start + i, k, v, at)
@@ -267,10 +245,10 @@ def decode_chunk(
             hidden = models.finish(config, layer, hidden, out)
             held.append(cache)
             queries.append((q[:, 0], lse[..., 0]))
-        drawn = _next(hidden[:, 0], config, params, state.key_b, position + 1, sampling)
+        drawn = _next(lm, hidden[:, 0], state.key_b, position + 1, plan.sampling)
         emitted = jnp.where(done, NO_TOKEN, token)
         done = left == 0  # the token just put in was the last one
-        left = jnp.where(done, 0, _left(drawn, left, stop))
+        left = jnp.where(done, 0, _left(drawn, left, plan.stop))
         held = jax.tree.map(lambda x: jnp.squeeze(x, axes), tuple(held))
         carry = (held, drawn, position + 1, left, done)
         return carry, (emitted, at[:, 0], tuple(queries) if policy.evicts else ())
@@ -282,62 +260,42 @@ def decode_chunk(
     caches, token, position, left, done = carry
     caches = jax.tree.map(lambda x: jnp.expand_dims(x, axes), caches)
     if policy.evicts:
-        queries = [(jnp.moveaxis(q, 0, 1), jnp.moveaxis(lse, 0, -1)) for q, lse in queries]
-        caches = evict(config, policy, caches, queries, at.T, state.chunk, state.key_b, budget)
+        chunks = [
+            Chunk(jnp.moveaxis(q, 0, 1), jnp.moveaxis(lse, 0, -1), at.T, state.chunk)
+            for q, lse in queries
+        ]
+        caches = evict(policy, caches, chunks, Site(config, plan.cadence, 0, state.key_b))
     token = jnp.where(done, NO_TOKEN, token)
     state = State(caches, token, position, left, state.key_b, state.chunk + 1)
     return state, tokens.T
 
 
 def evict(
-    config: ModelConfig,
-    policy: Policy,
-    caches: Sequence[kv.Cache],
-    query_y: Sequence[tuple[Array, Array]],
-    position_bl: Array,
-    chunk: Array,
-    key_b: Array,
-    budget: int,
+    policy: Policy, caches: Sequence[kv.Cache], chunks: Sequence[Chunk], site: Site
 ) -> tuple[kv.Cache, ...]:
     """The eviction of every layer, when the staging rings are full.
 
     Args:
-      query_y: each layer's last `L` queries [b, l, h, d] and the log-sum-exps of their attention
-        [b, k, g, l].
-      position_bl: their positions, -1 for rows that were done.
+      chunks: the last `L` tokens in each layer; positions are -1 for rows that were done.
+      site: of any layer.
     """
     held = []
-    for i, (cache, query) in enumerate(zip(caches, query_y, strict=True)):
+    for i, (cache, chunk) in enumerate(zip(caches, chunks, strict=True)):
         one = jax.tree.map(lambda x, i=i: x[i], policy)
-        _, _, cache = replay.evict(config, one, cache, *query, position_bl, chunk, key_b, budget, i)
-        held.append(cache)
+        held.append(replay.evict(one, cache, chunk, site.replace(layer=i))[2])
     return tuple(held)
 
 
-_STATIC = ("config", "prompt_width", "budget", "interval", "sampling", "stop")
 _decode_chunk = jax.jit(
-    decode_chunk,
-    static_argnames=_STATIC,
-    donate_argnames="state",
+    decode_chunk, static_argnames=("plan", "prompt_width"), donate_argnames="state"
 )
 
 
 @functools.partial(
-    jax.jit,
-    static_argnames=(*_STATIC, "new_tokens"),
-    donate_argnames="state",
+    jax.jit, static_argnames=("plan", "prompt_width", "new_tokens"), donate_argnames="state"
 )
 def decode(
-    config: ModelConfig,
-    params: models.Params,
-    policy: Policy,
-    state: State,
-    prompt_width: int,
-    budget: int,
-    interval: int,
-    sampling: Sampling,
-    stop: tuple[int, ...],
-    new_tokens: int,
+    lm: LM, policy: Policy, plan: Plan, state: State, prompt_width: int, new_tokens: int
 ) -> tuple[Array, State]:
     """Decodes until every row is done, in one program on the device.
 
@@ -345,9 +303,9 @@ def decode(
       Tokens [b, n], `NO_TOKEN` after a row's last one, `n` being `new_tokens` rounded up to a
       multiple of `L`; and the last state, whose caches took the place of those given.
     """
+    interval = plan.cadence.interval
     chunks = -(-new_tokens // interval)
-    batch = state.token_b.shape[0]
-    out = jnp.full((batch, chunks * interval), NO_TOKEN, jnp.int32)
+    out = jnp.full((state.token_b.shape[0], chunks * interval), NO_TOKEN, jnp.int32)
 
     def going(carry):
         n, _, state = carry
@@ -355,89 +313,50 @@ def decode(
 
     def body(carry):
         n, out, state = carry
-        state, tokens = decode_chunk(
-            config, params, policy, state, prompt_width, budget, interval, sampling, stop
-        )
+        state, tokens = decode_chunk(lm, policy, plan, state, prompt_width)
         return n + 1, jax.lax.dynamic_update_slice(out, tokens, (0, n * interval)), state
 
     _, out, state = jax.lax.while_loop(going, body, (jnp.zeros((), jnp.int32), out, state))
     return out, state
 
 
-def _start(
-    config,
-    params,
-    policy,
-    prompts,
-    keys,
-    new_tokens,
-    budget,
-    interval,
-    sampling,
-    stop,
-    width=0,
-    limit=None,
-):
+def _start(lm, policy, plan, prompts, key_b, limit, width=0):
+    """The state after prefill, and the width of the prompts."""
     if not len(prompts):
         raise UserError("no prompts given")
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise UserError(f"prompt {i} is empty: give at least one token")
-        unknown = [int(x) for x in prompt if not 0 <= x < config.vocab_size]
+        unknown = [int(x) for x in prompt if not 0 <= x < lm.config.vocab_size]
         if unknown:
             raise UserError(
-                f"prompt {i} has token {unknown[0]}, beyond the model's {config.vocab_size}"
+                f"prompt {i} has token {unknown[0]}, beyond the model's {lm.config.vocab_size}"
             )
-    if new_tokens < 1:
-        raise UserError(f"new_tokens = {new_tokens} must be at least 1")
-    replay.check(config, policy, budget, interval, len(prompts))
-    token, padding = left_pad(prompts, interval)
-    if width > token.shape[1]:
-        extra = -(-width // interval) * interval - token.shape[1]
-        token, padding = np.pad(token, ((0, 0), (extra, 0))), padding + extra
-    limit = np.full(len(prompts), new_tokens) if limit is None else np.asarray(limit)
-    if limit.shape != (len(prompts),) or limit.min() < 0 or limit.max() > new_tokens:
-        raise UserError(f"limit must be {len(prompts)} numbers from 0 to new_tokens = {new_tokens}")
-    state = prefill(
-        config,
-        params,
-        policy,
-        token,
-        padding,
-        keys,
-        limit.astype(np.int32),
-        budget=budget,
-        interval=interval,
-        sampling=sampling,
-        stop=stop,
-        new_tokens=new_tokens,
-    )
-    return state, token.shape[1]
+    limit_b = np.asarray(limit, np.int32)
+    if limit_b.shape != (len(prompts),) or limit_b.min() < 0 or limit_b.max() < 1:
+        raise UserError(f"limit = {list(limit)} must be a number of tokens for every prompt")
+    replay.check(policy, lm.config, plan.cadence, len(prompts))
+    batch = left_pad(prompts, plan.cadence.interval, width)
+    state = prefill(lm, policy, plan, batch, key_b, limit_b, int(limit_b.max()))
+    return state, batch.token_bt.shape[1]
 
 
 def generate(
-    config: ModelConfig,
-    params: models.Params,
+    lm: LM,
     policy: Policy,
+    plan: Plan,
     prompts: Sequence[np.ndarray],
-    keys: Array,
-    new_tokens: int,
-    budget: int,
-    interval: int,
-    sampling: Sampling = Sampling(),
-    stop: tuple[int, ...] = (),
+    key_b: Array,
+    limit: Sequence[int],
     width: int = 0,
-    limit: Sequence[int] | None = None,
 ) -> list[np.ndarray]:
     """Continues prompts of any lengths under a policy.
 
     Args:
       prompts: token ids of each row; longer ones than `B + L` are evicted from as they are read.
-      keys: one PRNG key per row: equal rows with different keys are different samples.
-      new_tokens: at most this many are added.
-      stop: tokens that end a row.
+      key_b: one PRNG key per row: equal rows with different keys are different samples.
+      limit: of each row, at most this many tokens are added; 0 leaves a row out.
       width: pad prompts to at least this width, so that batches share a program.
-      limit: per row, at most this many tokens (no more than `new_tokens`); 0 leaves a row out.
 
     Returns:
       The new tokens of each row, the stop token included.
@@ -445,28 +364,20 @@ def generate(
     Raises:
       UserError: a prompt is empty or has a token that the model does not know, or sizes are wrong.
     """
-    state, width = _start(
-        config, params, policy, prompts, keys, new_tokens, budget, interval, sampling, stop,
-        width, limit,
-    )  # fmt: skip
-    out, _ = decode(
-        config, params, policy, state, width, budget, interval, sampling, stop, new_tokens
-    )
-    limit = [new_tokens] * len(prompts) if limit is None else limit
+    state, width = _start(lm, policy, plan, prompts, key_b, limit, width)
+    out, _ = decode(lm, policy, plan, state, width, max(limit))
     rows = [
-        row[: min(n, most)]
-        for row, n, most in zip(
-            np.asarray(out), (np.asarray(out) != NO_TOKEN).sum(1), limit, strict=True
-        )
+        row[: min((row != NO_TOKEN).sum(), most)]
+        for row, most in zip(np.asarray(out), limit, strict=True)
     ]
-    _check_finite(rows, params)
+    _check_finite(rows, lm)
     return rows
 
 
-def _check_finite(rows: Sequence[np.ndarray], params: models.Params) -> None:
+def _check_finite(rows: Sequence[np.ndarray], lm: LM) -> None:
     """Refuses rows in which a token could not be drawn."""
     if bad := [i for i, row in enumerate(rows) if (row == _NOT_FINITE).any()]:
-        dtype = params["embed_vm"].dtype
+        dtype = lm.params["embed_vm"].dtype
         other = "float32" if dtype == jnp.bfloat16 else "bfloat16 or float32"
         cure = "check its weights" if dtype == jnp.float32 else f"set dtype to {other}"
         raise UserError(
@@ -476,33 +387,25 @@ def _check_finite(rows: Sequence[np.ndarray], params: models.Params) -> None:
 
 
 def stream(
-    config: ModelConfig,
-    params: models.Params,
+    lm: LM,
     policy: Policy,
+    plan: Plan,
     prompts: Sequence[np.ndarray],
-    keys: Array,
-    new_tokens: int,
-    budget: int,
-    interval: int,
-    sampling: Sampling = Sampling(),
-    stop: tuple[int, ...] = (),
+    key_b: Array,
+    limit: Sequence[int],
 ) -> Iterator[list[np.ndarray]]:
     """As `generate`, but yields the new tokens of every row after each `L` steps."""
-    state, width = _start(
-        config, params, policy, prompts, keys, new_tokens, budget, interval, sampling, stop
-    )
-    for _ in range(-(-new_tokens // interval)):
-        state, tokens = _decode_chunk(
-            config, params, policy, state, width, budget, interval, sampling, stop
-        )
+    state, width = _start(lm, policy, plan, prompts, key_b, limit)
+    for _ in range(-(-max(limit) // plan.cadence.interval)):
+        state, tokens = _decode_chunk(lm, policy, plan, state, width)
         rows = [row[row != NO_TOKEN] for row in np.asarray(tokens)]
-        _check_finite(rows, params)
+        _check_finite(rows, lm)
         yield rows
         if (np.asarray(state.token_b) == NO_TOKEN).all():
             return
 
 
-def evictions(prompt: int, generated: int, budget: int, interval: int) -> int:
+def evictions(prompt: int, generated: int, cadence: Cadence) -> int:
     """How many evictions of a row of generation dropped an entry that a later token missed.
 
     Counted for heads that keep B entries; where budgets are shared unevenly, some drop earlier.
@@ -511,6 +414,5 @@ def evictions(prompt: int, generated: int, budget: int, interval: int) -> int:
       prompt, generated: tokens of the row. The last generated token never enters attention.
     """
     cached = prompt + generated - 1
-    first = (prompt - 1) % interval + 1  # the prompt's first chunk is the incomplete one
-    ends = range(first, cached, interval)
-    return sum(end > budget for end in ends)
+    first = (prompt - 1) % cadence.interval + 1  # the prompt's first chunk is the incomplete one
+    return sum(end > cadence.budget for end in range(first, cached, cadence.interval))

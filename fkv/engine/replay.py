@@ -4,8 +4,7 @@ The tokens are known, so replay is layer-outer: a layer projects all `T` tokens 
 over chunks of `L` for attention and eviction alone, and only one layer's cache is alive. Every
 chunk attends to the survivors plus itself, so hidden states are those of an evicted cache.
 
-Rows are right-padded: `length_b` says how many tokens of each are real, and what happens to a row
-depends on its own tokens alone. Eviction `e` of a row happens after `B + L + e * L` tokens.
+What happens to a row depends on its own tokens and key alone.
 """
 
 from collections.abc import Callable
@@ -14,45 +13,73 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from fkv import models
 from fkv.cache import attention
 from fkv.cache import slots as kv
 from fkv.cache.cadence import Cadence
+from fkv.engine.batch import Batch
 from fkv.errors import UserError
 from fkv.keys import Purpose, key_of, keys_of
-from fkv.models import ModelConfig
+from fkv.models import LM, ModelConfig
 from fkv.policies import base
 from fkv.policies.base import Policy, View, check_given
 
 DECAY = 0.9
 
+# From accumulator, policy, view and evicted slots [b, k, l] of an eviction to the new accumulator
+# and something to stack over chunks.
 Observer = Callable[[Any, Policy, View, Array], tuple[Any, Any]]
+Projections = tuple[Array, Array, Array]  # q [b, t, h, d], k and v [b, t, k, d] of one layer
 
 
-def row_positions(token_bt: Array, length_b: Array, padding_b: Array | int = 0) -> Array:
-    """Absolute positions [b, t], -1 before a row's first token and after its last.
+def _ignore(acc, policy, view, evict):
+    return acc, ()
 
-    Args:
-      length_b: tokens of each row.
-      padding_b: padding in front of each row.
+
+@flax.struct.dataclass
+class Chunk:
+    """The tokens since the last eviction.
+
+    Attributes:
+      query_blhd: their queries, rotated.
+      lse_bkgl: log-sum-exps of their attention, as `attention.attend` returns them.
+      position_bl: their positions, -1 for padding.
+      index: chunks before this one, int32.
     """
-    index = jnp.arange(token_bt.shape[1], dtype=jnp.int32)[None]
-    index = index - jnp.reshape(padding_b, (-1, 1))
-    return jnp.where(index < length_b[:, None], jnp.maximum(index, -1), -1)
+
+    query_blhd: Array
+    lse_bkgl: Array
+    position_bl: Array
+    index: Array
+
+
+@flax.struct.dataclass
+class Site:
+    """Where an eviction happens.
+
+    Attributes:
+      config: of the model.
+      cadence: of the evictions.
+      layer: index of the layer.
+      key_b: one PRNG key per row.
+    """
+
+    config: ModelConfig = flax.struct.field(pytree_node=False)
+    cadence: Cadence = flax.struct.field(pytree_node=False)
+    layer: Array | int
+    key_b: Array
 
 
 def _accumulate(
-    cache: kv.Cache, stats: attention.Statistics, position_bl: Array, budget: int
+    cache: kv.Cache, stats: attention.Statistics, newest_b: Array, cadence: Cadence
 ) -> kv.Cache:
     """Adds an interval's attention to the sums that travel with the entries."""
-    slots, interval = cache.position_bks.shape[-1], position_bl.shape[-1]
     # Nothing decays while the first B tokens fill the cache.
-    full = position_bl.max(-1) >= budget
-    decay = jnp.where(full, DECAY, 1.0)[:, None, None, None]
-    staged = (jnp.arange(slots) >= slots - interval)[None, None, :, None]
+    decay = jnp.where(newest_b >= cadence.budget, DECAY, 1.0)[:, None, None, None]
+    slots = cache.position_bks.shape[-1]
+    staged = (jnp.arange(slots) >= slots - cadence.interval)[None, None, :, None]
     before = jax.tree.map(lambda x: jnp.where(staged, 0.0, x), cache.entry)
     entry = {
         "cumulative": before["cumulative"] + stats.total,
@@ -61,71 +88,50 @@ def _accumulate(
     return cache.replace(entry=entry)
 
 
-def _ignore(acc, policy, view, evict):
-    return acc, ()
-
-
 def init_cache(
-    policy: Policy, batch: int, config: ModelConfig, budget: int, interval: int, dtype: jnp.dtype
+    policy: Policy, batch: int, config: ModelConfig, cadence: Cadence, dtype: jnp.dtype
 ) -> kv.Cache:
     """An empty cache of one layer, in the model's `cache_dtype` or else in `dtype`."""
-    kv.check_sizes(budget, interval)
     entry = ()
     if policy.statistics:
         sums = jax.ShapeDtypeStruct((config.group_size,), jnp.float32)
         entry = {"cumulative": sums, "decayed": sums}
-    slots = policy.capacity(budget) + interval
-    return kv.init(
-        batch, config.kv_heads, slots, config.head_dim, config.cache_dtype or dtype, entry
-    )
+    slots = policy.capacity(cadence.budget) + cadence.interval
+    dtype = config.cache_dtype or dtype
+    return kv.init(batch, config.kv_heads, slots, config.head_dim, dtype, entry)
 
 
 def evict(
-    config: ModelConfig,
-    policy: Policy,
-    cache: kv.Cache,
-    query_blhd: Array,
-    lse_bkgl: Array,
-    position_bl: Array,
-    chunk: Array,
-    random_b: Array,
-    budget: int,
-    layer: Array | int,
+    policy: Policy, cache: kv.Cache, chunk: Chunk, site: Site
 ) -> tuple[View, Array, kv.Cache]:
     """One layer's eviction, when its staging ring is full: replay and decoding both come here.
 
     Args:
       policy: with its arrays sliced to this layer.
-      query_blhd, position_bl: the chunk's queries and positions, -1 for padding.
-      lse_bkgl: log-sum-exps of their attention, as `attention.attend` returns them.
-      random_b: one PRNG key per row.
 
     Returns:
       What the policy saw, the slots it freed [b, k, l], and the cache after it.
     """
-    stats = None
+    stats, newest_b = None, chunk.position_bl.max(-1)
     if policy.statistics:
         stats = attention.statistics(
-            query_blhd,
-            position_bl,
-            cache.key_bksd,
-            cache.position_bks,
-            lse_bkgl,
-            policy.statistics,
-        )
-        cache = _accumulate(cache, stats, position_bl, budget)
+            chunk.query_blhd, chunk.position_bl, cache.key_bksd, cache.position_bks,
+            chunk.lse_bkgl, policy.statistics,
+        )  # fmt: skip
+        cache = _accumulate(cache, stats, newest_b, site.cadence)
 
     def draw_key(key, newest):
         # By position, not by chunk: a row draws the same however the batch is padded.
-        return key_of(key, Purpose.EVICTION, layer, newest)
+        return key_of(key, Purpose.EVICTION, site.layer, newest)
 
-    random = jax.vmap(draw_key)(random_b, position_bl.max(-1))
-    cadence = Cadence(budget, position_bl.shape[1])
+    random_b = jax.vmap(draw_key)(site.key_b, newest_b)
+    layer = jnp.asarray(site.layer)
     view = View(
-        cache, query_blhd, position_bl, chunk, random, stats, cadence, jnp.asarray(layer), config
-    )
+        cache, chunk.query_blhd, chunk.position_bl, chunk.index, random_b, stats, site.cadence,
+        layer, site.config,
+    )  # fmt: skip
     lead = cache.position_bks.shape[:2]
-    if view.capacity == budget:
+    if view.capacity == view.budget:
         slots = policy.evict(view)
         check_given(policy, "evict", slots, (*lead, view.interval), jnp.integer)
         slots = slots.astype(jnp.int32)  # others may be too small to count in
@@ -138,7 +144,7 @@ def evict(
     return view, slots, kv.admit(cache, slots)
 
 
-def check(config: ModelConfig, policy: Policy, budget: int, interval: int, rows: int = 2) -> None:
+def check(policy: Policy, config: ModelConfig, cadence: Cadence, rows: int = 2) -> None:
     """Refuses a policy that does not fit the model or the sizes, before anything is run.
 
     Beside what the policy says itself, one eviction is traced on shapes alone.
@@ -150,35 +156,30 @@ def check(config: ModelConfig, policy: Policy, budget: int, interval: int, rows:
     Raises:
       UserError: one line that names the policy and both sides.
     """
-    base.check(policy, config, Cadence(budget, interval))
+    base.check(policy, config, cadence)
     if not policy.evicts:
         return
 
     def one(policy):
         policy = jax.tree.map(lambda x: x[0], policy)
-        cache = init_cache(policy, rows, config, budget, interval, jnp.float32)
-        query = jnp.zeros((rows, interval, config.heads, config.head_dim))
-        lse = jnp.zeros((rows, config.kv_heads, config.group_size, interval))
-        position = jnp.zeros((rows, interval), jnp.int32)
-        random = row_keys(key_of(0, Purpose.REPLAY), rows)
-        return evict(
-            config, policy, cache, query, lse, position, jnp.int32(0), random, budget, jnp.int32(0)
-        )[1]
+        cache = init_cache(policy, rows, config, cadence, jnp.float32)
+        chunk = Chunk(
+            jnp.zeros((rows, cadence.interval, config.heads, config.head_dim)),
+            jnp.zeros((rows, config.kv_heads, config.group_size, cadence.interval)),
+            jnp.zeros((rows, cadence.interval), jnp.int32),
+            jnp.int32(0),
+        )
+        site = Site(config, cadence, jnp.int32(0), row_keys(key_of(0, Purpose.REPLAY), rows))
+        return evict(policy, cache, chunk, site)[1]
 
     jax.eval_shape(one, policy)
 
 
 def layer_pass(
-    config: ModelConfig,
     policy: Policy,
-    layer: Array | int,
-    q_bthd: Array,
-    k_btkd: Array,
-    v_btkd: Array,
+    site: Site,
+    qkv: Projections,
     position_bt: Array,
-    random_b: Array,
-    budget: int,
-    interval: int,
     observe: Observer = _ignore,
     acc: Any = (),
 ) -> tuple[Array, kv.Cache, Any, Any]:
@@ -186,18 +187,16 @@ def layer_pass(
 
     Args:
       policy: with its arrays sliced to this layer.
-      layer: index of the layer.
-      random_b: one PRNG key per row.
-      observe: called at every eviction with (acc, policy, view, evicted slots [b, k, l]);
-        returns the new accumulator and something to stack over chunks. The first `B / L`
-        evictions only take the first `B` tokens in.
-      acc: the accumulator's start.
+      qkv: what `models.project` gives.
+      position_bt: absolute positions, -1 for padding.
+      observe: called at every eviction; the first `B / L` only take the first `B` tokens in.
+      acc: where its accumulator starts.
 
     Returns:
       Attended values [b, t, h, d], the cache in the end, the accumulator, and what was stacked
       over `ceil(T / L)` chunks.
     """
-    b, t, h, d = q_bthd.shape
+    (b, t, h, d), interval = qkv[0].shape, site.cadence.interval
     chunks = -(-t // interval)
 
     def split(x, value=0):
@@ -208,31 +207,28 @@ def layer_pass(
 
     def step(state, inputs):
         cache, acc = state
-        chunk, q, key, value, position = inputs
+        index, q, k, v, position = inputs
         slot = cache.position_bks.shape[-1] - interval
-        cache = kv.append(cache, slot, key, value, position)
+        cache = kv.append(cache, slot, k, v, position)
         seen = attention.visible(position, cache.position_bks)
         out, lse = attention.attend(q, cache.key_bksd, cache.value_bksd, seen)
-        view, evicted, cache = evict(
-            config, policy, cache, q, lse, position, chunk, random_b, budget, layer
-        )
-        acc, seen = observe(acc, policy, view, evicted)
-        return (cache, acc), (out, seen)
+        view, evicted, cache = evict(policy, cache, Chunk(q, lse, position, index), site)
+        acc, observed = observe(acc, policy, view, evicted)
+        return (cache, acc), (out, observed)
 
-    cache = init_cache(policy, b, config, budget, interval, k_btkd.dtype)
-    inputs = (jnp.arange(chunks), split(q_bthd), split(k_btkd), split(v_btkd))
-    inputs += (split(position_bt, -1),)
+    cache = init_cache(policy, b, site.config, site.cadence, qkv[1].dtype)
+    inputs = (jnp.arange(chunks), *map(split, qkv), split(position_bt, -1))
     (cache, acc), (out, observed) = jax.lax.scan(step, (cache, acc), inputs)
     out = jnp.moveaxis(out, 0, 1).reshape(b, chunks * interval, h, d)
     return out[:, :t], cache, acc, observed
 
 
 def full_pass(
-    config: ModelConfig, q_bthd: Array, k_btkd: Array, v_btkd: Array, position_bt: Array
+    config: ModelConfig, qkv: Projections, position_bt: Array
 ) -> tuple[Array, Array | kv.Int8, Array | kv.Int8]:
     """Attention of one layer over a full cache: the attended values, and the cache's entries."""
-    k, v = (kv.stored(x, config.cache_dtype) for x in (k_btkd, v_btkd))
-    return attention.full_attention(q_bthd, k, v, position_bt)[0], k, v
+    k, v = (kv.stored(x, config.cache_dtype) for x in qkv[1:])
+    return attention.full_attention(qkv[0], k, v, position_bt)[0], k, v
 
 
 def row_keys(key: Array, batch: int) -> Array:
@@ -241,119 +237,52 @@ def row_keys(key: Array, batch: int) -> Array:
 
 
 def replay(
-    config: ModelConfig,
-    params: models.Params,
-    token_bt: Array,
-    length_b: Array,
+    lm: LM,
+    batch: Batch,
     policy: Policy,
-    budget: int,
-    interval: int,
-    random_b: Array | None = None,
+    cadence: Cadence,
+    key_b: Array | None = None,
     observe: Observer = _ignore,
     acc: Any = (),
-    padding_b: Array | int = 0,
 ) -> tuple[Array, Any, Any]:
     """Runs traces under a policy.
 
     Args:
-      token_bt: padded token ids.
-      length_b: tokens of each row.
       policy: any policy; `full` runs one pass over the whole sequence.
-      random_b: one PRNG key per row, for policies that draw; those of seed 0 if not given.
+      key_b: one PRNG key per row, for policies that draw; those of seed 0 if not given.
       observe, acc: see `layer_pass`; not called by `full`.
-      padding_b: padding in front of each row, as generation has it; the rest is at the end.
 
     Returns:
       Hidden states after the last layer [b, t, m], accumulators [layers, ...], and what was
       observed [layers, chunks, ...].
     """
-    base.check(policy, config, Cadence(budget, interval))
-    position = row_positions(token_bt, length_b, padding_b)
-    if random_b is None:
-        random_b = row_keys(key_of(0, Purpose.REPLAY), token_bt.shape[0])
+    base.check(policy, lm.config, cadence)
+    position = batch.position_bt
+    if key_b is None:
+        key_b = row_keys(key_of(0, Purpose.REPLAY), batch.token_bt.shape[0])
 
     def layer(hidden, inputs):
         index, weights, layer_policy = inputs
-        q, k, v = models.project(config, weights, hidden, position)
+        qkv = models.project(lm.config, weights, hidden, position)
         if policy.evicts:
+            site = Site(lm.config, cadence, index, key_b)
             out, _, layer_acc, observed = layer_pass(
-                config,
-                layer_policy,
-                index,
-                q,
-                k,
-                v,
-                position,
-                random_b,
-                budget,
-                interval,
-                observe,
-                acc,
+                layer_policy, site, qkv, position, observe, acc
             )
         else:
-            out, _, _ = full_pass(config, q, k, v, position)
+            out, _, _ = full_pass(lm.config, qkv, position)
             layer_acc, observed = acc, ()
-        return models.finish(config, weights, hidden, out), (layer_acc, observed)
+        return models.finish(lm.config, weights, hidden, out), (layer_acc, observed)
 
-    inputs = (jnp.arange(config.layers), params["layers"], policy)
-    hidden, (accs, observed) = jax.lax.scan(layer, models.embed(params, token_bt), inputs)
+    inputs = (jnp.arange(lm.config.layers), lm.params["layers"], policy)
+    hidden, (accs, observed) = jax.lax.scan(layer, models.embed(lm, batch.token_bt), inputs)
     return hidden, accs, observed
 
 
-@flax.struct.dataclass
-class TokenLosses:
-    """Per-token results of a pass: entry i is about predicting token i + 1 from its prefix.
-
-    Attributes:
-      nll_bt: negative log-likelihood of the next token, nats, [b, t - 1].
-      entropy_bt: entropy of the prediction, nats, [b, t - 1].
-    """
-
-    nll_bt: Array
-    entropy_bt: Array
-
-
-def token_losses(
-    config: ModelConfig, params: models.Params, hidden_btm: Array, token_bt: Array, block: int = 512
-) -> TokenLosses:
-    """Losses of a pass from its last hidden states; logits exist for one block at a time."""
-    b, t, m = hidden_btm.shape
-    block = min(block, t - 1)
-    blocks = -(-(t - 1) // block)
-    pad = ((0, 0), (0, blocks * block - (t - 1)))
-    hidden = jnp.pad(hidden_btm[:, :-1], (*pad, (0, 0))).reshape(b, blocks, block, m)
-    target = jnp.pad(token_bt[:, 1:], pad).reshape(b, blocks, block)
-
-    def one(inputs):
-        hidden, target = inputs
-        log_p = jax.nn.log_softmax(models.unembed(config, params, hidden))
-        nll = -jnp.take_along_axis(log_p, target[..., None], axis=-1)[..., 0]
-        return TokenLosses(nll, -(jnp.exp(log_p) * log_p).sum(-1))
-
-    losses = jax.lax.map(one, (jnp.moveaxis(hidden, 1, 0), jnp.moveaxis(target, 1, 0)))
-    return jax.tree.map(
-        lambda x: jnp.moveaxis(x, 0, 1).reshape(b, blocks * block)[:, : t - 1], losses
-    )
-
-
-def low_entropy(entropy_bt: Array, counted_bt: Array, high_fraction: float) -> Array:
-    """Which tokens count as low-entropy, bool [b, t].
-
-    Of each row's counted tokens all but the `high_fraction` (rounded down to a whole number) with
-    the largest entropy; among equals the earlier is high. The one place that says so: rewards and
-    tables split alike, token for token.
-    """
-    entropy = jnp.where(counted_bt, entropy_bt, -jnp.inf)
-    rank = jnp.argsort(jnp.argsort(-entropy, axis=-1, stable=True), axis=-1)
-    # Of every possible number, by float64: a hair more, as 0.29 * 100 falls short of 29.
-    high = np.floor(np.arange(entropy.shape[-1] + 1) * high_fraction + 1e-9).astype(np.int32)
-    return counted_bt & (rank >= jnp.asarray(high)[counted_bt.sum(-1, keepdims=True)])
-
-
-def check_lengths(lengths, budget: int, interval: int) -> None:
+def check_lengths(lengths: Array, cadence: Cadence) -> None:
     """Refuses a batch in which no row is long enough to see an eviction."""
-    if max(lengths) <= budget + interval:
+    if max(lengths) <= cadence.first_evicting_token:
         raise UserError(
             f"the longest trace has {max(lengths)} tokens, but nothing is evicted before "
-            f"budget + interval = {budget + interval}; use longer traces or a smaller budget"
+            f"budget + interval = {cadence.slots}; use longer traces or a smaller budget"
         )

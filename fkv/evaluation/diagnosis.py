@@ -8,15 +8,16 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from fkv import models
 from fkv.cache import attention
+from fkv.cache.cadence import Cadence
 from fkv.engine import replay
+from fkv.engine.batch import Batch
 from fkv.evaluation import tables
 from fkv.evaluation.loss_ratio import Losses, OneOf
 from fkv.learning import golden
-from fkv.models import ModelConfig
+from fkv.models import LM
 from fkv.policies.base import Policy
 
 
@@ -36,56 +37,47 @@ def csv(results: Sequence[Losses]) -> str:
 
 
 def retention(
-    config: ModelConfig,
-    params: models.Params,
-    policies: Mapping[str, Policy],
-    token_bt: Array,
-    length_b: Array,
-    budget: int,
-    interval: int,
+    lm: LM, policies: Mapping[str, Policy], trace: Batch, cadence: Cadence
 ) -> dict[str, np.ndarray]:
     """Which tokens each head holds over time, under golden eviction and every policy.
 
     Args:
-      token_bt, length_b: one trace, [1, t] and [1].
+      trace: one, [1, t].
 
     Returns:
       For each name, bool [layers, KV heads, chunks, t]: held when the chunk's queries ran. The
       full cache holds all that has come.
     """
-    if token_bt.shape[0] != 1:
-        raise ValueError(f"retention is drawn for one trace, not {token_bt.shape[0]}")
+    rows, t = trace.token_bt.shape
+    if rows != 1:
+        raise ValueError(f"retention is drawn for one trace, not {rows}")
     for policy in policies.values():
-        replay.check(config, policy, budget, interval, rows=1)
-    t = token_bt.shape[1]
+        replay.check(policy, lm.config, cadence, rows=1)
 
-    forced, _, _ = jax.jit(golden.policy, static_argnums=(0, 4, 5))(
-        config, params, token_bt, length_b, budget, interval
-    )
+    forced, _, _ = jax.jit(golden.policy, static_argnums=2)(lm, trace, cadence)
     # Those that need no more room than B share one program.
     evicting = {"golden": forced, **{name: p for name, p in policies.items() if p.evicts}}
-    even = [name for name, p in evicting.items() if p.capacity(budget) == budget]
+    even = [name for name, p in evicting.items() if p.capacity(cadence.budget) == cadence.budget]
     choices = tuple(evicting[name] for name in even)
     for i, name in enumerate(even):
-        evicting[name] = OneOf(choices, jnp.full(config.layers, i))
+        evicting[name] = OneOf(choices, jnp.full(lm.config.layers, i))
 
     @jax.jit
-    def run(params, policy):
+    def run(lm, policy):
         def observe(acc, policy, view, evict):
             position = view.cache.position_bks
             row = jnp.zeros((*position.shape[:2], t + 1), bool)
             row = jnp.put_along_axis(row, position, True, axis=-1, inplace=False)
             return acc, row[0, :, :t]  # position -1 is the last index, which is cut
 
-        return replay.replay(
-            config, params, token_bt, length_b, policy, budget, interval, observe=observe
-        )[2]
+        return replay.replay(lm, trace, policy, cadence, observe=observe)[2]
 
-    chunks = -(-t // interval)
-    come = np.arange(t)[None] < np.minimum(interval * (1 + np.arange(chunks)), length_b[0])[:, None]
-    everything = np.broadcast_to(come, (config.layers, config.kv_heads, chunks, t))
+    chunks = -(-t // cadence.interval)
+    come = np.minimum(cadence.interval * (1 + np.arange(chunks)), trace.length_b[0])
+    come = np.arange(t)[None] < come[:, None]
+    everything = np.broadcast_to(come, (lm.config.layers, lm.config.kv_heads, chunks, t))
     return {
-        name: np.moveaxis(np.asarray(run(params, evicting[name])), 1, 2)
+        name: np.moveaxis(np.asarray(run(lm, evicting[name])), 1, 2)
         if name in evicting
         else everything
         for name in ("golden", *policies)
@@ -108,9 +100,7 @@ def lookups(score_tq: np.ndarray, interval: int, share: float = 0.3) -> np.ndarr
     return np.stack([query[far], key[far]], axis=-1)[order]
 
 
-def block_scores(
-    config: ModelConfig, params: models.Params, token_bt: Array, length_b: Array, interval: int
-) -> np.ndarray:
+def block_scores(lm: LM, trace: Batch, interval: int) -> np.ndarray:
     """Mean full-cache attention of every token from each block of `L` queries.
 
     Memory is `layers * KV heads * t * t / L` floats; meant for a trace or two.
@@ -118,14 +108,14 @@ def block_scores(
     Returns:
       [layers, KV heads, t, blocks] of the one trace given.
     """
-    t = token_bt.shape[1]
+    t = trace.token_bt.shape[1]
     blocks = -(-t // interval)
-    position = replay.row_positions(token_bt, length_b)
+    position = trace.position_bt
 
     @jax.jit
-    def run(params):
+    def run(lm):
         def layer(hidden, weights):
-            q, k, v = models.project(config, weights, hidden, position)
+            q, k, v = models.project(lm.config, weights, hidden, position)
             out, _ = attention.full_attention(q, k, v, position)
             pad = blocks * interval - t
             queries = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0)))
@@ -140,11 +130,11 @@ def block_scores(
                 return jnp.where(seen[:, :, None], p, 0.0).mean((2, 3))[0]
 
             score = jax.lax.map(block, jnp.arange(blocks))
-            return models.finish(config, weights, hidden, out), jnp.moveaxis(score, 0, -1)
+            return models.finish(lm.config, weights, hidden, out), jnp.moveaxis(score, 0, -1)
 
-        return jax.lax.scan(layer, models.embed(params, token_bt), params["layers"])[1]
+        return jax.lax.scan(layer, models.embed(lm, trace.token_bt), lm.params["layers"])[1]
 
-    return np.asarray(run(params))
+    return np.asarray(run(lm))
 
 
 def patterns(score_yktj: np.ndarray, share: float = 0.5) -> dict[str, np.ndarray]:

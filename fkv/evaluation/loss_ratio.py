@@ -18,12 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from fkv import files, models
+from fkv import files
+from fkv.cache.cadence import Cadence
 from fkv.engine import replay
+from fkv.engine.batch import Batch
 from fkv.errors import UserError
 from fkv.evaluation import tables
 from fkv.learning import golden
-from fkv.models import ModelConfig
+from fkv.learning.tokens import low_entropy, token_losses
+from fkv.models import LM
 from fkv.policies.base import Policy, View, common_statistics, trained_at
 from fkv.runs import parallel
 
@@ -126,19 +129,27 @@ def difference(ours: Losses, theirs: Losses, kind: int = 0) -> tuple[float, floa
     return ratios[0] - ratios[1], float(spread / len(parts[0]) ** 0.5)
 
 
+@dataclasses.dataclass(frozen=True)
+class Traces:
+    """What losses are measured on.
+
+    Attributes:
+      batch: right-padded traces, each longer than `B + L`.
+      key_b: one PRNG key per trace, for policies that draw.
+      width_b: width that each trace is run at; those of a width run together.
+      high_fraction: see `tokens.low_entropy`.
+      at_once: traces of a pass.
+    """
+
+    batch: Batch
+    key_b: Array
+    width_b: np.ndarray
+    high_fraction: float = 0.2
+    at_once: int = 32
+
+
 def measure(
-    config: ModelConfig,
-    params: models.Params,
-    policies: Mapping[str, Policy],
-    token_bt: np.ndarray,
-    length_b: np.ndarray,
-    budget: int,
-    interval: int,
-    key: Array,
-    batch: int = 32,
-    high_fraction: float = 0.2,
-    prompt_b: np.ndarray | None = None,
-    padded_b: np.ndarray | None = None,
+    lm: LM, policies: Mapping[str, Policy], traces: Traces, cadence: Cadence
 ) -> list[Losses]:
     """Runs every policy and golden eviction over the traces at one budget.
 
@@ -146,37 +157,28 @@ def measure(
 
     Args:
       policies: by the name to report; `full` and `golden` are always added.
-      token_bt, length_b: right-padded traces, each longer than `B + L`.
-      key: PRNG key for policies that draw.
-      batch: traces at once.
-      high_fraction: of the counted tokens of a trace, this share is called high-entropy, see
-        `replay.low_entropy`.
-      prompt_b: tokens of each trace's prompt; without it only `B + L` sets the first to count.
-      padded_b: width that each trace is run at, `t` if not given; those of a width run together.
 
     Returns:
       One `Losses` per policy: full, golden, then `policies` in their order.
     """
+    batch, config = traces.batch, lm.config
     for policy in policies.values():
-        replay.check(config, policy, budget, interval, batch)
-    replay.check_lengths(length_b, budget, interval)
-    n, t = token_bt.shape
+        replay.check(policy, config, cadence, traces.at_once)
+    replay.check_lengths(batch.length_b, cadence)
+    n, t = batch.token_bt.shape
     # Those that need more room than B can share neither a pass nor a golden cache with others.
-    even = {name: p for name, p in policies.items() if p.capacity(budget) == budget}
+    even = {name: p for name, p in policies.items() if p.capacity(cadence.budget) == cadence.budget}
     names, several = list(even), tuple(even.values())
     uneven = {name: p for name, p in policies.items() if name not in even}
 
     @jax.jit
-    def pass_of_golden(params, several, token, length, random):
-        forced, labels, full = golden.policy(config, params, token, length, budget, interval)
-        first = budget // interval
+    def run_golden(lm, several, part, key_b):
+        forced, labels, full = golden.policy(lm, part, cadence)
         scores = jnp.concatenate([labels.future_score_ebkn, labels.newest_score_ebkl], axis=-1)
 
         def observe(acc, policy, view, evict):
-            event = view.chunk - first
-            index = jnp.clip(event, 0, labels.valid_eb.shape[1] - 1)
-            live = (event >= 0) & (event < labels.valid_eb.shape[1]) & labels.valid_eb[0, index]
-            future = jnp.take(jnp.take(scores, view.layer, axis=0), index, axis=0)
+            live_b = golden.at(labels.valid_eb[0], view.eviction)
+            future = golden.at(jnp.take(scores, view.layer, axis=0), view.eviction)
 
             def lost(slots):
                 return jnp.take_along_axis(future, slots, axis=-1).sum(-1)
@@ -187,42 +189,36 @@ def measure(
                 recall.append((chosen[..., :, None] == evict[..., None, :]).any(-1).mean(-1))
                 regret.append(lost(chosen) - lost(evict))
             both = jnp.stack([jnp.stack(recall), jnp.stack(regret)])
-            return acc + jnp.where(live[None, None, :, None], both, 0.0), ()
+            return acc + jnp.where(live_b[None, None, :, None], both, 0.0), ()
 
         watched = Watched(forced, several)
-        start = jnp.zeros((2, 1 + len(several), len(length), config.kv_heads))
-        hidden, both, _ = replay.replay(
-            config, params, token, length, watched, budget, interval, random, observe, start
-        )
+        start = jnp.zeros((2, 1 + len(several), len(key_b), config.kv_heads))
+        hidden, both, _ = replay.replay(lm, part, watched, cadence, key_b, observe, start)
         events = jnp.maximum(labels.valid_eb[0].sum(0), 1)[None, None, None, :, None]
         recall, regret = jnp.moveaxis(both / events, 0, 3)  # each [w, b, y, k]
-        token_losses = lambda h: replay.token_losses(config, params, h, token)  # noqa: E731
-        return token_losses(full), token_losses(hidden), recall, regret
+        full, gold = (token_losses(lm, x, part.token_bt) for x in (full, hidden))
+        return full, gold, recall, regret
 
     @jax.jit
-    def run(params, policy, token, length, random):
-        hidden, _, _ = replay.replay(
-            config, params, token, length, policy, budget, interval, random
-        )
-        return replay.token_losses(config, params, hidden, token).nll_bt
+    def run(lm, policy, part, key_b):
+        hidden, _, _ = replay.replay(lm, part, policy, cadence, key_b)
+        return token_losses(lm, hidden, part.token_bt).nll_bt
 
-    random = replay.row_keys(key, n)
-    width_b = np.full(n, t) if padded_b is None else padded_b
     nll = {name: np.zeros((n, t - 1), np.float32) for name in ("full", "golden", *policies)}
     entropy = np.zeros((n, t - 1), np.float32)
     shape = (1 + len(names), n, config.layers, config.kv_heads)
     recalls, regrets = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-    turns = enumerate(_batches(width_b, batch))
+    turns = enumerate(_batches(traces.width_b, traces.at_once))
     for turn, (rows, wanted) in turns:  # what is left at zero is filled in by others
         if turn % jax.process_count() != jax.process_index():
             continue
-        width = width_b[rows[0]]
-        token, length = token_bt[rows, :width], length_b[rows]
+        width, key_b = traces.width_b[rows[0]], traces.key_b[rows]
+        part = Batch.of(batch.token_bt[rows, :width], batch.length_b[rows])
 
         def put(table, found, wanted=wanted, width=width):
             table[wanted, : width - 1] = np.asarray(found)[: len(wanted)]
 
-        full, gold, recall, regret = pass_of_golden(params, several, token, length, random[rows])
+        full, gold, recall, regret = run_golden(lm, several, part, key_b)
         put(nll["full"], full.nll_bt)
         put(nll["golden"], gold.nll_bt)
         put(entropy, full.entropy_bt)
@@ -232,18 +228,14 @@ def measure(
             name: OneOf(several, jnp.full(config.layers, i)) for i, name in enumerate(names)
         } | uneven
         for name, policy in chosen.items():
-            put(nll[name], run(params, policy, token, length, random[rows]))
+            put(nll[name], run(lm, policy, part, key_b))
 
     *found, entropy, recalls, regrets = parallel.total([*nll.values(), entropy, recalls, regrets])
     nll = dict(zip(nll, found, strict=True))
     recall = dict(zip(("golden", *names), recalls, strict=True))
     regret = dict(zip(("golden", *names), regrets, strict=True))
-    index = np.arange(t - 1)[None]
-    first = np.full(n, budget + interval)
-    if prompt_b is not None:
-        first = np.maximum(first, prompt_b)
-    counted = (index >= first[:, None] - 1) & (index < length_b[:, None] - 1)
-    low = np.asarray(replay.low_entropy(entropy, counted, high_fraction))
+    counted = batch.counted_bt(cadence.first_evicting_token)
+    low = np.asarray(low_entropy(entropy, counted, traces.high_fraction))
     masks = np.stack([counted, low, counted & ~low], axis=-1)  # [n, t - 1, 3]
 
     def sums(x):
@@ -252,16 +244,16 @@ def measure(
     full = sums(nll["full"])
     return [
         Losses(
-            name,
-            budget,
-            interval,
-            sums(x),
-            full,
-            masks.sum(1),
-            recall.get(name),
-            regret.get(name),
-            np.where(counted, x - nll["full"], np.nan),
-            trained_at(policies.get(name), interval),
+            policy=name,
+            budget=cadence.budget,
+            interval=cadence.interval,
+            evicted=sums(x),
+            full=full,
+            tokens=masks.sum(1),
+            recall_nyk=recall.get(name),
+            regret_nyk=regret.get(name),
+            excess_nt=np.where(counted, x - nll["full"], np.nan),
+            trained=trained_at(policies.get(name), cadence.interval),
         )
         for name, x in nll.items()
     ]

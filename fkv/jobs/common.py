@@ -2,30 +2,28 @@
 
 import contextlib
 import dataclasses
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from fkv import api, files, models, tasks
-from fkv.cache import slots as cache
+from fkv.cache.cadence import Cadence
 from fkv.data import traces
 from fkv.engine import replay
-from fkv.errors import DivergedError, UserError
+from fkv.engine.batch import Batch
+from fkv.errors import UserError
 from fkv.evaluation import loss_ratio, plots
 from fkv.files import write_text
 from fkv.jobs import READS
 from fkv.keys import Purpose, key_of
-from fkv.learning import grpo
-from fkv.models import ModelConfig, texts
+from fkv.learning import tokens
+from fkv.models import LM, ModelConfig, texts
 from fkv.policies.base import Policy
 from fkv.policies.foresight import Trained
-from fkv.runs import checkpoint, costs, parallel, preemption, provenance
+from fkv.runs import costs, parallel, provenance
+from fkv.runs.console import progress, say
 from fkv.runs.rundir import Run
 from fkv.tasks import ledger
 
@@ -68,7 +66,7 @@ def size_of(model: ModelConfig) -> str:
     return f"{count / 1e6:.2f} M parameters" if count < 1e9 else f"{count / 1e9:.2f} B parameters"
 
 
-def load_model(config: ConfigDict, span: str = "copy") -> tuple[ModelConfig, models.Params]:
+def load_model(config: ConfigDict, span: str = "copy") -> LM:
     """The frozen language model, the embedded one by its name.
 
     Args:
@@ -76,8 +74,8 @@ def load_model(config: ConfigDict, span: str = "copy") -> tuple[ModelConfig, mod
     """
     check_kernel(config, config.attention_kernel)
     mesh = parallel.make_mesh(config.model_axis, span)
-    model, params = models.load(model_path(config), config.dtype, revision(config), mesh)
-    return as_configured(config, model), params
+    lm = models.load(model_path(config), config.dtype, revision(config), mesh)
+    return lm.replace(config=as_configured(config, lm.config))
 
 
 def as_configured(config: ConfigDict, model: ModelConfig) -> ModelConfig:
@@ -152,7 +150,8 @@ def load_language_model(config: ConfigDict) -> api.Model:
     check_kernel(config, config.attention_kernel)
     mesh = parallel.make_mesh(config.model_axis, "copy")
     model = api.load(config.model, config.dtype, revision(config), mesh)
-    return dataclasses.replace(model, config=as_configured(config, model.config))
+    lm = model.lm.replace(config=as_configured(config, model.config))
+    return dataclasses.replace(model, lm=lm)
 
 
 def revision(config: ConfigDict) -> str | None:
@@ -247,6 +246,19 @@ def load_traces(
     return found
 
 
+def load_both_traces(
+    config: ConfigDict, model: ModelConfig, batch: int
+) -> tuple[traces.Traces, traces.Traces]:
+    """Traces to train on, in batches of that many, and held-out ones to measure on."""
+    train = load_traces(config, "train", config.data.traces, config.budget, model.vocab_size, batch)
+    held_out = load_traces(
+        config, "eval", config.eval.traces, max(config.eval.budgets), model.vocab_size
+    )
+    longest = max(train.length_n.max(), held_out.length_n.max())
+    warn_of_length(model, longest, "the longest trace")
+    return train, held_out
+
+
 def warn_of_length(model: ModelConfig, tokens: int, what: str) -> None:
     """Says so if the longest sequence of a job is beyond what the model was made for."""
     if warning := model.beyond(int(tokens), what):
@@ -269,19 +281,16 @@ def warn_of_unknown(
         say("warning: {}: {}".format(*warned[0]) + others)
 
 
-def check_budgets(budgets: Sequence[int], interval: int, where: str) -> None:
-    """Refuses budgets that do not fit the interval; `where` names the field."""
-    for budget in budgets:
-        try:
-            cache.check_sizes(budget, interval)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
+def cadences(budgets: Sequence[int], interval: int, where: str) -> list[Cadence]:
+    """The cadences of these budgets; `where` names the field in errors."""
+    with of_field(where):
+        return [Cadence(budget, interval) for budget in budgets]
 
 
 def check_policies(
-    config: ConfigDict, model: ModelConfig, named: Mapping[str, Policy], budgets: Sequence[int]
+    config: ConfigDict, model: ModelConfig, named: Mapping[str, Policy], at: Sequence[Cadence]
 ) -> None:
-    """Refuses policies that do not fit the model at all of these budgets, before any is run.
+    """Refuses policies that do not fit the model at all of these cadences, before any is run.
 
     Says of which scorers the language model is another one.
 
@@ -290,8 +299,8 @@ def check_policies(
     """
     for name, policy in named.items():
         try:
-            for budget in budgets:
-                replay.check(model, policy, budget, config.interval)
+            for cadence in at:
+                replay.check(policy, model, cadence)
         except UserError as error:
             raise UserError(f"{name!r} with model {config.model}: {error}") from None
         if policy.trained and (other := policy.trained.other_model(config.model, revision(config))):
@@ -306,8 +315,7 @@ def trained_for(config: ConfigDict, workdir: str | Path) -> Trained:
 
 def measure_losses(
     config: ConfigDict,
-    model: ModelConfig,
-    params: models.Params,
+    lm: LM,
     named: Mapping[str, Policy],
     held_out: traces.Traces,
     budgets: Sequence[int] | None = None,
@@ -317,23 +325,18 @@ def measure_losses(
     Tokens are low- and high-entropy as in rewards: by `grpo.high_fraction`.
     """
     say(f"measuring on {len(held_out)} held-out traces")
-    stage = config.grpo if "grpo" in config else grpo.GRPOConfig()
+    split = tokens.Split.of(config.grpo) if "grpo" in config else tokens.Split()
+    measured = loss_ratio.Traces(
+        Batch.of(held_out.token_nt, held_out.length_n, held_out.prompt_n),
+        replay.row_keys(key_of(config.seed, Purpose.REPLAY), len(held_out)),
+        held_out.padded_n,
+        split.high_fraction,
+        config.eval.batch,
+    )
     results = []
     for budget in progress(budgets or config.eval.budgets, desc="budgets"):
-        results += loss_ratio.measure(
-            model,
-            params,
-            named,
-            held_out.token_nt,
-            held_out.length_n,
-            budget,
-            config.interval,
-            key_of(config.seed, Purpose.REPLAY),
-            config.eval.batch,
-            stage.high_fraction,
-            prompt_b=held_out.prompt_n,
-            padded_b=held_out.padded_n,
-        )
+        cadence = Cadence(budget, config.interval)
+        results += loss_ratio.measure(lm, named, measured, cadence)
     for one in results:
         if not (np.isfinite(one.evicted).all() and np.isfinite(one.full).all()):
             raise UserError(
@@ -354,59 +357,3 @@ def write_losses(run: Run, results: Sequence[loss_ratio.Losses], measured: int) 
     title = f"loss under eviction, {measured} held-out traces, ± 2 standard errors"
     plots.loss_ratios(results, run.path / "loss_ratio.png", title)
     say(f"\n{table}\n\nwritten to {run.path}: loss_ratio.(txt md csv png)")
-
-
-def parts(batch, count: int) -> list:
-    """The batch cut into `count` parts along the first axis of all its arrays."""
-    rows = len(jax.tree.leaves(batch)[0]) // count
-    return [jax.tree.map(lambda x, i=i: x[i * rows : (i + 1) * rows], batch) for i in range(count)]
-
-
-def step_metrics(found: Sequence[dict]) -> dict:
-    """Metrics of a step from those of its equal parts, on the host: the same as of one part.
-
-    Means of the parts, but for the largest `ratio_off` and the last `grad_norm`, which is of all.
-    """
-    found = jax.device_get(list(found))
-    of_parts = {"ratio_off": lambda x: np.max(x, axis=0), "grad_norm": lambda x: x[-1]}
-    return {
-        name: of_parts.get(name, lambda x: np.mean(x, axis=0))([part[name] for part in found])
-        for name in found[0]
-    }
-
-
-def preempted(run: Run, bar: tqdm, step: int) -> preemption.Preempted:
-    """To be raised once `step` is saved; closes what is open."""
-    bar.close()
-    run.close()
-    return preemption.Preempted(f"step {step} is saved in {run.path}")
-
-
-def check_finite(
-    job: str, metrics: Mapping, step: int, workdir: str | Path, ids: Sequence[int] = ()
-) -> None:
-    """Stops a run of which a loss, a gradient or a weight is not a number.
-
-    Args:
-      ids: of the step's traces, if they are known.
-    """
-    bad = [name for name, value in metrics.items() if not np.all(np.isfinite(value))]
-    if bad:
-        of = f" (traces {list(ids)})" if len(ids) else ""
-        saved = checkpoint.latest_step(workdir) is not None
-        raise DivergedError(
-            f"{', '.join(bad)} of step {step}{of} NaN or infinite: set {job}.learning_rate lower, "
-            "or dtype to one with a wider range, and use another --workdir"
-            + (f"; the checkpoints in {workdir} are intact" if saved else "")
-        )
-
-
-def say(message: str) -> None:
-    """Prints for the person who watches; of several processes, the first does."""
-    if parallel.first():
-        print(message, flush=True, file=sys.stdout)
-
-
-def progress(*args: Any, **kwargs: Any) -> tqdm:
-    """A progress bar, likewise."""
-    return tqdm(*args, **kwargs, disable=not parallel.first())

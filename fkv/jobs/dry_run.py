@@ -1,5 +1,6 @@
 """What a job would take, before it is run: memory of a device, operations, time at best."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -9,19 +10,20 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from fkv import api, files, models, policies
-from fkv.cache import slots as cache
-from fkv.cache.cadence import Cadence
+from fkv.cache.cadence import FULL, Cadence
 from fkv.engine import decoding, replay
+from fkv.engine.batch import Batch
 from fkv.errors import UserError
 from fkv.evaluation import tables
 from fkv.jobs import common, fields
 from fkv.jobs import grpo as grpo_job
 from fkv.jobs import sft as sft_job
 from fkv.keys import Purpose, key_of
-from fkv.learning import grpo, sft
-from fkv.models import ModelConfig
+from fkv.learning import fit, grpo, sft
+from fkv.models import LM, ModelConfig
 from fkv.models.decoder import param_shapes
 from fkv.policies import scorer
+from fkv.policies.base import Policy
 from fkv.runs import costs, parallel
 from fkv.tasks import ledger
 
@@ -40,7 +42,7 @@ def run(job: str, config: ConfigDict) -> str:
     if job not in known:
         raise UserError(f"launch.{job} has no dry run; {', '.join(known)} have")
     fields.check(config, job)
-    cache.check_sizes(config.budget, config.interval)
+    Cadence(config.budget, config.interval)
     model = common.model_config(config)
     lines = [
         f"launch.{job}, {config.model}: {costs.parameters(model) / 1e6:,.2f} million parameters in "
@@ -57,69 +59,66 @@ def run(job: str, config: ConfigDict) -> str:
 
 def _sft(config: ConfigDict, model: ModelConfig, job: str) -> list[str]:
     mesh = parallel.make_mesh(config.model_axis)
-    parts, scorer_config, optimiser, make_step = sft_job.recipe(config, mesh)
-    rows = config.sft.batch // parts // parallel.device_count(mesh)
-    state = _state(model, scorer_config, optimiser)
+    plan = sft_job.plan_of(config, mesh)
+    rows = plan.batch // plan.micro_batches // parallel.device_count(mesh)
+    params = _scorers(model, plan.scorer)
+    state = jax.eval_shape(lambda: fit.TrainState.init(params(), plan.optimiser))
+    step = _on_axis(functools.partial(sft.train_step, plan, axis=parallel.AXIS))
 
     def needed(tokens):
-        batch = _ints(rows, tokens), _ints(rows)
-        weights = _weights(config, model)
-        found = costs.temporaries(_on_axis(make_step(model), 2, 2), state, weights, *batch)
-        return found + costs.size(batch)
+        batch = _batch(rows, tokens)
+        return costs.temporaries(step, state, _lm(config, model), batch) + costs.size(batch)
 
     def operations(tokens):
-        cadence = Cadence(config.budget, config.interval)
-        trace = costs.sft_flops(model, scorer_config, tokens, cadence)
-        return trace * config.sft.batch
+        trace = costs.sft_flops(model, plan.scorer, tokens, plan.cadence)
+        return trace * plan.batch
 
-    what = f"{config.sft.batch} a step, {rows} at once on each of {_devices(mesh)}"
-    return _stage(config, model, state, needed, operations, what, config.sft.steps, mesh)
+    what = f"{plan.batch} a step, {rows} at once on each of {_devices(mesh)}"
+    return _stage(config, model, Stage(state, needed, operations, what, plan.steps, mesh))
 
 
 def _grpo(config: ConfigDict, model: ModelConfig, job: str) -> list[str]:
     mesh = parallel.make_mesh(config.model_axis)
-    settings, parts, optimiser, make_step = grpo_job.recipe(config, mesh)
-    scorer_config = scorer.ScorerConfig(**config.scorer)
-    rows = config.grpo.traces * settings.rollouts // parts // parallel.device_count(mesh)
-    state = _state(model, scorer_config, optimiser)
-    step = _on_axis(make_step(model, scorer_config), 3, 1)
+    plan = grpo_job.plan_of(config, mesh)
+    all_rows = plan.traces * plan.grpo.rollouts
+    rows = all_rows // plan.micro_batches // parallel.device_count(mesh)
+    params = _scorers(model, plan.scorer)
+    state = jax.eval_shape(
+        lambda: grpo.TrainState.init(params(), plan.optimiser, reference=params())
+    )
+    step = _on_axis(functools.partial(grpo.train_step, plan, axis=parallel.AXIS))
 
     def needed(tokens):
         per_token = jax.ShapeDtypeStruct((1, rows, tokens - 1), jnp.float32)
-        batch = grpo.Batch(
-            _ints(rows, tokens),
-            _ints(rows),
-            per_token,
-            per_token,
-            jax.ShapeDtypeStruct(per_token.shape, bool),
-            jax.ShapeDtypeStruct((1, rows, 2), jnp.uint32),
-        )
-        weights = _weights(config, model)
-        found = costs.temporaries(step, state, weights, state.params, batch)
-        return found + costs.size(batch)
+        keys = jax.ShapeDtypeStruct((1, rows, 2), jnp.uint32)
+        batch = grpo.Rollouts(_batch(rows, tokens), per_token, per_token, keys)
+        return costs.temporaries(step, state, _lm(config, model), batch) + costs.size(batch)
 
     def operations(tokens):
-        cadence = Cadence(config.budget, config.interval)
-        rollout = costs.grpo_flops(model, scorer_config, tokens, cadence, settings.epochs)
+        rollout = costs.grpo_flops(model, plan.scorer, tokens, plan.cadence, plan.grpo.epochs)
         full = costs.pass_flops(model, tokens) + costs.unembedding_flops(model, tokens)
-        return config.grpo.traces * (full + settings.rollouts * rollout)
+        return plan.traces * (full + plan.grpo.rollouts * rollout)
 
-    at_once = min(settings.rollouts_at_once or rows, rows)
-    all_rows = config.grpo.traces * settings.rollouts
+    at_once = min(plan.grpo.rollouts_at_once or rows, rows)
     what = f"{all_rows} rollouts a step, {at_once} at once on each of {_devices(mesh)}"
-    return _stage(config, model, state, needed, operations, what, config.grpo.steps, mesh)
+    return _stage(config, model, Stage(state, needed, operations, what, plan.steps, mesh))
 
 
-def _stage(
-    config: ConfigDict,
-    model: ModelConfig,
-    state: sft.TrainState,
-    needed: Callable[[int], int],
-    operations: Callable[[int], float],
-    what: str,
-    steps: int,
-    mesh: Mesh,
-) -> list[str]:
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A training stage: its state, what a step needs and does by the length of traces, in words."""
+
+    state: fit.TrainState
+    needed: Callable[[int], int]
+    operations: Callable[[int], float]
+    what: str
+    steps: int
+    mesh: Mesh
+
+
+def _stage(config: ConfigDict, model: ModelConfig, stage: Stage) -> list[str]:
+    state, needed, operations = stage.state, stage.needed, stage.operations
+    what, steps, mesh = stage.what, stage.steps, stage.mesh
     tokens, why = _trace_length(config, model)
     half = tokens // 2 // config.interval * config.interval
     # Nothing is evicted from one that is too short.
@@ -196,10 +195,10 @@ def _trace_length(config: ConfigDict, model: ModelConfig) -> tuple[int, str]:
 
 def _generation(config: ConfigDict, model: ModelConfig, job: str) -> list[str]:
     settings = config[job]
-    sampling = decoding.Sampling(settings.temperature, settings.top_k, settings.top_p)
+    sampling, lm = decoding.Sampling.of(settings), _lm(config, model)
     prompt, new_tokens = _answer_length(config, model, settings)
     if job == "traces":
-        cells = [("full", 0, policies.get("full"))]
+        cells = [("full", FULL, policies.get("full"))]
     else:
         cells = _cells(config, model)
     batch = settings.batch
@@ -209,7 +208,8 @@ def _generation(config: ConfigDict, model: ModelConfig, job: str) -> list[str]:
     for name, budget, policy in cells:
         points = []
         for rows in (batch, 2 * batch):
-            needed = _generating(config, model, policy, rows, prompt, new_tokens, budget, sampling)
+            plan = decoding.Plan(Cadence.of(budget, config.interval), sampling, (0,))
+            needed = _generating(config, lm, policy, plan, (rows, prompt, new_tokens))
             points.append((rows, weights + needed))
         slots = policy.capacity(budget) + config.interval if budget else prompt + new_tokens
         label = f"{name} {budget or ''}".strip()
@@ -234,15 +234,15 @@ def _generation(config: ConfigDict, model: ModelConfig, job: str) -> list[str]:
     ]
 
 
-def _cells(config: ConfigDict, model: ModelConfig) -> list[tuple[str, int, policies.base.Policy]]:
+def _cells(config: ConfigDict, model: ModelConfig) -> list[tuple[str, int, Policy]]:
     """The full cache if asked for, and one policy at every budget: scorers, which need most."""
     settings, cells = config.evaluate, []
-    common.check_budgets(settings.budgets, config.interval, "evaluate.budgets")
+    at = common.cadences(settings.budgets, config.interval, "evaluate.budgets")
     if "full" in settings.policies:
-        cells.append(("full", 0, policies.get("full")))
+        cells.append(("full", FULL, policies.get("full")))
     rules = [name for name in settings.policies if name != "full"]
     named = {name: policies.get(name) for name in rules}
-    common.check_policies(config, model, named, settings.budgets)
+    common.check_policies(config, model, named, at)
     if settings.scorers:
         scorer_config = scorer.ScorerConfig(**config.scorer)
         key = key_of(0, Purpose.SCORER)
@@ -264,27 +264,24 @@ def _answer_length(config: ConfigDict, model: ModelConfig, settings) -> tuple[in
     return _up(512, config.interval), settings.new_tokens or 32_768
 
 
-def _generating(config, model, policy, rows, prompt, new_tokens, budget, sampling) -> int:
+def _generating(
+    config: ConfigDict, lm: LM, policy: Policy, plan: decoding.Plan, size: tuple[int, int, int]
+) -> int:
     """Bytes of caches and temporaries at the worst time, which is while the prompts are read."""
-    budget = budget or 2 * config.interval
+    rows, prompt, new_tokens = size
     keys = jax.eval_shape(lambda: replay.row_keys(key_of(0, Purpose.ANSWER), rows))
-
-    def prefill(params, policy, token, padding, keys, limit):
-        return decoding.prefill(
-            model, params, policy, token, padding, keys, limit, budget, config.interval,
-            sampling, (0,), new_tokens,
-        )  # fmt: skip
-
-    token = jax.ShapeDtypeStruct((rows, prompt), jnp.int32)
     row = jax.ShapeDtypeStruct((rows,), jnp.int32)
-    weights = _weights(config, model)
-    state = jax.eval_shape(prefill, weights, policy, token, row, keys, row)
-    hidden = jax.eval_shape(models.embed, weights, token)
-    layer = functools.partial(
-        decoding.prefill_layer, model, budget=budget, interval=config.interval,
-        new_tokens=new_tokens,
-    )  # fmt: skip
-    needed = costs.temporaries(layer, weights["layers"], policy, 0, hidden, token, keys)
+    prompts = Batch(jax.ShapeDtypeStruct((rows, prompt), jnp.int32), row, row, row)
+
+    def prefill(lm, policy, prompts, keys, limit):
+        return decoding.prefill(lm, policy, plan, prompts, keys, limit, new_tokens)
+
+    state = jax.eval_shape(prefill, lm, policy, prompts, keys, row)
+    hidden = jax.eval_shape(models.embed, lm, prompts.token_bt)
+    layer = functools.partial(decoding.prefill_layer, room=_up(new_tokens, config.interval))
+    site = replay.Site(lm.config, plan.cadence, 0, keys)
+    inputs = (lm.params["layers"], policy, site, hidden, prompts.token_bt)
+    needed = costs.temporaries(layer, *inputs)
     return needed + costs.size(hidden) + costs.size(_caches(config, state.caches))
 
 
@@ -307,10 +304,11 @@ def _usable() -> str:
     return f"({costs.USABLE:.0%} of the memory taken as usable; nothing here was measured)"
 
 
-def _weights(config: ConfigDict, model: ModelConfig):
-    """Shapes of the language model's parameters, as they are compiled."""
+def _lm(config: ConfigDict, model: ModelConfig) -> LM:
+    """Shapes of the language model, as they are compiled."""
     dtype = jnp.dtype(_compiling(config))
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), param_shapes(model))
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), param_shapes(model))
+    return LM(shapes, model)
 
 
 def _caches(config: ConfigDict, caches):
@@ -328,20 +326,18 @@ def _caches(config: ConfigDict, caches):
     return tuple(one(layer) for layer in caches)
 
 
-def _state(model, scorer_config, optimiser) -> sft.TrainState:
-    """Shapes of the training state."""
-
-    def make():
-        params = scorer.init(key_of(0, Purpose.SCORER), model, scorer_config)
-        return sft.init_state(params, optimiser)
-
-    return jax.eval_shape(make)
+def _scorers(model: ModelConfig, scorer_config: scorer.ScorerConfig) -> Callable[[], dict]:
+    return lambda: scorer.init(key_of(0, Purpose.SCORER), model, scorer_config)
 
 
-def _on_axis(step: Callable, constants: int, batched: int) -> Callable:
-    """One device's program of a mapped step: it speaks to itself alone."""
-    axes = (*[None] * constants, *[0] * batched)
-    return jax.vmap(step, in_axes=axes, out_axes=None, axis_name=parallel.AXIS)
+def _on_axis(step: Callable) -> Callable:
+    """One device's program of a mapped step of (state, lm, batch): it speaks to itself alone."""
+    return jax.vmap(step, in_axes=(None, None, 0), out_axes=None, axis_name=parallel.AXIS)
+
+
+def _batch(rows: int, tokens: int) -> Batch:
+    row = _ints(rows)
+    return Batch(_ints(rows, tokens), row, row, row)
 
 
 def _ints(*shape: int) -> jax.ShapeDtypeStruct:

@@ -13,9 +13,11 @@ from ml_collections import ConfigDict
 
 from fkv import api, files, policies
 from fkv.api import Model
+from fkv.cache.cadence import FULL, Cadence
 from fkv.data import benchmarks
 from fkv.data.traces import Traces
 from fkv.engine import decoding
+from fkv.engine.batch import Batch
 from fkv.errors import UserError
 from fkv.evaluation import (
     accuracy,
@@ -40,6 +42,9 @@ MAY_DIFFER = (
     *common.other_jobs("evaluate"),
     *(f"evaluate.{name}" for name in _MORE.split()),
 )
+
+
+Cell = tuple[str, int, Policy]  # a policy by its name, at a budget (or `FULL`)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +75,7 @@ class Plan:
       held_out: traces to measure losses on, if any are.
       problems: to be answered.
       new_tokens: how many an answer may have.
+      sampling: how they are drawn.
       other: another evaluation to compare with, if any is.
       shared: policies and budgets that both have.
     """
@@ -80,6 +86,7 @@ class Plan:
     held_out: Traces | None
     problems: list[Problem]
     new_tokens: int
+    sampling: decoding.Sampling
     other: comparison.Other | None
     shared: list[comparison.Cell]
 
@@ -112,15 +119,14 @@ def run(config: ConfigDict, workdir: str, anew: Sequence[str] = ()) -> list[accu
     """
     fields.check(config, "evaluate")
     settings = config.evaluate
-    sampling = decoding.Sampling(settings.temperature, settings.top_k, settings.top_p)
     checker = math_answers.Checker(settings.deadline)
     budgets, count = settings.budgets, len(settings.policies) + len(settings.scorers)
     what = f"{count} policies, B = {', '.join(map(str, budgets))}, L = {config.interval}"
     common.announce("evaluate", config, workdir, common.model_config(config), what)
     plan = _plan(config, workdir, checker, anew)
-    named, model, problems, new_tokens = plan.named, plan.model, plan.problems, plan.new_tokens
+    named, model, problems = plan.named, plan.model, plan.problems
     longest = max(len(p.prompt) for p in problems)
-    common.warn_of_length(model.config, longest + new_tokens, "prompt + new_tokens")
+    common.warn_of_length(model.config, longest + plan.new_tokens, "prompt + new_tokens")
     if plan.held_out is not None:
         common.warn_of_length(model.config, plan.held_out.length_n.max(), "the longest trace")
 
@@ -143,16 +149,12 @@ def run(config: ConfigDict, workdir: str, anew: Sequence[str] = ()) -> list[accu
             ]
             label = f"{name} {budget or ''}".strip()
             total = len(problems) * settings.samples
-            bar = common.progress(
-                total=total, initial=total - len(todo), desc=label, mininterval=0.5
-            )
+            bar = common.progress(total=total, initial=total - len(todo), desc=label)
             several = settings.batch * jax.process_count()
             for start in range(0, len(todo), several):
                 at = start + settings.batch * jax.process_index()
                 part = todo[at : at + settings.batch]
-                rows = _answer(
-                    config, model, policy, budget, problems, part, sampling, new_tokens, longest
-                )
+                rows = _answer(config, plan, (name, budget, policy), part, longest)
                 rows = parallel.share(rows)
                 samples.add({"policy": name, "budget": budget, **row} for row in rows)
                 bar.update(len(rows))
@@ -204,14 +206,14 @@ def _plan(
     config: ConfigDict, workdir: str, checker: math_answers.Checker, anew: Sequence[str] = ()
 ) -> Plan:
     """What is to be answered; refuses what is wrong with it, the cheapest first."""
-    common.check_budgets(config.evaluate.budgets, config.interval, "evaluate.budgets")
+    at = common.cadences(config.evaluate.budgets, config.interval, "evaluate.budgets")
     named, inputs = _policies(config)
     free = {rundir.answers_of(name) for name in anew}
     known = {name: x for name, x in inputs.items() if name not in free}
     rundir.check_run(workdir, config, MAY_DIFFER, known)
     compare = config.evaluate.compare
     other = comparison.load(compare, workdir) if compare else None
-    common.check_policies(config, common.model_config(config), named, config.evaluate.budgets)
+    common.check_policies(config, common.model_config(config), named, at)
     model = common.load_language_model(config)
     held_out = _traces(config, model)
     problems, new_tokens = _problems(config, model, checker)
@@ -223,13 +225,14 @@ def _plan(
     )
     if other is not None:
         _check_questions(config, other, problems, inputs)
-    return Plan(named, inputs, model, held_out, problems, new_tokens, other, shared)
+    sampling = decoding.Sampling.of(config.evaluate)
+    return Plan(named, inputs, model, held_out, problems, new_tokens, sampling, other, shared)
 
 
-def _cells(config: ConfigDict, named: dict[str, Policy]) -> list[tuple[str, int, Policy]]:
+def _cells(config: ConfigDict, named: dict[str, Policy]) -> list[Cell]:
     """Policies at their budgets, in the order in which they answer."""
     settings = config.evaluate
-    cells = [("full", 0, policies.get("full"))] if "full" in settings.policies else []
+    cells = [("full", FULL, policies.get("full"))] if "full" in settings.policies else []
     for budget in settings.budgets:
         cells += [(name, budget, policy) for name, policy in named.items()]
     return cells
@@ -360,32 +363,27 @@ def _exact(problem: ledger.Problem):
 
 
 def _answer(
-    config, model, policy, budget, problems, part, sampling, new_tokens, width
+    config: ConfigDict, plan: Plan, cell: Cell, part: Sequence[tuple[int, int]], width: int
 ) -> list[dict]:
-    """Answers one batch; rows of `samples.jsonl`, without policy and budget."""
+    """Answers one batch; rows of `samples.jsonl`, without policy and budget.
+
+    Args:
+      part: indices of problems and samples.
+    """
     if not part:
         return []
+    _, budget, policy = cell
     empty = config.evaluate.batch - len(part)  # all batches have one shape, and one program
     rows = [*part, *[part[0]] * empty]
-    budget = budget or config.interval * 2  # the full cache has none
-    out = decoding.generate(
-        model.config,
-        model.params,
-        policy,
-        [problems[i].prompt for i, _ in rows],
-        jnp.stack([api.sample_key(config.seed, i, j) for i, j in rows]),
-        new_tokens,
-        budget,
-        config.interval,
-        sampling,
-        model.stop,
-        width,
-        [new_tokens] * len(part) + [0] * empty,
-    )
+    how = decoding.Plan(Cadence.of(budget, config.interval), plan.sampling, plan.model.stop)
+    prompts = [plan.problems[i].prompt for i, _ in rows]
+    key_b = jnp.stack([api.sample_key(config.seed, i, j) for i, j in rows])
+    limit = [plan.new_tokens] * len(part) + [0] * empty
+    out = decoding.generate(plan.model.lm, policy, how, prompts, key_b, limit, width)
     found = []
     for (i, j), tokens in zip(part, out, strict=False):
-        problem = problems[i]
-        one = api.finished(model, policy, len(problem.prompt), tokens, budget, config.interval)
+        problem = plan.problems[i]
+        one = api.finished(plan.model, policy, len(problem.prompt), tokens, how.cadence)
         verdict, answer = problem.check(tokens, one.text)
         found.append(
             {
@@ -541,9 +539,7 @@ def _traces(config: ConfigDict, model: Model) -> Traces | None:
 def _measure_traces(config, model, named, run, held_out) -> list[loss_ratio.Losses]:
     """Loss ratios, diagnosis and pictures on held-out traces."""
     settings = config.evaluate
-    results = common.measure_losses(
-        config, model.config, model.params, named, held_out, settings.budgets
-    )
+    results = common.measure_losses(config, model.lm, named, held_out, settings.budgets)
     common.write_losses(run, results, len(held_out))
     if not parallel.first():
         return results
@@ -553,14 +549,12 @@ def _measure_traces(config, model, named, run, held_out) -> list[loss_ratio.Loss
     plots.loss_by_position(results, path / "loss_by_position.png")
     plots.regret(results, path / "regret.png")
 
-    row = int(np.argmax(held_out.length_n))
-    token, length = map(jnp.asarray, held_out.rows(np.array([row])))
-    budget = settings.budgets[len(settings.budgets) // 2]
-    maps = diagnosis.retention(
-        model.config, model.params, named, token, length, budget, config.interval
-    )
-    plots.retention(maps, path / "retention.png", f"held at B = {budget}, mean over heads")
-    table_ykj = diagnosis.block_scores(model.config, model.params, token, length, config.interval)
+    trace = Batch.of(*held_out.rows(np.array([np.argmax(held_out.length_n)])))
+    cadence = Cadence(settings.budgets[len(settings.budgets) // 2], config.interval)
+    maps = diagnosis.retention(model.lm, named, trace, cadence)
+    title = f"held at B = {cadence.budget}, mean over heads"
+    plots.retention(maps, path / "retention.png", title)
+    table_ykj = diagnosis.block_scores(model.lm, trace, config.interval)
     plots.attention_patterns(
         diagnosis.patterns(table_ykj), config.interval, path / "attention_patterns.png"
     )

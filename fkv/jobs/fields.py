@@ -15,15 +15,13 @@ from fkv import kinds
 from fkv.engine import decoding
 from fkv.errors import UserError, suggest
 from fkv.jobs import READS
-from fkv.kinds import SWITCH, TEXT, Kind, number, several, whole
-from fkv.learning import grpo, sft
+from fkv.kinds import POSITIVE, SIZES, SWITCH, TEXT, Kind, number, several, whole
+from fkv.learning import grpo, pretrain, sft
 from fkv.models.config import CACHE_DTYPES
 from fkv.tasks import ledger
 
 NAMES = several(TEXT, "a tuple of text")
-SIZES = several(whole(1), "a tuple of whole numbers from 1")
 RANGE = several(whole(0), "a range (low, high) of whole numbers", 2)
-POSITIVE = number(0, above=True)
 
 
 def _in(group: str, fields: Mapping[str, Kind]) -> dict[str, Kind]:
@@ -50,11 +48,7 @@ FIELDS = {
                 "model",
                 _those(whole(1), "width layers heads kv_heads head_dim mlp_width max_positions"),
             ),
-            **_those(POSITIVE, "qk_gain learning_rate clip"),
-            **_those(whole(1), "log_every checkpoint_every eval_problems eval_batch"),
-            "warmup": whole(0),
-            "cycles": SIZES,
-            **_those(number(0), "weight_decay temperature"),
+            **pretrain.Plan.kinds(),
         },
     ),
     **_in(
@@ -72,27 +66,24 @@ FIELDS = {
             "chat": SWITCH,
             **_those(whole(0), "count new_tokens"),
             **_those(whole(1), "samples batch"),
-            **decoding.SAMPLING,
+            **decoding.Sampling.kinds(),
         },
     ),
     **_in("scorer", {"hidden": whole(1), **_those(TEXT, "inputs norm form")}),
     **_in(
         "sft",
         {
-            **_those(whole(1), "steps batch log_every checkpoint_every"),
-            **_those(whole(0), "at_once warmup"),
-            **_those(POSITIVE, "learning_rate clip"),
-            **sft.SETTINGS,
+            **sft.Plan.kinds(),
+            **sft.LossConfig.kinds(),
         },
     ),
     **_in(
         "grpo",
         {
             "scorer": TEXT,
-            **grpo.SETTINGS,
-            **_those(whole(1), "steps traces log_every checkpoint_every"),
-            **_those(whole(0), "traces_at_once warmup answers"),
-            **_those(POSITIVE, "learning_rate clip_norm"),
+            **grpo.GRPOConfig.kinds(),
+            **grpo.Plan.kinds(),
+            "answers": whole(0),
         },
     ),
     **_in(
@@ -110,7 +101,7 @@ FIELDS = {
             "chat": SWITCH,
             **_those(whole(1), "samples batch"),
             **_those(whole(0), "problems new_tokens traces"),
-            **decoding.SAMPLING,
+            **decoding.Sampling.kinds(),
             "deadline": number(0, 86_400, above=True),
         },
     ),
@@ -146,7 +137,7 @@ FIELDS = {
             "any_interval": SWITCH,
             "new_tokens": whole(1),
             "chat": SWITCH,
-            **decoding.SAMPLING,
+            **decoding.Sampling.kinds(),
         },
     ),
 }

@@ -6,7 +6,7 @@ import warnings
 from ml_collections import ConfigDict
 
 from fkv import api, policies
-from fkv.cache import slots as kv
+from fkv.cache.cadence import Cadence
 from fkv.errors import UserError
 from fkv.files import write_text
 from fkv.jobs import common, fields
@@ -24,7 +24,7 @@ def run(config: ConfigDict, workdir: str) -> str:
     """
     fields.check(config, "generate")
     settings = config.generate
-    kv.check_sizes(config.budget, config.interval)
+    cadence = Cadence(config.budget, config.interval)
     if settings.scorer:
         if settings.policy != "foresight":
             raise UserError("generate.scorer is for generate.policy=foresight")
@@ -35,7 +35,7 @@ def run(config: ConfigDict, workdir: str) -> str:
     shape = common.model_config(config)
     what = f"{settings.policy}, B = {config.budget}, L = {config.interval}"
     common.announce("generate", config, workdir, shape, what)
-    common.check_policies(config, shape, {settings.policy: policy}, [config.budget])
+    common.check_policies(config, shape, {settings.policy: policy}, [cadence])
     model = common.load_language_model(config)
     problem, prompt = None, settings.prompt
     if not prompt and config.model == api.EMBEDDED:

@@ -2,27 +2,26 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from fkv import api, policies
-from fkv.cache import slots as cache
+from fkv.cache.cadence import Cadence
 from fkv.data import traces
 from fkv.data.traces import Traces
 from fkv.engine import replay
+from fkv.engine.batch import Batch
 from fkv.errors import UserError
 from fkv.evaluation import loss_ratio
 from fkv.jobs import common, evaluate, fields
 from fkv.keys import Purpose, key_of
-from fkv.learning import grpo, sft
-from fkv.models import ModelConfig
+from fkv.learning import fit, grpo, tokens
+from fkv.models import LM, ModelConfig
 from fkv.policies import scorer
-from fkv.runs import parallel, preemption, provenance
+from fkv.runs import parallel, provenance
 from fkv.runs.rundir import open_run
 from fkv.tasks import ledger
 
@@ -30,140 +29,80 @@ from fkv.tasks import ledger
 MAY_DIFFER = ("grpo.log_every", "grpo.steps", "grpo.answers", *common.other_jobs("grpo"))
 
 
-def settings_of(config: ConfigDict) -> grpo.GRPOConfig:
-    """The part of `config.grpo` that the train step knows."""
-    fields = grpo.GRPOConfig.__dataclass_fields__
-    return grpo.GRPOConfig(**{name: config.grpo[name] for name in fields})
-
-
-def recipe(
-    config: ConfigDict, mesh: Mesh
-) -> tuple[grpo.GRPOConfig, int, optax.GradientTransformation, Callable]:
-    """What the config says of a step, apart from the model.
-
-    Returns:
-      The stage's settings, how many parts a step is worked off in, the optimiser, and what makes
-      the per-device step (state, model_params, reference, batch) of a model and its scorers.
-
-    Raises:
-      UserError: the config is wrong.
-    """
-    settings = settings_of(config)
-    rows = config.grpo.traces * settings.rollouts
-    at_once = config.grpo.traces_at_once * settings.rollouts
-    parts = parallel.parts_of(rows, at_once, "grpo.traces_at_once", mesh)
-    if parts > 1 and settings.epochs > 1:
-        raise UserError(
-            "grpo.epochs must be 1 where a step is worked off in parts (traces_at_once)"
-        )
-    optimiser = grpo.optimizer(config.grpo.learning_rate, config.grpo.warmup, config.grpo.clip_norm)
-    optimiser = sft.accumulated(optimiser, parts)
-
-    def make_step(model, scorer_config):
-        return functools.partial(
-            grpo.train_step,
-            model,
-            scorer_config,
-            settings,
-            optimiser,
-            config.budget,
-            config.interval,
-            parallel.AXIS,
-        )
-
-    return settings, parts, optimiser, make_step
+def plan_of(config: ConfigDict, mesh: Mesh) -> grpo.Plan:
+    """The training that a config asks for on these devices."""
+    fields.check(config, "grpo")
+    plan = grpo.Plan.of(
+        config.grpo,
+        cadence=Cadence(config.budget, config.interval),
+        scorer=scorer.ScorerConfig(**config.scorer),
+        grpo=grpo.GRPOConfig.of(config.grpo),
+    )
+    rollouts = plan.grpo.rollouts
+    parts = parallel.parts_of(
+        plan.traces * rollouts, plan.traces_at_once * rollouts, "grpo.traces_at_once", mesh
+    )
+    return dataclasses.replace(plan, micro_batches=parts)
 
 
 def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
-    """Trains (or goes on training) in `workdir`, from the scorers of the run `grpo.scorer`.
+    """Trains in `workdir` from the scorers of the run `grpo.scorer`, or resumes.
 
     Writes what the supervised job writes, with both scorers in the table, and what they answer.
     """
-    # ---- what can be wrong is found out first
-    fields.check(config, "grpo")
-    cache.check_sizes(config.budget, config.interval)
-    common.check_budgets(config.eval.budgets, config.interval, "eval.budgets")
+    # ---- bad input is found before anything is loaded
     mesh = parallel.make_mesh(config.model_axis)
-    settings, parts, optimiser, make_step = recipe(config, mesh)
+    plan = plan_of(config, mesh)
+    at = common.cadences(config.eval.budgets, config.interval, "eval.budgets")
     rules = {name: policies.get(name) for name in config.eval.policies}
     supervised = _supervised(config)
     shape = common.model_config(config)
     common.announce("grpo", config, workdir, shape)
-    common.check_policies(config, shape, {"grpo.scorer": supervised}, [config.budget])
-    common.check_policies(config, shape, rules, config.eval.budgets)
-    model, model_params = common.load_model(config, "process")
-    if answering := _can_answer(config, model):
+    common.check_policies(config, shape, {"grpo.scorer": supervised}, [plan.cadence])
+    common.check_policies(config, shape, rules, at)
+    lm = common.load_model(config, "process")
+    if answering := _can_answer(config, lm.config):
         _check_answers(config, workdir)
-    train = common.load_traces(
-        config, "train", config.data.traces, config.budget, model.vocab_size, config.grpo.traces
-    )
-    held_out = common.load_traces(
-        config, "eval", config.eval.traces, max(config.eval.budgets), model.vocab_size
-    )
-    longest = max(train.length_n.max(), held_out.length_n.max())
-    common.warn_of_length(model, longest, "the longest trace")
-    batches = traces.batches(train, config.grpo.traces, config.seed)
+    train, held_out = common.load_both_traces(config, lm.config, plan.traces)
+    batches = traces.batches(train, plan.traces, config.seed)
 
     # ---- state, new or from the newest checkpoint
     inputs = common.training_inputs(config, train, held_out)
     inputs["grpo.scorer: scorers to start from"] = provenance.of_arrays(supervised.params)
     run = open_run(workdir, config, MAY_DIFFER, inputs)
-    state = sft.init_state(supervised.params, optimiser)
-    reference = supervised.params
-    place = None
-    if (saved := run.resume(_with_reference(state, reference))) is not None:
-        place = saved.info["data"]
-        reference = saved.state.pop("reference")
-        state = sft.TrainState(**saved.state)
-        common.say(f"going on from step {saved.step} in {workdir}")
+    params, place = supervised.params, None
+    state = grpo.TrainState.init(params, plan.optimiser, reference=params)
+    if (saved := run.resume(state)) is not None:
+        state, place = saved.state, saved.info["data"]
+        common.say(f"resuming from step {saved.step} in {workdir}")
 
     # ---- training
-    state, reference = parallel.replicate((state, reference), mesh)
-    everywhere = parallel.view(model_params, mesh)
+    start, order = int(state.step), traces.iterate(batches, place)
+    everywhere = lm.replace(params=parallel.view(lm.params, mesh))
+    step_fn = functools.partial(grpo.train_step, plan, axis=parallel.AXIS)
+    step_fn = parallel.pmap(step_fn, mesh, constants=2, batched=1)
+    full = FullCache(plan, everywhere, train, mesh)
 
-    step_fn = parallel.pmap(make_step(model, supervised.config), mesh, constants=3, batched=1)
-    full = FullCache(config, model, everywhere, train, mesh)
-    start, steps = int(state.step), config.grpo.steps
-    order = traces.iterate(batches, place)
-    bar = common.progress(
-        range(start, steps), initial=start, total=steps, desc="grpo", mininterval=0.5
-    )
-    with preemption.noticed() as asked_to_end:
-        for step in bar:
-            ids = next(order)
-            key = key_of(config.seed, Purpose.ROLLOUT, step)
-            batch = _batch(config, settings, train, full, ids, key)
-            found = []
-            for part in common.parts(batch, parts):
-                state, metrics = step_fn(state, everywhere, reference, part)
-                found.append(metrics)
-            metrics = _with_ratios(common.step_metrics(found))
-            common.check_finite("grpo", metrics, step + 1, workdir, ids.tolist())
-            done = step + 1
-            if done % config.grpo.log_every == 0 or done == steps:
-                run.log(done, _flat(metrics))
-                bar.set_postfix(
-                    reward=f"{metrics['reward']:.4f}",
-                    low=f"{metrics['added_low']:.4f}",
-                    entropy=f"{metrics['entropy'][-1]:.2f}",
-                    refresh=False,
-                )
-            end = parallel.anywhere(asked_to_end())
-            if done % config.grpo.checkpoint_every == 0 or done == steps or end:
-                run.save(done, _with_reference(state, reference), data=order.get_state())
-            if end:
-                raise common.preempted(run, bar, done)
-    bar.close()
+    def update(state, step):
+        ids, found = next(order), []
+        key = key_of(config.seed, Purpose.ROLLOUT, step)
+        for part in fit.micro_batches(_rollouts(plan, train, full, ids, key), plan.micro_batches):
+            state, metrics = step_fn(state, everywhere, part)
+            found.append(metrics)
+        return state, found, ids
+
+    state = parallel.replicate(state, mesh)
+    state = fit.fit(run, plan, state, start, update, _report, order.get_state)
 
     # ---- measuring
+    trained = common.trained_for(config, workdir)
     learned = {
-        "supervised": supervised.replace(params=jax.device_get(reference)),
-        "grpo": supervised.replace(
-            params=jax.device_get(state.params), trained=common.trained_for(config, workdir)
-        ),
+        "supervised": supervised.replace(params=jax.device_get(state.reference)),
+        "grpo": supervised.replace(params=jax.device_get(state.params), trained=trained),
     }
-    copy = parallel.view(model_params, parallel.make_mesh(config.model_axis, "copy"))
-    results = common.measure_losses(config, model, copy, {**learned, **rules}, held_out)
+    copy = parallel.view(lm.params, parallel.make_mesh(config.model_axis, "copy"))
+    lm = lm.replace(params=copy)
+    results = common.measure_losses(config, lm, {**learned, **rules}, held_out)
     common.write_losses(run, results, len(held_out))
     run.close()
     if answering:
@@ -207,16 +146,6 @@ def _evaluation(config: ConfigDict, workdir: str) -> tuple[ConfigDict, str]:
     return part, f"{workdir}/answers"
 
 
-def _with_reference(state: sft.TrainState, reference: dict) -> dict:
-    """What is saved: should the supervised run be gone, this one knows what it started from."""
-    return {
-        "step": state.step,
-        "params": state.params,
-        "opt_state": state.opt_state,
-        "reference": reference,
-    }
-
-
 def _supervised(config: ConfigDict) -> policies.Foresight:
     """The scorers to start from."""
     source = config.grpo.scorer
@@ -237,23 +166,19 @@ class FullCache:
     What rewards compare with is the model itself: nothing is quantised here.
     """
 
-    def __init__(self, config: ConfigDict, model: ModelConfig, params, found: Traces, mesh):
+    def __init__(self, plan: grpo.Plan, lm: LM, found: Traces, mesh: Mesh):
         self.found = found
         # Always as many rows, a multiple of the devices, so that one program serves.
-        rows, each = config.grpo.traces_at_once or config.grpo.traces, parallel.device_count(mesh)
+        rows, each = plan.traces_at_once or plan.traces, parallel.device_count(mesh)
         self.rows = -(-rows // each) * each
         self._known: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        self._params = params
-        model = dataclasses.replace(model, cache_dtype="")
+        self._lm = lm.replace(config=dataclasses.replace(lm.config, cache_dtype=""))
 
-        def device_pass(params, token, length):
-            hidden, _, _ = replay.replay(
-                model, params, token, length, policies.get("full"), config.budget, config.interval
-            )
-            losses = replay.token_losses(model, params, hidden, token)
-            return parallel.gather(losses), ()
+        def device_pass(lm, batch):
+            hidden, _, _ = replay.replay(lm, batch, policies.get("full"), plan.cadence)
+            return parallel.gather(tokens.token_losses(lm, hidden, batch.token_bt)), ()
 
-        self._pass = parallel.pmap(device_pass, mesh, constants=1, batched=2)
+        self._pass = parallel.pmap(device_pass, mesh, constants=1, batched=1)
 
     def __call__(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Losses and entropies [n, t - 1] of these traces, which share a bucket."""
@@ -261,29 +186,29 @@ class FullCache:
         for start in range(0, len(new), self.rows):
             some = new[start : start + self.rows]
             asked = (some * self.rows)[: self.rows]
-            losses, _ = self._pass(self._params, *self.found.rows(np.array(asked)))
+            losses, _ = self._pass(self._lm, Batch.of(*self.found.rows(np.array(asked))))
             nll, entropy = np.asarray(losses.nll_bt), np.asarray(losses.entropy_bt)
             self._known |= {i: (nll[j], entropy[j]) for j, i in enumerate(some)}
         both = [self._known[i] for i in ids.tolist()]
         return np.stack([nll for nll, _ in both]), np.stack([entropy for _, entropy in both])
 
 
-def _batch(config, settings, found: Traces, full: FullCache, ids, key) -> grpo.Batch:
+def _rollouts(plan: grpo.Plan, found: Traces, full: FullCache, ids, key) -> grpo.Rollouts:
     """The rows of a step: every trace as often as it has rollouts."""
-    (token, length), (nll, entropy) = found.rows(ids), full(ids)
-    index = np.arange(token.shape[1] - 1)[None]
-    first = np.maximum(config.budget + config.interval, found.prompt_n[ids])[:, None]
-    counted = (index >= first - 1) & (index < length[:, None] - 1)
-    repeat = lambda x: np.repeat(x, settings.rollouts, axis=0)  # noqa: E731
-    random = replay.row_keys(key, len(ids) * settings.rollouts)
-    return grpo.Batch(
-        repeat(token),
-        repeat(length),
-        repeat(nll),
-        repeat(entropy),
-        repeat(counted),
-        np.asarray(jax.random.key_data(random)),
-    )
+    rows = (Batch.of(*found.rows(ids), found.prompt_n[ids]), *full(ids))
+    rows = jax.tree.map(lambda x: np.repeat(x, plan.grpo.rollouts, axis=0), rows)
+    random = replay.row_keys(key, len(ids) * plan.grpo.rollouts)
+    return grpo.Rollouts(*rows, np.asarray(jax.random.key_data(random)))
+
+
+def _report(metrics):
+    metrics = _with_ratios(metrics)
+    shown = {
+        "reward": f"{metrics['reward']:.4f}",
+        "low": f"{metrics['added_low']:.4f}",
+        "entropy": f"{metrics['entropy'][-1]:.2f}",
+    }
+    return _flat(metrics), shown
 
 
 def _with_ratios(metrics: dict) -> dict:

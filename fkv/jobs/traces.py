@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from fkv import api, files, policies
 from fkv.api import Model
+from fkv.cache.cadence import FULL, Cadence
 from fkv.data import benchmarks, sources
 from fkv.engine import decoding
 from fkv.errors import UserError
@@ -69,7 +70,6 @@ def run(config: ConfigDict, workdir: str) -> int:
     """
     fields.check(config, "traces")
     settings = config.traces
-    sampling = decoding.Sampling(settings.temperature, settings.top_k, settings.top_p)
     common.announce("traces", config, workdir, common.model_config(config), "full cache")
     model = common.load_language_model(config)
     questions, new_tokens = _questions(config, model)
@@ -95,7 +95,7 @@ def run(config: ConfigDict, workdir: str) -> int:
     index, count = jax.process_index(), jax.process_count()
     batches = [todo[i : i + settings.batch] for i in range(0, len(todo), settings.batch)]
     total = len(questions) * samples
-    bar = common.progress(total=total, initial=total - len(todo), desc="traces", mininterval=0.5)
+    bar = common.progress(total=total, initial=total - len(todo), desc="traces")
     written = truncated = tokens = 0
     with preemption.noticed() as asked_to_end:
         for n, part in enumerate(batches):
@@ -103,7 +103,7 @@ def run(config: ConfigDict, workdir: str) -> int:
                 if settings.response:
                     answers = [question.response for question, _, _ in part]
                 else:
-                    answers = _sample(config, model, part, sampling, new_tokens, width)
+                    answers = _sample(config, model, part, new_tokens, width)
                 rows = [
                     _row(config, model, question, sample, answer)
                     for (question, _, sample), answer in zip(part, answers, strict=True)
@@ -196,24 +196,19 @@ def _answer(model: Model, prompt: np.ndarray, text: str, end: int | None, what: 
     return np.asarray(ids, np.int32)
 
 
-def _sample(config, model, part, sampling, new_tokens, width) -> list[np.ndarray]:
+def _sample(
+    config: ConfigDict, model: Model, part: Sequence, new_tokens: int, width: int
+) -> list[np.ndarray]:
     """Answers to one batch; every batch has one shape, and one program."""
     empty = config.traces.batch - len(part)
     rows = [*part, *[part[0]] * empty]
-    return decoding.generate(
-        model.config,
-        model.params,
-        policies.get("full"),
-        [question.prompt for question, _, _ in rows],
-        jnp.stack([key_of(config.seed, Purpose.TRACE, i, j) for _, i, j in rows]),
-        new_tokens,
-        2 * config.interval,  # the full cache has no budget
-        config.interval,
-        sampling,
-        model.stop,
-        width,
-        [new_tokens] * len(part) + [0] * empty,
-    )[: len(part)]
+    sampling, cadence = decoding.Sampling.of(config.traces), Cadence.of(FULL, config.interval)
+    plan = decoding.Plan(cadence, sampling, model.stop)
+    prompts = [question.prompt for question, _, _ in rows]
+    key_b = jnp.stack([key_of(config.seed, Purpose.TRACE, i, j) for _, i, j in rows])
+    limit = [new_tokens] * len(part) + [0] * empty
+    full = policies.get("full")
+    return decoding.generate(model.lm, full, plan, prompts, key_b, limit, width)[: len(part)]
 
 
 def _row(config, model, question: Question, sample: int, answer: np.ndarray) -> dict:

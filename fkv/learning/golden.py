@@ -25,8 +25,9 @@ from jax import Array
 from fkv import models
 from fkv.cache import attention
 from fkv.cache import slots as kv
-from fkv.engine import replay
-from fkv.models import ModelConfig
+from fkv.cache.cadence import Cadence
+from fkv.engine.batch import Batch
+from fkv.models import LM, ModelConfig
 from fkv.policies.forced import Forced
 
 
@@ -50,13 +51,15 @@ class Labels:
     valid_eb: Array
 
 
-def evictions(length: int, budget: int, interval: int) -> int:
-    """How many evictions of a trace of `length` tokens are followed by another token."""
-    return max(0, -(-(length - budget) // interval) - 1)
+def at(x_e: Array, eviction: Array) -> Array:
+    """The entry of an eviction, along the first axis; zeros before the first and after the last."""
+    known = (eviction >= 0) & (eviction < len(x_e))
+    one = x_e[jnp.clip(eviction, 0, len(x_e) - 1)]
+    return jnp.where(known, one, jnp.zeros_like(one))
 
 
 def search(
-    future_rows: Callable[[Array], Array], length_b: Array, blocks: int, budget: int, interval: int
+    future_rows: Callable[[Array], Array], length_b: Array, blocks: int, cadence: Cadence
 ) -> Labels:
     """The search, by `lax.scan` over chunks, for all rows and heads at once.
 
@@ -66,8 +69,7 @@ def search(
       length_b: tokens of each row.
       blocks: number of query blocks, `ceil(T / L)`.
     """
-    kv.check_sizes(budget, interval)
-    slots, first = budget + interval, budget // interval
+    budget, interval, first = cadence.budget, cadence.interval, cadence.fill_chunks
     b, k, _, _ = jax.eval_shape(future_rows, jax.ShapeDtypeStruct((), jnp.int32)).shape
 
     def step(state, chunk):
@@ -88,11 +90,14 @@ def search(
             newest,
             length_b > (chunk + 1) * interval,
         )
-        target, source = kv.moves(evict, slots)
+        target, source = kv.moves(evict, cadence.slots)
         state = (kv.move(score, target, source), kv.move(position, target, source))
         return state, labels
 
-    state = (jnp.zeros((b, k, slots, blocks)), jnp.full((b, k, slots), -1, jnp.int32))
+    state = (
+        jnp.zeros((b, k, cadence.slots, blocks)),
+        jnp.full((b, k, cadence.slots), -1, jnp.int32),
+    )
     filling = jnp.arange(min(first, blocks))
     state, _ = jax.lax.scan(lambda s, c: (step(s, c)[0], None), state, filling)
     # The last chunk's eviction is seen by no token.
@@ -104,38 +109,12 @@ def suffix_max(score_bktj: Array) -> Array:
     return jax.lax.cummax(score_bktj, axis=score_bktj.ndim - 1, reverse=True)
 
 
-def from_block_scores(score_xtj: Array, length_x: Array, budget: int, interval: int) -> Labels:
-    """Golden evictions from a table of block scores, over any leading axes at once.
-
-    Args:
-      score_xtj: block scores [..., T, ceil(T / L)], leading axes such as (layers, b, k).
-      length_x: tokens of each sequence, broadcast to the leading axes.
-
-    Returns:
-      Labels whose (b, k) axes are replaced by the leading axes.
-    """
-    lead, (t, j) = score_xtj.shape[:-2], score_xtj.shape[-2:]
-    future = suffix_max(score_xtj).reshape(-1, 1, t, j)
-    future = jnp.pad(future, ((0, 0), (0, 0), (0, -t % interval), (0, 0)))
-    length = jnp.broadcast_to(length_x, lead).reshape(-1)
-
-    def rows(chunk):
-        return jax.lax.dynamic_slice_in_dim(future, chunk * interval, interval, axis=2)
-
-    labels = search(rows, length, j, budget, interval)
-    return jax.tree.map(
-        lambda x: x.reshape(x.shape[0], *lead, *x.shape[3:]),
-        labels,
-    )
-
-
 def from_attention(
     q_bthd: Array,
     k_btkd: Array,
     lse_bkgt: Array,
     position_bt: Array,
-    budget: int,
-    interval: int,
+    cadence: Cadence,
     queries: int = 4096,
 ) -> Labels:
     """Golden evictions of one layer, streamed from the queries and keys of its full pass.
@@ -147,7 +126,7 @@ def from_attention(
       queries: how many queries meet a chunk of keys at once; memory is
         `b * h * queries * L` floats.
     """
-    b, t, k, _ = k_btkd.shape
+    (b, t, k, _), interval = k_btkd.shape, cadence.interval
     blocks = -(-t // interval)
     at_once = min(blocks, max(1, queries // interval))
     slabs = -(-blocks // at_once)
@@ -185,7 +164,7 @@ def from_attention(
         return suffix_max(scores)[..., :blocks]
 
     length_b = (position_bt >= 0).sum(-1)
-    return search(rows, length_b, blocks, budget, interval)
+    return search(rows, length_b, blocks, cadence)
 
 
 def layer_labels(
@@ -193,8 +172,7 @@ def layer_labels(
     weights: models.Params,
     hidden_btm: Array,
     position_bt: Array,
-    budget: int,
-    interval: int,
+    cadence: Cadence,
 ) -> tuple[Array, Labels]:
     """One layer of the full pass: its output and its golden evictions.
 
@@ -202,28 +180,21 @@ def layer_labels(
     """
     q, k, v = models.project(config, weights, hidden_btm, position_bt)
     out, lse = attention.full_attention(q, k, v, position_bt)
-    labels = from_attention(q, k, lse, position_bt, budget, interval)
+    labels = from_attention(q, k, lse, position_bt, cadence)
     return models.finish(config, weights, hidden_btm, out), labels
 
 
-def policy(
-    config: ModelConfig,
-    params: models.Params,
-    token_bt: Array,
-    length_b: Array,
-    budget: int,
-    interval: int,
-) -> tuple[Forced, Labels, Array]:
+def policy(lm: LM, batch: Batch, cadence: Cadence) -> tuple[Forced, Labels, Array]:
     """The golden evictions of all layers, from one full pass.
 
     Returns:
       The policy that forces them, the labels [layers, e, ...], and the full-cache hidden states,
       which `config.cache_dtype` has no say in.
     """
-    position = replay.row_positions(token_bt, length_b)
+    position = batch.position_bt
 
     def layer(hidden, weights):
-        return layer_labels(config, weights, hidden, position, budget, interval)
+        return layer_labels(lm.config, weights, hidden, position, cadence)
 
-    hidden, labels = jax.lax.scan(layer, models.embed(params, token_bt), params["layers"])
+    hidden, labels = jax.lax.scan(layer, models.embed(lm, batch.token_bt), lm.params["layers"])
     return Forced(labels.evict_position_ebkl), labels, hidden

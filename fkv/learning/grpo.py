@@ -10,6 +10,7 @@ the rollouts of its traces, those of one trace side by side.
 """
 
 import dataclasses
+from typing import ClassVar
 
 import flax.struct
 import jax
@@ -17,35 +18,24 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from fkv import kinds, models
+from fkv import kinds
+from fkv.cache.cadence import Cadence
 from fkv.engine import replay
+from fkv.engine.batch import Batch
 from fkv.errors import UserError
-from fkv.learning.sft import TrainState, mean_so_far, updates_made
-from fkv.models import ModelConfig
+from fkv.kinds import setting
+from fkv.learning import fit, tokens
+from fkv.models import LM
 from fkv.policies import Foresight, View, scorer
 from fkv.policies.base import Policy
 
 REWARDS = ("all", "low", "high", "low_large", "low_large_squared")
 LOG_PROBS = ("plackett_luce", "independent")
-POSITIVE = kinds.number(0, above=True)
-SETTINGS = {
-    "reward": kinds.one_of(REWARDS),
-    "log_prob": kinds.one_of(LOG_PROBS),
-    "rollouts": kinds.whole(2),  # a group compares
-    "epochs": kinds.whole(1),
-    "temperature": POSITIVE,
-    "eta": kinds.number(0),
-    "high_fraction": kinds.number(0, 1, below=True),  # or nothing would be low
-    "clip": POSITIVE,
-    "kl_weight": kinds.number(0),
-    "kl_steps": kinds.whole(0),
-    "rollouts_at_once": kinds.whole(0),
-}
 
 
 @dataclasses.dataclass(frozen=True)
-class GRPOConfig:
-    """The reinforcement stage.
+class GRPOConfig(tokens.Split):
+    """Rollouts, rewards and the loss.
 
     Attributes:
       rollouts: of each trace.
@@ -54,34 +44,89 @@ class GRPOConfig:
       reward: what is penalised: the added loss of `all`, `low`- or `high`-entropy tokens, of low
         ones where it is larger than `eta` (`low_large`), or its square there (the paper's choice).
       eta: nats.
-      high_fraction: share of tokens, those with the largest full-cache entropy, called high.
       clip: of the ratio of probabilities.
       kl_weight, kl_steps: weight of the KL to the supervised scorer, for that many steps.
       log_prob: `plackett_luce`, the law of the draw, or `independent`, as in the released code.
-      rollouts_at_once: how many a device replays at a time, so that they fit; 0 for all.
+      rollouts_at_once: micro-batch of a device's rollouts; 0 for all.
     """
 
-    rollouts: int = 32
-    epochs: int = 1
-    temperature: float = 1.0
-    reward: str = "low_large_squared"
-    eta: float = 1.5
-    high_fraction: float = 0.2
-    clip: float = 0.2
-    kl_weight: float = 0.05
-    kl_steps: int = 100
-    log_prob: str = "plackett_luce"
-    rollouts_at_once: int = 0
+    rollouts: int = setting(kinds.whole(2), 32)  # a group compares
+    epochs: int = setting(kinds.whole(1), 1)
+    temperature: float = setting(kinds.POSITIVE, 1.0)
+    reward: str = setting(kinds.one_of(REWARDS), "low_large_squared")
+    eta: float = setting(kinds.number(0), 1.5)
+    clip: float = setting(kinds.POSITIVE, 0.2)
+    kl_weight: float = setting(kinds.number(0), 0.05)
+    kl_steps: int = setting(kinds.whole(0), 100)
+    log_prob: str = setting(kinds.one_of(LOG_PROBS), "plackett_luce")
+    rollouts_at_once: int = setting(kinds.whole(0), 0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan(fit.Fit):
+    """The reinforcement stage.
+
+    Attributes:
+      traces: of a step, of which `traces_at_once` (0: all) are a micro-batch.
+      learning_rate, warmup: of Adam: linear warm-up, then constant.
+      clip_norm: of the gradient's global norm.
+      cadence: of evictions.
+      scorer: what is trained.
+      grpo: rollouts, rewards and the loss.
+      micro_batches: of a step, see `fit.accumulated`.
+    """
+
+    group: ClassVar[str] = "grpo"
+    steps: int = setting(kinds.whole(1))
+    traces: int = setting(kinds.whole(1))
+    traces_at_once: int = setting(kinds.whole(0))
+    learning_rate: float = setting(kinds.POSITIVE)
+    warmup: int = setting(kinds.whole(0))
+    clip_norm: float = setting(kinds.POSITIVE)
+    cadence: Cadence
+    scorer: scorer.ScorerConfig
+    grpo: GRPOConfig
+    micro_batches: int = 1
 
     def __post_init__(self):
-        kinds.check_fields("grpo.", self, **SETTINGS)
+        super().__post_init__()
+        if self.micro_batches > 1 and self.grpo.epochs > 1:
+            raise UserError("grpo.epochs must be 1 with micro-batches of traces (traces_at_once)")
+
+    @property
+    def optimiser(self) -> optax.GradientTransformation:
+        """Adam after clipping."""
+        schedule = optax.linear_schedule(
+            self.learning_rate / (self.warmup + 1), self.learning_rate, self.warmup
+        )
+        adam = optax.chain(optax.clip_by_global_norm(self.clip_norm), optax.adam(schedule))
+        return fit.accumulated(adam, self.micro_batches)
 
 
-def reward(evicted_nll_t: Array, full_nll_t: Array, counted_t: Array, eta: float) -> Array:
-    """Minus the mean over the counted tokens of the squared losses larger than `eta` nats."""
-    excess = evicted_nll_t - full_nll_t
-    penalty = jnp.where(excess > eta, excess**2, 0.0)
-    return -(penalty * counted_t).sum() / counted_t.sum()
+@flax.struct.dataclass
+class TrainState(fit.TrainState):
+    """Everything a training step changes, and the scorers it started from.
+
+    A checkpoint holds these, too, should the supervised run be gone.
+    """
+
+    reference: dict
+
+
+@flax.struct.dataclass
+class Rollouts:
+    """The rows of a step: every trace `rollouts` times, side by side.
+
+    Attributes:
+      batch: the traces.
+      full_bt, entropy_bt: full-cache losses and entropies by token, [b, t - 1].
+      random_b: raw data of one PRNG key per row.
+    """
+
+    batch: Batch
+    full_bt: Array
+    entropy_bt: Array
+    random_b: Array
 
 
 def advantages(reward_r: Array) -> Array:
@@ -101,31 +146,16 @@ def independent_log_prob(score_xn: Array, index_xl: Array) -> Array:
     return jnp.take_along_axis(jax.nn.log_softmax(score_xn, axis=-1), index_xl, axis=-1)
 
 
-def loss(
-    new_x: Array,
-    old_x: Array,
-    reference_x: Array,
-    advantage_x: Array,
-    clip: float,
-    kl_weight: float,
-) -> tuple[Array, Array]:
-    """PPO-clip loss plus the k3 estimate of the KL to the reference policy.
-
-    Args:
-      new_x, old_x, reference_x: log-probabilities of the dropped entries.
-      advantage_x: advantages, broadcast to them.
-
-    Returns:
-      The loss and the mean KL estimate, nats.
-    """
-    _, surrogate, kl = terms(new_x, old_x, reference_x, advantage_x, clip)
-    return -surrogate.mean() + kl_weight * kl.mean(), kl.mean()
-
-
 def terms(
     new_x: Array, old_x: Array, reference_x: Array, advantage_x: Array, clip: float
 ) -> tuple[Array, Array, Array]:
-    """What `loss` averages: ratio of probabilities, clipped surrogate and KL estimate, [x] each."""
+    """Ratio of probabilities, PPO-clip surrogate, and k3 estimate of the KL to the reference policy
+    (nats) of each dropped entry, [x] each.
+
+    Args:
+      new_x, old_x, reference_x: log-probabilities.
+      advantage_x: advantages, broadcast to them.
+    """
     ratio = jnp.exp(jnp.clip(new_x - old_x, -10, 10))
     surrogate = jnp.minimum(ratio * advantage_x, jnp.clip(ratio, 1 - clip, 1 + clip) * advantage_x)
     log_ratio = jnp.clip(reference_x - new_x, -10, 10)
@@ -142,14 +172,6 @@ def plackett_luce_log_prob(score_xm: Array, draws: int) -> Array:
     return (score_xm - left)[..., :draws]
 
 
-def optimizer(learning_rate: float, warmup: int, clip: float) -> optax.GradientTransformation:
-    """Adam after clipping by global norm; linear warm-up, then a constant rate."""
-    if warmup < 0:
-        raise UserError(f"grpo.warmup = {warmup} must not be negative")
-    schedule = optax.linear_schedule(learning_rate / (warmup + 1), learning_rate, warmup)
-    return optax.chain(optax.clip_by_global_norm(clip), optax.adam(schedule))
-
-
 # ---- rollouts
 
 
@@ -163,7 +185,7 @@ def rollout_reward(
       entropy_bt: full-cache entropies.
       counted_bt: which tokens an eviction can change and the model wrote.
     """
-    low = replay.low_entropy(entropy_bt, counted_bt, config.high_fraction)
+    low = tokens.low_entropy(entropy_bt, counted_bt, config.high_fraction)
     excess = evicted_bt - full_bt
     over = {"all": counted_bt, "high": counted_bt & ~low}.get(config.reward, low)
     if config.reward.startswith("low_large"):
@@ -202,33 +224,20 @@ class Recorded(Policy):
         return self.pool(view)[..., : view.interval]
 
 
-def rollout(
-    config: ModelConfig,
-    scorer_config: scorer.ScorerConfig,
-    grpo: GRPOConfig,
-    model_params: models.Params,
-    params: dict,
-    token_bt: Array,
-    length_b: Array,
-    random_b: Array,
-    budget: int,
-    interval: int,
-) -> tuple[Array, Array]:
+def rollout(plan: Plan, params: dict, lm: LM, batch: Batch, key_b: Array) -> tuple[Array, Array]:
     """Samples one eviction trace of every row.
 
     Returns:
-      The pools [layers, chunks, b, k, 2L], see `Recorded`, and the losses per token [b, t - 1].
+      The pools [layers, chunks, b, k, 2L], see `Recorded`, and the losses by token [b, t - 1].
     """
-    policy = Foresight(params, scorer_config, "sample", grpo.temperature)
+    policy = Foresight(params, plan.scorer, "sample", plan.grpo.temperature)
 
     def observe(acc, policy, view, evict):
         # What is drawn is what is lowest after the perturbation, so the pool comes in its order.
-        return acc, jax.lax.top_k(-policy.importance(view), 2 * interval)[1]
+        return acc, jax.lax.top_k(-policy.importance(view), 2 * view.interval)[1]
 
-    hidden, _, pools = replay.replay(
-        config, model_params, token_bt, length_b, policy, budget, interval, random_b, observe
-    )
-    return pools, replay.token_losses(config, model_params, hidden, token_bt).nll_bt
+    hidden, _, pools = replay.replay(lm, batch, policy, plan.cadence, key_b, observe)
+    return pools, tokens.token_losses(lm, hidden, batch.token_bt).nll_bt
 
 
 # ---- update
@@ -265,43 +274,47 @@ class Sums:
         return total.replace(ratio=jnp.maximum(self.ratio, other.ratio))
 
 
+@flax.struct.dataclass
+class Step:
+    """What an update goes by beside the rollouts.
+
+    Attributes:
+      first: whether the parameters are those that drew: then the ratios are exactly 1, and
+        `Recorded.old_yebkl` is not read.
+      kl_weight: at this step.
+      advantage_b: of each rollout.
+    """
+
+    first: Array
+    kl_weight: Array
+    advantage_b: Array
+
+
 def loss_and_grads(
-    config: ModelConfig,
-    scorer_config: scorer.ScorerConfig,
-    grpo: GRPOConfig,
-    model_params: models.Params,
-    policy: Recorded,
-    first: Array,
-    kl_weight: Array,
-    advantage_b: Array,
-    token_bt: Array,
-    length_b: Array,
-    budget: int,
-    interval: int,
+    plan: Plan, policy: Recorded, step: Step, lm: LM, batch: Batch
 ) -> tuple[Sums, Array]:
     """Loss and gradient of a batch of rollouts.
 
     Args:
       policy: the recorded evictions and the scorers.
-      first: whether the parameters are those that drew: then the ratios are exactly 1, and
-        `policy.old_yebkl` is not read.
 
     Returns:
       The sums, and the log-probabilities of the drops now [layers, chunks, b, k, l].
     """
-    begin = budget // interval
-    events = jnp.maximum((length_b - 1) // interval - begin, 1)
+    cadence, grpo = plan.cadence, plan.grpo
+    interval = cadence.interval
+    events = jnp.maximum((batch.length_b - 1) // interval - cadence.fill_chunks, 1)
 
     def observe(acc: Sums, policy: Recorded, view: View, evict: Array):
-        live = (view.chunk >= begin) & (length_b > (view.chunk + 1) * interval)
-        weight = jnp.where(live, 1 / (events * config.kv_heads * interval), 0.0)[:, None, None]
+        live = (view.eviction >= 0) & (batch.length_b > (view.chunk + 1) * interval)
+        weight = jnp.where(live, 1 / (events * lm.config.kv_heads * interval), 0.0)[:, None, None]
         pool = policy.pool(view)
         pool = jnp.minimum(pool, view.budget - 1)  # while the cache fills, of no account
-        feature = scorer.features(scorer_config, view)
+        feature = scorer.features(plan.scorer, view)
         old = jax.lax.dynamic_index_in_dim(policy.old_yebkl, view.chunk, axis=0, keepdims=False)
 
         def log_probs(params):
-            score = -scorer.apply(scorer_config, params, feature) / grpo.temperature
+            score = -scorer.apply(plan.scorer, params, feature) / grpo.temperature
             drawn = jnp.take_along_axis(score, pool, axis=-1)
             if grpo.log_prob == "independent":
                 return independent_log_prob(score, pool[..., :interval]), drawn
@@ -311,11 +324,10 @@ def loss_and_grads(
 
         def objective(params):
             new, drawn = log_probs(params)
-            before = jnp.where(first, jax.lax.stop_gradient(new), old)
-            ratio, surrogate, kl = terms(
-                new, before, reference, advantage_b[:, None, None], grpo.clip
-            )
-            loss = ((kl_weight * kl - surrogate) * weight).sum()
+            before = jnp.where(step.first, jax.lax.stop_gradient(new), old)
+            advantage = step.advantage_b[:, None, None]
+            ratio, surrogate, kl = terms(new, before, reference, advantage, grpo.clip)
+            loss = ((step.kl_weight * kl - surrogate) * weight).sum()
             p = jax.nn.softmax(drawn, axis=-1)
             entropy = -(p * jax.nn.log_softmax(drawn, axis=-1)).sum(-1) * interval
             off = jnp.abs(ratio - 1)
@@ -328,149 +340,92 @@ def loss_and_grads(
             return loss, (aux, new)
 
         (loss, (aux, new)), grads = jax.value_and_grad(objective, has_aux=True)(policy.params)
-        kl, clipped, entropy, off = aux
-        return acc.plus(Sums(loss, kl, clipped, entropy, off, grads)), new
+        return acc.plus(Sums(loss, *aux, grads)), new
 
     start = Sums.zero(jax.tree.map(lambda x: x[0], policy.params))
-    _, sums, new = replay.replay(
-        config, model_params, token_bt, length_b, policy, budget, interval,
-        observe=observe, acc=start,
-    )  # fmt: skip
+    _, sums, new = replay.replay(lm, batch, policy, cadence, observe=observe, acc=start)
     # A shift of all scores changes no probability: what is computed for it is rounding.
     grads = {**sums.grads, "b2": jnp.zeros_like(sums.grads["b2"])}
     return sums.replace(grads=grads), new
 
 
 def train_step(
-    config: ModelConfig,
-    scorer_config: scorer.ScorerConfig,
-    grpo: GRPOConfig,
-    optimiser: optax.GradientTransformation,
-    budget: int,
-    interval: int,
-    axis: str,
-    state: TrainState,
-    model_params: models.Params,
-    reference: dict,
-    batch: "Batch",
+    plan: Plan, state: TrainState, lm: LM, rows: Rollouts, axis: str
 ) -> tuple[TrainState, dict]:
     """Rollouts and updates on this device's rows; speaks to the others over `axis`.
 
     Returns:
       The new state and metrics, means over the batch: reward, its spread within groups, the share
       of groups without spread, and of every epoch [epochs] the loss, KL, clip fraction, entropy,
-      largest deviation of a ratio and norm of the gradient (the mean of the parts so far, see
-      `sft.accumulated`); and summed over the batch, for low- and high-entropy tokens, the loss
-      under eviction and with the full cache, and their number.
+      largest deviation of a ratio and norm of the gradient (the mean of the micro-batches so far);
+      and summed over the batch, for low- and high-entropy tokens, the loss under eviction and with
+      the full cache, and their number.
     """
-    rows = batch.token_bt.shape[0]
-    at_once = grpo.rollouts_at_once or rows
-    if rows % at_once:
+    grpo, number = plan.grpo, len(rows.full_bt)
+    at_once = grpo.rollouts_at_once or number
+    if number % at_once:
         raise UserError(
-            f"grpo.rollouts_at_once = {at_once} must divide the {rows} rollouts of a device"
+            f"grpo.rollouts_at_once = {at_once} must divide the {number} rollouts of a device"
         )
 
     def split(x):
-        return x.reshape(rows // at_once, at_once, *x.shape[1:])
+        return x.reshape(number // at_once, at_once, *x.shape[1:])
 
     def roll(part):
-        token, length, random = part
-        return rollout(
-            config,
-            scorer_config,
-            grpo,
-            model_params,
-            state.params,
-            token,
-            length,
-            jax.vmap(jax.random.wrap_key_data)(random),
-            budget,
-            interval,
-        )
+        batch, random = part
+        return rollout(plan, state.params, lm, batch, jax.vmap(jax.random.wrap_key_data)(random))
 
-    token, length = split(batch.token_bt), split(batch.length_b)
-    pools, nll = jax.lax.map(roll, (token, length, split(batch.random_b)))
-    nll = nll.reshape(batch.full_bt.shape)
-    reward = rollout_reward(grpo, nll, batch.full_bt, batch.entropy_bt, batch.counted_bt)
+    batch = jax.tree.map(split, rows.batch)
+    pools, nll = jax.lax.map(roll, (batch, split(rows.random_b)))
+    nll = nll.reshape(rows.full_bt.shape)
+    counted = rows.batch.counted_bt(plan.cadence.first_evicting_token)
+    reward = rollout_reward(grpo, nll, rows.full_bt, rows.entropy_bt, counted)
     # A group may lie on several devices.
     everyone = jax.lax.all_gather(reward, axis, tiled=True).reshape(-1, grpo.rollouts)
     advantage = jax.vmap(advantages)(everyone).reshape(-1)
-    own = jax.lax.axis_index(axis) * rows
-    advantage = split(jax.lax.dynamic_slice_in_dim(advantage, own, rows))
+    own = jax.lax.axis_index(axis) * number
+    advantage = split(jax.lax.dynamic_slice_in_dim(advantage, own, number))
     kl_weight = jnp.where(state.step < grpo.kl_steps, grpo.kl_weight, 0.0)
 
     def update(carry, epoch):
         state, old = carry
 
         def gradient(sums, part):
-            pools, old, advantage, token, length = part
-            policy = Recorded(pools, old, state.params, reference, scorer_config)
-            more, new = loss_and_grads(
-                config,
-                scorer_config,
-                grpo,
-                model_params,
-                policy,
-                epoch == 0,
-                kl_weight,
-                advantage,
-                token,
-                length,
-                budget,
-                interval,
-            )
+            pools, old, advantage, batch = part
+            policy = Recorded(pools, old, state.params, state.reference, plan.scorer)
+            step = Step(epoch == 0, kl_weight, advantage)
+            more, new = loss_and_grads(plan, policy, step, lm, batch)
             # Of a single epoch nobody asks again how likely its drops were.
             return sums.plus(more), new if grpo.epochs > 1 else old
 
-        parts = (pools, old, advantage, token, length)
-        zero = Sums.zero(state.params)
-        sums, new = jax.lax.scan(gradient, zero, parts)
+        sums, new = jax.lax.scan(gradient, Sums.zero(state.params), (pools, old, advantage, batch))
         off = jax.lax.pmax(sums.ratio, axis)
-        sums = jax.tree.map(lambda x: x / rows, jax.lax.pmean(sums, axis))
-        updates, opt_state = optimiser.update(sums.grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        sums = jax.tree.map(lambda x: x / number, jax.lax.pmean(sums, axis))
+        updates, opt_state = plan.optimiser.update(sums.grads, state.opt_state, state.params)
         metrics = {
             "loss": sums.loss.sum(),
             "kl": sums.kl.mean(),
             "clip_fraction": sums.clipped.mean(),
             "entropy": sums.entropy.mean(),
             "ratio_off": off.max(),
-            "grad_norm": optax.tree.norm(mean_so_far(sums.grads, state.opt_state)),
+            "grad_norm": optax.tree.norm(fit.mean_so_far(sums.grads, state.opt_state)),
         }
+        params = optax.apply_updates(state.params, updates)
         old = jnp.where(epoch == 0, new, old)
-        return (TrainState(state.step, params, opt_state), old), metrics
+        return (state.replace(params=params, opt_state=opt_state), old), metrics
 
     kept = pools.shape[:-1] if grpo.epochs > 1 else (*pools.shape[:2], 1, 1, 1)
-    empty = jnp.zeros((*kept, interval))
+    empty = jnp.zeros((*kept, plan.cadence.interval))
     (state, _), metrics = jax.lax.scan(update, (state, empty), jnp.arange(grpo.epochs))
 
-    low = replay.low_entropy(batch.entropy_bt, batch.counted_bt, grpo.high_fraction)
+    low = tokens.low_entropy(rows.entropy_bt, counted, grpo.high_fraction)
     total = lambda x, mask: jax.lax.psum(jnp.where(mask, x, 0.0).sum(), axis)  # noqa: E731
-    for name, mask in (("low", low), ("high", batch.counted_bt & ~low)):
+    for name, mask in (("low", low), ("high", counted & ~low)):
         metrics[f"evicted_{name}"] = total(nll, mask)
-        metrics[f"full_{name}"] = total(batch.full_bt, mask)
+        metrics[f"full_{name}"] = total(rows.full_bt, mask)
         metrics[f"tokens_{name}"] = total(jnp.ones_like(nll), mask)
     spread = everyone.std(-1)
     metrics["reward"] = everyone.mean()
     metrics["reward_spread"] = spread.mean()
     metrics["groups_without_spread"] = (spread == 0).mean()
-    return state.replace(step=updates_made(state.step, state.opt_state)), metrics
-
-
-@flax.struct.dataclass
-class Batch:
-    """Rows of a step: every trace `rollouts` times, side by side.
-
-    Attributes:
-      token_bt, length_b: right-padded traces.
-      full_bt, entropy_bt: full-cache losses and entropies per token, [b, t - 1].
-      counted_bt: which of these tokens count.
-      random_b: raw data of one PRNG key per row.
-    """
-
-    token_bt: Array
-    length_b: Array
-    full_bt: Array
-    entropy_bt: Array
-    counted_bt: Array
-    random_b: Array
+    return state.replace(step=fit.updates_made(state.step, state.opt_state)), metrics

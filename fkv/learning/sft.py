@@ -7,6 +7,7 @@ over layers carries the hidden states of the full pass and of the evicted pass s
 """
 
 import dataclasses
+from typing import ClassVar
 
 import flax.struct
 import jax
@@ -15,19 +16,22 @@ import optax
 from jax import Array
 
 from fkv import kinds, models
+from fkv.cache.cadence import Cadence
 from fkv.engine import replay
+from fkv.engine.batch import Batch
 from fkv.errors import UserError
 from fkv.keys import Purpose, key_of
+from fkv.kinds import setting
 from fkv.learning import golden
-from fkv.models import ModelConfig
+from fkv.learning.fit import Fit, TrainState, accumulated, mean_so_far, updates_made
+from fkv.models import LM
 from fkv.policies import Forced, View, scorer
 
 WEIGHTINGS = ("plain", "sqrt_gap")
-SETTINGS = {"margin": kinds.number(0), "weighting": kinds.one_of(WEIGHTINGS)}
 
 
 @dataclasses.dataclass(frozen=True)
-class LossConfig:
+class LossConfig(kinds.Settings):
     """The ranking loss.
 
     Attributes:
@@ -36,11 +40,52 @@ class LossConfig:
         the gap between their future scores.
     """
 
-    margin: float = 0.01
-    weighting: str = "plain"
+    group: ClassVar[str] = "sft"
+    margin: float = setting(kinds.number(0), 0.01)
+    weighting: str = setting(kinds.one_of(WEIGHTINGS), "plain")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan(Fit):
+    """The supervised stage.
+
+    Attributes:
+      batch: traces of a step, of which a device takes `at_once` (0: all) as a micro-batch.
+      learning_rate, warmup: of Adam: linear warm-up, then cosine to zero at `steps`.
+      clip: of the gradient's global norm.
+      cadence: of evictions.
+      scorer: what is trained.
+      loss: the ranking loss.
+      micro_batches: of a step, see `fit.accumulated`.
+    """
+
+    group: ClassVar[str] = "sft"
+    steps: int = setting(kinds.whole(1))
+    batch: int = setting(kinds.whole(1))
+    at_once: int = setting(kinds.whole(0))
+    learning_rate: float = setting(kinds.POSITIVE)
+    warmup: int = setting(kinds.whole(0))
+    clip: float = setting(kinds.POSITIVE)
+    cadence: Cadence
+    scorer: scorer.ScorerConfig
+    loss: LossConfig
+    micro_batches: int = 1
 
     def __post_init__(self):
-        kinds.check_fields("sft.", self, **SETTINGS)
+        super().__post_init__()
+        if self.warmup >= self.steps:
+            raise UserError(
+                f"sft.warmup = {self.warmup} must be less than sft.steps = {self.steps}"
+            )
+
+    @property
+    def optimiser(self) -> optax.GradientTransformation:
+        """Adam after clipping."""
+        schedule = optax.warmup_cosine_decay_schedule(
+            0.0, self.learning_rate, self.warmup, self.steps
+        )
+        adam = optax.chain(optax.clip_by_global_norm(self.clip), optax.adam(schedule))
+        return accumulated(adam, self.micro_batches)
 
 
 def ranking_loss(
@@ -92,33 +137,24 @@ class Sums:
     grads: dict
 
 
-def loss_and_grads(
-    config: ModelConfig,
-    scorer_config: scorer.ScorerConfig,
-    loss_config: LossConfig,
-    model_params: models.Params,
-    scorer_params: dict,
-    token_bt: Array,
-    length_b: Array,
-    budget: int,
-    interval: int,
-) -> Sums:
+def loss_and_grads(plan: Plan, params: dict, lm: LM, batch: Batch) -> Sums:
     """Ranking loss, overlap and gradient of a batch of traces, [layers] and [layers, ...].
 
     Rows too short to have an eviction followed by a token count for nothing.
     """
-    replay.check_lengths([token_bt.shape[1]], budget, interval)
-    position = replay.row_positions(token_bt, length_b)
-    first = budget // interval
-    # Golden evictions draw nothing.
-    random_b = replay.row_keys(key_of(0, Purpose.REPLAY), token_bt.shape[0])
-    counted = (length_b > budget + interval).astype(jnp.float32).sum()
+    cadence = plan.cadence
+    replay.check_lengths([batch.token_bt.shape[1]], cadence)
+    position = batch.position_bt
+    counted = (batch.length_b > cadence.first_evicting_token).astype(jnp.float32).sum()
+    # Golden evictions draw nothing and share evenly.
+    unused = replay.row_keys(key_of(0, Purpose.REPLAY), len(position))
+    site = replay.Site(lm.config, cadence, 0, unused)
 
     def layer(hiddens, inputs):
         weights, params = inputs
         full, evicted = hiddens
-        full, labels = golden.layer_labels(config, weights, full, position, budget, interval)
-        policy = Forced(labels.evict_position_ebkl, scorer_config.statistics)
+        full, labels = golden.layer_labels(lm.config, weights, full, position, cadence)
+        policy = Forced(labels.evict_position_ebkl, plan.scorer.statistics)
 
         # Weights of each eviction's groups, known from the labels: a mean over the trace's groups.
         pairs = has_pair(labels.future_score_ebkn) & labels.valid_eb[..., None]
@@ -127,142 +163,44 @@ def loss_and_grads(
         overlap_weight = valid / jnp.maximum(valid.sum((0, 2), keepdims=True), 1)
 
         def observe(acc: Sums, policy: Forced, view: View, evict: Array):
-            event = jnp.clip(view.chunk - first, 0, len(labels.valid_eb) - 1)
-            live = (view.chunk >= first) & (view.chunk - first < len(labels.valid_eb))
-            pick = lambda x: jnp.where(live, x[event], 0)  # noqa: E731
-            future = labels.future_score_ebkn[event]
-            feature = scorer.features(scorer_config, view)
+            future = golden.at(labels.future_score_ebkn, view.eviction)
+            feature = scorer.features(plan.scorer, view)
 
             def objective(params):
-                importance = scorer.apply(scorer_config, params, feature)
-                loss, _ = ranking_loss(importance, future, loss_config)
-                return (loss * pick(loss_weight)).sum(), importance
+                importance = scorer.apply(plan.scorer, params, feature)
+                loss, _ = ranking_loss(importance, future, plan.loss)
+                return (loss * golden.at(loss_weight, view.eviction)).sum(), importance
 
             (loss, importance), grads = jax.value_and_grad(objective, has_aux=True)(params)
             # The loss does not change when all scores of a head shift; the rounding noise that is
             # computed for that shift would be blown up by Adam.
             grads = {**grads, "b2": jnp.zeros_like(grads["b2"])}
-            chosen = jax.lax.top_k(-importance, interval)[1]
+            chosen = jax.lax.top_k(-importance, view.interval)[1]
             agree = (chosen[..., :, None] == evict[..., None, :]).any(-1).mean(-1)
-            overlap = (agree * pick(overlap_weight)).sum()
+            overlap = (agree * golden.at(overlap_weight, view.eviction)).sum()
             return jax.tree.map(jnp.add, acc, Sums(0.0, loss, overlap, grads)), ()
 
         zero = Sums(counted, jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-        q, k, v = models.project(config, weights, evicted, position)
-        out, _, sums, _ = replay.layer_pass(
-            config,
-            policy,
-            0,  # golden evictions draw nothing and share evenly
-            q,
-            k,
-            v,
-            position,
-            random_b,
-            budget,
-            interval,
-            observe,
-            zero,
-        )
-        return (full, models.finish(config, weights, evicted, out)), sums
+        qkv = models.project(lm.config, weights, evicted, position)
+        out, _, sums, _ = replay.layer_pass(policy, site, qkv, position, observe, zero)
+        return (full, models.finish(lm.config, weights, evicted, out)), sums
 
-    hidden = models.embed(model_params, token_bt)
-    inputs = (model_params["layers"], scorer_params)
-    return jax.lax.scan(layer, (hidden, hidden), inputs)[1]
-
-
-@flax.struct.dataclass
-class TrainState:
-    """Everything a training step changes.
-
-    Attributes:
-      step: updates made, int32.
-      params: scorer parameters of all layers, stacked.
-      opt_state: the optimiser's.
-    """
-
-    step: Array
-    params: dict
-    opt_state: optax.OptState
-
-
-def optimizer(
-    learning_rate: float, warmup: int, steps: int, clip: float
-) -> optax.GradientTransformation:
-    """Adam after clipping by global norm; linear warm-up, then cosine to zero at `steps`."""
-    if not 0 <= warmup < steps:
-        raise UserError(
-            f"sft.warmup = {warmup} must be less than sft.steps = {steps}, and not negative"
-        )
-    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, steps)
-    return optax.chain(optax.clip_by_global_norm(clip), optax.adam(schedule))
-
-
-def accumulated(
-    optimiser: optax.GradientTransformation, parts: int
-) -> optax.GradientTransformation:
-    """Updates once in `parts` calls, by the mean of their gradients; clipping sees the mean."""
-    if parts == 1:
-        return optimiser
-    return optax.MultiSteps(optimiser, parts).gradient_transformation()
-
-
-def mean_so_far(grads: dict, opt_state: optax.OptState) -> dict:
-    """The mean of these gradients and those of the parts of a step before them.
-
-    Args:
-      opt_state: before `grads` came; with the last part of a step this is what clipping sees.
-    """
-    if not isinstance(opt_state, optax.MultiStepsState):
-        return grads
-    share = 1 / (opt_state.mini_step + 1)
-    return jax.tree.map(lambda old, new: old + (new - old) * share, opt_state.acc_grads, grads)
-
-
-def updates_made(step: Array, opt_state: optax.OptState) -> Array:
-    """Updates after a call that had made `step` of them before."""
-    if isinstance(opt_state, optax.MultiStepsState):
-        return opt_state.gradient_step
-    return step + 1
-
-
-def init_state(params: dict, optimiser: optax.GradientTransformation) -> TrainState:
-    """A training state at step 0."""
-    return TrainState(jnp.zeros((), jnp.int32), params, optimiser.init(params))
+    hidden = models.embed(lm, batch.token_bt)
+    return jax.lax.scan(layer, (hidden, hidden), (lm.params["layers"], params))[1]
 
 
 def train_step(
-    config: ModelConfig,
-    scorer_config: scorer.ScorerConfig,
-    loss_config: LossConfig,
-    optimiser: optax.GradientTransformation,
-    budget: int,
-    interval: int,
-    axis: str,
-    state: TrainState,
-    model_params: models.Params,
-    token_bt: Array,
-    length_b: Array,
+    plan: Plan, state: TrainState, lm: LM, batch: Batch, axis: str
 ) -> tuple[TrainState, dict]:
     """One update on this device's part of the batch; speaks to the others over `axis`.
 
     Returns:
       The new state and metrics: loss [layers], overlap [layers], grad_norm (of the mean of the
-      parts so far, see `accumulated`).
+      micro-batches so far).
     """
-    sums = loss_and_grads(
-        config,
-        scorer_config,
-        loss_config,
-        model_params,
-        state.params,
-        token_bt,
-        length_b,
-        budget,
-        interval,
-    )
-    sums = jax.lax.psum(sums, axis)
+    sums = jax.lax.psum(loss_and_grads(plan, state.params, lm, batch), axis)
     sums = jax.tree.map(lambda x: x / jnp.maximum(sums.traces[0], 1.0), sums)
-    updates, opt_state = optimiser.update(sums.grads, state.opt_state, state.params)
+    updates, opt_state = plan.optimiser.update(sums.grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics = {
         "loss": sums.loss,

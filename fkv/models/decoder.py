@@ -107,9 +107,9 @@ def init(key: Array, config: ModelConfig, qk_gain: float = 1.0) -> Params:
     return jax.tree_util.tree_unflatten(treedef, params)
 
 
-def unstack(config: ModelConfig, params: Params) -> list[Params]:
+def unstack(lm: LM) -> list[Params]:
     """The parameters of each layer."""
-    return [jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(config.layers)]
+    return [jax.tree.map(lambda x, i=i: x[i], lm.params["layers"]) for i in range(lm.config.layers)]
 
 
 def rms_norm(x: Array, gain: Array, eps: float) -> Array:
@@ -129,9 +129,9 @@ def rotate(x_bthd: Array, position_bt: Array, config: ModelConfig) -> Array:
     return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
 
 
-def embed(params: Params, token_bt: Array) -> Array:
+def embed(lm: LM, token_bt: Array) -> Array:
     """Token embeddings [b, t, m]."""
-    return params["embed_vm"][token_bt]
+    return lm.params["embed_vm"][token_bt]
 
 
 def project(
@@ -171,8 +171,8 @@ def finish(config: ModelConfig, layer: Params, hidden_btm: Array, attended_bthd:
     return hidden + out
 
 
-def unembed(config: ModelConfig, params: Params, hidden_btm: Array) -> Array:
+def unembed(lm: LM, hidden_btm: Array) -> Array:
     """Logits [b, t, v], float32."""
-    x = rms_norm(hidden_btm, params["final_norm_m"], config.rms_eps)
-    head = params["embed_vm" if config.tied_embeddings else "head_vm"]
+    x = rms_norm(hidden_btm, lm.params["final_norm_m"], lm.config.rms_eps)
+    head = lm.params["embed_vm" if lm.config.tied_embeddings else "head_vm"]
     return einsum_f32("btm,vm->btv", x, head)

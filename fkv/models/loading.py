@@ -26,7 +26,7 @@ from fkv import files
 from fkv.errors import UserError
 from fkv.kinds import said
 from fkv.models.config import ARCHITECTURES, ModelConfig, from_hf, read
-from fkv.models.decoder import Params, param_shapes, sharding
+from fkv.models.decoder import LM, Params, param_shapes, sharding
 
 # Our names to Hugging Face's. These arrays are the same on both sides.
 _TOP = {
@@ -91,7 +91,7 @@ def load(
     dtype: DTypeLike | None = None,
     revision: str | None = None,
     mesh: Mesh | None = None,
-) -> tuple[ModelConfig, Params]:
+) -> LM:
     """Loads a Qwen3, Qwen2 or Llama checkpoint tensor by tensor.
 
     Args:
@@ -104,8 +104,8 @@ def load(
         it all goes to the default device.
 
     Returns:
-      The config and the parameters as laid out in `fkv.models.decoder`. `tied_embeddings` is as the
-      tensors are: a stored `lm_head.weight` that differs from the embedding is used.
+      The model. `tied_embeddings` is as the tensors are: a stored `lm_head.weight` that
+      differs from the embedding is used.
 
     Raises:
       UserError: the checkpoint is absent, damaged, not finite, or is not the decoder its config
@@ -157,7 +157,7 @@ def load(
                 f"{stored[t.name].path}: {stored[t.name].name} holds NaN or infinity in {dtype}: "
                 "the checkpoint is damaged, or needs a wider dtype (bfloat16 or float32)"
             )
-    return config, params
+    return LM(params, config)
 
 
 @jax.jit
@@ -188,12 +188,13 @@ def _insert(stack: Array, tensor: Array, layer: Array, place: NamedSharding | No
     return stack if place is None else jax.lax.with_sharding_constraint(stack, place)
 
 
-def save(directory: str | Path, config: ModelConfig, params: Params) -> None:
+def save(directory: str | Path, lm: LM) -> None:
     """Writes a Hugging Face directory that `transformers` (4 and 5) and `load` read.
 
     Raises:
       UserError: no Hugging Face config of the family describes this decoder.
     """
+    config, params = lm.config, lm.params
     chex.assert_trees_all_equal_shapes(params, param_shapes(config))
     dtype = jnp.result_type(*jax.tree.leaves(params)).name
     description = _describe(config, dtype)

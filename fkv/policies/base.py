@@ -45,6 +45,7 @@ class View:
       layer: index of this layer, int32.
       config: of the model.
       budget, interval: B and L.
+      eviction: index of the eviction, int32; negative while the first B tokens fill the cache.
       capacity: slots before the newest `L`: B, unless the policy asks for more.
       key_bksd, value_bksd: keys and values of all slots, as numbers whatever the cache's dtype.
       cumulative_bksg, decayed_bksg: attention that each entry received since it arrived, kept if
@@ -63,6 +64,7 @@ class View:
 
     budget = property(lambda self: self.cadence.budget)
     interval = property(lambda self: self.cadence.interval)
+    eviction = property(lambda self: self.chunk - self.cadence.fill_chunks)
     capacity = property(lambda self: self.cache.position_bks.shape[-1] - self.interval)
     key_bksd = property(lambda self: kv.dense(self.cache.key_bksd))
     value_bksd = property(lambda self: kv.dense(self.cache.value_bksd))

@@ -12,11 +12,13 @@ import pytest
 
 from fkv import models, policies
 from fkv.cache import attention, kernels
+from fkv.cache.cadence import Cadence
 from fkv.cache.slots import Cache
 from fkv.engine import decoding, replay
-from fkv.engine.decoding import Sampling
+from fkv.engine.batch import Batch
+from fkv.engine.decoding import Plan, Sampling
 from fkv.errors import UserError
-from fkv.models import numerics
+from fkv.models import LM, numerics
 from fkv.runs import costs
 from tests import oracles
 
@@ -108,14 +110,19 @@ def test_blocks_cover_the_cache(platform, slots):
 def test_generation_is_that_of_plain_attention():
     config, params = oracles.make_model()
     policy, rng = policies.get("h2o"), np.random.default_rng(0)
+    plan = Plan(Cadence(12, 6), Sampling(0.0))
     prompts = [rng.integers(37, size=n) for n in (20, 5)]
     out = {
         kernel: decoding.generate(
-            dataclasses.replace(config, kernel=kernel), params, policy, prompts,
-            replay.row_keys(jax.random.key(0), 2), 18, 12, 6, Sampling(0.0), limit=(18, 9),
+            LM(params, dataclasses.replace(config, kernel=kernel)),
+            policy,
+            plan,
+            prompts,
+            replay.row_keys(jax.random.key(0), 2),
+            limit=(18, 9),
         )
         for kernel in ("plain", "interpret")
-    }  # fmt: skip
+    }
     assert [x.tolist() for x in out["interpret"]] == [x.tolist() for x in out["plain"]]
     assert [len(x) for x in out["plain"]] == [18, 9]
 
@@ -182,14 +189,19 @@ def test_a_decoding_step_has_one_call_a_layer(platform):
     params = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), models.decoder.param_shapes(config)
     )
-    policy, row = policies.get("h2o"), jax.ShapeDtypeStruct((2,), jnp.int32)
-    fixed = dict(budget=1024, interval=256, sampling=Sampling(0.0), stop=())
-    prefill = functools.partial(decoding.prefill, config, **fixed, new_tokens=256)
+    lm, policy, row = LM(params, config), policies.get("h2o"), jax.ShapeDtypeStruct((2,), jnp.int32)
+    plan = Plan(Cadence(1024, 256), Sampling(0.0))
     keys = jax.eval_shape(lambda: replay.row_keys(jax.random.key(0), 2))
-    prompts = jax.ShapeDtypeStruct((2, 256), jnp.int32)
-    state = jax.eval_shape(prefill, params, policy, prompts, row, keys, row)
-    step = functools.partial(decoding.decode_chunk, config, prompt_width=256, **fixed)
-    text = lowered(platform, step, params, policy, state)
+    prompts = Batch(jax.ShapeDtypeStruct((2, 256), jnp.int32), row, row, row)
+
+    def prefill(lm, policy, prompts, keys, limit):
+        return decoding.prefill(lm, policy, plan, prompts, keys, limit, 256)
+
+    def step(lm, policy, state):
+        return decoding.decode_chunk(lm, policy, plan, state, 256)
+
+    state = jax.eval_shape(prefill, lm, policy, prompts, keys, row)
+    text = lowered(platform, step, lm, policy, state)
     assert text.count(CALL[platform]) == 2
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from fkv.cache import slots as kv
+from fkv.cache.cadence import FULL, Cadence
 from fkv.errors import UserError
 
 BATCH, HEADS, DIM = 3, 2, 4
@@ -168,8 +169,11 @@ def test_an_int8_cache_is_the_float_cache_quantised_bit_for_bit():
 @pytest.mark.parametrize(
     ("budget", "interval", "message"),
     [
-        (16, 0, "interval = 0"),
-        (16, -4, "interval = -4"),
+        (16, 0, "interval = 0 must be a whole number from 1"),
+        (16, -4, "interval = -4 must be"),
+        (16, 4.0, "interval = 4.0 must be"),
+        (0, 4, "budget = 0 must be a whole number from 1"),
+        (True, 4, "budget = True must be"),
         (16, 16, "budget = 16 must be larger than interval = 16"),
         (8, 16, "budget = 8 must be larger"),
         (24, 16, "budget = 24 must be a multiple of interval = 16"),
@@ -177,9 +181,25 @@ def test_an_int8_cache_is_the_float_cache_quantised_bit_for_bit():
 )
 def test_refuses_sizes_that_no_cadence_has(budget, interval, message):
     with pytest.raises(UserError, match=message):
-        kv.check_sizes(budget, interval)
+        Cadence(budget, interval)
 
 
 def test_accepts_sizes():
-    kv.check_sizes(32, 16)
-    kv.check_sizes(2, 1)
+    assert Cadence(32, 16) == Cadence.of(32, 16)
+    assert Cadence(2, 1).slots == Cadence(2, 1).first_evicting_token == 3
+    # That of the full cache is of its interval alone.
+    assert Cadence.of(FULL, 16).interval == 16
+
+
+@pytest.mark.parametrize(("budget", "interval"), [(2, 1), (3, 1), (8, 4), (12, 4), (24, 12)])
+def test_a_cadence_is_that_of_a_simulation(budget, interval):
+    cadence = Cadence(budget, interval)
+    held, evictions = 0, 0
+    for token in range(10 * budget):
+        # The eviction comes with the next token: none that no token sees is counted.
+        if held == budget + interval:
+            held, evictions = budget, evictions + 1
+        assert (token >= cadence.first_evicting_token) == (evictions > 0)
+        held += 1
+        assert cadence.evictions(token + 1) == evictions
+    assert cadence.fill_chunks * interval == budget and cadence.slots == budget + interval

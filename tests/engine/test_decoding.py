@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 
 from fkv import models, policies, tasks
+from fkv.cache.cadence import Cadence
 from fkv.engine import decoding, replay
-from fkv.engine.decoding import NO_TOKEN, Sampling
+from fkv.engine.batch import Batch
+from fkv.engine.decoding import NO_TOKEN, Plan, Sampling
 from fkv.errors import UserError
 from fkv.keys import Purpose, key_of
+from fkv.models import LM
 from fkv.policies import scorer
 from fkv.tasks import ledger
 from tests import oracles
@@ -23,12 +26,13 @@ from tests.models import SMALL, torch_model
 BUDGET, INTERVAL, NEW = 24, 12, 30  # 30 is no multiple of 12
 # Longer than B + L, shorter than an interval, exactly one, more than one, a single token.
 LENGTHS = [50, 5, 12, 31, 1]
+CADENCE = Cadence(BUDGET, INTERVAL)
 GREEDY, WARM = Sampling(0.0), Sampling(0.8, 12, 0.9)
 
 
 @functools.cache
 def model():
-    return oracles.make_model()
+    return oracles.make_lm()
 
 
 def random_prompts(lengths, vocab=37, seed=0):
@@ -43,22 +47,32 @@ KEYS = jax.random.split(jax.random.key(0), len(LENGTHS))
 def policy_of(name):
     if "foresight" not in name:
         return policies.get(name)
-    config, _ = model()
     rules = scorer.ScorerConfig()
-    policy = policies.Foresight(scorer.init(jax.random.key(3), config, rules), rules, "sample")
+    params = scorer.init(jax.random.key(3), model().config, rules)
+    policy = policies.Foresight(params, rules, "sample")
     return policies.Ada(policy) if name == "ada(foresight)" else policy
 
 
+def with_config(lm, **fields):
+    return lm.replace(config=dataclasses.replace(lm.config, **fields))
+
+
 def generate(
-    policy, prompts=PROMPTS, keys=KEYS, new_tokens=NEW, sampling=WARM, cache_dtype="", **settings
+    name,
+    prompts=PROMPTS,
+    keys=KEYS,
+    sampling=WARM,
+    cache_dtype="",
+    budget=BUDGET,
+    interval=INTERVAL,
+    stop=(),
+    limit=None,
+    width=0,
 ):
-    config, params = model()
-    config = dataclasses.replace(config, cache_dtype=cache_dtype)
-    policy = policy_of(policy) if isinstance(policy, str) else policy
-    sizes = {"budget": BUDGET, "interval": INTERVAL} | settings
-    return decoding.generate(
-        config, params, policy, prompts, keys, new_tokens, sampling=sampling, **sizes
-    )
+    lm = with_config(model(), cache_dtype=cache_dtype)
+    plan = Plan(Cadence(budget, interval), sampling, stop)
+    limit = [NEW] * len(prompts) if limit is None else limit
+    return decoding.generate(lm, policy_of(name), plan, prompts, keys, limit, width)
 
 
 def assert_same(some, others):
@@ -73,11 +87,9 @@ def test_full_cache_generates_what_pytorch_generates(family, tmp_path):
     torch = pytest.importorskip("torch")
     reference = torch_model(family, eos_token_id=None, bos_token_id=None, pad_token_id=None)
     reference.save_pretrained(tmp_path)
-    config, params = models.load(tmp_path, "float32")
+    lm, plan = models.load(tmp_path, "float32"), Plan(Cadence(16, 8), GREEDY)
     prompts = random_prompts([30, 3, 12, 1, 17], SMALL["vocab_size"])
-    out = decoding.generate(
-        config, params, policies.get("full"), prompts, KEYS, 20, 16, 8, sampling=GREEDY
-    )
+    out = decoding.generate(lm, policies.get("full"), plan, prompts, KEYS, [20] * 5)
     for prompt, tokens in zip(prompts, out, strict=True):
         ids = torch.tensor(prompt[None].astype(np.int64))
         want = reference.generate(
@@ -138,34 +150,25 @@ EVERY += ["ada(foresight)", "ada(pyramid(h2o))"]
     ],
 )
 def test_tokens_come_from_the_logits_of_replay(name, sampling, cache_dtype):
-    config, params = model()
-    config = dataclasses.replace(config, cache_dtype=cache_dtype)
+    lm = with_config(model(), cache_dtype=cache_dtype)
     out = generate(name, sampling=sampling, cache_dtype=cache_dtype)
-    prompt, padding = decoding.left_pad(PROMPTS, INTERVAL)
-    width = prompt.shape[1]
+    prompts = decoding.left_pad(PROMPTS, INTERVAL)
+    width = prompts.token_bt.shape[1]
     assert width == 60 and all(len(x) == NEW for x in out)
-    token = np.concatenate([prompt, np.stack(out)], axis=1)
-    hidden, _, _ = replayed(
-        config, params, jnp.array(token), policy_of(name), KEYS, jnp.array(padding)
-    )
-    logits = logits_of(config, params, hidden[:, width - 1 : -1])
+    token = np.concatenate([prompts.token_bt, np.stack(out)], axis=1)
+    whole = prompts.replace(token_bt=token, length_b=prompts.length_b + NEW)
+    hidden, _, _ = replayed(lm, whole, policy_of(name), CADENCE, KEYS)
+    logits = logits_of(lm, hidden[:, width - 1 : -1])
     if sampling == GREEDY:
         best = np.take_along_axis(np.asarray(logits), np.stack(out)[..., None], axis=-1)[..., 0]
         assert (np.asarray(logits).max(-1) - best < 1e-4).all()
     else:
-        position = width - padding[:, None] + np.arange(NEW)[None]
+        position = prompts.length_b[:, None] + np.arange(NEW)[None]
         assert_same(drawn(logits, KEYS, position), out)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def replayed(config, params, token, policy, keys, padding):
-    length = token.shape[1] - padding
-    return replay.replay(
-        config, params, token, length, policy, BUDGET, INTERVAL, keys, padding_b=padding
-    )
-
-
-logits_of = jax.jit(models.unembed, static_argnums=0)
+replayed = jax.jit(replay.replay, static_argnums=3)
+logits_of = jax.jit(models.unembed)
 
 
 @jax.jit
@@ -301,13 +304,11 @@ def test_rows_end_at_their_stop_token_or_limit(name):
 
 @pytest.mark.parametrize("name", ["full", "h2o"])
 def test_stream_pieces_are_what_generate_gives(name):
-    config, params = model()
     free = generate(name)
     for stops in ((int(free[0][14]),), *([tuple(range(37))] if name == "h2o" else [])):
+        plan = Plan(CADENCE, WARM, stops)
         pieces = list(
-            decoding.stream(
-                config, params, policy_of(name), PROMPTS, KEYS, NEW, BUDGET, INTERVAL, WARM, stops
-            )
+            decoding.stream(model(), policy_of(name), plan, PROMPTS, KEYS, [NEW] * len(PROMPTS))
         )
         assert all(len(x) <= INTERVAL for piece in pieces for x in piece)
         rows = [np.concatenate(row) for row in zip(*pieces, strict=True)]
@@ -318,15 +319,10 @@ def test_stream_pieces_are_what_generate_gives(name):
 
 
 def test_decode_stops_when_every_row_is_done():
-    config, params = model()
-    state, width = decoding._start(
-        config, params, policy_of("h2o"), PROMPTS, KEYS, NEW, BUDGET, INTERVAL, WARM, (), 0,
-        [3, 0, 7, 12, 1],
-    )  # fmt: skip
+    policy, plan, limit = policy_of("h2o"), Plan(CADENCE, WARM), [3, 0, 7, 12, 1]
+    state, width = decoding._start(model(), policy, plan, PROMPTS, KEYS, limit)
     assert state.chunk == 5 and width == 60
-    out, state = decoding.decode(
-        config, params, policy_of("h2o"), state, width, BUDGET, INTERVAL, WARM, (), NEW
-    )
+    out, state = decoding.decode(model(), policy, plan, state, width, NEW)
     assert out.shape == (5, 36) and state.chunk == 6  # one chunk of the three
     assert (state.token_b == NO_TOKEN).all() and (state.left_b == 0).all()
     out = np.asarray(out)
@@ -359,23 +355,15 @@ def test_decode_stops_when_every_row_is_done():
 )
 def test_decoding_makes_no_copy_of_the_cache(name, program, cache_dtype, rows, kv_heads):
     # A cache that outweighs all else: an eviction gathers the `L` rows that move, never `B`.
-    config, policy = wide_config(), policies.get(name)
-    config = dataclasses.replace(config, cache_dtype=cache_dtype, kv_heads=kv_heads)
-    state, params = wide_state(config, policy, rows)
-    fixed = {
-        "prompt_width": 2048,
-        "budget": 2048,
-        "interval": 16,
-        "sampling": GREEDY,
-        "stop": (),
-    }
+    lm, policy = wide_model(cache_dtype=cache_dtype, kv_heads=kv_heads), policies.get(name)
+    state, fixed = wide_state(lm, policy, rows), {"prompt_width": 2048}
     if program == "decode":
         fixed["new_tokens"] = 16
         function = decoding.decode.__wrapped__
     else:
         function = decoding.decode_chunk
-    call = jax.jit(function, static_argnames=("config", *fixed), donate_argnames="state")
-    compiled = call.lower(config, params, policy, state, **fixed).compile()
+    call = jax.jit(function, static_argnames=("plan", *fixed), donate_argnames="state")
+    compiled = call.lower(lm, policy, WIDE, state, **fixed).compile()
     memory, keys = compiled.memory_analysis(), state.caches[0].key_bksd
     caches = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.caches))
     size, shape = math.prod(keys.shape), ",".join(map(str, keys.shape))
@@ -397,38 +385,40 @@ def test_decoding_makes_no_copy_of_the_cache(name, program, cache_dtype, rows, k
 def test_eviction_makes_no_copy_of_the_cache(name):
     # Scores, choice and move alone: `L` entries are gathered, into the caches that were given, and
     # on a CPU the keys of one of the four rows at a time.
-    config, policy = wide_config(), policies.get(name)
-    state, _ = wide_state(config, policy)
+    lm, policy = wide_model(), policies.get(name)
+    state, config = wide_state(lm, policy), lm.config
     caches, keys = state.caches, state.caches[0].key_bksd
     query = jax.ShapeDtypeStruct((4, 16, config.heads, config.head_dim), jnp.float32)
     lse = jax.ShapeDtypeStruct((4, config.kv_heads, config.group_size, 16), jnp.float32)
     position = jax.ShapeDtypeStruct((4, 16), jnp.int32)
-    call = jax.jit(decoding.evict, static_argnames=("config", "budget"), donate_argnames="caches")
-    compiled = call.lower(
-        config, policy, caches, [(query, lse)] * config.layers, position, state.chunk, state.key_b,
-        budget=2048,
-    ).compile()  # fmt: skip
+    chunks = [replay.Chunk(query, lse, position, state.chunk)] * config.layers
+    site = replay.Site(config, WIDE.cadence, 0, state.key_b)
+    call = jax.jit(decoding.evict, donate_argnames="caches")
+    compiled = call.lower(policy, caches, chunks, site).compile()
     memory = compiled.memory_analysis()
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(caches))
     assert memory.alias_size_in_bytes >= size > 4 * keys.size * keys.dtype.itemsize
     assert memory.temp_size_in_bytes < 0.5 * keys.size * keys.dtype.itemsize
 
 
-def wide_config():
-    config, _ = oracles.make_model()
-    return dataclasses.replace(config, heads=2, head_dim=128)
+WIDE = Plan(Cadence(2048, 16), GREEDY)
 
 
-def wide_state(config, policy, rows=4):
+def wide_model(**fields):
     """Shapes; nothing runs."""
-    params = models.decoder.param_shapes(config)
-    prompts = jax.ShapeDtypeStruct((rows, 2048), jnp.int32)
+    config = dataclasses.replace(model().config, heads=2, head_dim=128, **fields)
+    return LM(models.decoder.param_shapes(config), config)
+
+
+def wide_state(lm, policy, rows=4):
     row = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    prompts = Batch(jax.ShapeDtypeStruct((rows, 2048), jnp.int32), row, row, row)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
-    fixed = dict(budget=2048, interval=16, sampling=GREEDY, stop=(), new_tokens=16)
-    call = functools.partial(decoding.prefill, config, **fixed)
-    state = jax.eval_shape(call, params, policy, prompts, row, keys, row)
-    return state, params
+
+    def prefill(lm, policy, prompts, keys, limit):
+        return decoding.prefill(lm, policy, WIDE, prompts, keys, limit, new_tokens=16)
+
+    return jax.eval_shape(prefill, lm, policy, prompts, keys, row)
 
 
 # ---- sizes and errors
@@ -450,17 +440,26 @@ def test_evictions_are_those_of_a_simulation():
     for prompt, generated in itertools.product(range(1, 20), range(1, 20)):
         for budget, interval in sizes:
             case = prompt, generated, budget, interval
-            assert decoding.evictions(*case) == simulated_evictions(*case), case
-    assert decoding.evictions(36, 2, 24, 12) == 1 > decoding.evictions(36, 1, 24, 12)
+            found = decoding.evictions(prompt, generated, Cadence(budget, interval))
+            assert found == simulated_evictions(*case), case
+    assert decoding.evictions(36, 2, CADENCE) == 1 > decoding.evictions(36, 1, CADENCE)
 
 
 def test_left_pad_aligns_the_ends():
-    token, padding = decoding.left_pad([np.array([1, 2, 3]), np.array([4])], 4, value=9)
-    assert token.tolist() == [[9, 1, 2, 3], [9, 9, 9, 4]] and padding.tolist() == [1, 3]
-    assert token.dtype == padding.dtype == np.int32
-    token, padding = decoding.left_pad([np.array([5, 6]), np.array([7])])
-    assert token.tolist() == [[5, 6], [0, 7]] and padding.tolist() == [0, 1]
-    assert decoding.left_pad([np.arange(8)], 4)[0].shape == (1, 8)
+    batch = decoding.left_pad([np.array([1, 2, 3]), np.array([4])], 4)
+    assert batch.token_bt.tolist() == [[0, 1, 2, 3], [0, 0, 0, 4]]
+    assert batch.padding_b.tolist() == [1, 3]
+    assert batch.length_b.tolist() == batch.prompt_b.tolist() == [3, 1]
+    assert {x.dtype.name for x in jax.tree.leaves(batch)} == {"int32"}
+    assert batch.position_bt.tolist() == [[-1, 0, 1, 2], [-1, -1, -1, 0]]
+    batch = decoding.left_pad([np.array([5, 6]), np.array([7])])
+    assert batch.token_bt.tolist() == [[5, 6], [0, 7]] and batch.padding_b.tolist() == [0, 1]
+    assert decoding.left_pad([np.arange(8)], 4).token_bt.shape == (1, 8)
+    # At least a width, which is rounded up, too.
+    for width, want in ((3, 4), (4, 4), (5, 8), (8, 8)):
+        batch = decoding.left_pad([np.array([1, 2, 3])], 4, width)
+        assert batch.token_bt.tolist() == [[0] * (want - 3) + [1, 2, 3]]
+        assert batch.padding_b.tolist() == [want - 3] and batch.length_b.tolist() == [3]
 
 
 @pytest.mark.parametrize(
@@ -472,8 +471,10 @@ def test_left_pad_aligns_the_ends():
         ({"prompts": [np.array([3, -2])]}, "prompt 0 has token"),
         ({"budget": 12}, "budget = 12 must be larger than interval = 12"),
         ({"budget": 25}, "budget = 25 must be a multiple of interval = 12"),
-        ({"interval": 0}, "interval = 0 must be at least 1"),
-        ({"new_tokens": 0}, "new_tokens = 0 must be at least 1"),
+        ({"interval": 0}, "interval = 0 must be a whole number from 1"),
+        ({"limit": [0] * 5}, r"limit = \[0, 0, 0, 0, 0\] must be a number of tokens for every"),
+        ({"limit": [3, 3, -1, 3, 3]}, r"limit = \[3, 3, -1, 3, 3\] must be a number of tokens"),
+        ({"limit": [3]}, r"limit = \[3\] must be a number of tokens for every prompt"),
     ],
 )
 def test_impossible_requests_are_refused(change, message):
@@ -485,18 +486,13 @@ def test_impossible_requests_are_refused(change, message):
 @pytest.mark.parametrize("name", ["full", "snapkv", "h2o", "rkv", "lagkv", "expected_attention"])
 def test_bfloat16_weights_and_caches(name):
     # The embedded reasoner: a random model's choices are too close for half precision.
-    config, params = models.load(tasks.REASONER, dtype=jnp.bfloat16)
+    lm = models.load(tasks.REASONER, dtype=jnp.bfloat16)
     problem = ledger.problem(0, "bfloat16", 0, ledger.Spec())
     prompt = ledger.encode(problem.prompt)
-    state, _ = decoding._start(
-        config, params, policies.get(name), [prompt], replay.row_keys(jax.random.key(0), 1),
-        24, 64, 16, decoding.Sampling(0.0), (ledger.EOS,),
-    )  # fmt: skip
+    plan, keys = Plan(Cadence(64, 16), GREEDY, (ledger.EOS,)), replay.row_keys(jax.random.key(0), 1)
+    state, _ = decoding._start(lm, policies.get(name), plan, [prompt], keys, [24])
     assert all(cache.key_bksd.dtype == jnp.bfloat16 for cache in state.caches)
-    out = decoding.generate(
-        config, params, policies.get(name), [prompt], replay.row_keys(jax.random.key(0), 1),
-        24, 64, 16, decoding.Sampling(0.0), (ledger.EOS,),
-    )  # fmt: skip
+    out = decoding.generate(lm, policies.get(name), plan, [prompt], keys, [24])
     words = [w for w in ledger.decode(out[0]) if w not in ledger.FILLERS]
     thought = [w for w in problem.thought if w not in ledger.FILLERS]
     # With the full cache the reasoning is right; under eviction it is still made of known words.
@@ -508,23 +504,22 @@ def test_bfloat16_weights_and_caches(name):
 @pytest.mark.parametrize("sampling", [GREEDY, WARM, Sampling(0.8)])
 def test_logits_that_are_no_numbers_are_no_answer(sampling):
     """Weights may be finite, and what is made of them not."""
-    config, params = model()
-    config = dataclasses.replace(config, tied_embeddings=False)
-    head = jnp.array(params.get("head_vm", params["embed_vm"]))
-    many = {**params, "head_vm": head * 1e38}
-    one = {**params, "head_vm": head.at[5].set(jnp.nan)}
-    minus = {**params, "head_vm": head.at[5].set(0)}
-    sizes = (NEW, BUDGET, INTERVAL, sampling)
+    lm = with_config(model(), tied_embeddings=False)
+    head = jnp.array(lm.params.get("head_vm", lm.params["embed_vm"]))
+    many, one, minus = (
+        lm.replace(params=lm.params | {"head_vm": x})
+        for x in (head * 1e38, head.at[5].set(jnp.nan), head.at[5].set(0))
+    )
+    plan, rest = Plan(CADENCE, sampling), (PROMPTS, KEYS, [NEW] * 5)
     for wrong in (many, one):
         for name in ("full", "snapkv"):
             message = r"logits are NaN or infinite in float32 \(row 0, and 4 more of 5\): check its"
             with pytest.raises(UserError, match=message):
-                decoding.generate(config, wrong, policies.get(name), PROMPTS, KEYS, *sizes)
+                decoding.generate(wrong, policies.get(name), plan, *rest)
             with pytest.raises(UserError, match="logits are NaN or infinite in float32"):
-                next(decoding.stream(config, wrong, policies.get(name), PROMPTS, KEYS, *sizes))
-    decoding.generate(config, minus, policies.get("full"), PROMPTS, KEYS, *sizes)
+                next(decoding.stream(wrong, policies.get(name), plan, *rest))
+    decoding.generate(minus, policies.get("full"), plan, *rest)
     # Rows that are left out answer nothing, and so nothing wrong.
-    out = decoding.generate(
-        config, many, policies.get("full"), PROMPTS, KEYS, *sizes, limit=[0] * 5
-    )
-    assert all(len(row) == 0 for row in out)
+    short = [0, 0, NEW, 0, 0]
+    with pytest.raises(UserError, match=r"in float32 \(row 2, and 0 more of 5\)"):
+        decoding.generate(many, policies.get("full"), plan, PROMPTS, KEYS, short)

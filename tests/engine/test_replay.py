@@ -10,33 +10,35 @@ import numpy as np
 import pytest
 
 from fkv import policies
+from fkv.cache.cadence import Cadence
 from fkv.engine import replay
+from fkv.engine.batch import Batch
 from fkv.errors import UserError
 from fkv.learning import golden
+from fkv.learning.tokens import low_entropy, token_losses
+from fkv.models import LM
 from fkv.policies import scorer
 from tests import oracles
 from tests.learning.test_golden import assert_linear, memory
 from tests.policies.test_policies import h2o, rkv, snapkv, streaming_llm
 
 BUDGET, INTERVAL = 24, 12
-FIRST = BUDGET // INTERVAL
+CADENCE, FIRST = Cadence(BUDGET, INTERVAL), BUDGET // INTERVAL
 # No multiple of L, one token after an eviction, an eviction at the very end (twice), and none.
 LENGTHS = [95, 61, 60, 36, 10]
 # (family, query heads, KV heads): groups of 1, 2 and 4.
 MODELS = [("qwen2", 2, 2), ("qwen3", 4, 2), ("qwen2", 4, 1)]
 
 
-def run(config, policy, observe=replay._ignore, acc=()):
+def run(policy, observe=replay._ignore, acc=()):
     """Compiled replay; the golden evictions of the batch take the place of policy `golden`."""
 
     @jax.jit
-    def call(params, token, length, random=None, padding=0):
+    def call(lm, batch, key_b=None):
         rule = policy
         if policy == "golden":
-            rule, _, _ = golden.policy(config, params, token, length, BUDGET, INTERVAL)
-        return replay.replay(
-            config, params, token, length, rule, BUDGET, INTERVAL, random, observe, acc, padding
-        )
+            rule, _, _ = golden.policy(lm, batch, CADENCE)
+        return replay.replay(lm, batch, rule, CADENCE, key_b, observe, acc)
 
     return call
 
@@ -58,7 +60,8 @@ def test_golden_evictions_are_those_of_the_oracle(model):
     config, params = oracles.make_model(*model)
     token, length = oracles.make_tokens(config, LENGTHS)
     calls = lambda acc, *_: (acc + 1, ())  # noqa: E731
-    hidden, count, _ = run(config, "golden", calls, jnp.int32(0))(params, token, length)
+    call = run("golden", calls, jnp.int32(0))
+    hidden, count, _ = call(LM(params, config), Batch.of(token, length))
     assert count.tolist() == [8] * config.layers  # one a chunk
     for row, n in enumerate(LENGTHS):
         events = oracles.golden_of_model(config, params, token[row, :n], BUDGET, INTERVAL)
@@ -81,7 +84,7 @@ def test_replay_under_a_policy_is_its_definition(model, definition):
     config, params = oracles.make_model(*model)
     token, length = oracles.make_tokens(config, LENGTHS)
     policy = policies.get(definition.__name__)
-    hidden, _, gone = run(config, policy, dropped)(params, token, length)
+    hidden, _, gone = run(policy, dropped)(LM(params, config), Batch.of(token, length))
     gone, evictions = np.asarray(gone), 0
     for row, n in enumerate(LENGTHS):
 
@@ -106,7 +109,8 @@ def test_full_is_plain_attention(family):
     def never(*_):
         raise AssertionError("nothing is evicted")
 
-    hidden, acc, seen = run(config, policies.get("full"), never, 7)(params, token, length)
+    call = run(policies.get("full"), never, 7)
+    hidden, acc, seen = call(LM(params, config), Batch.of(token, length))
     assert acc.tolist() == [7] * config.layers and seen == ()
     for row, n in enumerate(LENGTHS):
         want, _ = oracles.full(config, params, token[row, :n])
@@ -115,13 +119,13 @@ def test_full_is_plain_attention(family):
 
 def test_the_full_cache_in_int8_is_an_int8_cache_that_holds_everything():
     # One layer: after it, a number that rounding puts one step off is passed on.
-    exact, params = oracles.make_model(layers=1)
-    small = dataclasses.replace(exact, cache_dtype="int8")
-    token, length = oracles.make_tokens(exact, LENGTHS)
-    call = jax.jit(replay.replay, static_argnums=(0, 5, 6))
+    exact = oracles.make_lm(layers=1)
+    small = exact.replace(config=dataclasses.replace(exact.config, cache_dtype="int8"))
+    batch, cadence = oracles.make_batch(exact.config, LENGTHS), Cadence(96, INTERVAL)
+    call = jax.jit(replay.replay, static_argnums=3)
     full, held, unrounded = (
-        call(config, params, token, length, policies.get(name), 96, INTERVAL)[0]
-        for config, name in ((small, "full"), (small, "snapkv"), (exact, "full"))
+        call(lm, batch, policies.get(name), cadence)[0]
+        for lm, name in ((small, "full"), (small, "snapkv"), (exact, "full"))
     )
     for row, n in enumerate(LENGTHS):
         np.testing.assert_allclose(held[row, :n], full[row, :n], atol=2e-5)
@@ -130,12 +134,11 @@ def test_the_full_cache_in_int8_is_an_int8_cache_that_holds_everything():
 
 def test_labels_and_the_full_pass_beside_them_know_nothing_of_the_cache():
     config, params = oracles.make_model()
-    token, length = oracles.make_tokens(config, LENGTHS)
+    batch = oracles.make_batch(config, LENGTHS)
 
     def program(cache_dtype):
-        model = dataclasses.replace(config, cache_dtype=cache_dtype)
-        label = functools.partial(golden.policy, model, budget=BUDGET, interval=INTERVAL)
-        return str(jax.make_jaxpr(label)(params, token, length))
+        lm = LM(params, dataclasses.replace(config, cache_dtype=cache_dtype))
+        return str(jax.make_jaxpr(functools.partial(golden.policy, cadence=CADENCE))(lm, batch))
 
     assert program("") == program("int8")
 
@@ -155,15 +158,16 @@ def test_rows_are_independent_of_the_batch(name):
     token, length = oracles.make_tokens(config, LENGTHS)
     other, _ = oracles.make_tokens(config, LENGTHS, seed=1)
     keys, other_keys = (replay.row_keys(jax.random.key(i), len(LENGTHS)) for i in (5, 6))
-    call = run(config, policy_of(name, config))
-    hidden, _, _ = call(params, token, length, keys)
+    lm, call = LM(params, config), run(policy_of(name, config))
+    hidden, _, _ = call(lm, Batch.of(token, length), keys)
 
     for row, n in enumerate(LENGTHS):
         own = (jnp.arange(len(LENGTHS)) == row)[:, None]
         own_token = own & (jnp.arange(token.shape[1]) < n)[None]
         mixed = jnp.where(own_token, token, other)  # other neighbours, other padding
         lengths = jnp.where(own[:, 0], length, jnp.array([20, 95, 40, 61, 59]))
-        again, _, _ = call(params, mixed, lengths, jnp.where(own[:, 0], keys, other_keys))
+        mixed_keys = jnp.where(own[:, 0], keys, other_keys)
+        again, _, _ = call(lm, Batch.of(mixed, lengths), mixed_keys)
         np.testing.assert_array_equal(again[row, :n], hidden[row, :n])
 
     # Alone, some with an interval of padding in front. Other shapes are multiplied in another
@@ -172,15 +176,16 @@ def test_rows_are_independent_of_the_batch(name):
         pad = INTERVAL * (row % 2) if name != "golden" else 0
         one, own = slice(row, row + 1), slice(pad, pad + n)
         own_token = jnp.zeros((1, INTERVAL + LENGTHS[1]), jnp.int32).at[0, own].set(token[row, :n])
-        alone, _, _ = call(params, own_token, length[one], keys[one], jnp.array([pad]))
+        batch = Batch(own_token, length[one], jnp.array([0]), jnp.array([pad]))
+        alone, _, _ = call(lm, batch, keys[one])
         np.testing.assert_allclose(alone[0, own], hidden[row, :n], atol=1e-5)
 
 
 def test_random_draws_anew_for_every_row_layer_head_and_eviction():
     config, params = oracles.make_model()
-    token, length = oracles.make_tokens(config, [96, 96])
-    call = run(config, policies.get("random"), lambda acc, policy, view, evict: (acc, evict))
-    slots = np.sort(call(params, token, length)[2])[:, FIRST:]
+    batch = oracles.make_batch(config, [96, 96])
+    call = run(policies.get("random"), lambda acc, policy, view, evict: (acc, evict))
+    slots = np.sort(call(LM(params, config), batch)[2])[:, FIRST:]
     drawn = np.unique(slots.reshape(-1, INTERVAL), axis=0)
     assert len(drawn) == slots[..., 0].size == config.layers * 6 * 2 * config.kv_heads
 
@@ -193,9 +198,7 @@ def test_token_losses_are_plain_log_softmax(t, block, tied):
     config, params = oracles.make_model(tied_embeddings=tied)
     token, _ = oracles.make_tokens(config, [t, t, t])
     hidden = 3 * np.random.default_rng(t).normal(size=(3, t, config.width)).astype(np.float32)
-    losses = jax.jit(replay.token_losses, static_argnums=(0, 4))(
-        config, params, hidden, token, block
-    )
+    losses = jax.jit(token_losses, static_argnums=3)(LM(params, config), hidden, token, block)
     assert losses.nll_bt.shape == losses.entropy_bt.shape == (3, t - 1)
     for row in range(3):
         log_p = oracles.log_probabilities(config, params, hidden[row])[:-1]
@@ -206,38 +209,35 @@ def test_token_losses_are_plain_log_softmax(t, block, tied):
 
 
 def test_token_losses_hold_one_block_of_logits():
-    config, params = oracles.make_model()
+    lm = oracles.make_lm()
 
-    def losses(params, hidden, token):
-        return replay.token_losses(config, params, hidden, token, 64)
+    def losses(lm, hidden, token):
+        return token_losses(lm, hidden, token, 64)
 
+    config = lm.config
     hidden = jnp.zeros((1, 4096, config.width))
-    _, largest = memory(losses, params, hidden, jnp.zeros((1, 4096), jnp.int32))
+    _, largest = memory(losses, lm, hidden, jnp.zeros((1, 4096), jnp.int32))
     assert largest <= 4096 * config.width < 4096 * config.vocab_size
 
 
 @pytest.mark.parametrize("name", ["snapkv", "foresight"])
 def test_memory_is_linear_in_the_length(name):
-    config, params = oracles.make_model(heads=2, kv_heads=1)
-    policy = policy_of(name, config)
+    lm = oracles.make_lm(heads=2, kv_heads=1)
+    policy = policy_of(name, lm.config)
 
     def at(t):
-        def call(params, token, length):
-            return replay.replay(config, params, token, length, policy, 16, 8)[0]
+        def call(lm, batch):
+            return replay.replay(lm, batch, policy, Cadence(16, 8))[0]
 
-        return memory(call, params, jnp.zeros((1, t), jnp.int32), jnp.array([t]))
+        return memory(call, lm, Batch.of(jnp.zeros((1, t), jnp.int32), jnp.array([t])))
 
     assert_linear([(t, at(t)) for t in (4096, 8192)], 8)
 
 
 def test_refuses_batches_without_an_eviction():
-    replay.check_lengths([3, 37], 24, 12)
+    replay.check_lengths([3, 37], CADENCE)
     with pytest.raises(UserError, match=r"longest trace has 36 tokens, .* = 36; use longer"):
-        replay.check_lengths([3, 36], 24, 12)
-    config, params = oracles.make_model()
-    token, length = oracles.make_tokens(config, [30])
-    with pytest.raises(UserError, match="multiple"):
-        replay.replay(config, params, token, length, policies.get("h2o"), 20, 8)
+        replay.check_lengths([3, 36], CADENCE)
 
 
 @pytest.mark.parametrize(("form", "model"), [("windowed", MODELS[1]), ("reference", MODELS[2])])
@@ -252,14 +252,13 @@ def test_an_observer_sees_the_features_of_the_definition(form, model):
         return acc, (view.cache.position_bks, feature, view.cumulative_bksg, view.decayed_bksg)
 
     @jax.jit
-    def call(params, token, length):
-        policy, _, _ = golden.policy(config, params, token, length, budget, interval)
+    def call(lm, batch):
+        cadence = Cadence(budget, interval)
+        policy, _, _ = golden.policy(lm, batch, cadence)
         policy = policies.Forced(policy.position_yebkl, form)
-        return replay.replay(config, params, token, length, policy, budget, interval, observe=look)[
-            2
-        ]
+        return replay.replay(lm, batch, policy, cadence, observe=look)[2]
 
-    seen = jax.device_get(call(params, token, length))
+    seen = jax.device_get(call(LM(params, config), Batch.of(token, length)))
     evictions = 0
     for row, n in enumerate(lengths):
         events = oracles.golden_of_model(config, params, token[row, :n], budget, interval)
@@ -294,8 +293,8 @@ def test_low_entropy_is_all_but_the_highest_fraction_of_the_counted(fraction):
     entropy = (rng.integers(40, size=(101, 120)) / 7).astype(np.float32)
     entropy[:, ::3] = 0.0
     counted = np.argsort(rng.random((101, 120)), axis=1) < np.arange(101)[:, None]
-    in_numpy = replay.low_entropy(entropy, counted, float(fraction))
-    for got in (in_numpy, jax.jit(replay.low_entropy, static_argnums=2)(
+    in_numpy = low_entropy(entropy, counted, float(fraction))
+    for got in (in_numpy, jax.jit(low_entropy, static_argnums=2)(
         jnp.asarray(entropy), jnp.asarray(counted), 1 - float(1 - Fraction(fraction))
     )):  # fmt: skip
         for row in range(101):

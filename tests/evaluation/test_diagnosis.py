@@ -9,31 +9,35 @@ from matplotlib import image
 from matplotlib.axes import Axes
 
 from fkv import policies
+from fkv.cache.cadence import Cadence
+from fkv.engine.batch import Batch
 from fkv.evaluation import diagnosis, loss_ratio, plots
 from fkv.evaluation.accuracy import Accuracy
 from tests import oracles
 from tests.policies.test_policies import h2o
 
 BUDGET, INTERVAL, LENGTH, PADDED = 16, 8, 61, 64
+CADENCE = Cadence(BUDGET, INTERVAL)
 CHUNKS = PADDED // INTERVAL
 
 
 @pytest.fixture(scope="module")
 def model():
-    return oracles.make_model(heads=4, kv_heads=2)
+    return oracles.make_lm(heads=4, kv_heads=2)
 
 
 @pytest.fixture(scope="module")
 def trace(model):
-    """One trace that ends inside a chunk: ids [1, t] with padding, and its length [1]."""
-    token, length = oracles.make_tokens(model[0], [LENGTH])
-    return np.pad(np.asarray(token), ((0, 0), (0, PADDED - LENGTH))), np.asarray(length)
+    """One trace that ends inside a chunk, with padding."""
+    token, length = oracles.make_tokens(model.config, [LENGTH])
+    token = np.pad(np.asarray(token), ((0, 0), (0, PADDED - LENGTH)))
+    return Batch.of(token, np.asarray(length))
 
 
 @pytest.fixture(scope="module")
 def held(model, trace):
     chosen = {name: policies.get(name) for name in ("full", "h2o", "random")}
-    return diagnosis.retention(*model, chosen, *trace, BUDGET, INTERVAL)
+    return diagnosis.retention(model, chosen, trace, CADENCE)
 
 
 def seen_before(chunk):
@@ -67,7 +71,8 @@ def test_as_much_is_held_as_fits(held):
 
 
 def test_golden_holds_all_but_what_was_evicted(model, trace, held):
-    events = oracles.golden_of_model(*model, trace[0][0, :LENGTH], BUDGET, INTERVAL)
+    token = trace.token_bt[0, :LENGTH]
+    events = oracles.golden_of_model(model.config, model.params, token, BUDGET, INTERVAL)
     for layer, head in np.ndindex(2, 2):
         want = held_by([drop for _, _, drop in events[layer][head]])
         np.testing.assert_array_equal(held["golden"][layer, head], want)
@@ -82,7 +87,8 @@ def test_a_rule_holds_what_its_definition_keeps(model, trace, held):
         drops.setdefault((layer, head), []).append(drop)
         return drop
 
-    oracles.replay(*model, trace[0][0, :LENGTH], BUDGET, INTERVAL, evict)
+    token = trace.token_bt[0, :LENGTH]
+    oracles.replay(model.config, model.params, token, BUDGET, INTERVAL, evict)
     for layer, head in np.ndindex(2, 2):
         assert len(drops[layer, head]) == 5
         want = held_by(drops[layer, head])
@@ -91,27 +97,27 @@ def test_a_rule_holds_what_its_definition_keeps(model, trace, held):
 
 
 def test_uneven_budgets_are_held_unevenly(model, trace):
-    one = diagnosis.retention(*model, {"pyramid": policies.get("pyramid")}, *trace, 16, 8)
+    one = diagnosis.retention(model, {"pyramid": policies.get("pyramid")}, trace, CADENCE)
     count = one["pyramid"].sum(-1)
     assert (count[0, :, -2] > count[1, :, -2]).all()  # lower layers keep more
 
 
 def test_retention_is_of_one_trace(model):
-    token, length = oracles.make_tokens(model[0], [40, 40])
+    two = oracles.make_batch(model.config, [40, 40])
     with pytest.raises(ValueError, match="one trace, not 2"):
-        diagnosis.retention(*model, {}, token, length, BUDGET, INTERVAL)
+        diagnosis.retention(model, {}, two, CADENCE)
 
 
 # ---- attention over time
 
 
 def test_block_scores_are_those_of_the_whole_matrix(model, trace):
-    config, params = model
-    _, attention = oracles.full(config, params, trace[0][0, :LENGTH])
+    config = model.config
+    _, attention = oracles.full(config, model.params, trace.token_bt[0, :LENGTH])
     want = [oracles.block_scores(p, config.kv_heads, INTERVAL) for p in attention]
     for padded in (False, True):
-        token = trace[0] if padded else trace[0][:, :LENGTH]
-        got = diagnosis.block_scores(config, params, token, trace[1], INTERVAL)
+        token = trace.token_bt if padded else trace.token_bt[:, :LENGTH]
+        got = diagnosis.block_scores(model, Batch.of(token, trace.length_b), INTERVAL)
         assert got.shape == (2, 2, token.shape[1], CHUNKS)
         np.testing.assert_allclose(got[:, :, :LENGTH], want, atol=2e-6)
         assert not got[:, :, LENGTH:].any()

@@ -11,13 +11,17 @@ from matplotlib import image
 from matplotlib.axes import Axes
 
 from fkv import policies
+from fkv.cache.cadence import Cadence
 from fkv.engine import replay
+from fkv.engine.batch import Batch
 from fkv.errors import UserError
 from fkv.evaluation import loss_ratio, plots
+from fkv.learning.tokens import token_losses
 from tests import oracles
 from tests.policies.test_policies import h2o, snapkv
 
 BUDGET, INTERVAL = 16, 8
+CADENCE = Cadence(BUDGET, INTERVAL)
 LENGTHS = [45, 25, 61, 32, 40]  # T = B + L + 1 and T = B + 2L are among them
 # Without pooling no two entries tie; the window is shorter than the interval, so that some of the
 # newest entries are candidates too.
@@ -34,7 +38,15 @@ POLICIES = {
 
 @pytest.fixture(scope="module")
 def model():
-    return oracles.make_model(heads=4, kv_heads=2)
+    return oracles.make_lm(heads=4, kv_heads=2)
+
+
+def traces_of(model, lengths=LENGTHS, at_once=5, width=None, prompts=None):
+    token, length = map(np.asarray, oracles.make_tokens(model.config, lengths))
+    batch = Batch.of(token, length, prompts)
+    width = np.full(len(length), token.shape[1]) if width is None else width
+    keys = replay.row_keys(jax.random.key(1), len(length))
+    return loss_ratio.Traces(batch, keys, width, at_once=at_once)
 
 
 def in_turns(measure):
@@ -57,15 +69,12 @@ def measured(model):
 
     The first are those of two processes, and the short traces run at a width of their own there.
     """
-    token, length = map(np.asarray, oracles.make_tokens(model[0], LENGTHS))
 
-    def measure(batch, width=None):
-        return loss_ratio.measure(
-            *model, POLICIES, token, length, BUDGET, INTERVAL, jax.random.key(1), batch,
-            padded_b=width,
-        )  # fmt: skip
+    def measure(at_once, width=None):
+        traces = traces_of(model, at_once=at_once, width=width)
+        return loss_ratio.measure(model, POLICIES, traces, CADENCE)
 
-    width = np.where(length > 32, token.shape[1], 32)
+    width = np.where(np.array(LENGTHS) > 32, max(LENGTHS), 32)
     return {2: in_turns(lambda: measure(2, width)), 7: measure(7)}
 
 
@@ -93,7 +102,7 @@ def split(nll, entropy, prompt=0):
 @pytest.fixture(scope="module")
 def plain(model):
     """For each trace: entropy, losses by policy, and recall and regret by rule, [layers, heads]."""
-    config, params = model
+    config, params = model.config, model.params
     token, _ = oracles.make_tokens(config, LENGTHS)
     found = []
     for row, n in zip(np.asarray(token), LENGTHS, strict=True):
@@ -195,11 +204,8 @@ def test_recall_and_regret_of_every_head(measured, plain, batch):
 def test_tokens_of_the_prompt_do_not_count(model, plain):
     # Shorter than B + L, as long, longer, and all but one token.
     prompts = [30, 3, 50, 24, 39]
-    token, length = map(np.asarray, oracles.make_tokens(model[0], LENGTHS))
-    results = loss_ratio.measure(
-        *model, {}, token, length, BUDGET, INTERVAL, jax.random.key(1), 5,
-        prompt_b=np.array(prompts),
-    )  # fmt: skip
+    traces = traces_of(model, prompts=np.array(prompts))
+    results = loss_ratio.measure(model, {}, traces, CADENCE)
     for r in results:
         rows = [
             split(nll[r.policy], entropy, prompt)
@@ -229,23 +235,20 @@ def test_excess_is_the_loss_added_token_by_token(measured, plain):
 
 
 def test_budgets_shared_unevenly_have_losses_and_no_recall(model):
-    config, params = model
     uneven = {name: policies.get(name, window=3) for name in ("pyramid", "ada")}
-    token, length = map(np.asarray, oracles.make_tokens(config, LENGTHS[:3]))
-    results = loss_ratio.measure(
-        config, params, uneven, token, length, BUDGET, INTERVAL, jax.random.key(1), 3
-    )
+    traces = traces_of(model, LENGTHS[:3], at_once=3)
+    batch, results = traces.batch, loss_ratio.measure(model, uneven, traces, CADENCE)
     assert [r.policy for r in results] == ["full", "golden", *uneven]
     np.testing.assert_allclose(results[1].recall_nyk, 1)  # with no one beside it, too
 
     @jax.jit
     def nll(policy):
-        hidden, _, _ = replay.replay(config, params, token, length, policy, BUDGET, INTERVAL)
-        return replay.token_losses(config, params, hidden, token).nll_bt
+        hidden, _, _ = replay.replay(model, batch, policy, CADENCE)
+        return token_losses(model, hidden, batch.token_bt).nll_bt
 
     for r in results[2:]:
         assert r.recall_nyk is None and r.regret_nyk is None and r.overlap is None
-        for row, n, evicted in zip(nll(uneven[r.policy]), length, r.evicted, strict=True):
+        for row, n, evicted in zip(nll(uneven[r.policy]), batch.length_b, r.evicted, strict=True):
             want = row[BUDGET + INTERVAL - 1 : n - 1].sum()
             assert evicted[0] == pytest.approx(float(want), rel=1e-5)
         assert (abs(r.evicted - r.full)[[0, 2], 0] > 0.1).all()
@@ -266,9 +269,8 @@ def test_overlap_of_a_policy_that_draws_does_not_depend_on_the_batch(measured):
 
 
 def test_refuses_traces_without_an_eviction(model):
-    token, length = map(np.asarray, oracles.make_tokens(model[0], [24, 20]))
     with pytest.raises(UserError, match="longest trace has 24 tokens"):
-        loss_ratio.measure(*model, POLICIES, token, length, 16, 8, jax.random.key(0))
+        loss_ratio.measure(model, POLICIES, traces_of(model, [24, 20]), CADENCE)
 
 
 # ---- standard errors, tables, pictures

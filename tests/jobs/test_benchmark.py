@@ -81,7 +81,7 @@ def test_every_section_is_measured_and_written(measured):
 
 def test_kernels_stand_side_by_side(measured):
     config = tiny.get_config()
-    bench = base.Bench(config, SHAPE, {}, None, 0, None)
+    bench = base.Bench(config, models.LM({}, SHAPE), None, 0, None)
     config.benchmark.policies, config.benchmark.kernels = ("full", "h2o"), ("plain", "pallas")
     arms = bench.arms((1,), (512,), config.benchmark.kernels)
     assert [(arm.policy, arm.kernel) for arm in arms] == [
@@ -126,7 +126,7 @@ def test_nothing_is_begun_when_time_is_over(model_dir, tmp_path, monkeypatch):
     assert full["tokens_per_s"] > 0 and h2o["left_out"]
     text = (tmp_path / "benchmark.txt").read_text()
     assert "no time was left" in text and "Golden labels: nothing was measured" in text
-    bench = base.Bench(*[None] * 6)
+    bench = base.Bench(*[None] * 5)
     monkeypatch.undo()
     assert not bench.late and dataclasses.replace(bench, end=0.0).late
 
@@ -185,19 +185,17 @@ def test_search_for_the_largest(best, start):
 def test_a_made_up_state_is_one_of_decoding(name, cache_dtype):
     """As prefill leaves it: the same structure, as many entries, the newest position."""
     shape = dataclasses.replace(SHAPE, cache_dtype=cache_dtype)
-    policy = policies.get(name)
+    policy, config = policies.get(name), tiny.get_config()
+    config.interval, config.dtype, config.benchmark.new_tokens = 8, "float32", 24
+    lm = models.LM(models.init(jax.random.key(0), SHAPE), shape)
+    bench = base.Bench(config, lm, None, 0, None)
     arm = base.Arm(name, 16 if policy.evicts else 0, 2, 96)
-    state = decode.made_up_state(shape, policy, arm, 8, 3, "float32", jax.random.key(0))
-    params = models.init(jax.random.key(0), SHAPE)
-    real, width = decoding._start(
-        shape, params, policy, [np.arange(50) % 50] * 2, state.key_b, 40, 16, 8,
-        decoding.Sampling(0.0), (), 64,
-    )  # fmt: skip
+    state = decode.made_up_state(bench, arm, jax.random.key(0))
+    given = lm, policy, bench.plan(arm)
+    real, width = decoding._start(*given, [np.arange(50) % 50] * 2, state.key_b, [40, 40], 64)
     if not policy.evicts:  # whose cache has room for prompt and answer: 64 + 32 slots here
-        real, width = decoding._start(
-            shape, params, policy, [np.arange(64) % 50] * 2, state.key_b, 32, 16, 8,
-            decoding.Sampling(0.0), (),
-        )  # fmt: skip
+        prompts = [np.arange(64) % 50] * 2
+        real, width = decoding._start(*given, prompts, state.key_b, [32, 32])
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
     assert shapes(real) == shapes(state)
     assert width == 64 == state.position_b[0] and real.chunk == state.chunk

@@ -13,8 +13,10 @@ from fkv.errors import DivergedError, UserError
 from fkv.evaluation import loss_ratio
 from fkv.jobs import common, evaluate, export, generate, grpo, pipeline, pretrain, sft
 from fkv.jobs import traces as traces_job
+from fkv.learning import fit
 from fkv.policies import scorer
 from fkv.runs import checkpoint, costs, parallel, sharing
+from fkv.runs.rundir import Run
 from tests import figures
 from tests.jobs.test_sft import model_dir, small
 
@@ -60,13 +62,13 @@ def test_a_job_first_says_what_it_does(job, monkeypatch, tmp_path):
 
 def test_models_decode_with_the_kernel_of_the_config(monkeypatch):
     config = tiny.get_config()
-    assert common.load_model(config)[0].kernel == "plain"
+    assert common.load_model(config).config.kernel == "plain"
     config.attention_kernel = "pallas"
     for load in (common.load_model, common.load_language_model):
         with pytest.raises(UserError, match="attention_kernel 'pallas' needs a GPU or a TPU"):
             load(config)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert common.load_model(config)[0].kernel == "gpu"
+    assert common.load_model(config).config.kernel == "gpu"
     assert common.load_language_model(config).config.kernel == "gpu"
     config.model_axis = 2
     with pytest.raises(UserError, match="'pallas' can't be split over model_axis = 2"):
@@ -76,7 +78,7 @@ def test_models_decode_with_the_kernel_of_the_config(monkeypatch):
 def test_every_way_to_the_model_has_the_cache_that_is_asked_for():
     config = tiny.get_config()
     config.cache_dtype = "int8"
-    assert common.load_model(config)[0].cache_dtype == "int8"
+    assert common.load_model(config).config.cache_dtype == "int8"
     assert common.load_language_model(config).config.cache_dtype == "int8"
     assert common.model_config(config).cache_dtype == "int8"
 
@@ -94,10 +96,9 @@ FIGURES = {
 def test_losses_are_measured_after_the_prompt(model_dir):
     config = small(model_dir)
     config.eval.budgets, config.grpo.high_fraction = (16, 56), 0.4
-    model, params = common.load_model(config)
-    held_out = common.load_traces(config, "eval", 4, 56, model.vocab_size)
-    named = {"random": policies.get("random")}
-    results = common.measure_losses(config, model, params, named, held_out)
+    lm = common.load_model(config)
+    held_out = common.load_traces(config, "eval", 4, 56, lm.config.vocab_size)
+    results = common.measure_losses(config, lm, {"random": policies.get("random")}, held_out)
     assert [(r.policy, r.budget) for r in results] == [
         (name, budget) for budget in (16, 56) for name in ("full", "golden", "random")
     ]
@@ -116,13 +117,14 @@ def test_losses_are_measured_after_the_prompt(model_dir):
 
 def test_a_config_without_the_reinforcement_stage_splits_as_the_paper_does(monkeypatch):
     seen = []
-    monkeypatch.setattr(loss_ratio, "measure", lambda *args, **_: seen.append(args[9]) or [])
+    measure = lambda *args: seen.append(args[2].high_fraction) or []  # noqa: E731
+    monkeypatch.setattr(loss_ratio, "measure", measure)
     config, none = tiny.get_config().unlock(), np.zeros(0, np.int32)
     held_out = traces.Traces(none[:, None], none, none, none)
     config.grpo.high_fraction = 0.35
-    common.measure_losses(config, None, None, {}, held_out, (16,))
+    common.measure_losses(config, None, {}, held_out, (32,))
     del config.grpo
-    common.measure_losses(config, None, None, {}, held_out, (16,))
+    common.measure_losses(config, None, {}, held_out, (32,))
     assert seen == [0.35, 0.2]
 
 
@@ -144,7 +146,7 @@ def test_traces_longer_than_the_model_was_made_for_are_warned_of(
     config.grpo.scorer = str(tmp_path / "scorers")
     short = dataclasses.replace(model, max_positions=20)
     load = models.load
-    monkeypatch.setattr(models, "load", lambda *args, **kw: (short, load(*args, **kw)[1]))
+    monkeypatch.setattr(models, "load", lambda *args, **kw: load(*args, **kw).replace(config=short))
 
     def stop(*_, **__):
         raise Warned
@@ -158,23 +160,24 @@ def test_traces_longer_than_the_model_was_made_for_are_warned_of(
     assert all(x.count("\n") == 0 and "max_position_embeddings = 20" in x for x in said)
 
 
-def test_metrics_of_a_step_in_parts_are_those_of_the_step():
+def test_metrics_of_micro_batches_are_those_of_the_step():
     parts = [
         {"loss": np.array([1.0, 2.0]), "ratio_off": np.float32(0.5), "grad_norm": np.float32(3.0)},
         {"loss": np.array([2.0, 6.0]), "ratio_off": np.float32(0.1), "grad_norm": np.float32(1.5)},
     ]
-    found = common.step_metrics(parts)
+    found = fit.merged(parts)
     np.testing.assert_array_equal(found["loss"], [1.5, 4.0])
     assert (found["ratio_off"], found["grad_norm"]) == (np.float32(0.5), 1.5)
-    assert common.step_metrics(parts[:1])["grad_norm"] == 3.0
+    assert fit.merged(parts[:1])["grad_norm"] == 3.0
 
 
 def test_a_run_that_diverges_has_intact_checkpoints_only_where_it_has_some(tmp_path):
+    run = Run(tmp_path, {})
     with pytest.raises(DivergedError, match=r"loss of step 1 NaN .* use another --workdir$"):
-        common.check_finite("sft", {"loss": np.nan}, 1, tmp_path)
+        fit.check_finite("sft", {"loss": np.nan}, 1, run, ())
     checkpoint.save(tmp_path, 1, {"x": np.ones(3)}, {})
     with pytest.raises(DivergedError, match=f"the checkpoints in {tmp_path} are intact$"):
-        common.check_finite("sft", {"loss": np.nan}, 2, tmp_path)
+        fit.check_finite("sft", {"loss": np.nan}, 2, run, ())
 
 
 @pytest.mark.parametrize("field", ["evicted", "full"])
@@ -186,7 +189,7 @@ def test_losses_that_are_no_numbers_are_no_table(monkeypatch, field):
     monkeypatch.setattr(loss_ratio, "measure", lambda *args, **kwargs: losses)
     held_out = traces.collect([np.arange(99)], 64, 16, "here")
     with pytest.raises(UserError, match=r"losses of 'h2o' at budget 48 are NaN .* in float32"):
-        common.measure_losses(config, None, None, {}, held_out, [48])
+        common.measure_losses(config, None, {}, held_out, [48])
 
 
 @pytest.mark.parametrize(

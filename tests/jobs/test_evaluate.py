@@ -86,14 +86,13 @@ def fake_model(monkeypatch):
     """Decoding in no time: tokens that depend on prompt, key and limit alone. Lists the batches."""
     batches = []
 
-    def fake(config, params, policy, prompts, keys, new_tokens, *args):
-        limit = args[-1]
+    def fake(lm, policy, plan, prompts, key_b, limit, width):
         batches.append([(prompt.tolist(), n) for prompt, n in zip(prompts, limit, strict=True)])
         found = []
-        for prompt, key, n in zip(prompts, jax.random.key_data(keys), limit, strict=True):
+        for prompt, key, n in zip(prompts, jax.random.key_data(key_b), limit, strict=True):
             seed = hashlib.sha256(np.asarray(key).tobytes() + prompt.tobytes()).digest()
             rng = np.random.default_rng(list(seed))
-            found.append(rng.integers(3, config.vocab_size, n).astype(np.int32))
+            found.append(rng.integers(3, lm.config.vocab_size, n).astype(np.int32))
         return found
 
     monkeypatch.setattr(decoding, "generate", fake)
@@ -667,7 +666,7 @@ def word_model(tmp_path_factory):
     """A random decoder of ten words, some of which are answers, with a chat template."""
     path = tmp_path_factory.mktemp("words")
     config = ModelConfig("qwen3", len(WORDS), 16, 1, 2, 1, 8, 16, qk_norm=True)
-    models.save(path, config, jax.device_get(models.init(jax.random.key(0), config)))
+    models.save(path, models.LM(jax.device_get(models.init(jax.random.key(0), config)), config))
     ids = {word: i for i, word in enumerate(WORDS)}
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="<unk>"))
     inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
@@ -713,9 +712,9 @@ def last_box(text):
 def test_a_benchmark_of_questions(word_model, questions, tmp_path, capsys, monkeypatch):
     asked, real = [], decoding.generate
 
-    def spy(config, params, policy, prompts, *args):
+    def spy(lm, policy, plan, prompts, *args):
         asked.extend(tuple(p.tolist()) for p in prompts)
-        return real(config, params, policy, prompts, *args)
+        return real(lm, policy, plan, prompts, *args)
 
     monkeypatch.setattr(decoding, "generate", spy)
     path = tmp_path / "run"
@@ -782,11 +781,11 @@ def test_a_model_that_was_replaced_is_not_the_one_that_answered(
     path = str(tmp_path / "run")
     evaluate.run(words_recipe(str(model), questions), path)
     answered = len(fake_model)
-    config, params = models.load(model)
-    models.save(model, config, jax.device_get(jax.tree.map(lambda x: x * 1.5, params)))
+    lm = jax.device_get(models.load(model))
+    models.save(model, jax.tree.map(lambda x: x * np.float32(1.5), lm))
     with pytest.raises(UserError, match=r"changed since \(model: its weights\): use another"):
         evaluate.run(words_recipe(str(model), questions), path)
-    models.save(model, config, jax.device_get(params))
+    models.save(model, lm)
     evaluate.run(words_recipe(str(model), questions), path)
     # Another template makes other prompts of the same questions.
     (model / "chat_template.jinja").write_text(TEMPLATE + " one")
@@ -813,7 +812,7 @@ def test_a_box_in_an_unfinished_thought_is_no_answer(tmp_path, monkeypatch, open
     )
     config = ModelConfig("qwen3", len(words), 16, 1, 2, 1, 8, 16, qk_norm=True)
     params = jax.device_get(models.init(jax.random.key(0), config))
-    model = api.Model(config, params, tokenizer, (1,), "thinker")
+    model = api.Model(models.LM(params, config), tokenizer, (1,), "thinker")
     monkeypatch.setattr(evaluate.common, "load_language_model", lambda config: model)
     monkeypatch.setattr(evaluate.common, "model_config", lambda _: model.config)
     said = {
@@ -826,7 +825,7 @@ def test_a_box_in_an_unfinished_thought_is_no_answer(tmp_path, monkeypatch, open
     }
     texts = iter(said)
 
-    def generate(config, params, policy, prompts, *args):
+    def generate(lm, policy, plan, prompts, *args):
         return [np.array([words.index(w) for w in next(texts).split()]) for _ in prompts]
 
     monkeypatch.setattr(decoding, "generate", generate)

@@ -7,6 +7,7 @@ import shutil
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 import fkv
@@ -15,7 +16,8 @@ from fkv.engine import decoding
 from fkv.errors import DivergedError, UserError
 from fkv.jobs import common, evaluate, sft
 from fkv.jobs import grpo as job
-from fkv.learning import grpo
+from fkv.learning import fit, grpo
+from fkv.models import LM
 from fkv.runs import checkpoint, parallel, preemption, provenance, rundir
 from tests import figures
 from tests.jobs.test_evaluate import by_key
@@ -47,10 +49,10 @@ def supervised(model_dir, tmp_path_factory):
 def finished(model_dir, supervised, tmp_path_factory):
     """The run's directory, its results, and the batches of its steps."""
     path = tmp_path_factory.mktemp("finished")
-    config, batches, make = shrink(small(model_dir), supervised), [], job._batch
+    config, batches, make = shrink(small(model_dir), supervised), [], job._rollouts
     config.grpo.answers, config.evaluate.new_tokens = 3, 24
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job, "_batch", lambda *args: batches.append(make(*args)) or batches[-1])
+        patch.setattr(job, "_rollouts", lambda *args: batches.append(make(*args)) or batches[-1])
         return path, job.run(config, str(path)), batches
 
 
@@ -135,19 +137,19 @@ def test_rows_count_what_an_eviction_can_change_and_the_model_wrote(model_dir):
     found = Traces(token, length, prompt, np.full(3, 48))
     full = rng.random((2, 3, 47))
     ids = np.array([2, 0, 1])
-    batch = job._batch(
-        config, job.settings_of(config), found, lambda ids: full[:, ids], ids, jax.random.key(0)
-    )
-    assert len(batch.counted_bt) == 9  # three rollouts of each, side by side
+    plan = job.plan_of(config, parallel.make_mesh())
+    rows = job._rollouts(plan, found, lambda ids: full[:, ids], ids, jax.random.key(0))
+    batch, counted_bt = rows.batch, np.asarray(rows.batch.counted_bt(24))
+    assert len(counted_bt) == 9  # three rollouts of each, side by side
     for row, i in enumerate(np.repeat(ids, 3)):
         np.testing.assert_array_equal(batch.token_bt[row], token[i])
-        np.testing.assert_array_equal(batch.full_bt[row], full[0, i])
-        np.testing.assert_array_equal(batch.entropy_bt[row], full[1, i])
+        np.testing.assert_array_equal(rows.full_bt[row], full[0, i])
+        np.testing.assert_array_equal(rows.entropy_bt[row], full[1, i])
         assert batch.length_b[row] == length[i]
         # Entry t is about token t + 1.
         counted = [t for t in range(47) if max(24, prompt[i]) <= t + 1 < length[i]]
-        assert np.flatnonzero(batch.counted_bt[row]).tolist() == counted
-    assert len(np.unique(batch.random_b, axis=0)) == 9
+        assert np.flatnonzero(counted_bt[row]).tolist() == counted
+    assert len(np.unique(rows.random_b, axis=0)) == 9
 
 
 def test_sums_become_ratios_of_the_tokens_that_there_are():
@@ -162,15 +164,16 @@ def test_sums_become_ratios_of_the_tokens_that_there_are():
 def test_the_optimiser_is_that_of_the_config():
     config = small("")
     config.grpo.update(learning_rate=0.2, warmup=3, clip_norm=0.5)
-    _, _, optimiser, _ = job.recipe(config, parallel.make_mesh())
-    same_updates(optimiser, grpo.optimizer(0.2, 3, 0.5))
+    plan = job.plan_of(config, parallel.make_mesh())
+    adam = optax.adam(optax.linear_schedule(0.2 / 4, 0.2, 3))
+    same_updates(plan.optimiser, optax.chain(optax.clip_by_global_norm(0.5), adam))
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(
     model_dir, supervised, finished, tmp_path, sigterm_in
 ):
     config = shrink(small(model_dir), supervised)
-    sigterm_in(common, "parts", 3)  # once a step
+    sigterm_in(fit, "micro_batches", 3)  # once a step
     with pytest.raises(preemption.Preempted):
         job.run(config, str(tmp_path))
     assert checkpoint.latest_step(tmp_path) == 3
@@ -195,8 +198,8 @@ def test_a_step_in_parts_is_the_step(model_dir, supervised, finished, tmp_path):
 def test_infinity_stops_the_run_and_names_the_traces(model_dir, supervised, tmp_path, monkeypatch):
     step = grpo.train_step
 
-    def poisoned(*args):
-        state, metrics = step(*args)
+    def poisoned(*args, **kwargs):
+        state, metrics = step(*args, **kwargs)
         late = state.step == 3
         return state, {**metrics, "reward": jax.numpy.where(late, jax.numpy.nan, 0.0)}
 
@@ -209,10 +212,12 @@ def test_infinity_stops_the_run_and_names_the_traces(model_dir, supervised, tmp_
 
 def test_rewards_compare_with_the_model_itself_whatever_its_cache(model_dir):
     config, mesh = shrink(small(model_dir), ""), parallel.make_mesh()
-    model, params = common.load_model(config)
-    found = common.load_traces(config, "train", 4, config.budget, model.vocab_size)
+    lm, plan = common.load_model(config), job.plan_of(config, mesh)
+    found = common.load_traces(config, "train", 4, config.budget, lm.config.vocab_size)
     plain, int8 = (
-        job.FullCache(config, dataclasses.replace(model, cache_dtype=name), params, found, mesh)
+        job.FullCache(
+            plan, LM(lm.params, dataclasses.replace(lm.config, cache_dtype=name)), found, mesh
+        )
         for name in ("", "int8")
     )
     jax.tree.map(np.testing.assert_array_equal, int8(np.arange(2)), plain(np.arange(2)))
@@ -228,7 +233,7 @@ def test_rewards_compare_with_the_model_itself_whatever_its_cache(model_dir):
             dict(grpo__traces=3, grpo__traces_at_once=2),
             "traces_at_once: micro-batches of 6 must divide",
         ),
-        (dict(grpo__traces_at_once=1, grpo__epochs=2), "grpo.epochs must be 1 where a step is"),
+        (dict(grpo__traces_at_once=1, grpo__epochs=2), "grpo.epochs must be 1 with micro-batches"),
         (dict(grpo__traces=64), "batch = 64 is larger than the 16 traces"),
         (dict(budget=12), "budget = 12 must be a multiple of interval = 8"),
     ],
@@ -266,10 +271,10 @@ def test_a_longer_run_answers_anew_where_its_scorers_have_changed(
     assert all(old[key] == new[key] for key in old if key[0] != "grpo")
     model, now = fkv.load(model_dir, "float32"), fkv.load_scorer(path)
     problems = evaluate._problems(config, model, None)[0]
+    sampling = decoding.Sampling(0.6, 20, 0.95)
+    plan = evaluate.Plan({}, {}, model, None, problems, 24, sampling, None, [])
     for i in range(3):
-        row = evaluate._answer(
-            config, model, now, 16, problems, [(i, 0)], decoding.Sampling(0.6, 20, 0.95), 24, 64
-        )
+        row = evaluate._answer(config, plan, ("grpo", 16, now), [(i, 0)], 64)
         assert row[0]["text"] == new["grpo", 16, str(i), 0]["text"]
     table = list(csv.DictReader((path / "answers" / "accuracy.csv").open()))
     assert [(a["policy"], a["answers"]) for a in table] == [

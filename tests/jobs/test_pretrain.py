@@ -1,5 +1,6 @@
 """Training of the embedded reasoner, a few steps of it, and the reasoner that is shipped."""
 
+import dataclasses
 import json
 
 import jax
@@ -10,9 +11,11 @@ from scipy import stats
 
 from configs import tiny
 from fkv import models, tasks
+from fkv.engine.batch import Batch
 from fkv.errors import DivergedError, UserError
 from fkv.jobs import pretrain as job
 from fkv.learning import pretrain
+from fkv.models import LM
 from fkv.runs import checkpoint, preemption
 from fkv.tasks import ledger
 from tests import figures
@@ -59,7 +62,7 @@ def test_figures_of_a_seeded_run(finished):
     rows = [json.loads(line) for line in (finished / "metrics.jsonl").open()]
     names = ("loss", "accuracy", "stage", "answers")
     found = {name: figures.column(rows, name) for name in names}
-    _, params = models.load(finished / "model")
+    params = models.load(finished / "model").params
     size = lambda x: float(np.linalg.norm(x))  # noqa: E731
     found["sizes"] = [size(params["embed_vm"]), size(params["layers"]["q_mhd"])]
     figures.check(found, FIGURES)
@@ -76,9 +79,9 @@ def test_interrupted_and_resumed_equals_uninterrupted(finished, tmp_path, sigter
 
     for name in ("metrics.jsonl", "model/model.safetensors", "model/config.json"):
         assert (straight / name).read_bytes() == (broken / name).read_bytes(), name
-    config, params = models.load(broken / "model")
-    assert config == job.model_config(small())
-    assert params["layers"]["q_mhd"].shape == (2, 16, 2, 8)
+    lm = models.load(broken / "model")
+    assert lm.config == job.plan_of(small()).config
+    assert lm.params["layers"]["q_mhd"].shape == (2, 16, 2, 8)
 
 
 def test_weights_that_are_no_numbers_are_not_saved(tmp_path, monkeypatch):
@@ -86,11 +89,11 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path, monkeypatch):
     step = pretrain.train_step
 
     def overflows(*args):
-        params, *rest = step(*args)
-        return jax.tree.map(lambda x: x * jnp.inf, params), *rest
+        state, metrics = step(*args)
+        return jax.tree.map(lambda x: x * jnp.inf, state), metrics
 
     monkeypatch.setattr(pretrain, "train_step", overflows)
-    with pytest.raises(DivergedError, match="weights of step 2 NaN or infinite"):
+    with pytest.raises(DivergedError, match="weights of step 1 NaN or infinite"):
         job.run(small(log_every=100), str(tmp_path))
     assert checkpoint.latest_step(tmp_path) is None and not (tmp_path / "model").exists()
 
@@ -109,7 +112,14 @@ def test_problems_longer_than_the_model_are_refused(tmp_path):
 
 def test_optimizer_is_clipped_adam_with_decoupled_decay_on_cycles():
     rate, warmup, cycles, clip, decay = 0.2, 2, (5, 4), 1.0, 0.3
-    optimiser = pretrain.optimizer(rate, warmup, cycles, clip, decay)
+    changes = dict(learning_rate=rate, warmup=warmup, clip=clip, weight_decay=decay)
+    plan = dataclasses.replace(
+        job.plan_of(small()),
+        **changes,
+        cycles=cycles,
+        stages=(pretrain.Stage(9, 1, ledger.Spec((3, 4), (2, 3), (0, 1), (0, 1))),),
+    )
+    optimiser = plan.optimiser
     x, rng = np.linspace(-1, 1, 8), np.random.default_rng(0)
     state, update = optimiser.init(jnp.zeros(8)), jax.jit(optimiser.update)
     mean, square = np.zeros(8), np.zeros(8)
@@ -128,30 +138,23 @@ def test_optimizer_is_clipped_adam_with_decoupled_decay_on_cycles():
         x = x + got
 
 
-def test_the_optimiser_is_that_of_the_config(monkeypatch, tmp_path):
-    class Asked(Exception):
-        pass
-
-    def asked(*args):
-        raise Asked(*args)
-
-    monkeypatch.setattr(pretrain, "optimizer", asked)
-    with pytest.raises(Asked) as found:
-        job.run(small(learning_rate=0.2), str(tmp_path))
-    assert found.value.args == (0.2, 1, (5, 3), 0.3, 1.0)
+def test_the_optimiser_is_that_of_the_config():
+    plan = job.plan_of(small(learning_rate=0.2))
+    found = plan.learning_rate, plan.warmup, plan.cycles, plan.clip, plan.weight_decay
+    assert found == (0.2, 1, (5, 3), 0.3, 1.0)
 
 
 def test_loss_is_of_the_tokens_after_the_prompt_alone():
-    config = job.model_config(small())
+    config = job.plan_of(small()).config
     params = models.init(jax.random.key(0), config)
     problem = ledger.problem(0, "test", 0, ledger.Spec((3, 4), (2, 3), (0, 1), (0, 1)))
     token, length = ledger.pad([problem.tokens, problem.tokens[:-3]], 80)
     prompt = np.full(2, len(problem.prompt))
-    value, accuracy = pretrain.loss(params, config, jnp.asarray(token), prompt, jnp.asarray(length))
+    value, accuracy = pretrain.loss(params, config, Batch.of(token, length, prompt))
 
     nll, hits = [], []
     for ids in (problem.tokens, problem.tokens[:-3]):
-        x = pretrain.logits(config, params, ids[None], jnp.array([len(ids)]))[0]
+        x = pretrain.logits(LM(params, config), Batch.of(ids[None], np.array([len(ids)])))[0]
         log_p = np.asarray(jax.nn.log_softmax(x))
         for i in range(len(problem.prompt), len(ids)):
             nll.append(-log_p[i - 1, ids[i]])
@@ -162,11 +165,12 @@ def test_loss_is_of_the_tokens_after_the_prompt_alone():
 
 def test_shipped_reasoner_answers():
     """The embedded default, at the sizes of its config: right answers with the full cache."""
-    config, params = models.load(tasks.REASONER, dtype=jnp.float32)
+    lm = models.load(tasks.REASONER, dtype=jnp.float32)
     recipe = tiny.get_config()
-    assert config == job.model_config(recipe)
     recipe.pretrain.eval_problems, recipe.pretrain.eval_batch = 64, 64
-    right, interval = job.answers(recipe, config, params)
+    plan = job.plan_of(recipe)
+    assert lm.config == plan.config
+    right, interval = job.answers(recipe, plan, lm)
     exact = stats.binomtest(round(64 * right), 64).proportion_ci(0.95, "exact")
     assert interval == pytest.approx(tuple(exact)) and interval[0] < interval[1]
     assert right >= 60 / 64  # 98 % are expected: fewer than 60 of 64 happens once in 300

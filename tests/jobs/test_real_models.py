@@ -117,4 +117,4 @@ def test_from_questions_to_answers(family, checkpoint, tmp_path):
         again = fkv.load_scorer(tmp_path / name)
         for key, x in after.params.items():
             np.testing.assert_array_equal(again.params[key], x)
-    assert models.load(tmp_path / "released")[0] == models.load(checkpoint)[0]
+    assert models.load(tmp_path / "released").config == models.load(checkpoint).config

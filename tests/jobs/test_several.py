@@ -1,7 +1,6 @@
 """The jobs in several processes: what is computed is faked, who writes what is not."""
 
 import hashlib
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +18,13 @@ from tests.jobs import test_grpo, test_sft, test_traces
 from tests.runs.test_parallel import finish, start
 
 
-def fake_decoding(config, params, policy, prompts, keys, new_tokens, *args):
+def fake_decoding(lm, policy, plan, prompts, key_b, limit, width):
     """Tokens that depend on prompt, key and limit alone."""
     found = []
-    for prompt, key, n in zip(prompts, jax.random.key_data(keys), args[-1], strict=True):
+    for prompt, key, n in zip(prompts, jax.random.key_data(key_b), limit, strict=True):
         seed = hashlib.sha256(np.asarray(key).tobytes() + prompt.tobytes()).digest()
         rng = np.random.default_rng(list(seed))
-        found.append(rng.integers(3, config.vocab_size, n).astype(np.int32))
+        found.append(rng.integers(3, lm.config.vocab_size, n).astype(np.int32))
     return found
 
 
@@ -36,24 +35,22 @@ def moved(state, token, axis):
     return state.replace(step=state.step + 1, params=params), shift
 
 
-def fake_sft(config, scorer, loss, optimiser, budget, interval, axis, state, params, token, length):
-    state, shift = moved(state, token, axis)
-    layers = jnp.full(config.layers, shift)
+def fake_sft(plan, state, lm, batch, axis):
+    state, shift = moved(state, batch.token_bt, axis)
+    layers = jnp.full(lm.config.layers, shift)
     return state, dict(loss=layers, overlap=layers, grad_norm=shift)
 
 
-def fake_grpo(
-    config, scorer, settings, optimiser, budget, interval, axis, state, params, reference, batch
-):
-    state, shift = moved(state, batch.token_bt, axis)
+def fake_grpo(plan, state, lm, rows, axis):
+    state, shift = moved(state, rows.batch.token_bt, axis)
     kinds = [f"{x}_{y}" for x in ("evicted", "full", "tokens") for y in ("low", "high")]
     return state, {"reward": shift, "entropy": shift[None], **dict.fromkeys(kinds, 1 + shift)}
 
 
-def fake_measure(config, params, named, token, length, budget, interval, *args, **kwargs):
-    sums = np.outer(length, [1.0, 2.0, 3.0])
+def fake_measure(lm, named, traces, cadence):
+    sums = np.outer(traces.batch.length_b, [1.0, 2.0, 3.0])
     return [
-        loss_ratio.Losses(name, budget, interval, sums * (1 + i), sums, sums)
+        loss_ratio.Losses(name, cadence.budget, cadence.interval, sums * (1 + i), sums, sums)
         for i, name in enumerate(named)
     ]
 
@@ -74,7 +71,7 @@ def run_jobs(root):
         patch.setattr(loss_ratio, "measure", fake_measure)
         for picture in ("loss_ratios", "accuracy"):
             patch.setattr(plots, picture, lambda results, path, *title: path.touch())
-        patch.setattr(rundir, "_Board", mock.MagicMock())
+        patch.setattr(rundir.Run, "_write_events", lambda self, events: None)
         recipe = test_sft.small("embedded", eval__policies=("random",))
         sft_job.run(recipe, str(root / "sft"))
         patch.setattr(checkpoint, "save", save_and_stop)

@@ -9,14 +9,17 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import fkv
 from configs import tiny
 from fkv import models
+from fkv.cache.cadence import Cadence
 from fkv.data import traces
 from fkv.errors import UserError
 from fkv.jobs import common, sft
+from fkv.learning import fit
 from fkv.learning import sft as stage
 from fkv.models import ModelConfig
 from fkv.runs import checkpoint, parallel, preemption
@@ -35,7 +38,7 @@ def model_dir(tmp_path_factory):
         "qwen3", len(ledger.VOCABULARY), 16, 2, 2, 1, 8, 16, qk_norm=True, tied_embeddings=True
     )
     path = tmp_path_factory.mktemp("model")
-    models.save(path, config, jax.device_get(models.init(jax.random.key(0), config)))
+    models.save(path, models.LM(jax.device_get(models.init(jax.random.key(0), config)), config))
     ledger.tokenizer().save_pretrained(path)
     return str(path)
 
@@ -84,8 +87,8 @@ def finished_copy(finished, tmp_path):
 def test_a_run_that_diverges_ends_in_one_line(model_dir, tmp_path, monkeypatch, capsys):
     step = stage.train_step
 
-    def poisoned(*args):
-        state, metrics = step(*args)
+    def poisoned(*args, **kwargs):
+        state, metrics = step(*args, **kwargs)
         late = state.step == 3
         return state, {**metrics, "grad_norm": jnp.where(late, jnp.inf, 1.0)}
 
@@ -160,7 +163,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     straight, broken = finished[0], tmp_path
     config = uneven(model_dir)
 
-    sigterm_in(common, "parts", 3)  # once a step
+    sigterm_in(fit, "micro_batches", 3)  # once a step
     with pytest.raises(preemption.Preempted) as ended:
         sft.run(config, str(broken))
     assert ended.value.code == 143  # as a process that SIGTERM has ended: there is more to do
@@ -209,10 +212,10 @@ def same_updates(one, two):
 def test_the_step_is_that_of_the_config():
     config = small("", budget=24)
     config.sft.update(learning_rate=0.2, warmup=2, clip=0.5, margin=0.3, weighting="plain")
-    _, _, optimiser, make_step = sft.recipe(config, parallel.make_mesh())
-    same_updates(optimiser, stage.optimizer(0.2, 2, 6, 0.5))
-    step = make_step(None)
-    assert step.args[2] == stage.LossConfig(0.3, "plain") and step.args[4:6] == (24, 8)
+    plan = sft.plan_of(config, parallel.make_mesh())
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 0.2, 2, 6)
+    same_updates(plan.optimiser, optax.chain(optax.clip_by_global_norm(0.5), optax.adam(schedule)))
+    assert plan.loss == stage.LossConfig(0.3, "plain") and plan.cadence == Cadence(24, 8)
 
 
 def test_trained_scorers_load_as_a_policy(finished):
@@ -270,7 +273,7 @@ def test_a_damaged_checkpoint_costs_its_steps_only(model_dir, finished, finished
         fkv.load_scorer(finished_copy)
     sft.run(uneven(model_dir), str(finished_copy))
     said = capsys.readouterr().out
-    assert "checkpoints/6 is damaged" in said and "going on from step 4 in" in said
+    assert "checkpoints/6 is damaged" in said and "resuming from step 4 in" in said
     for name in ("metrics.jsonl", "loss_ratio.csv"):
         assert (finished_copy / name).read_bytes() == (finished[0] / name).read_bytes(), name
     one, two = (checkpoint.load(path).state for path in (finished[0], finished_copy))
@@ -351,8 +354,7 @@ def test_traces_and_weights_that_were_replaced_are_refused(model_dir, finished, 
         with pytest.raises(UserError, match=rf"changed since \({message}\): use another"):
             sft.run(config, path)
         file.write_text(old)
-    found, params = models.load(model)
-    models.save(model, found, jax.device_get(jax.tree.map(lambda x: -x, params)))
+    models.save(model, jax.device_get(jax.tree.map(lambda x: -x, models.load(model))))
     with pytest.raises(UserError, match=r"changed since \(model: its weights\): use another"):
         sft.run(config, path)
 

@@ -9,7 +9,7 @@ import pytest
 
 import fkv
 from configs import tiny
-from fkv import api
+from fkv import api, models
 from fkv.data import traces as data
 from fkv.engine import decoding
 from fkv.errors import UserError
@@ -173,7 +173,7 @@ def answers(template, stop, **settings):
     tokenizer = test_texts.make(template)
     config = ModelConfig("qwen3", len(test_texts.WORDS), 16, 1, 2, 1, 8, 16)
     ids = tuple(test_texts.IDS[word] for word in stop)
-    model = fkv.api.Model(config, None, tokenizer, ids, "x")
+    model = fkv.api.Model(models.LM({}, config), tokenizer, ids, "x")
     prompt = fkv.api.encode(model, "one", chat=True)
     end = texts.end_of_answer(tokenizer, ids, True)
     return (
@@ -215,9 +215,8 @@ def test_a_thought_is_opened_by_the_prompt_or_by_the_answer(text, opening):
 
 
 def test_answers_of_another_tokenizer_are_refused():
-    model = fkv.api.Model(
-        ModelConfig("qwen3", 9, 16, 1, 2, 1, 8, 16), None, test_texts.make(), (2,), "x"
-    )
+    lm = models.LM({}, ModelConfig("qwen3", 9, 16, 1, 2, 1, 8, 16))
+    model = fkv.api.Model(lm, test_texts.make(), (2,), "x")
     with pytest.raises(UserError, match="the answer of row 3 has token 9, and the model's are 0"):
         traces._answer(model, fkv.api.encode(model, "one"), "two", 2, "the answer of row 3")
 

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from fkv.cache import attention
-from fkv.errors import UserError
+from fkv.cache.cadence import Cadence
+from fkv.engine.batch import Batch
 from fkv.learning import golden
+from fkv.models import LM
 from tests import oracles
 
 # T a multiple of L, not a multiple, the shortest with an eviction, L = 1, and rows that end early.
@@ -24,6 +26,31 @@ CASES = {
         lengths=[61, 40, 33, 25, 24, 9], budget=16, interval=8, h=4, k=2
     ),
 }
+
+
+def from_block_scores(score_xtj, length_x, cadence):
+    """Golden evictions from a table of block scores, over any leading axes at once.
+
+    Args:
+      score_xtj: block scores [..., T, ceil(T / L)], leading axes such as (layers, b, k).
+      length_x: tokens of each sequence, broadcast to the leading axes.
+
+    Returns:
+      Labels whose (b, k) axes are replaced by the leading axes.
+    """
+    lead, (t, j), interval = score_xtj.shape[:-2], score_xtj.shape[-2:], cadence.interval
+    future = golden.suffix_max(score_xtj).reshape(-1, 1, t, j)
+    future = jnp.pad(future, ((0, 0), (0, 0), (0, -t % interval), (0, 0)))
+    length = jnp.broadcast_to(length_x, lead).reshape(-1)
+
+    def rows(chunk):
+        return jax.lax.dynamic_slice_in_dim(future, chunk * interval, interval, axis=2)
+
+    labels = golden.search(rows, length, j, cadence)
+    return jax.tree.map(
+        lambda x: x.reshape(x.shape[0], *lead, *x.shape[3:]),
+        labels,
+    )
 
 
 def compare(labels, row, head, want, budget, interval):
@@ -52,17 +79,17 @@ def test_from_attention_is_brute_force(case):
 
     def search(q, key, value, position, queries):
         _, lse = attention.full_attention(q, key, value, position)
-        return golden.from_attention(q, key, lse, position, budget, interval, queries)
+        return golden.from_attention(q, key, lse, position, Cadence(budget, interval), queries)
 
     search = jax.jit(search, static_argnums=4)
     labels = search(q, key, value, position, 4096)
-    assert len(labels.valid_eb) == golden.evictions(t, budget, interval) > 0
+    assert len(labels.valid_eb) == Cadence(budget, interval).evictions(t) > 0
     for row, n in enumerate(case["lengths"]):
         rows = [x[row, :n].astype(np.float64) for x in (q, key, value)]
         score = oracles.block_scores(oracles.full_attention(*rows)[1], k, interval)
         for head in range(k):
             want = oracles.golden(score[head], budget, interval)
-            assert len(want) == golden.evictions(n, budget, interval)
+            assert len(want) == Cadence(budget, interval).evictions(n)
             compare(labels, row, head, want, budget, interval)
 
     if t > 40:  # several slabs of queries, and a number of blocks that they do not divide
@@ -76,12 +103,12 @@ def test_from_block_scores_is_brute_force(t, budget, interval):
     lead = (2, 3, 2)  # layers, batch, KV heads
     rng = np.random.default_rng(t)
     score = rng.random((*lead, t, -(-t // interval)), dtype=np.float32)
-    labels = jax.jit(golden.from_block_scores, static_argnums=(2, 3))(
-        score, np.array(t), budget, interval
+    labels = jax.jit(from_block_scores, static_argnums=2)(
+        score, np.array(t), Cadence(budget, interval)
     )
     for index in np.ndindex(lead):
         want = oracles.golden(score[index], budget, interval)
-        assert len(labels.valid_eb) == len(want) == golden.evictions(t, budget, interval)
+        assert len(labels.valid_eb) == len(want) == Cadence(budget, interval).evictions(t)
         one = jax.tree.map(lambda x, i=index: np.asarray(x)[(slice(None), *i)], labels)
         assert one.valid_eb.all()
         for event, (candidates, alpha, drop) in enumerate(want):
@@ -97,7 +124,7 @@ def test_from_block_scores_of_rows_that_end_early():
     score = rng.random((3, 45, 6), dtype=np.float32)
     for row, n in enumerate(lengths):
         score[row, :, -(-n // 8) :] = 0
-    labels = golden.from_block_scores(score, lengths, 16, 8)
+    labels = from_block_scores(score, lengths, Cadence(16, 8))
     labels = jax.tree.map(lambda x: x[:, :, None] if x.ndim > 2 else x, labels)
     for row, n in enumerate(lengths):
         compare(labels, row, 0, oracles.golden(score[row, :n], 16, 8), 16, 8)
@@ -105,7 +132,7 @@ def test_from_block_scores_of_rows_that_end_early():
 
 def test_of_equal_scores_the_oldest_go_first():
     # No candidate is ever looked at again: the lowest slots go, and they hold the oldest entries.
-    labels = golden.from_block_scores(np.zeros((32, 8), np.float32), np.array(32), 12, 4)
+    labels = from_block_scores(np.zeros((32, 8), np.float32), np.array(32), Cadence(12, 4))
     assert labels.evict_position_ebkl[0].tolist() == [0, 1, 2, 3]
     assert (np.asarray(labels.future_score_ebkn) == 0).all()
 
@@ -114,8 +141,8 @@ def test_of_equal_scores_the_oldest_go_first():
 def test_golden_policy_is_brute_force(family):
     config, params = oracles.make_model(family, heads=4, kv_heads=2)
     token, length = oracles.make_tokens(config, [61, 42])
-    policy, labels, hidden = jax.jit(golden.policy, static_argnums=(0, 4, 5))(
-        config, params, token, length, 16, 8
+    policy, labels, hidden = jax.jit(golden.policy, static_argnums=2)(
+        LM(params, config), Batch.of(token, length), Cadence(16, 8)
     )
     np.testing.assert_array_equal(policy.position_yebkl, labels.evict_position_ebkl)
     for row, n in enumerate(length.tolist()):
@@ -132,12 +159,7 @@ def test_number_of_evictions():
         for length in range(1, 100):
             # An eviction happens with B + L held, then every L tokens; a token must follow.
             due = range(budget + interval, length, interval)
-            assert golden.evictions(length, budget, interval) == len(due)
-
-
-def test_refuses_sizes():
-    with pytest.raises(UserError, match="multiple"):
-        golden.from_block_scores(np.zeros((32, 8), np.float32), np.array(32), 10, 4)
+            assert Cadence(budget, interval).evictions(length) == len(due)
 
 
 def memory(function, *args):
@@ -159,7 +181,7 @@ def assert_linear(measured, interval):
 
 def test_memory_of_from_attention_is_linear_in_the_length():
     def at(t, **queries):
-        search = functools.partial(golden.from_attention, budget=16, interval=8, **queries)
+        search = functools.partial(golden.from_attention, cadence=Cadence(16, 8), **queries)
         q, key = jnp.zeros((1, t, 2, 4)), jnp.zeros((1, t, 1, 4))
         return memory(search, q, key, jnp.zeros((1, 1, 2, t)), jnp.zeros((1, t), jnp.int32))
 
@@ -173,9 +195,9 @@ def test_memory_of_golden_policy_is_linear_in_the_length():
     config, params = oracles.make_model(heads=2, kv_heads=1)
 
     def at(t):
-        def run(params, token, length):
-            return golden.policy(config, params, token, length, 16, 8)
+        def run(lm, token, length):
+            return golden.policy(lm, Batch.of(token, length), Cadence(16, 8))
 
-        return memory(run, params, jnp.zeros((1, t), jnp.int32), jnp.array([t]))
+        return memory(run, LM(params, config), jnp.zeros((1, t), jnp.int32), jnp.array([t]))
 
     assert_linear([(t, at(t)) for t in (1024, 2048, 4096, 8192)], 8)

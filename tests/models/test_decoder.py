@@ -10,7 +10,7 @@ from fkv import models
 from fkv.models import ModelConfig
 from fkv.models.config import from_hf
 from fkv.models.decoder import param_shapes, rotate
-from tests.models import SMALL, full_logits, random_params, tokens, torch_logits, torch_model
+from tests.models import SMALL, full_logits, random_lm, tokens, torch_logits, torch_model
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -39,17 +39,17 @@ MODELS = {
 def test_logits_are_those_of_pytorch(family, settings, tmp_path):
     model = torch_model(family, **settings)
     model.save_pretrained(tmp_path)
-    config, params = models.load(tmp_path)
+    lm = models.load(tmp_path)
     token_bt = tokens(96)  # beyond the 32 or 64 positions of the config
     want = torch_logits(model, token_bt)
-    np.testing.assert_allclose(full_logits(config, params, token_bt), want, atol=1e-4)
+    np.testing.assert_allclose(full_logits(lm, token_bt), want, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["qwen3_tiny", "qwen2_tiny"])
 def test_logits_are_those_of_the_released_code(name, shared_reference):
-    config, params = models.load(shared_reference / name)
+    lm = models.load(shared_reference / name)
     replay = np.load(shared_reference / name / "replay.npz")
-    got = full_logits(config, params, replay["input_ids"])
+    got = full_logits(lm, replay["input_ids"])
     np.testing.assert_allclose(got[0], replay["full_logits"], atol=1e-4)
 
 
@@ -108,16 +108,16 @@ def test_rotated_products_depend_on_the_distance_alone():
 
 
 def test_bfloat16_parameters_give_bfloat16_caches_and_float32_logits():
-    params = random_params(CONFIG, jnp.bfloat16)
-    layer = jax.tree.map(lambda x: x[0], params["layers"])
+    lm = random_lm(CONFIG, jnp.bfloat16)
+    layer = jax.tree.map(lambda x: x[0], lm.params["layers"])
     hidden = jnp.zeros((1, 5, CONFIG.width), jnp.bfloat16)
     project, finish = (functools.partial(f, CONFIG) for f in (models.project, models.finish))
     q, k, v = jax.eval_shape(project, layer, hidden, jnp.arange(5)[None])
     out = jax.eval_shape(finish, layer, hidden, q)
     assert all(x.dtype == jnp.bfloat16 for x in (q, k, v, out))
     token_bt = tokens(12, CONFIG.vocab_size)
-    got = full_logits(CONFIG, params, token_bt)
-    want = full_logits(CONFIG, jax.tree.map(lambda x: x.astype(np.float32), params), token_bt)
+    got = full_logits(lm, token_bt)
+    want = full_logits(jax.tree.map(lambda x: x.astype(np.float32), lm), token_bt)
     assert got.dtype == jnp.float32
     difference = np.abs(got - want).max() / np.abs(want).max()
     assert 1e-4 < difference < 0.05

@@ -15,9 +15,17 @@ from safetensors.numpy import load_file, save_file
 
 from fkv import models
 from fkv.errors import UserError
-from fkv.models import ModelConfig, loading
+from fkv.models import LM, ModelConfig, loading
 from fkv.models.config import from_hf, read
-from tests.models import SMALL, full_logits, random_params, tokens, torch_logits, torch_model
+from tests.models import (
+    SMALL,
+    full_logits,
+    random_lm,
+    random_params,
+    tokens,
+    torch_logits,
+    torch_model,
+)
 from tests.runs.test_checkpoint import small_files_only
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
@@ -71,7 +79,7 @@ configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys()
 @pytest.fixture
 def checkpoint(tmp_path):
     """A small tied Qwen3 checkpoint to spoil."""
-    models.save(tmp_path, QWEN3, random_params(QWEN3))
+    models.save(tmp_path, random_lm(QWEN3))
     return tmp_path
 
 
@@ -118,36 +126,36 @@ def assert_equal(got, want):
 
 @configs
 def test_save_then_load_is_the_identity(config, tmp_path):
-    params = random_params(config)
-    models.save(tmp_path, config, params)
-    loaded_config, loaded = models.load(tmp_path)
-    assert loaded_config == config
-    assert_equal(loaded, params)
+    lm = random_lm(config)
+    models.save(tmp_path, lm)
+    loaded = models.load(tmp_path)
+    assert loaded.config == config
+    assert_equal(loaded.params, lm.params)
 
 
 @configs
 def test_saved_checkpoint_has_the_same_logits_in_pytorch(config, tmp_path):
     pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    params = random_params(config)
-    models.save(tmp_path, config, params)
+    lm = random_lm(config)
+    models.save(tmp_path, lm)
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path, output_loading_info=True
     )
     assert not info["missing_keys"] and not info["unexpected_keys"]
     token_bt = tokens(40, config.vocab_size)
     want = torch_logits(model, token_bt)
-    np.testing.assert_allclose(full_logits(config, params, token_bt), want, atol=1e-4)
+    np.testing.assert_allclose(full_logits(lm, token_bt), want, atol=1e-4)
 
 
 @pytest.mark.parametrize(
     ("stored", "asked"), [("bfloat16", None), ("float16", "float32"), ("float32", jnp.bfloat16)]
 )
 def test_the_stored_dtype_is_kept_unless_another_is_asked_for(stored, asked, tmp_path):
-    params = random_params(QWEN3, stored)
-    models.save(tmp_path, QWEN3, params)
-    want = jax.tree.map(lambda x: x.astype(asked or stored), params)
-    assert_equal(models.load(tmp_path, dtype=asked)[1], want)
+    lm = random_lm(QWEN3, stored)
+    models.save(tmp_path, lm)
+    want = jax.tree.map(lambda x: x.astype(asked or stored), lm.params)
+    assert_equal(models.load(tmp_path, dtype=asked).params, want)
 
 
 def test_mixed_dtypes_load_as_the_widest(checkpoint):
@@ -157,7 +165,7 @@ def test_mixed_dtypes_load_as_the_widest(checkpoint):
                 tensors[name] = tensors[name].astype(jnp.bfloat16)
 
     edit(checkpoint, halve)
-    _, params = models.load(checkpoint)
+    params = models.load(checkpoint).params
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
     want = random_params(QWEN3)
     np.testing.assert_array_equal(params["final_norm_m"], want["final_norm_m"])
@@ -171,12 +179,12 @@ def test_shards_of_pytorch_in_bfloat16(tmp_path):
         parameter.data = parameter.data.to(torch.bfloat16)
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    config, params = models.load(tmp_path)
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"bfloat16"}
-    params = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
+    lm = models.load(tmp_path)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(lm)} == {"bfloat16"}
+    lm = jax.tree.map(lambda x: np.asarray(x, np.float32), lm)
     token_bt = tokens(40)
     want = torch_logits(model, token_bt)
-    np.testing.assert_allclose(full_logits(config, params, token_bt), want, atol=1e-4)
+    np.testing.assert_allclose(full_logits(lm, token_bt), want, atol=1e-4)
 
 
 def test_what_stands_beside_the_decoder_is_ignored(checkpoint):
@@ -185,7 +193,7 @@ def test_what_stands_beside_the_decoder_is_ignored(checkpoint):
         tensors["model.layers.0.self_attn.judge_model.fc1.weight"] = np.zeros(3, np.int8)
 
     edit(checkpoint, add)
-    assert_equal(models.load(checkpoint)[1], random_params(QWEN3))
+    assert_equal(models.load(checkpoint).params, random_params(QWEN3))
 
 
 # Tied embeddings.
@@ -215,14 +223,14 @@ def test_a_head_stored_with_tied_embeddings_counts_as_in_pytorch(family, stored,
     edit(tmp_path, add, {"format": "pt"})
     if sharded:
         shard(tmp_path)
-    config, params = models.load(tmp_path)
-    assert config.tied_embeddings == (stored != "another") == ("head_vm" not in params)
+    lm = models.load(tmp_path)
+    assert lm.config.tied_embeddings == (stored != "another") == ("head_vm" not in lm.params)
     import transformers
 
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     token_bt = tokens(20)
     want = torch_logits(theirs, token_bt)
-    np.testing.assert_allclose(full_logits(config, params, token_bt), want, atol=1e-4)
+    np.testing.assert_allclose(full_logits(lm, token_bt), want, atol=1e-4)
 
 
 def test_a_head_is_compared_piece_by_piece(checkpoint, monkeypatch):
@@ -266,20 +274,20 @@ def test_a_head_of_another_shape_is_named(checkpoint):
 
 def test_save_refuses_what_no_config_describes(tmp_path):
     config = dataclasses.replace(QWEN3, mlp_bias=True)
-    assert "no qwen3 config.json" in refusal(
-        models.save, tmp_path / "new", config, random_params(config)
-    )
+    assert "no qwen3 config.json" in refusal(models.save, tmp_path / "new", random_lm(config))
     with pytest.raises(AssertionError, match="shapes"):
-        models.save(tmp_path / "new", QWEN3, random_params(dataclasses.replace(QWEN3, layers=1)))
+        models.save(
+            tmp_path / "new", LM(random_params(dataclasses.replace(QWEN3, layers=1)), QWEN3)
+        )
     assert not (tmp_path / "new").exists()
 
 
 def test_save_without_room_leaves_what_is_there(checkpoint):
     with small_files_only(10_000):
-        message = refusal(models.save, checkpoint, QWEN3, random_params(QWEN3))
+        message = refusal(models.save, checkpoint, random_lm(QWEN3))
     assert f"cannot write {checkpoint}/model.safetensors (" in message
     assert "File too large" in message and "free disk space" in message
-    assert_equal(models.load(checkpoint)[1], random_params(QWEN3))
+    assert_equal(models.load(checkpoint).params, random_params(QWEN3))
 
 
 # Refusals of a checkpoint.
@@ -331,7 +339,7 @@ def test_other_dtypes_are_refused(checkpoint, dtype):
 
 def test_shards(checkpoint):
     shard(checkpoint)
-    assert_equal(models.load(checkpoint)[1], random_params(QWEN3))
+    assert_equal(models.load(checkpoint).params, random_params(QWEN3))
     (checkpoint / "part-1.safetensors").unlink()
     message = refusal(models.load, checkpoint)
     assert "part-1.safetensors: no such file, though model.safetensors.index.json" in message
@@ -365,7 +373,7 @@ def test_no_weights(checkpoint):
 def test_a_hub_id_is_downloaded(checkpoint, monkeypatch):
     download = mock.Mock(return_value=str(checkpoint))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    _, params = models.load("some-one/a_model.v2", revision="main")
+    params = models.load("some-one/a_model.v2", revision="main").params
     assert_equal(params, random_params(QWEN3))
     download.assert_called_once_with(
         "some-one/a_model.v2", revision="main", allow_patterns=loading._FILES
@@ -482,7 +490,7 @@ def test_every_spelling_of_the_rotary_settings(spelling):
 
 @configs
 def test_both_spellings_are_written(config, tmp_path):
-    models.save(tmp_path, config, random_params(config))
+    models.save(tmp_path, random_lm(config))
     written = json.loads((tmp_path / "config.json").read_text())
     for spelling in (("rope_theta", "rope_scaling"), ("rope_parameters",)):
         assert from_hf({k: v for k, v in written.items() if k not in spelling}) == config
@@ -728,7 +736,7 @@ def test_shards_of_a_snapshot_are_links(checkpoint):
     for i, path in enumerate(list(checkpoint.iterdir())):
         path.rename(blobs / str(i))
         path.symlink_to(blobs / str(i))
-    assert_equal(models.load(checkpoint)[1], random_params(QWEN3))
+    assert_equal(models.load(checkpoint).params, random_params(QWEN3))
     part = checkpoint / "part-1.safetensors"
     part.unlink()
     os.mkfifo(part)
@@ -776,7 +784,7 @@ def test_one_tensor_at_a_time_lies_in_memory_twice(checkpoint, monkeypatch):
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
 def test_weights_that_are_no_numbers_are_named(tmp_path, wrong):
     params = jax.device_get(random_params(QWEN3))
-    models.save(tmp_path, QWEN3, params)
+    models.save(tmp_path, LM(params, QWEN3))
     sound = load_file(tmp_path / "model.safetensors")
     for name in ("model.layers.1.self_attn.k_proj.weight", "model.norm.weight"):
         tensors = {key: x.copy() for key, x in sound.items()}
@@ -790,7 +798,7 @@ def test_weights_that_are_no_numbers_are_named(tmp_path, wrong):
 def test_weights_beyond_a_dtype_are_named(tmp_path):
     params = jax.device_get(random_params(QWEN3))
     params["layers"]["q_mhd"][0, 0] = 1e6
-    models.save(tmp_path, QWEN3, params)
+    models.save(tmp_path, LM(params, QWEN3))
     models.load(tmp_path, "bfloat16")
     with pytest.raises(UserError, match=r"layers.0.self_attn.q_proj.weight holds .* in float16"):
         models.load(tmp_path, "float16")

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 import fkv
 from configs import tiny
 from fkv import api, kinds, policies
+from fkv.cache.cadence import Cadence
 from fkv.engine import decoding, replay
 from fkv.errors import UserError
 from fkv.evaluation import accuracy, diagnosis, loss_ratio
@@ -29,11 +30,13 @@ from fkv.policies.foresight import Trained
 from fkv.runs import checkpoint, sharing
 from tests import oracles
 
-CONFIG, PARAMS = oracles.make_model()  # of 2 layers, 2 KV heads, groups of 2
-MODEL = api.Model(CONFIG, PARAMS, None, (), "owner/name")
+LM = oracles.make_lm()  # of 2 layers, 2 KV heads, groups of 2
+CONFIG = LM.config
+MODEL = api.Model(LM, None, (), "owner/name")
 RULES = scorer.ScorerConfig()
 UNKNOWN = Trained()
 BUDGET, INTERVAL = 16, 8
+CADENCE = Cadence(BUDGET, INTERVAL)
 
 
 def scorers(rules=RULES, trained=UNKNOWN, **fields):
@@ -54,31 +57,29 @@ def one_line(error) -> str:
     return str(error.value)
 
 
-def run_generate(policy, budget=BUDGET, interval=INTERVAL):
-    return fkv.generate(MODEL, [[1, 2, 3]], policy, budget, interval, new_tokens=2)
+def run_generate(policy):
+    return fkv.generate(MODEL, [[1, 2, 3]], policy, BUDGET, INTERVAL, new_tokens=2)
 
 
-def run_decoding(policy, budget=BUDGET, interval=INTERVAL):
-    key = jax.random.split(jax.random.key(0), 1)
-    return list(decoding.stream(CONFIG, PARAMS, policy, [[1, 2]], key, 2, budget, interval))
+def run_decoding(policy):
+    key, plan = jax.random.split(jax.random.key(0), 1), decoding.Plan(CADENCE)
+    return list(decoding.stream(LM, policy, plan, [[1, 2]], key, [2]))
 
 
-def run_replay(policy, budget=BUDGET, interval=INTERVAL):
-    token, length = oracles.make_tokens(CONFIG, [30])
-    return replay.replay(CONFIG, PARAMS, token, length, policy, budget, interval)
+def run_replay(policy):
+    return replay.replay(LM, oracles.make_batch(CONFIG, [30]), policy, CADENCE)
 
 
-def run_measure(policy, budget=BUDGET, interval=INTERVAL):
-    token, length = map(np.asarray, oracles.make_tokens(CONFIG, [60, 60]))
-    key = jax.random.key(0)
-    return loss_ratio.measure(
-        CONFIG, PARAMS, {"mine": policy}, token, length, budget, interval, key, batch=2
-    )
+def run_measure(policy):
+    batch = jax.tree.map(np.asarray, oracles.make_batch(CONFIG, [60, 60]))
+    keys = replay.row_keys(jax.random.key(0), 2)
+    traces = loss_ratio.Traces(batch, keys, np.array([60, 60]), at_once=2)
+    return loss_ratio.measure(LM, {"mine": policy}, traces, CADENCE)
 
 
-def run_retention(policy, budget=BUDGET, interval=INTERVAL):
-    token, length = oracles.make_tokens(CONFIG, [30])
-    return diagnosis.retention(CONFIG, PARAMS, {"mine": policy}, token, length, budget, interval)
+def run_retention(policy):
+    batch = oracles.make_batch(CONFIG, [30])
+    return diagnosis.retention(LM, {"mine": policy}, batch, CADENCE)
 
 
 ENTRIES = [run_generate, run_decoding, run_replay, run_measure, run_retention]
@@ -134,7 +135,7 @@ def test_groups_that_reference_statistics_do_not_know_are_refused_before_a_pass(
     wide, _ = oracles.make_model(heads=9, kv_heads=1)
     policy = scorers(scorer.ScorerConfig(form="reference"), heads=9, kv_heads=1)
     with pytest.raises(UserError, match="at most 8 query heads a group"):
-        replay.check(wide, policy, BUDGET, INTERVAL)
+        replay.check(policy, wide, CADENCE)
 
 
 def test_another_interval_is_refused_unless_asked_for():
@@ -143,8 +144,8 @@ def test_another_interval_is_refused_unless_asked_for():
         with pytest.raises(UserError) as error:
             entry(policy)
         assert "runs/sft_x: trained at interval = 16, not 8: set interval to 16" in one_line(error)
-    replay.check(CONFIG, policy, 32, 16)  # another budget is normal
-    replay.check(CONFIG, policy.replace(any_interval=True), BUDGET, INTERVAL)
+    replay.check(policy, CONFIG, Cadence(32, 16))  # another budget is normal
+    replay.check(policy.replace(any_interval=True), CONFIG, CADENCE)
     run_generate(scorers(trained=Trained("released")))  # which know no interval
 
 
@@ -448,26 +449,25 @@ def test_settings_beyond_the_cache_are_refused_before_a_pass(name, message):
 
 def test_settings_that_just_fit_run():
     for name in ("streaming_llm:sinks=8", "lagkv:sinks=8", "lagkv:lag=10", "ada:room=2,kernel=45"):
-        replay.check(CONFIG, policies.get(name), BUDGET, INTERVAL)
+        replay.check(policies.get(name), CONFIG, CADENCE)
 
 
 @pytest.mark.parametrize("sizes", [(2, 1), (3, 1), (4, 2), (6, 3)])
 @pytest.mark.parametrize("name", ["streaming_llm", "expected_attention", "lagkv", "rkv", "pyramid"])
 def test_defaults_give_way_to_small_caches_and_nothing_else_does(name, sizes):
-    policy, (budget, interval) = policies.get(name), sizes
-    replay.check(CONFIG, policy, budget, interval)
+    policy, cadence = policies.get(name), Cadence(*sizes)
+    replay.check(policy, CONFIG, cadence)
     field = "kernel" if name in ("rkv", "pyramid") else "sinks"
     with pytest.raises(UserError, match=f"{field} = 31 must be at most"):
-        replay.check(CONFIG, policies.get(name, **{field: 31}), budget, interval)
+        replay.check(policies.get(name, **{field: 31}), CONFIG, cadence)
 
 
 @pytest.mark.parametrize("name", ["streaming_llm", "expected_attention", "lagkv"])
 def test_as_many_sinks_as_fit_stay(name):
     """With more, they would be no more important than the newest, and go as the lowest slots."""
-    run = jax.jit(replay.replay, static_argnums=(0, 5, 6))
-    token, length = oracles.make_tokens(CONFIG, [20])
+    run, batch = jax.jit(replay.replay, static_argnums=3), oracles.make_batch(CONFIG, [20])
     two, four = (
-        np.asarray(run(CONFIG, PARAMS, token, length, policy, 4, 2)[0])
+        np.asarray(run(LM, batch, policy, Cadence(4, 2))[0])
         for policy in (policies.get(name, sinks=2), policies.get(name))
     )
     np.testing.assert_array_equal(two, four)
@@ -544,7 +544,7 @@ def test_a_field_may_be_called_name():
             return FINE(view)
 
     assert Named("x").name == "x"
-    replay.check(CONFIG, Named("x"), BUDGET, INTERVAL)
+    replay.check(Named("x"), CONFIG, CADENCE)
     with pytest.raises(TypeError, match="name"):
         Named()
 
@@ -558,7 +558,7 @@ def test_a_static_setting_must_be_hashable():
 
 def test_parameters_with_the_layers_first_run():
     run_replay(Weighted(jnp.ones(2)))
-    replay.check(CONFIG, Weighted(np.ones(2, np.float32)), BUDGET, INTERVAL)
+    replay.check(Weighted(np.ones(2, np.float32)), CONFIG, CADENCE)
 
 
 @pytest.mark.parametrize(
@@ -619,14 +619,14 @@ def test_sums_that_nobody_asked_for_are_named(name):
         return getattr(view, f"{name}_bksg").sum(-1)
 
     with pytest.raises(UserError, match=rf'view.{name}_bksg is kept for .* statistics = "sums"'):
-        replay.check(CONFIG, scoring(score), BUDGET, INTERVAL)
-    replay.check(CONFIG, scoring(score, statistics="sums"), BUDGET, INTERVAL)
+        replay.check(scoring(score), CONFIG, CADENCE)
+    replay.check(scoring(score, statistics="sums"), CONFIG, CADENCE)
 
 
 @pytest.mark.parametrize("value", [np.array([1, None]), np.array(["a", "b"])])
 def test_arrays_of_objects_are_no_parameters(value):
     with pytest.raises(UserError, match=r"Weighted: weight_y = array.*, but parameters are arrays"):
-        replay.check(CONFIG, Weighted(value), BUDGET, INTERVAL)
+        replay.check(Weighted(value), CONFIG, CADENCE)
 
 
 def test_a_field_may_not_be_called_kind():
@@ -638,16 +638,16 @@ def test_a_field_may_not_be_called_kind():
 
 def evict_once(policy, empty=0):
     """One eviction at B = 4 and L = 2, of positions as slots: the slots, and what stays."""
-    cache = replay.init_cache(policy, 1, CONFIG, 4, 2, jnp.float32)
+    cadence = Cadence(4, 2)
+    cache = replay.init_cache(policy, 1, CONFIG, cadence, jnp.float32)
     slots = cache.position_bks.shape[-1]
     position = jnp.where(jnp.arange(slots) < empty, -1, jnp.arange(slots))
     cache = cache.replace(position_bks=jnp.broadcast_to(position, (1, 2, slots)))
     query = jnp.zeros((1, 2, CONFIG.heads, CONFIG.head_dim))
     lse = jnp.zeros((1, 2, CONFIG.group_size, 2))
-    key = replay.row_keys(jax.random.key(0), 1)
-    _, evicted, cache = replay.evict(
-        CONFIG, policy, cache, query, lse, position[None, -2:], 0, key, 4, 0
-    )
+    chunk = replay.Chunk(query, lse, position[None, -2:], 0)
+    site = replay.Site(CONFIG, cadence, 0, replay.row_keys(jax.random.key(0), 1))
+    _, evicted, cache = replay.evict(policy, cache, chunk, site)
     held = np.asarray(cache.position_bks[0, 0])
     return evicted, sorted(held[held >= 0].tolist())
 
@@ -709,7 +709,7 @@ def test_policies_within_a_policy_are_looked_at():
         run_replay(both)
     late = loss_ratio.OneOf((scorers(trained=Trained("x", interval=16)),), jnp.zeros(2, int))
     with pytest.raises(UserError, match="x: trained at interval = 16, not 8"):
-        replay.check(CONFIG, late, BUDGET, INTERVAL)
+        replay.check(late, CONFIG, CADENCE)
 
 
 def test_forced_positions_that_do_not_fit_are_refused():
@@ -756,11 +756,10 @@ def define(newest: bool):
 
 def test_a_cell_that_is_run_again_replaces_its_policy_and_its_programs(registry):
     """Structures of equal names would be equal, and the old program would run now and then."""
-    run = jax.jit(replay.replay, static_argnums=(0, 5, 6))
-    token, length = oracles.make_tokens(CONFIG, [60])
+    run, batch = jax.jit(replay.replay, static_argnums=3), oracles.make_batch(CONFIG, [60])
 
     def result(policy):
-        return np.asarray(run(CONFIG, PARAMS, token, length, policy, BUDGET, INTERVAL)[0])
+        return np.asarray(run(LM, batch, policy, CADENCE)[0])
 
     # Hashes of the structures meet by chance only: often enough to tell.
     structures = [jax.tree.structure(define(i % 2 == 0)()) for i in range(50)]

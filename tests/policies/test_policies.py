@@ -16,8 +16,10 @@ from fkv.cache import attention
 from fkv.cache import slots as kv
 from fkv.cache.cadence import Cadence
 from fkv.engine import replay
+from fkv.engine.batch import Batch
 from fkv.errors import UserError
 from fkv.evaluation import loss_ratio
+from fkv.models import LM
 from fkv.policies import expected_attention as expected
 from fkv.policies import scorer
 from fkv.policies.rkv import redundancy
@@ -374,6 +376,12 @@ def test_evictions_do_not_depend_on_what_is_in_front_of_a_prompt():
     for row, start in zip(token, padding, strict=True):
         row[start : start + real] = token[0, :real]
     config, params = oracles.make_model()
+    batch = Batch(
+        jnp.asarray(token, jnp.int32),
+        jnp.full(len(padding), real),
+        jnp.zeros(len(padding), jnp.int32),
+        jnp.asarray(padding),
+    )
     rest = set(policies.names()) - {"full", "forced", "foresight"}
     known = [policies.get(name) for name in sorted(rest)]
     known.append(policies.get("pyramid:window=2,beta=4"))  # small enough to be uneven
@@ -386,15 +394,11 @@ def test_evictions_do_not_depend_on_what_is_in_front_of_a_prompt():
     assert len(uneven) == 3 and len(even) > 10
 
     @jax.jit
-    def run(params, token, padding, even, uneven):
-        keys = jnp.broadcast_to(jax.random.key(1), padding.shape)
+    def run(lm, batch, even, uneven):
+        keys = jnp.broadcast_to(jax.random.key(1), batch.padding_b.shape)
 
         def replayed(policy, observe):
-            length = jnp.full_like(padding, real)
-            return replay.replay(
-                config, params, token, length, policy, budget, interval, keys, observe,
-                padding_b=padding,
-            )[2]  # fmt: skip
+            return replay.replay(lm, batch, policy, Cadence(budget, interval), keys, observe)[2]
 
         def watch(acc, policy, view, evict):
             position = view.cache.position_bks
@@ -411,9 +415,7 @@ def test_evictions_do_not_depend_on_what_is_in_front_of_a_prompt():
         found = replayed(loss_ratio.Watched(even[0], tuple(even)), watch)
         return found[::2], found[1::2], [replayed(policy, held) for policy in uneven]
 
-    dropped, importance, held = run(
-        params, jnp.asarray(token, jnp.int32), jnp.asarray(padding), even, uneven
-    )
+    dropped, importance, held = run(LM(params, config), batch, even, uneven)
     for policy, x in zip(even, importance, strict=True):
         np.testing.assert_allclose(
             x[:, :-1, ::2], x[:, 1:, 1::2], rtol=1e-5, atol=1e-6, err_msg=repr(policy)

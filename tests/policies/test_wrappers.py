@@ -20,12 +20,13 @@ from tests import oracles
 from tests.policies.test_policies import CONFIG, SIZES, h2o, random_view, state_of
 
 BUDGET, INTERVAL, LAYERS = 24, 12, 3
-MODEL = oracles.make_model(layers=LAYERS)
+LM = oracles.make_lm(layers=LAYERS)
+CADENCE = Cadence(BUDGET, INTERVAL)
 RULES = scorer.ScorerConfig()
 
 
 def scorers(**fields):
-    params = scorer.init(jax.random.key(0), MODEL[0], RULES)
+    params = scorer.init(jax.random.key(0), LM.config, RULES)
     return policies.Foresight(params, RULES, **fields)
 
 
@@ -36,7 +37,7 @@ def policy_of(name):
 # ---- what is kept
 
 
-def kept_of(name, token, length):
+def kept_of(name, batch):
     """A replay under a policy: before each eviction what is held and its importance; after, held.
 
     Returns:
@@ -49,9 +50,9 @@ def kept_of(name, token, length):
             policy = policy.policy
         return acc, (view.cache.position_bks, policy.importance(view))
 
-    call = jax.jit(replay.replay, static_argnums=(0, 5, 6), static_argnames="observe")
+    call = jax.jit(replay.replay, static_argnums=3, static_argnames="observe")
     policy = policy_of(name)
-    _, _, seen = call(*MODEL, token, length, policy, BUDGET, INTERVAL, observe=look)
+    _, _, seen = call(LM, batch, policy, CADENCE, observe=look)
     return (np.asarray(x) for x in seen)
 
 
@@ -91,12 +92,12 @@ def ada_shares(importances, safeguard=0.2, room=2.0, budgets=(BUDGET,) * LAYERS,
     ],
 )
 def test_uneven_budgets_keep_what_their_definition_keeps(name, settings):
-    token, length = oracles.make_tokens(MODEL[0], [107, 60])
-    position, importance = kept_of(name, token, length)
+    batch = oracles.make_batch(LM.config, [107, 60])
+    position, importance = kept_of(name, batch)
     capacity = position.shape[-1] - INTERVAL
     shares = pyramid_shares if name.startswith("pyramid") else ada_shares
     evictions = uneven = 0
-    for row, n in enumerate(length.tolist()):
+    for row, n in enumerate(batch.length_b.tolist()):
         for chunk in range(n // INTERVAL - 1 + (n % INTERVAL > 0)):
             # Of every layer and head: importance by position before, positions after.
             before = [
@@ -124,7 +125,7 @@ def test_uneven_budgets_keep_what_their_definition_keeps(name, settings):
                 if shares is ada_shares:
                     held = sum(len(x) for x in before[y])
                     budget = settings.get("budgets", (BUDGET,) * LAYERS)[y]
-                    assert total == min(held, MODEL[0].kv_heads * budget)
+                    assert total == min(held, LM.config.kv_heads * budget)
             if shares is pyramid_shares:
                 assert sum(x[0] for x in want) == LAYERS * BUDGET
     assert evictions > 20 and uneven > 20
@@ -184,8 +185,8 @@ def test_wrappers_are_checked_with_what_they_go_around():
         (policies.get("ada(h2o):room=3"), "ada: room = 3 must be at most 2"),
     ):
         with pytest.raises(UserError, match=message):
-            replay.check(MODEL[0], policy, BUDGET, INTERVAL)
-    model = api.Model(*MODEL, None, (), "owner/name")
+            replay.check(policy, LM.config, CADENCE)
+    model = api.Model(LM, None, (), "owner/name")
     with pytest.warns(UserWarning, match="trained for model other, and used with owner/name"):
         policy = policies.Ada(scorers(trained=Trained("runs/x", "other")))
         [[one]] = api.generate(model, [[1, 2, 3]], policy, BUDGET, INTERVAL, new_tokens=2)
@@ -206,9 +207,8 @@ class Half(policies.Wrapper):
 
 
 def test_a_wrapper_of_ones_own_runs():
-    token, length = oracles.make_tokens(MODEL[0], [60])
     _, _, held = replay.replay(
-        *MODEL, token, length, Half(scorers()), BUDGET, INTERVAL,
+        LM, oracles.make_batch(LM.config, [60]), Half(scorers()), CADENCE,
         observe=lambda acc, policy, view, evict: (acc, (view.cache.position_bks >= 0).sum(-1)),
     )  # fmt: skip
     assert held[0, :, 0, 0].tolist() == [12, 24, 24, 24, 24]
@@ -270,11 +270,11 @@ def test_names_come_back_from_command_lines_and_tables(tmp_path):
     names = ("ada(h2o)", "ada(rkv:mix=0.5,kernel=1):room=1.5")
     config, _ = flags.parse(["sft", "--config=configs/tiny.py", f"--config.eval.policies={names}"])
     assert config.eval.policies == names
-    token, length = map(np.asarray, oracles.make_tokens(MODEL[0], [60, 60]))
     named = {name: policies.get(name) for name in names}
-    found = loss_ratio.measure(
-        *MODEL, named, token, length, BUDGET, INTERVAL, jax.random.key(0), batch=2
-    )
+    batch = jax.tree.map(np.asarray, oracles.make_batch(LM.config, [60, 60]))
+    width = np.full(2, batch.token_bt.shape[1])
+    traces = loss_ratio.Traces(batch, jax.random.split(jax.random.key(0)), width, at_once=2)
+    found = loss_ratio.measure(LM, named, traces, CADENCE)
     (tmp_path / "x").write_text(loss_ratio.traces_csv(found, ["a", "b"]))
     assert [r.policy for r in loss_ratio.read_traces(tmp_path / "x")[0]][2:] == list(names)
     cell = accuracy.cells(accuracy.Accuracy(names[1], 16, np.ones((1, 1)), 1, 0, 0))

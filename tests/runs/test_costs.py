@@ -10,6 +10,7 @@ import pytest
 from fkv import models, policies
 from fkv.cache.cadence import Cadence
 from fkv.engine import replay
+from fkv.engine.batch import Batch
 from fkv.errors import UserError
 from fkv.models import ModelConfig
 from fkv.policies import scorer
@@ -79,15 +80,15 @@ def test_formulas_by_hand():
 def test_operations_are_those_that_the_compiler_counts():
     # One layer and one block, since the compiler counts the body of a loop once.
     config = ModelConfig("qwen3", 64, 256, 1, 4, 2, 64, 512, qk_norm=True, tied_embeddings=True)
-    params = jax.eval_shape(lambda: models.init(jax.random.key(0), config))
+    lm = models.LM(jax.eval_shape(lambda: models.init(jax.random.key(0), config)), config)
     tokens = 128
 
-    def run(params, token, length):
-        full = policies.get("full")
-        return replay.replay(config, params, token, length, full, 32, 16)[0]
+    def run(lm, batch):
+        return replay.replay(lm, batch, policies.get("full"), Cadence(32, 16))[0]
 
-    row = jax.ShapeDtypeStruct((1, tokens), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
-    counted = jax.jit(run).lower(params, *row).compile().cost_analysis()["flops"]
+    row = jax.ShapeDtypeStruct((1,), jnp.int32)
+    batch = Batch(jax.ShapeDtypeStruct((1, tokens), jnp.int32), row, row, row)
+    counted = jax.jit(run).lower(lm, batch).compile().cost_analysis()["flops"]
     # What is masked is computed too: all pairs and not half of them.
     ours = 2 * costs.pass_flops(config, tokens) - 2 * tokens * costs.layer_weights(config)
     assert counted == pytest.approx(ours, rel=0.05)
@@ -99,7 +100,7 @@ def test_caches_have_the_bytes_that_are_said(cache_dtype):
     for name in ("snapkv", "h2o"):
         policy = policies.get(name)
         cache = jax.eval_shape(
-            lambda policy=policy: replay.init_cache(policy, 3, config, 16, 8, jnp.bfloat16)
+            lambda policy=policy: replay.init_cache(policy, 3, config, Cadence(16, 8), jnp.bfloat16)
         )
         ours = costs.cache_bytes(config, 24, "bfloat16", bool(policy.statistics))
         assert 3 * ours == config.layers * costs.size(cache), name

@@ -24,6 +24,7 @@ from tests import oracles
 # How many traces of a device count differs: 2, 2, 1, 2; then 0, 2, 0, 1; then all. A group of
 # rollouts lies on one device or on two.
 SCRIPT = """
+import functools
 import os
 import signal
 import sys
@@ -35,12 +36,14 @@ from ml_collections import ConfigDict
 
 from fkv import models, policies
 from fkv.engine import decoding, replay
-from fkv.learning import grpo, sft
+from fkv.engine.batch import Batch
+from fkv.learning import fit, grpo, sft
 from fkv.policies import scorer
 from fkv.runs import parallel, rundir
 from fkv.errors import UserError
 from launch import app
 from tests import oracles
+from tests.learning import CADENCE, grpo_plan, sft_plan
 
 path, out, model_axis, several = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4:]
 if several:
@@ -66,27 +69,22 @@ def watched(*args):
     return stack
 
 models.loading._insert = watched
-config, own = models.load(path / "model", mesh=parallel.make_mesh(model_axis, "process"))
+own = models.load(path / "model", mesh=parallel.make_mesh(model_axis, "process"))
 models.loading._insert = insert
 leaves = jax.tree.leaves(own)
 size, largest = sum(x.nbytes for x in leaves), max(x.nbytes for x in leaves)
 part = sum(x.addressable_shards[0].data.nbytes for x in leaves)
 assert part < size * (1 / model_axis + 0.02), part / size
 assert peak < part + largest / model_axis, (peak / size, part / size)
-everywhere = parallel.view(own, mesh)
+everywhere = own.replace(params=parallel.view(own.params, mesh))
 
 # ---- the supervised step
 rules = scorer.ScorerConfig(norm="rms")
-optimiser = sft.optimizer(1e-2, 0, 10, 1.0)
-state = parallel.replicate(sft.init_state(dict(np.load(path / "scorers.npz")), optimiser), mesh)
-
-def device_step(state, params, token, length):
-    return sft.train_step(
-        config, rules, sft.LossConfig(1.0), optimiser, 16, 8, parallel.AXIS,
-        state, params, token, length,
-    )
-
-step = parallel.pmap(device_step, mesh, constants=2, batched=2)
+plan = sft_plan(rules, sft.LossConfig(1.0), steps=10)
+state = fit.TrainState.init(dict(np.load(path / "scorers.npz")), plan.optimiser)
+state = parallel.replicate(state, mesh)
+step = functools.partial(sft.train_step, plan, axis=parallel.AXIS)
+step = parallel.pmap(step, mesh, constants=2, batched=1)
 compiled = []
 jax.monitoring.register_event_duration_secs_listener(
     lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
@@ -98,10 +96,10 @@ batches = [
 ]
 found = {}
 for i, lengths in enumerate(batches):
-    token, length = jax.device_get(oracles.make_tokens(config, [*lengths, 45], seed=i))
+    token, length = jax.device_get(oracles.make_tokens(own.config, [*lengths, 45], seed=i))
     if i == 1:
         compiled.clear()
-    state, metrics = step(state, everywhere, token[:8], length[:8])
+    state, metrics = step(state, everywhere, Batch.of(token[:8], length[:8]))
     for name, x in {**state.params, **metrics, "step": state.step}.items():
         assert x.sharding.is_fully_replicated and len(x.sharding.device_set) == mesh.size
         parts = [np.asarray(part.data) for part in x.addressable_shards]
@@ -110,41 +108,32 @@ for i, lengths in enumerate(batches):
 assert not compiled, "the second step compiled again"
 
 # ---- the step of the reinforcement stage
-settings = grpo.GRPOConfig(rollouts=4, epochs=2, eta=0.01)
-optimiser = grpo.optimizer(1e-2, 0, 1.0)
+plan = grpo_plan(rules, grpo.GRPOConfig(rollouts=4, epochs=2, eta=0.01))
 reference = jax.device_get(state.params)
-state = sft.init_state(reference, optimiser)
-token, length = jax.device_get(oracles.make_tokens(config, [45, 41, 43], seed=9))
-rng = np.random.default_rng(0)
-index = np.arange(44)[None]
-counted = (index >= 23) & (index < length[:, None] - 1)
-rows = (token, length, *rng.random((2, 3, 44), dtype=np.float32), counted)
+state = grpo.TrainState.init(reference, plan.optimiser, reference=reference)
+batch = jax.device_get(oracles.make_batch(own.config, [45, 41, 43], seed=9))
+rows = (batch, *np.random.default_rng(0).random((2, 3, 44), dtype=np.float32))
 keys = jax.random.key_data(replay.row_keys(jax.random.key(0), 12))
-batch = grpo.Batch(*(np.repeat(x, 4, axis=0) for x in rows), np.asarray(keys))
-
-def device_step(state, params, reference, batch):
-    return grpo.train_step(
-        config, rules, settings, optimiser, 16, 8, parallel.AXIS, state, params, reference, batch
-    )
-
-step = parallel.pmap(device_step, mesh, constants=3, batched=1)
-state, reference = parallel.replicate((state, reference), mesh)
-state, metrics = step(state, everywhere, reference, batch)
+rows = jax.tree.map(lambda x: np.repeat(x, 4, axis=0), rows)
+step = functools.partial(grpo.train_step, plan, axis=parallel.AXIS)
+step = parallel.pmap(step, mesh, constants=2, batched=1)
+state = parallel.replicate(state, mesh)
+state, metrics = step(state, everywhere, grpo.Rollouts(*rows, np.asarray(keys)))
 for name, x in {**state.params, **metrics}.items():
     found[f"grpo_{name}"] = np.asarray(x)
 
 # ---- decoding by one copy
 if copies == 1:
-    params = parallel.view(own, parallel.make_mesh(model_axis, "copy"))
+    params = parallel.view(own.params, parallel.make_mesh(model_axis, "copy"))
     policy = policies.Foresight(jax.device_get(state.params), rules)
     prompts = [np.arange(30) % 7, np.arange(13) % 11]
-    sampling, keys = decoding.Sampling(1.0, top_k=8), replay.row_keys(jax.random.key(1), 2)
-    given = (config, params, policy)
-    sizes = (24, 16, 8, sampling, ())  # new tokens, B, L
-    begun, width = decoding._start(*given, prompts, keys, *sizes)
+    plan = decoding.Plan(CADENCE, decoding.Sampling(1.0, top_k=8))
+    keys = replay.row_keys(jax.random.key(1), 2)
+    given = (own.replace(params=params), policy, plan)
+    begun, width = decoding._start(*given, prompts, keys, [24, 24])
     for x in jax.tree.leaves(begun.caches):
-        assert x.addressable_shards[0].data.shape[1] * model_axis == config.kv_heads
-    tokens, _ = decoding.decode(*given, begun, width, *sizes[1:], sizes[0])
+        assert x.addressable_shards[0].data.shape[1] * model_axis == own.config.kv_heads
+    tokens, _ = decoding.decode(*given, begun, width, 24)
     found["tokens"] = np.asarray(tokens)
 
 # ---- several processes have one run
@@ -237,9 +226,9 @@ def finish(started):
 def runs(tmp_path_factory):
     """What every layout of devices found after every step, and what its processes printed."""
     path = tmp_path_factory.mktemp("parallel")
-    config, params = oracles.make_model(layers=2, vocab_size=40)
-    models.save(path / "model", config, params)
-    scorers = scorer.init(jax.random.key(0), config, scorer.ScorerConfig())
+    lm = oracles.make_lm(layers=2, vocab_size=40)
+    models.save(path / "model", lm)
+    scorers = scorer.init(jax.random.key(0), lm.config, scorer.ScorerConfig())
     np.savez(path / "scorers.npz", **scorers)
     one = start(SCRIPT, path, path / "one.npz", 1)
     four = start(SCRIPT, path, path / "four.npz", 1, devices=4)

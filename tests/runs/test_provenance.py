@@ -270,7 +270,8 @@ def test_our_own_policies_count_by_their_code_too(monkeypatch):
 
 @pytest.fixture
 def model(tmp_path):
-    models.save(tmp_path, MODEL, jax.device_get(models.init(jax.random.key(0), MODEL)))
+    params = jax.device_get(models.init(jax.random.key(0), MODEL))
+    models.save(tmp_path, models.LM(params, MODEL))
     return tmp_path
 
 
@@ -313,12 +314,12 @@ def test_a_large_file_is_read_in_part_but_every_tensor(model, monkeypatch):
     monkeypatch.setattr(provenance, "WHOLE", 0)
     assert provenance.of_weights(model) != before  # never taken for one another
     first = provenance.of_weights(model)
-    config, params = models.load(model)
-    for name, x in params["layers"].items():
-        changed = {**params, "layers": {**params["layers"], name: x * 1.01}}
-        models.save(model, config, jax.device_get(changed))
+    lm = jax.device_get(models.load(model))
+    for name, x in lm.params["layers"].items():
+        layers = {**lm.params["layers"], name: x * np.float32(1.01)}
+        models.save(model, lm.replace(params={**lm.params, "layers": layers}))
         assert provenance.of_weights(model) != first, name
-    models.save(model, config, jax.device_get(params))
+    models.save(model, lm)
     assert provenance.of_weights(model) == first
 
 

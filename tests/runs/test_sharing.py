@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 import fkv
 from configs import tiny
 from fkv import models, policies
+from fkv.cache.cadence import Cadence
 from fkv.engine import replay
 from fkv.errors import UserError
 from fkv.jobs import export
@@ -52,9 +53,9 @@ def test_a_shared_directory_gives_the_scorers_back(tmp_path):
     assert "| a table |" in card and "| budget | 64 |" in card and "| norm | rms |" in card
     assert not list(tmp_path.glob("*.tmp"))
     # It acts alike.
-    config, params = oracles.make_model()
-    token, length = oracles.make_tokens(config, [50])
-    both = [replay.replay(config, params, token, length, p, 32, 16)[0] for p in (policy, again)]
+    lm = oracles.make_lm()
+    batch = oracles.make_batch(lm.config, [50])
+    both = [replay.replay(lm, batch, p, Cadence(32, 16))[0] for p in (policy, again)]
     np.testing.assert_array_equal(*both)
 
 
@@ -157,23 +158,22 @@ def test_an_export_over_another_is_whole(tmp_path, file):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    config, params = oracles.make_model()
-    path = tmp_path_factory.mktemp("base")
-    models.save(path, config, params)
-    return path, config, params
+    path, lm = tmp_path_factory.mktemp("base"), oracles.make_lm()
+    models.save(path, lm)
+    return path, lm
 
 
 def test_the_released_layout_gives_the_scorers_back(base, tmp_path):
-    source, config, params = base
+    source, lm = base
     before = {file.name: file.read_bytes() for file in source.iterdir()}
     policy = scorers("none")
     sharing.export_released(policy, source, tmp_path / "out")
     again, _ = sharing.load(tmp_path / "out")
     assert_same(policy, again)
     assert again.config == scorer.ScorerConfig(form="reference")
-    same, theirs = models.load(tmp_path / "out", "float32")
-    assert same == config
-    jax.tree.map(np.testing.assert_array_equal, theirs, params)
+    same = models.load(tmp_path / "out", "float32")
+    assert same.config == lm.config
+    jax.tree.map(np.testing.assert_array_equal, same.params, lm.params)
     assert {file.name: file.read_bytes() for file in source.iterdir()} == before
     # Their sign: an eviction score.
     tensors = load_file(tmp_path / "out" / "model-judges.safetensors")
@@ -210,7 +210,7 @@ def test_pytorch_reads_the_released_layout(tmp_path):
 
     reference = torch_model("qwen3", eos_token_id=None, bos_token_id=None, pad_token_id=None)
     reference.save_pretrained(tmp_path / "base")
-    config, _ = models.load(tmp_path / "base", "float32")
+    config = models.load(tmp_path / "base", "float32").config
     rules = scorer.ScorerConfig()
     policy = policies.Foresight(scorer.init(jax.random.key(0), config, rules), rules)
     sharing.export_released(policy, tmp_path / "base", tmp_path / "out")
@@ -222,7 +222,7 @@ def test_pytorch_reads_the_released_layout(tmp_path):
 
 @pytest.mark.parametrize("fields", [{"norm": "rms"}, {"inputs": "kv"}, {"hidden": 8}])
 def test_scorers_that_the_released_code_does_not_know_are_refused(base, tmp_path, fields):
-    config = base[1]
+    config = base[1].config
     rules = scorer.ScorerConfig(**fields)
     policy = policies.Foresight(scorer.init(jax.random.key(0), config, rules), rules)
     with pytest.raises(UserError, match="16 hidden units on plain features"):

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from ml_collections import ConfigDict
 
 from fkv import policies
-from fkv.cache import slots as kv
+from fkv.cache.cadence import Cadence
 from fkv.engine import replay
 from fkv.errors import UserError
 from fkv.evaluation import plots, tables
@@ -18,7 +18,7 @@ from fkv.files import write_text
 from fkv.jobs import common, fields
 from fkv.jobs.benchmark import decode, device, passes, peers, report
 from fkv.jobs.benchmark.base import Bench
-from fkv.models import ModelConfig
+from fkv.models import LM, ModelConfig
 from fkv.runs import costs
 from fkv.runs.rundir import open_run
 
@@ -44,15 +44,14 @@ def run(config: ConfigDict, workdir: str) -> dict:
         if settings.layers:
             raise UserError("benchmark.layers is for benchmark.random_weights = True")
         _check_policies(config, common.model_config(config))
-        model, params = common.load_model(config)
+        lm = common.load_model(config)
     run = open_run(workdir, config, common.other_jobs("benchmark"))
     if settings.random_weights:
-        params = device.random_weights(model, config.dtype, config.seed)
+        lm = LM(device.random_weights(model, config.dtype, config.seed), model)
     common.say("measuring what the device can do")
     bench = Bench(
         config,
-        model,
-        params,
+        lm,
         device.peaks(settings.peaks, config.dtype),
         device.memory_limit(settings.memory_gib),
         run.path,
@@ -92,8 +91,8 @@ def _check(config: ConfigDict) -> None:
             raise UserError(
                 f"benchmark.sections has {name!r}; known sections are {', '.join(SECTIONS)}"
             )
-    kv.check_sizes(config.budget, config.interval)
-    common.check_budgets(s.budgets, config.interval, "benchmark.budgets")
+    cadence = Cadence(config.budget, config.interval)
+    common.cadences(s.budgets, config.interval, "benchmark.budgets")
     common.check_kernel(config, config.attention_kernel)
     for name in s.kernels:
         common.check_kernel(config, name, "benchmark.kernels")
@@ -118,14 +117,15 @@ def _check(config: ConfigDict) -> None:
         raise UserError(f"benchmark.growth_tokens = {s.growth_tokens} must be at least 2 L")
     if {"labels", "steps"} & set(s.sections):
         lengths = (*s.label_lengths, s.step_length)
-        replay.check_lengths([min(lengths)], config.budget, config.interval)
+        replay.check_lengths([min(lengths)], cadence)
 
 
 def _check_policies(config: ConfigDict, model: ModelConfig) -> None:
     s = config.benchmark
     named = {name: policies.get(name) for name in (*s.policies, *s.peer_policies)
              if name != "foresight"}  # fmt: skip
-    common.check_policies(config, model, named, s.budgets)
+    at = common.cadences(s.budgets, config.interval, "benchmark.budgets")
+    common.check_policies(config, model, named, at)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,11 +10,12 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from fkv import models, policies
+from fkv import policies
+from fkv.cache.cadence import FULL, Cadence
 from fkv.engine import decoding
 from fkv.jobs.benchmark import device
 from fkv.keys import Purpose, fold, key_of, keys_of
-from fkv.models import ModelConfig
+from fkv.models import LM, ModelConfig
 from fkv.policies import scorer
 from fkv.policies.base import Policy
 
@@ -47,7 +48,7 @@ class Bench:
 
     Attributes:
       config: the recipe.
-      model, params: the language model.
+      lm: the language model.
       peaks: what the device can do.
       limit: bytes that a program may hold.
       path: the run directory.
@@ -56,13 +57,16 @@ class Bench:
     """
 
     config: ConfigDict
-    model: ModelConfig
-    params: models.Params
+    lm: LM
     peaks: device.Peaks
     limit: int
     path: Path
     end: float = float("inf")
     programs: dict = dataclasses.field(default_factory=dict)
+
+    @property
+    def model(self) -> ModelConfig:
+        return self.lm.config
 
     @property
     def settings(self) -> ConfigDict:
@@ -82,10 +86,9 @@ class Bench:
         """Timed chunks of `L` decoding steps in a repeat."""
         return -(-self.settings.new_tokens // self.interval)
 
-    @property
-    def sampling(self) -> decoding.Sampling:
-        s = self.settings
-        return decoding.Sampling(s.temperature, s.top_k, s.top_p)
+    def plan(self, arm: Arm) -> decoding.Plan:
+        cadence = Cadence.of(arm.budget, self.interval)
+        return decoding.Plan(cadence, decoding.Sampling.of(self.settings))
 
     @property
     def key(self) -> jax.Array:
@@ -111,7 +114,7 @@ class Bench:
             for length in lengths
             for batch in batches
             for name in s.policies
-            for budget in (s.budgets if self.policy(name).evicts else (0,))
+            for budget in (s.budgets if self.policy(name).evicts else (FULL,))
             for kernel in kernels or (self.config.attention_kernel,)
         ]
 

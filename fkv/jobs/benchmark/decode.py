@@ -15,44 +15,38 @@ from fkv.engine import decoding, replay
 from fkv.jobs import common
 from fkv.jobs.benchmark.base import Arm, Bench, DoesNotFit, name_of, only_memory
 from fkv.keys import fold, keys_of
-from fkv.models import ModelConfig
-from fkv.policies.base import Policy
 from fkv.runs import costs
 
 
 def _decode_program(bench: Bench, arm: Arm):
     """`L` decoding steps with their eviction, and how to make the state that they start from."""
     policy, interval = bench.policy(arm.policy), bench.interval
-    make = functools.partial(
-        made_up_state, bench.model, policy, arm, interval, bench.chunks, bench.config.dtype
-    )
+    make = functools.partial(made_up_state, bench, arm)
     held = sum(
         x.size * x.dtype.itemsize
-        for x in jax.tree.leaves((bench.params, jax.eval_shape(lambda: make(bench.key).caches)))
+        for x in jax.tree.leaves((bench.lm, jax.eval_shape(lambda: make(bench.key).caches)))
     )
     if held > bench.limit:
         raise DoesNotFit
     width = interval if policy.evicts else _prompt(arm, interval, bench.chunks)
     call = jax.jit(
-        decoding.decode_chunk,
-        static_argnames=("config", "prompt_width", "budget", "interval", "sampling", "stop"),
-        donate_argnames="state",
+        decoding.decode_chunk, static_argnames=("plan", "prompt_width"), donate_argnames="state"
     )
+    lm = bench.lm.replace(
+        config=dataclasses.replace(bench.model, kernel=common.kernel_here(arm.kernel))
+    )
+    plan = bench.plan(arm)
 
     def lower():
         state = jax.eval_shape(make, bench.key)
-        model = dataclasses.replace(bench.model, kernel=common.kernel_here(arm.kernel))
-        return call.lower(
-            model, bench.params, policy, state, prompt_width=width, budget=arm.budget,
-            interval=interval, sampling=bench.sampling, stop=(),
-        )  # fmt: skip
+        return call.lower(lm, policy, plan, state, prompt_width=width)
 
     # Under eviction the program knows nothing of the length.
     name = ("decode", dataclasses.replace(arm, length=0 if policy.evicts else arm.length))
     program, seconds, size = bench.compiled(name, lower)
     if size > bench.limit:
         raise DoesNotFit
-    return functools.partial(program, bench.params, policy), jax.jit(make), seconds, size
+    return functools.partial(program, lm, policy), jax.jit(make), seconds, size
 
 
 def _prompt(arm: Arm, interval: int, chunks: int) -> int:
@@ -60,22 +54,15 @@ def _prompt(arm: Arm, interval: int, chunks: int) -> int:
     return arm.length - (chunks + 1) * interval
 
 
-def made_up_state(
-    model: ModelConfig,
-    policy: Policy,
-    arm: Arm,
-    interval: int,
-    chunks: int,
-    dtype: str,
-    key: jax.Array,
-) -> decoding.State:
+def made_up_state(bench: Bench, arm: Arm, key: jax.Array) -> decoding.State:
     """A state in the middle of decoding, of random entries: what a step costs they do not change.
 
     Caches are as full as after a prompt that leaves room for the chunks to come.
     """
-    prompt = _prompt(arm, interval, chunks)
+    policy, model, dtype = bench.policy(arm.policy), bench.model, bench.config.dtype
+    prompt, interval = _prompt(arm, bench.interval, bench.chunks), bench.interval
     if policy.evicts:
-        empty = replay.init_cache(policy, arm.batch, model, arm.budget, interval, dtype)
+        empty = replay.init_cache(policy, arm.batch, model, bench.plan(arm).cadence, dtype)
         held = empty.position_bks.shape[-1] - interval
     else:
         held_as = model.cache_dtype or dtype
@@ -119,7 +106,7 @@ def _run_evictions(bench: Bench, arm: Arm) -> float:
     policy, model, interval = bench.policy(arm.policy), bench.model, bench.interval
     if not policy.evicts:
         return 0.0
-    call = jax.jit(decoding.evict, static_argnames=("config", "budget"), donate_argnames="caches")
+    call = jax.jit(decoding.evict, donate_argnames="caches")
     _, make, _, _ = _decode_program(bench, arm)
     state = make(bench.key)
     prompt = _prompt(arm, interval, bench.chunks)
@@ -136,13 +123,13 @@ def _run_evictions(bench: Bench, arm: Arm) -> float:
     shape = (arm.batch, interval, model.heads, model.head_dim)
     query = jax.random.normal(fold(bench.key, 2), shape, bench.config.dtype)
     lse = jnp.zeros((arm.batch, model.kv_heads, model.group_size, interval))
-    queries = [(query, lse)] * model.layers
     position = jnp.broadcast_to(arrived[None], (arm.batch, interval))
+    chunks = [replay.Chunk(query, lse, position, state.chunk)] * model.layers
     caches, found = fill(state.caches), []
-    rest = (queries, position, state.chunk, state.key_b)
+    rest = (chunks, replay.Site(model, bench.plan(arm).cadence, 0, state.key_b))
     program, _, _ = bench.compiled(
         ("evict", arm.policy, arm.budget, arm.batch),
-        lambda: call.lower(model, policy, caches, *rest, budget=arm.budget),
+        lambda: call.lower(policy, caches, *rest),
     )
     for _ in range(max(bench.chunks, 3) + 1):
         jax.block_until_ready(caches)
@@ -320,17 +307,9 @@ def growth(bench: Bench) -> list[dict]:
 
 def _chunks(bench: Bench, arm: Arm, prompts, chunks: int) -> list[float]:
     """Seconds of every chunk of `L` decoding steps after the first, its eviction included."""
-    steps = decoding.stream(
-        bench.model,
-        bench.params,
-        bench.policy(arm.policy),
-        prompts,
-        bench.row_keys(len(prompts)),
-        chunks * bench.interval,
-        arm.budget,
-        bench.interval,
-        bench.sampling,
-    )
+    key_b, limit = bench.row_keys(len(prompts)), [chunks * bench.interval] * len(prompts)
+    policy, plan = bench.policy(arm.policy), bench.plan(arm)
+    steps = decoding.stream(bench.lm, policy, plan, prompts, key_b, limit)
     found, start = [], None
     for _, _ in zip(range(chunks), steps, strict=False):  # the tokens are on the host
         now = time.perf_counter()

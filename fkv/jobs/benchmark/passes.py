@@ -1,6 +1,5 @@
 """Sections about whole passes: reading prompts, golden labels, training steps."""
 
-import dataclasses
 import functools
 import time
 from collections.abc import Sequence
@@ -11,7 +10,8 @@ import numpy as np
 
 from fkv import models
 from fkv.cache.cadence import Cadence
-from fkv.engine import decoding
+from fkv.engine import decoding, replay
+from fkv.engine.batch import Batch
 from fkv.jobs import common
 from fkv.jobs.benchmark.base import (
     Arm,
@@ -23,9 +23,8 @@ from fkv.jobs.benchmark.base import (
     random_tokens,
     spread,
 )
-from fkv.jobs.grpo import settings_of
 from fkv.keys import Purpose, key_of
-from fkv.learning import golden, grpo, sft
+from fkv.learning import fit, golden, grpo, sft
 from fkv.policies import scorer
 from fkv.runs import costs, parallel
 
@@ -76,25 +75,20 @@ def prefill(bench: Bench) -> list[dict]:
     arms = bench.arms(s.prefill_batches, s.prefill_lengths)
 
     def prepare(arm):
-        policy = bench.policy(arm.policy)
-        row = np.zeros(arm.batch, np.int32)
-        token = random_tokens(bench, arm.batch, arm.length)
-        keys = bench.row_keys(arm.batch)
-        sizes = dict(budget=arm.budget, interval=interval, new_tokens=interval)
+        policy, plan = bench.policy(arm.policy), bench.plan(arm)
+        row, token = np.zeros(arm.batch, np.int32), random_tokens(bench, arm.batch, arm.length)
+        batch, keys = Batch(token, row + arm.length, row, row), bench.row_keys(arm.batch)
         call = functools.partial(
-            decoding.prefill, model, bench.params, policy, token, row, keys, row,
-            **sizes, sampling=bench.sampling, stop=(),
-        )  # fmt: skip
-        layers = (bench.params["layers"], policy)
-        hidden = jax.eval_shape(models.embed, bench.params, token)
+            decoding.prefill, bench.lm, policy, plan, batch, keys, row, interval
+        )
+        hidden = jax.eval_shape(models.embed, bench.lm, token)
+        site, position = replay.Site(model, plan.cadence, 0, keys), jnp.asarray(token)
+        inputs = (bench.lm.params["layers"], policy, site, hidden, position)
         _, seconds, size = bench.compiled(
-            arm,
-            lambda: decoding.prefill_layer.lower(
-                model, *layers, 0, hidden, jax.eval_shape(jnp.asarray, token), keys, **sizes
-            ),
+            arm, lambda: decoding.prefill_layer.lower(*inputs, room=interval)
         )
         cache = costs.size(jax.eval_shape(call).caches[0])
-        rest = costs.size(bench.params) - costs.size(bench.params["layers"])
+        rest = costs.size(bench.lm) - costs.size(bench.lm.params["layers"])
         return call, size + (model.layers - 1) * cache + rest, seconds
 
     def flops(arm):
@@ -107,18 +101,16 @@ def prefill(bench: Bench) -> list[dict]:
 
 def labels(bench: Bench) -> list[dict]:
     """Golden evictions of all layers of a trace."""
-    config = bench.config
-    label = jax.jit(golden.policy, static_argnames=("config", "budget", "interval"))
-    fixed = dict(budget=config.budget, interval=config.interval)
+    cadence = Cadence(bench.config.budget, bench.interval)
+    label = jax.jit(golden.policy, static_argnums=2)
 
     def prepare(arm):
-        args = (bench.params, random_tokens(bench, 1, arm.length), np.array([arm.length], np.int32))
-        program, seconds, size = bench.compiled(
-            arm, lambda: label.lower(bench.model, *args, **fixed)
-        )
+        length = np.array([arm.length], np.int32)
+        args = bench.lm, Batch.of(random_tokens(bench, 1, arm.length), length)
+        program, seconds, size = bench.compiled(arm, lambda: label.lower(*args, cadence))
         return functools.partial(program, *args), size, seconds
 
-    arms = [Arm("golden", config.budget, 1, n) for n in bench.settings.label_lengths]
+    arms = [Arm("golden", cadence.budget, 1, n) for n in bench.settings.label_lengths]
     return _pass_section(
         bench, arms, prepare, lambda arm: costs.label_flops(bench.model, arm.length)
     )
@@ -127,58 +119,43 @@ def labels(bench: Bench) -> list[dict]:
 def steps(bench: Bench) -> list[dict]:
     """A supervised and a reinforcement step, as the jobs make them."""
     config, model, s = bench.config, bench.model, bench.settings
-    rules, sizes = scorer.ScorerConfig(**config.scorer), (config.budget, config.interval)
-    params = scorer.init(key_of(config.seed, Purpose.SCORER), model, rules)
-    length = s.step_length
-    mesh = parallel.make_mesh()
+    mesh, length = parallel.make_mesh(), s.step_length
     traces = s.step_traces * parallel.device_count(mesh)
-    everywhere = parallel.replicate(bench.params, mesh)
+    shared = {
+        "cadence": Cadence(config.budget, config.interval),
+        "scorer": scorer.ScorerConfig(**config.scorer),
+    }
+    loss = sft.LossConfig.of(config.sft)
+    plan = sft.Plan.of({**config.sft, "warmup": 1, "steps": 100}, loss=loss, **shared)
+    settings = grpo.GRPOConfig.of({**config.grpo, "rollouts": s.step_rollouts})
+    grpo_plan = grpo.Plan.of({**config.grpo, "warmup": 1}, grpo=settings, **shared)
+    params = scorer.init(key_of(config.seed, Purpose.SCORER), model, plan.scorer)
 
-    optimiser = sft.optimizer(config.sft.learning_rate, 1, 100, config.sft.clip)
-    loss = sft.LossConfig(config.sft.margin, config.sft.weighting)
-
-    def supervised(state, model_params, token, rows):
-        return sft.train_step(
-            model, rules, loss, optimiser, *sizes, parallel.AXIS, state, model_params, token, rows
-        )
-
-    settings = dataclasses.replace(settings_of(config), rollouts=s.step_rollouts)
-    clipped = grpo.optimizer(config.grpo.learning_rate, 1, config.grpo.clip_norm)
-
-    def reinforced(state, model_params, reference, batch):
-        return grpo.train_step(
-            model, rules, settings, clipped, *sizes, parallel.AXIS, state, model_params, reference,
-            batch,
-        )  # fmt: skip
-
-    token = random_tokens(bench, traces, length)
+    batch = Batch.of(random_tokens(bench, traces, length), np.full(traces, length, np.int32))
     rollouts = traces * settings.rollouts
-    many = np.repeat(token, settings.rollouts, axis=0)
     losses = np.ones((rollouts, length - 1), np.float32)
-    batch = grpo.Batch(
-        many,
-        np.full(rollouts, length, np.int32),
+    rows = grpo.Rollouts(
+        jax.tree.map(lambda x: np.repeat(x, settings.rollouts, axis=0), batch),
         losses,
         losses,
-        np.broadcast_to(np.arange(length - 1) >= sum(sizes), losses.shape),
         np.asarray(jax.random.key_data(bench.row_keys(rollouts))),
     )
-    first = sft.init_state(params, optimiser), sft.init_state(params, clipped)
-    first, reference = parallel.replicate((first, params), mesh)
+    first = fit.TrainState.init(params, plan.optimiser)
+    drawn = grpo.TrainState.init(params, grpo_plan.optimiser, reference=params)
+    first, drawn, lm = parallel.replicate((first, drawn, bench.lm), mesh)
+
+    def mapped(step, plan):
+        step = functools.partial(step, plan, axis=parallel.AXIS)
+        return parallel.pmap(step, mesh, constants=2, batched=1)
+
     calls = {
-        "supervised": functools.partial(
-            parallel.pmap(supervised, mesh, constants=2, batched=2),
-            first[0], everywhere, token, np.full(traces, length, np.int32),
-        ),
-        "grpo": functools.partial(
-            parallel.pmap(reinforced, mesh, constants=3, batched=1),
-            first[1], everywhere, reference, batch,
-        ),
-    }  # fmt: skip
-    cadence = Cadence(*sizes)
+        "supervised": functools.partial(mapped(sft.train_step, plan), first, lm, batch),
+        "grpo": functools.partial(mapped(grpo.train_step, grpo_plan), drawn, lm, rows),
+    }
+    cadence, epochs = plan.cadence, settings.epochs
     work = {
-        "supervised": traces * costs.sft_flops(model, rules, length, cadence),
-        "grpo": rollouts * costs.grpo_flops(model, rules, length, cadence, settings.epochs),
+        "supervised": traces * costs.sft_flops(model, plan.scorer, length, cadence),
+        "grpo": rollouts * costs.grpo_flops(model, plan.scorer, length, cadence, epochs),
     }
     compiled = {}
     for name, step in calls.items():

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from fkv import files, models, policies
+from fkv.cache.cadence import Cadence
 from fkv.engine import decoding
 from fkv.errors import UserError
 from fkv.jobs import common
@@ -100,7 +101,7 @@ def peers(bench: Bench) -> list[dict]:
     s = bench.settings
     if s.random_weights:
         directory = bench.path / "model"
-        models.save(directory, bench.model, bench.params)
+        models.save(directory, bench.lm)
     else:
         directory = models.find(common.model_path(bench.config), common.revision(bench.config))
     others = []
@@ -183,18 +184,16 @@ def _beside(bench: Bench, others: Sequence[Peer], batch: int) -> list[dict]:
 
 def _own_decode(bench: Bench, name: str, prompts: np.ndarray) -> dict:
     """Greedy decoding here, with what a peer answers."""
-    policy, model, interval = bench.policy(name), bench.model, bench.interval
-    new, budget, greedy = bench.settings.peer_tokens, bench.config.budget, decoding.Sampling(0.0)
-    token, padding = decoding.left_pad(prompts, interval)
-    keys = bench.row_keys(len(prompts))
-    limit = np.full(len(prompts), new, np.int32)
-    fixed = dict(budget=budget, interval=interval, sampling=greedy, stop=(), new_tokens=new)
+    policy, new = bench.policy(name), bench.settings.peer_tokens
+    cadence = Cadence(bench.config.budget, bench.interval)
+    plan = decoding.Plan(cadence, decoding.Sampling(temperature=0.0))
+    batch = decoding.left_pad(prompts, bench.interval)
+    keys, limit = bench.row_keys(len(prompts)), np.full(len(prompts), new, np.int32)
     start = time.perf_counter()
-    state = jax.block_until_ready(
-        decoding.prefill(model, bench.params, policy, token, padding, keys, limit, **fixed)
-    )
+    state = decoding.prefill(bench.lm, policy, plan, batch, keys, limit, new)
+    state = jax.block_until_ready(state)
     first = time.perf_counter()
-    out, state = decoding.decode(model, bench.params, policy, state, token.shape[1], **fixed)
+    out, state = decoding.decode(bench.lm, policy, plan, state, batch.token_bt.shape[1], new)
     tokens = np.asarray(out)
     end = time.perf_counter()
     return {

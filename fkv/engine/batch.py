@@ -1,0 +1,48 @@
+"""A batch of traces or prompts, and what follows from lengths and padding."""
+
+from typing import Self
+
+import flax.struct
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+
+@flax.struct.dataclass
+class Batch:
+    """Token sequences side by side, NumPy's arrays or JAX's.
+
+    Attributes:
+      token_bt: token ids, padded.
+      length_b: tokens of each row.
+      prompt_b: how many of these are the prompt, which the model did not write.
+      padding_b: padding in front of each row; the rest of it is at the end.
+    """
+
+    token_bt: Array
+    length_b: Array
+    prompt_b: Array
+    padding_b: Array
+
+    @classmethod
+    def of(cls, token_bt: Array, length_b: Array, prompt_b: Array | None = None) -> Self:
+        """Right-padded traces, with prompts of these lengths, or without any."""
+        none = np.zeros(np.shape(length_b), np.int32)
+        return cls(token_bt, length_b, none if prompt_b is None else prompt_b, none)
+
+    @property
+    def position_bt(self) -> Array:
+        """Absolute positions [b, t], -1 before a row's first token and after its last."""
+        index = jnp.arange(self.token_bt.shape[1], dtype=jnp.int32)[None]
+        index = index - self.padding_b[:, None]
+        return jnp.where(index < self.length_b[:, None], jnp.maximum(index, -1), -1)
+
+    def counted_bt(self, first: int = 0) -> Array:
+        """Which predictions count, bool [b, t - 1]: entry i is about token i + 1 of the trace.
+
+        Those of tokens that the model wrote, and from token `first` on: with
+        `Cadence.first_evicting_token`, those that an eviction can change.
+        """
+        index = np.arange(1, self.token_bt.shape[1])[None]
+        begin = self.prompt_b.clip(first)[:, None]
+        return (index >= begin) & (index < self.length_b[:, None])

@@ -1,0 +1,174 @@
+"""The training loop of every stage: updates, metrics, checkpoints, and an end on request."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from fkv import kinds
+from fkv.errors import DivergedError
+from fkv.runs import checkpoint, console, parallel, preemption
+from fkv.runs.rundir import Run
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fit(kinds.Settings):
+    """What `fit` knows of a stage's plan, which also has `steps`; `group` names the stage.
+
+    Attributes:
+      log_every, checkpoint_every: steps.
+    """
+
+    log_every: int = kinds.setting(kinds.whole(1))
+    checkpoint_every: int = kinds.setting(kinds.whole(1))
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything a training step changes.
+
+    Attributes:
+      step: updates made, int32.
+      params: scorer parameters of all layers, stacked.
+      opt_state: the optimiser's.
+    """
+
+    step: Array
+    params: dict
+    opt_state: optax.OptState
+
+    @classmethod
+    def init(cls, params: dict, optimiser: optax.GradientTransformation, **fields: Any) -> Any:
+        """A state at step 0."""
+        return cls(jnp.zeros((), jnp.int32), params, optimiser.init(params), **fields)
+
+
+# From a state and the index of a step to the new state, metrics of each micro-batch (on the
+# device), and the ids of the step's traces.
+Update = Callable[[Any, int], tuple[Any, Sequence[Mapping], Sequence[int]]]
+# From a step's metrics (on the host) to what is logged and what the progress bar shows.
+Report = Callable[[Mapping[str, Any]], tuple[Mapping[str, Any], Mapping[str, str]]]
+
+
+def fit(
+    run: Run,
+    plan: Fit,
+    state: Any,
+    start: int,
+    update: Update,
+    report: Report,
+    place: Callable[[], Any] = lambda: None,
+) -> Any:
+    """Trains from step `start` to `plan.steps`; resumed runs end as uninterrupted ones.
+
+    Metrics of a step are read while the next one runs.
+
+    Args:
+      place: gives the place in the data, kept in checkpoints.
+
+    Returns:
+      The last state.
+
+    Raises:
+      DivergedError: a metric is NaN or infinite.
+      Preempted: the process was asked to end; the last step is saved.
+    """
+    bar = console.progress(
+        range(start, plan.steps), initial=start, total=plan.steps, desc=plan.group
+    )
+    pending = None
+
+    def settle():
+        if pending is None:
+            return
+        step, found, ids = pending
+        metrics = merged(found)
+        check_finite(plan.group, metrics, step, run, ids)
+        logged, shown = report(metrics)
+        if step % plan.log_every == 0 or step == plan.steps:
+            run.log(step, logged)
+            bar.set_postfix(shown, refresh=False)
+
+    with preemption.noticed() as asked_to_end:
+        for step in bar:
+            state, found, ids = update(state, step)
+            settle()
+            pending = (step + 1, found, ids)
+            end = parallel.anywhere(asked_to_end())
+            if (step + 1) % plan.checkpoint_every == 0 or step + 1 == plan.steps or end:
+                settle()
+                pending = None
+                run.save(step + 1, state, data=place())
+            if end:
+                bar.close()
+                run.close()
+                raise preemption.Preempted(f"step {step + 1} is saved in {run.path}")
+    bar.close()
+    return state
+
+
+def micro_batches(batch: Any, count: int) -> list:
+    """The batch cut into `count` parts along the first axis of all its arrays."""
+    rows = len(jax.tree.leaves(batch)[0]) // count
+    return [jax.tree.map(lambda x, i=i: x[i * rows : (i + 1) * rows], batch) for i in range(count)]
+
+
+def merged(found: Sequence[Mapping]) -> dict:
+    """Metrics of a step from those of its equal micro-batches, on the host.
+
+    Means, but for the largest `ratio_off` and the last `grad_norm`, which is of all.
+    """
+    found = jax.device_get(list(found))
+    reduce = {"ratio_off": lambda x: np.max(x, axis=0), "grad_norm": lambda x: x[-1]}
+    mean = lambda x: np.mean(x, axis=0)  # noqa: E731
+    return {name: reduce.get(name, mean)([part[name] for part in found]) for name in found[0]}
+
+
+def check_finite(stage: str, metrics: Mapping, step: int, run: Run, ids: Sequence[int]) -> None:
+    """Stops a run in which a metric of a step, with these traces, is NaN or infinite."""
+    bad = [name for name, value in metrics.items() if not np.all(np.isfinite(value))]
+    if bad:
+        of = f" (traces {np.asarray(ids).tolist()})" if len(ids) else ""
+        saved = checkpoint.latest_step(run.path) is not None
+        raise DivergedError(
+            f"{', '.join(bad)} of step {step}{of} NaN or infinite: set {stage}.learning_rate "
+            "lower, or dtype to one with a wider range, and use another --workdir"
+            + (f"; the checkpoints in {run.path} are intact" if saved else "")
+        )
+
+
+# ---- gradient accumulation
+
+
+def accumulated(
+    optimiser: optax.GradientTransformation, micro_batches: int
+) -> optax.GradientTransformation:
+    """Updates once in so many calls, by the mean of their gradients; clipping sees the mean."""
+    if micro_batches == 1:
+        return optimiser
+    return optax.MultiSteps(optimiser, micro_batches).gradient_transformation()
+
+
+def mean_so_far(grads: dict, opt_state: optax.OptState) -> dict:
+    """The mean of these gradients and those of a step's earlier micro-batches.
+
+    Args:
+      opt_state: before `grads` came; with the last micro-batch this is what clipping sees.
+    """
+    if not isinstance(opt_state, optax.MultiStepsState):
+        return grads
+    share = 1 / (opt_state.mini_step + 1)
+    return jax.tree.map(lambda old, new: old + (new - old) * share, opt_state.acc_grads, grads)
+
+
+def updates_made(step: Array, opt_state: optax.OptState) -> Array:
+    """Updates after a call that had made `step` of them before."""
+    if isinstance(opt_state, optax.MultiStepsState):
+        return opt_state.gradient_step
+    return step + 1
