@@ -83,8 +83,10 @@ def pmap(step: Callable[..., tuple[Any, Any]], mesh: Mesh, constants: int, batch
     model), then `batched` ones that are split along their first axis. Its results must be the same
     on every device, by collectives over `AXIS`.
     """
-    if device_count(mesh) == 1 and mesh.size > 1:
-        mapped = _alone(step, constants, batched)
+    alone = device_count(mesh) == 1 and mesh.size > 1
+    if alone:  # XLA can't map a `data` axis of one device beside a `model` axis of several
+        in_axes = (*[None] * constants, *[0] * batched)
+        mapped = jax.vmap(step, in_axes, out_axes=None, axis_name=AXIS)
     else:
         mapped = jax.shard_map(
             step,
@@ -98,21 +100,10 @@ def pmap(step: Callable[..., tuple[Any, Any]], mesh: Mesh, constants: int, batch
     mapped = jax.jit(mapped, out_shardings=NamedSharding(mesh, PartitionSpec()))
     rows = NamedSharding(mesh, PartitionSpec(AXIS))
 
-    def call(*args):
-        return mapped(*args[:constants], *jax.tree.map(lambda x: _put(x, rows), args[constants:]))
+    def split(x):
+        return _put(np.asarray(x)[None] if alone else x, rows)
 
-    return call
-
-
-def _alone(step, constants, batched):
-    """For a `data` axis of one device, which XLA can't map beside a `model` axis of several."""
-    in_axes = (*[None] * constants, *[0] * batched)
-    mapped = jax.vmap(step, in_axes, out_axes=None, axis_name=AXIS)
-
-    def call(*args):
-        return mapped(*args[:constants], *jax.tree.map(lambda x: x[None], args[constants:]))
-
-    return call
+    return lambda *args: mapped(*args[:constants], *jax.tree.map(split, args[constants:]))
 
 
 def gather(tree: Any) -> Any:

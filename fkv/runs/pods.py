@@ -15,6 +15,7 @@ import subprocess
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from fkv.errors import UserError
 from fkv.runs import sweep
@@ -175,6 +176,15 @@ def _described(workload: Workload, root: str, common: Sequence[str]) -> list[str
     return [f"# {workload.name} runs:", *commands]
 
 
+def _fill(template: str, cluster: Cluster, **values: Any) -> str:
+    """A template beside this file, without its first line, filled in for a cluster."""
+    text = Path(__file__).with_name(template).read_text(encoding="utf-8")
+    lines = [line.partition("  # bucket") for line in text.splitlines()[1:]]
+    text = "\n".join(line for line, mark, _ in lines if cluster.bucket or not mark)
+    known = dataclasses.asdict(cluster) | {"machines": cluster.machines}
+    return string.Template(text).safe_substitute(known | values)
+
+
 # ---- xpk, on GKE
 
 
@@ -202,15 +212,12 @@ def xpk_command(workload: Workload, cluster: Cluster) -> list[str]:
 
 def manifest(workload: Workload, cluster: Cluster) -> str:
     """The JobSet that this command creates, as YAML; xpk's own is authoritative."""
-    text = Path(__file__).with_name("jobset.yaml").read_text(encoding="utf-8")
-    lines = [line.partition("  # bucket") for line in text.splitlines()[1:]]
-    text = "\n".join(line for line, mark, _ in lines if cluster.bucket or not mark)
-    return string.Template(text).safe_substitute(
+    return _fill(
+        "jobset.yaml",
+        cluster,
         name=workload.name,
         command=workload.command,
         image=json.dumps(cluster.image, ensure_ascii=False),
-        slices=cluster.slices,
-        machines=cluster.machines,
         chips=cluster.chips // cluster.machines,
         accelerator=FAMILIES[cluster.family][0],
         topology=TOPOLOGIES[cluster.chips],
@@ -253,58 +260,32 @@ def submit(found: Sequence[Workload], cluster: Cluster) -> None:
 # ---- TPU VMs, without Kubernetes
 
 
-def gcloud_commands(workload: Workload, cluster: Cluster, root: str) -> list[list[str]]:
-    """Creates a TPU VM, starts the workload on all its machines, follows it and deletes the VM."""
-    tpu = ["gcloud", "compute", "tpus", "tpu-vm"]
-
-    def on(worker, command):
-        options = [*cluster.where(), f"--worker={worker}", f"--command={command}"]
-        return [*tpu, "ssh", workload.name, *options]
-
-    volume = f"/mnt/{RUNS}:{HOME / RUNS}" if cluster.bucket else f"{root}:{root}"
-    docker = [
-        *("sudo", "docker", "run", "--detach", "--name=fkv", "--privileged", "--net=host"),
-        *(f"--volume={volume}", f"--workdir={HOME}", cluster.image, *workload.arguments),
-    ]
-    start, host = shlex.join(docker), cluster.image.partition("/")[0]
-    if host.endswith(("pkg.dev", "gcr.io")):  # a private registry
-        start = f"sudo gcloud auth configure-docker {host} --quiet && {start}"
-    return [
-        [
-            *(*tpu, "create", workload.name, *cluster.where()),
-            f"--accelerator-type={cluster.tpu_type}",
-            f"--version={FAMILIES[cluster.family][1]}",
-            "--scopes=https://www.googleapis.com/auth/cloud-platform",
-        ],
-        *([on("all", _MOUNT.replace("BUCKET", cluster.bucket))] if cluster.bucket else []),
-        on("all", start),
-        on("0", "sudo docker logs --follow fkv; exit $(sudo docker wait fkv)"),
-        [*tpu, "delete", workload.name, *cluster.where(), "--quiet"],
-    ]
-
-
-# TPU VMs come without gcsfuse.
-_MOUNT = (
-    'echo "deb [signed-by=/usr/share/keyrings/cloud.google.asc] '
-    'https://packages.cloud.google.com/apt gcsfuse-$(lsb_release -cs) main" '
-    "| sudo tee /etc/apt/sources.list.d/gcsfuse.list && "
-    "curl -fsS https://packages.cloud.google.com/apt/doc/apt-key.gpg "
-    "| sudo tee /usr/share/keyrings/cloud.google.asc > /dev/null && "
-    "sudo apt-get update && sudo apt-get install -y gcsfuse && "
-    f"sudo mkdir -p /mnt/{RUNS} && sudo gcsfuse --implicit-dirs BUCKET /mnt/{RUNS}"
-)
-
-
 def render_gcloud(
     found: Sequence[Workload], root: str, common: Sequence[str], cluster: Cluster
 ) -> str:
-    """The same for TPU VMs, as a shell script that deletes each VM whatever happens."""
+    """The same for TPU VMs, as a shell script.
+
+    It creates a VM, starts the workload on all its machines, follows it, and deletes the VM
+    whatever happens.
+    """
+    volume = f"/mnt/{RUNS}:{HOME / RUNS}" if cluster.bucket else f"{root}:{root}"
+    docker = f"sudo docker run --detach --name=fkv --privileged --net=host --workdir={HOME}"
+    options, host = [f"--volume={volume}", cluster.image], cluster.image.partition("/")[0]
+    if host.endswith(("pkg.dev", "gcr.io")):  # a private registry
+        docker = f"sudo gcloud auth configure-docker {host} --quiet && {docker}"
     lines = [
         _comment(f"directory of the sweep: {root}"),
         "# If `create` finds no machine, `gcloud compute tpus queued-resources create` waits for",
         "# one: its options are --node-id, --accelerator-type and --runtime-version.",
     ]
     for workload in found:
-        *commands, delete = map(shlex.join, gcloud_commands(workload, cluster, root))
-        lines += ["", *_described(workload, root, common), " &&\n".join(commands), delete]
+        script = _fill(
+            "tpu_vm.sh",
+            cluster,
+            name=workload.name,
+            where=shlex.join(cluster.where()),
+            runtime=FAMILIES[cluster.family][1],
+            start=shlex.quote(f"{docker} {shlex.join([*options, *workload.arguments])}"),
+        )
+        lines += ["", *_described(workload, root, common), script]
     return "\n".join(lines)
