@@ -1,14 +1,13 @@
-"""Kills the jobs for real, again and again, and compares what they leave with an uninterrupted run.
+"""Kills jobs again and again, and compares the result with an uninterrupted run.
 
     python -m tests.kill --kills=50 --stages=pretrain,sft,grpo,traces,evaluate --dir=DIR
 
 Each stage runs once undisturbed, at a tiny size with a checkpoint every other step. Then the same
-command is started and killed with SIGKILL, at random moments and as soon as something is being
-saved, until the kills are used up or the run has finished, in which case another one begins; after
-some kills a bit of the newest checkpoint is flipped, too. What is left is compared byte by byte:
-checkpoints (arrays, as Orbax gives its files random names, and `info.json`) and every other file
-but TensorBoard's, which holds the time. Metrics are logged at every step, and tell of the order of
-the data.
+command is killed with SIGKILL, at random moments and during saves, until all kills are used; when a
+run finishes, another one begins. After some kills a bit of the newest checkpoint is flipped, too.
+Results are compared byte by byte: checkpoints (arrays, as Orbax gives its files random names, and
+`info.json`) and all files but TensorBoard's, which holds the time. Metrics are logged at every
+step, so they show the order of the data.
 """
 
 import argparse
@@ -67,7 +66,7 @@ SIZES = {
 
 @dataclasses.dataclass
 class Count:
-    """What was done to a stage, and what came of it."""
+    """Counts of one stage."""
 
     stage: str
     runs: int = 0
@@ -119,7 +118,7 @@ class Stage:
         self.check(self.start(where).wait(), where)
 
     def check(self, code: int, where: Path) -> None:
-        """Ends everything if a process has failed by itself."""
+        """Exits if a process failed on its own."""
         if code:
             log = (where / "log.txt").read_text(errors="replace")
             sys.exit(f"{self.name} failed with code {code} in {where}:\n{log[-3000:]}")
@@ -134,7 +133,7 @@ class Stage:
 
 
 def prepare(home: Path, stages: Sequence[str]) -> None:
-    """What stages start from: a random decoder, and scorers of two steps."""
+    """Makes what stages start from: a random decoder, and scorers of two steps."""
     config = ModelConfig(
         "qwen3", len(ledger.VOCABULARY), 16, 2, 2, 1, 8, 16, qk_norm=True, tied_embeddings=True
     )
@@ -148,7 +147,7 @@ def prepare(home: Path, stages: Sequence[str]) -> None:
 def kill_one(
     stage: Stage, where: Path, chance: random.Random, count: Count, patience: float
 ) -> bool:
-    """Starts the command and kills it; False if it was done before the moment came."""
+    """Starts the command and kills it; False if it finished before."""
     kind = chance.choices(("early", "saving", "any"), (1, 6, 5))[0]
     before, left_over = stage.progress(where), unfinished(where / "run")
     process = stage.start(where)
@@ -184,7 +183,7 @@ def wait(process: subprocess.Popen, seconds: float) -> None:
 
 
 def unfinished(run: Path) -> set[tuple[str, int]]:
-    """What is being saved, or was when a process was killed, and when that began."""
+    """Names and times of unfinished files."""
     found = set()
     for path in [*run.glob("*.tmp"), *run.glob("checkpoints/*.tmp"), *run.glob("model/*.tmp")]:
         try:
@@ -195,7 +194,7 @@ def unfinished(run: Path) -> set[tuple[str, int]]:
 
 
 def damage(run: Path, chance: random.Random) -> bool:
-    """Flips a bit somewhere in the newest checkpoint, if another one is there to fall back to."""
+    """Flips a bit of the newest checkpoint, if an older one is intact."""
     root = run / "checkpoints"
     steps = sorted((int(p.name) for p in root.glob("*") if p.name.isdigit()), reverse=True)
     intact = [step for step in steps if not checkpoint._damage(root / str(step))]
@@ -209,7 +208,7 @@ def damage(run: Path, chance: random.Random) -> bool:
 
 
 def contents(run: Path) -> dict[str, bytes]:
-    """Everything that a run leaves, as bytes by name."""
+    """The content of a run directory, as bytes by name."""
     found = {}
     for path in sorted(run.rglob("*")):
         name = str(path.relative_to(run))
@@ -227,14 +226,14 @@ def contents(run: Path) -> dict[str, bytes]:
 
 
 def differing(one: bytes, two: bytes) -> int:
-    """How many bytes differ, those that only one has among them."""
+    """The number of bytes that differ, or that only one has."""
     n = min(len(one), len(two))
     a, b = (np.frombuffer(x[:n], np.uint8) for x in (one, two))
     return int((a != b).sum()) + abs(len(one) - len(two))
 
 
 def compare(straight: Path, broken: Path, count: Count) -> None:
-    """Adds up what was compared, and what differs, by name."""
+    """Adds to the count what was compared, and what differs, by name."""
     one, two = contents(straight / "run"), contents(broken / "run")
     for name in sorted({*one, *two}):
         count.compared += len(one.get(name, b""))
@@ -269,11 +268,11 @@ def run(
     overrides: Sequence[str] = (),
     patience: float = 1.5,
 ) -> list[Count]:
-    """So many kills in all, spread over the stages.
+    """Kills stages, `kills` times in all.
 
     Args:
       overrides: fields that are set in each.
-      patience: a process is killed within so many seconds from its first step on.
+      patience: a process is killed within this many seconds of its first step.
     """
     home.mkdir(parents=True, exist_ok=True)
     prepare(home, stages)
@@ -312,7 +311,7 @@ def main() -> None:
     if unknown := set(stages) - set(STAGES):
         parser.error(f"no stage {', '.join(sorted(unknown))}: there are {', '.join(STAGES)}")
     if options.dir.exists():
-        parser.error(f"{options.dir} is there already")
+        parser.error(f"{options.dir} exists already")
     print(f"seed {options.seed}", flush=True)
     found = run(stages, options.kills, options.seed, options.dir.absolute())
     print(f"\n{table(found)}")

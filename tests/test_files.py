@@ -1,4 +1,4 @@
-"""Files are there whole or not at all, whatever ends their writing."""
+"""Files are written atomically, whatever interrupts the writing."""
 
 import errno
 import os
@@ -107,7 +107,7 @@ def test_directories_take_the_place_of_others_whole(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
-def test_a_line_of_which_a_part_fits_is_not_there(tmp_path):
+def test_a_line_that_fits_in_part_is_not_written(tmp_path):
     path = tmp_path / "lines"
     files.append_text(path, "one\n")
     with (

@@ -1,4 +1,4 @@
-"""Libraries come without advice that nobody here can use."""
+"""Libraries are imported without irrelevant advice."""
 
 import os
 import sys

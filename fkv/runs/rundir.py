@@ -243,7 +243,7 @@ def _old_config(path: Path) -> dict[str, Any] | None:
 
 
 def _changed_fields(old: dict, new: dict, may_differ: Sequence[str]) -> list[str]:
-    old, new = (flatten_dict(x, sep=".", keep_empty_nodes=True) for x in (old, new))
+    old, new = (flatten_dict(x, sep=".") for x in (old, new))
     return [
         f"{name}: {old.get(name, 'absent')} -> {new.get(name, 'absent')}"
         for name in sorted({*old, *new})

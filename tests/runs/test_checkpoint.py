@@ -1,4 +1,4 @@
-"""Checkpoints: exact round trips, misfits named, damage found."""
+"""Checkpoints: exact round trips, mismatches named, damage found."""
 
 import contextlib
 import errno
@@ -130,12 +130,12 @@ def small_files_only(limit: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def no_room(*_):
+def disk_full(*_):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @pytest.mark.parametrize("where", ["arrays", "info.json"])
-def test_a_disk_without_room(tmp_path, monkeypatch, where, caplog):
+def test_a_full_disk(tmp_path, monkeypatch, where, caplog):
     checkpoint.save(tmp_path, 1, {"x": np.ones(3)}, {})
     state = {"x": np.random.default_rng(0).random(40_000)}
     reason = "File too large" if where == "arrays" else "No space left on device"
@@ -147,12 +147,12 @@ def test_a_disk_without_room(tmp_path, monkeypatch, where, caplog):
         if where == "arrays":
             limits.enter_context(small_files_only(100_000))
         else:
-            patch.setattr(Path, "write_text", no_room)
+            patch.setattr(Path, "write_text", disk_full)
         with pytest.raises(UserError) as error:
             checkpoint.save(tmp_path, 2, state, {})
     assert str(error.value) == refused
     assert caplog.text == ""  # Orbax would say it in hundreds of lines
-    # What was there still is, and nothing else: half a checkpoint takes room, too.
+    # What was there still is, and nothing else: half a checkpoint takes space, too.
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["1"]
     assert checkpoint.restore(tmp_path, {"x": np.ones(3)}).step == 1
     checkpoint.save(tmp_path, 2, state, {})
@@ -228,7 +228,7 @@ def cut_short(folder: Path) -> None:
         (lambda folder: (folder / "sha256.json").unlink(), "sha256.json: no such file"),
     ],
 )
-def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys, damage, told):
+def test_a_damaged_checkpoint_is_skipped(tmp_path, capsys, damage, told):
     root = tmp_path / "checkpoints"
     for step in (2, 4, 6):
         checkpoint.save(tmp_path, step, {"x": np.arange(step)}, {"at": step}, keep=3)

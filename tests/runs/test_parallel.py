@@ -146,7 +146,7 @@ if several:
     total = parallel.total({"n": np.arange(3) + index})["n"]
     assert total.tolist() == [sum(i + j for j in range(count)) for i in range(3)]
 
-    for step in (1, 2):  # the second goes on where the first stopped
+    for step in (1, 2):  # the second resumes
         run = rundir.open_run(path / "run", ConfigDict({"x": 1}))
         saved = run.resume(state)
         assert (saved and saved.step) == (step - 1 or None)
@@ -163,7 +163,7 @@ if several:
     except UserError as error:
         print(f"said: {error}")
 
-    # The last process hangs, until the test lets it go on.
+    # The last process hangs until the test wakes it.
     if index == count - 1:
         os.kill(os.getpid(), signal.SIGSTOP)
     else:

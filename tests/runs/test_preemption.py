@@ -1,4 +1,4 @@
-"""SIGTERM is noted where work can be saved, and obeyed elsewhere."""
+"""SIGTERM is noted where work can be saved, and obeyed at once elsewhere."""
 
 import errno
 import signal

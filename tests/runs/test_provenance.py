@@ -1,4 +1,4 @@
-"""Digests of what results depend on: they change when that does, and at nothing else."""
+"""Digests of what results depend on: they change exactly when that does."""
 
 import dataclasses
 import importlib.util

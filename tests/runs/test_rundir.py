@@ -1,4 +1,4 @@
-"""Run directories: what is recorded, what is refused, what resuming forgets."""
+"""Run directories: what is recorded, what is refused, and what resuming drops."""
 
 import errno
 import itertools
@@ -20,7 +20,7 @@ from fkv.errors import UserError
 from fkv.runs import checkpoint, rundir
 
 
-def no_room(*_):
+def disk_full(*_):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -98,7 +98,7 @@ def test_harmless_fields_may_change(tmp_path):
         rundir.open_run(tmp_path, make_config(), may_differ=["mod"])
 
 
-def test_resuming_forgets_later_metrics(tmp_path):
+def test_resuming_drops_later_metrics(tmp_path):
     state = {"w": np.arange(3.0)}
     run = rundir.open_run(tmp_path, make_config())
     assert run.resume(state) is None
@@ -160,11 +160,11 @@ def test_a_full_disk_is_one_line(tmp_path):
     assert len(metrics_of(rundir.open_run(tmp_path, make_config()))) == 1
 
 
-def test_a_line_is_logged_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_lines_are_logged_atomically(tmp_path, monkeypatch):
     run = rundir.open_run(tmp_path, make_config())
     run.log(1, {"loss": 1.0})
     before = (tmp_path / "metrics.jsonl").read_bytes()
-    monkeypatch.setattr(os, "fsync", no_room)  # by then it is written
+    monkeypatch.setattr(os, "fsync", disk_full)  # by then it is written
     with pytest.raises(UserError, match=r"cannot write .*/metrics.jsonl \(No space left"):
         run.log(2, {"loss": 1.0})
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
@@ -182,7 +182,7 @@ def test_small_files_that_are_not_text(tmp_path):
 
 
 def test_files_that_are_no_files(tmp_path):
-    """Of directories JSON's reader knows nothing, and a pipe never ends."""
+    """Directories, and pipes, which never end."""
     names = ("config.json", "provenance.json", "metrics.jsonl", "commit.txt")
     for name, make in itertools.product(names, (os.mkdir, os.mkfifo)):
         path = tmp_path / f"{name}-{make.__name__}"

@@ -119,11 +119,11 @@ def test_where_scorers_can_not_be_written_is_one_line(base, tmp_path, monkeypatc
             with pytest.raises(UserError, match=f"cannot write .*/out .{os.strerror(code)}"):
                 write(tmp_path / "out")
 
-    def no_room(*args, **kwargs):
+    def disk_full(*args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(sharing.loading, "save_file", no_room)
+        patch.setattr(sharing.loading, "save_file", disk_full)
         name = "scorers" if released else "scorers/scorer.safetensors"
         with pytest.raises(UserError, match=f"cannot write .*out/{name} .No space left on device"):
             write(tmp_path / "out" / "scorers")

@@ -1,4 +1,4 @@
-"""Sweeps: the order of points, that nothing runs twice, and the summary."""
+"""Sweeps: the order of points, no repeated runs, the summary, and pods."""
 
 import csv
 import dataclasses
@@ -426,11 +426,11 @@ def test_marks_leave_nothing_beside_them(fake_jobs, tmp_path, monkeypatch):
     (tmp_path / "a1").mkdir()
     (tmp_path / "a1" / f"{sweep.DONE}.abc").write_text("of one that was killed")
 
-    def no_room(*_):
+    def disk_full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", no_room)
+        patch.setattr(os, "replace", disk_full)
         with pytest.raises(UserError, match=f"cannot write .*/a1/{sweep.DONE} .No space left"):
             sweep.run_local([Point("sft", "a1", {})], tmp_path, [])
     assert not list((tmp_path / "a1").glob(f"{sweep.DONE}*"))
