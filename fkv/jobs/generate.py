@@ -17,11 +17,7 @@ from fkv.tasks import ledger
 
 
 def run(config: ConfigDict, workdir: str) -> str:
-    """Answers `generate.prompt` under one policy, and says what it cost.
-
-    Returns:
-      The answer.
-    """
+    """Answers `generate.prompt` under one policy; returns the answer."""
     fields.check(config, "generate")
     settings = config.generate
     cadence = Cadence(config.budget, config.interval)
@@ -52,28 +48,18 @@ def run(config: ConfigDict, workdir: str) -> str:
     run = open_run(workdir, config, may_differ)
     common.say(f"{prompt}\n")
     start = time.perf_counter()
-    pieces = api.stream(
-        model,
-        ids,
-        policy,
-        config.budget,
-        config.interval,
-        settings.new_tokens,
-        settings.temperature,
-        settings.top_k,
-        settings.top_p,
-        config.seed,
-    )
+    sizes = config.budget, config.interval, settings.new_tokens
+    sampling = settings.temperature, settings.top_k, settings.top_p
+    pieces, one = api.stream(model, ids, policy, *sizes, *sampling, config.seed), None
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*max_position_embeddings")  # is said already
-        while True:
+        warnings.filterwarnings("ignore", message=".*max_position_embeddings")  # said above
+        while one is None:
             try:
                 piece = next(pieces)
                 if parallel.first():
                     print(piece, end="", flush=True)
             except StopIteration as end:
                 one = end.value
-                break
     seconds = time.perf_counter() - start
     if parallel.first():
         write_text(run.path / "answer.txt", one.text + "\n")
