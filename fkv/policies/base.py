@@ -87,7 +87,7 @@ def setting(kind: kinds.Kind, default: Any = dataclasses.MISSING) -> Any:
 
 @flax.struct.dataclass
 class Policy:
-    """Base of all policies; a subclass is made a flax dataclass by itself.
+    """Base of all policies; subclassing it makes a flax dataclass.
 
     Class attributes:
       statistics: what `evict` reads of the view's statistics: None, `sums` (the cumulative sums
