@@ -95,42 +95,38 @@ def append_text(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def whole(path: str | os.PathLike, suffix: str = "tmp") -> Iterator[Path]:
+def whole(path: str | os.PathLike, suffix: str = "tmp", directory: bool = False) -> Iterator[Path]:
     """Yields a temporary path, which is renamed to `path` in the end, or deleted on failure.
 
-    Concurrent writers of one file need different suffixes of the temporary name.
+    Concurrent writers of one file need different suffixes of the temporary name. A `directory` is
+    made, and replaces an older one.
     """
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.{suffix}")
+    path = Path(os.path.abspath(path)) if directory else Path(path)
+    temporary, old = (path.with_name(f"{path.name}.{end}") for end in (suffix, "old.tmp"))
     with writing(path):
         try:
+            if directory:
+                delete(temporary, old)  # of a process that was killed
+                temporary.mkdir(parents=True)
             yield temporary
+            if directory and path.exists():
+                path.rename(old)
             os.replace(temporary, path)
         except BaseException:
-            if temporary.is_file():
-                temporary.unlink()
+            with contextlib.suppress(OSError):
+                delete(temporary)
             raise
+        if directory:
+            shutil.rmtree(old, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def whole_directory(path: str | os.PathLike) -> Iterator[Path]:
-    """The same for a directory, which replaces an older one."""
-    path = Path(os.path.abspath(path))
-    temporary, old = (path.with_name(path.name + suffix) for suffix in (".tmp", ".old.tmp"))
-    with writing(path):
-        try:
-            for left in (temporary, old):  # by a process that was killed
-                if left.exists():
-                    shutil.rmtree(left)
-            temporary.mkdir(parents=True)
-            yield temporary
-            if path.exists():
-                path.rename(old)
-            temporary.rename(path)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
+def delete(*paths: Path) -> None:
+    """Deletes files and directories, where they exist."""
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

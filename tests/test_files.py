@@ -86,22 +86,22 @@ def test_a_picture_is_not_seen_before_it_is_whole(tmp_path, monkeypatch):
 def test_directories_take_the_place_of_others_whole(tmp_path):
     path = tmp_path / "model"
     for name in ("a", "b"):
-        with files.whole_directory(path) as directory:
+        with files.whole(path, directory=True) as directory:
             (directory / name).write_text(name)
     assert [p.name for p in path.iterdir()] == ["b"]
-    with pytest.raises(KeyboardInterrupt), files.whole_directory(path) as directory:
+    with pytest.raises(KeyboardInterrupt), files.whole(path, directory=True) as directory:
         (directory / "c").write_text("c")
         raise KeyboardInterrupt
     with (
         pytest.raises(UserError, match=rf"cannot write {path} \(No space left on device\)"),
-        files.whole_directory(path),
+        files.whole(path, directory=True),
     ):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert [p.name for p in path.iterdir()] == ["b"]
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
     for suffix in (".tmp", ".old.tmp"):  # of one that was killed
         (tmp_path / f"model{suffix}" / "part").mkdir(parents=True)
-    with files.whole_directory(path) as directory:
+    with files.whole(path, directory=True) as directory:
         (directory / "d").write_text("d")
     assert [p.name for p in path.iterdir()] == ["d"]
     assert [p.name for p in tmp_path.iterdir()] == ["model"]

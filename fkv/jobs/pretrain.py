@@ -79,7 +79,7 @@ def run(config: ConfigDict, workdir: str) -> float:
     state = fit.fit(run, plan, state, start, update, report)
     lm = LM(jax.device_get(state["params"]), plan.config)
     if parallel.first():
-        with files.whole_directory(run.path / "model") as directory:
+        with files.whole(run.path / "model", directory=True) as directory:
             models.save(directory, lm)
             ledger.tokenizer().save_pretrained(directory)
     right, (low, high) = answers(config, plan, lm)

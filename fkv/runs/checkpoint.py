@@ -10,8 +10,7 @@ import json
 import logging
 import os
 import re
-import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,8 +54,8 @@ def save(
 def _write(run_dir: str | os.PathLike, step: int, state: Any, info: dict, keep: int) -> None:
     root = _root(run_dir)
     with files.writing(root):
-        _delete(root.glob("*.tmp"))  # of saves that were killed
-        with files.whole_directory(root / str(step)) as folder:
+        files.delete(*root.glob("*.tmp"))  # of saves that were killed
+        with files.whole(root / str(step), directory=True) as folder:
             with _checkpointer() as checkpointer:
                 checkpointer.save(folder / "state", traverse_util.unflatten_dict(_flatten(state)))
                 checkpointer.wait_until_finished()
@@ -66,7 +65,7 @@ def _write(run_dir: str | os.PathLike, step: int, state: Any, info: dict, keep: 
             (folder / "sha256.json").write_text(json.dumps(checksums, indent=1))
         steps = _steps(run_dir)
         intact = [old for old in steps if old == step or not _damage(root / str(old))]
-        _delete(root / str(old) for old in steps if old < intact[-keep:][0])
+        files.delete(*(root / str(old) for old in steps if old < intact[-keep:][0]))
 
 
 def latest_step(run_dir: str | os.PathLike) -> int | None:
@@ -168,14 +167,6 @@ def _steps(run_dir: str | os.PathLike) -> list[int]:
     found = root.glob("*") if root.is_dir() else ()
     found = [p for p in found if re.fullmatch("0|[1-9][0-9]*", p.name)]
     return sorted(int(p.name) for p in found if p.is_dir() and any(p.iterdir()))
-
-
-def _delete(paths: Iterable[Path]) -> None:
-    for path in paths:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
 
 
 def _names(path: tuple) -> tuple[str, ...]:

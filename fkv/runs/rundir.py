@@ -149,7 +149,7 @@ def lock(path: Path, shared: bool = False) -> IO:
     try:
         fcntl.lockf(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
-        told = f"another process is at work in {path}: wait for it, or use another --workdir"
+        told = f"another process is using {path}: wait for it, or use another --workdir"
         raise UserError(told) from None
     except OSError:
         pass  # a file system without locks

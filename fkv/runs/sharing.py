@@ -198,7 +198,7 @@ def export_released(policy: Foresight, model: str | os.PathLike, directory: str 
     places |= dict.fromkeys(tensors, _JUDGES)
     size += sum(x.nbytes for x in tensors.values())
     data = {"metadata": {"total_size": size}, "weight_map": places}
-    with files.whole_directory(target) as temporary:
+    with files.whole(target, directory=True) as temporary:
         for file in sorted(source.iterdir()):
             if file.is_file() and file.suffix in _FILES and file.name != _INDEX:
                 # A file named model.safetensors would be taken for the whole.

@@ -240,7 +240,7 @@ sys.stdin.read()
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         ) as other:  # fmt: skip
             assert other.stdout.readline() == "held\n"
-            with pytest.raises(UserError, match="another process is at work in"):
+            with pytest.raises(UserError, match="another process is using"):
                 sweep.run_local([Point("sft", "a1", {})], tmp_path, [])
             if shares:
                 sweep.run_local([Point("sft", "a2", {})], tmp_path, [], alone=False)
