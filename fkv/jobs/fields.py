@@ -6,16 +6,15 @@ names there are, is seen to where they are used.
 
 import dataclasses
 import reprlib
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
 
 from ml_collections import ConfigDict
 
 from fkv import kinds
 from fkv.engine import decoding
 from fkv.errors import UserError, suggest
-from fkv.jobs import READS
-from fkv.kinds import POSITIVE, SIZES, SWITCH, TEXT, Kind, number, several, whole
+from fkv.kinds import POSITIVE, SIZES, SWITCH, TEXT, Kind, number, setting, several, whole
 from fkv.learning import grpo, pretrain, sft
 from fkv.models.config import CACHE_DTYPES
 from fkv.tasks import ledger
@@ -30,6 +29,45 @@ def _in(group: str, fields: Mapping[str, Kind]) -> dict[str, Kind]:
 
 def _those(kind: Kind, names: str) -> dict[str, Kind]:
     return dict.fromkeys(names.split(), kind)
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark(kinds.Settings):
+    """The group `benchmark`; configs/tiny.py says what each setting is."""
+
+    group: ClassVar[str] = "benchmark"
+    sections: Sequence[str] = setting(NAMES)
+    random_weights: bool = setting(SWITCH)
+    layers: int = setting(whole(0))
+    peaks: str = setting(TEXT)
+    memory_gib: float = setting(number(0))
+    minutes: float = setting(number(0))
+    repeats: int = setting(whole(1))
+    compile_threads: int = setting(whole(1))
+    kernels: Sequence[str] = setting(NAMES)
+    policies: Sequence[str] = setting(NAMES)
+    budgets: Sequence[int] = setting(SIZES)
+    batches: Sequence[int] = setting(SIZES)
+    lengths: Sequence[int] = setting(SIZES)
+    new_tokens: int = setting(whole(1))
+    temperature: float = setting(number(0))
+    top_k: int = setting(whole(0))
+    top_p: float = setting(number(0, 1, above=True))
+    growth_tokens: int = setting(whole(1))
+    growth_batch: int = setting(whole(1))
+    prefill_batches: Sequence[int] = setting(SIZES)
+    prefill_lengths: Sequence[int] = setting(SIZES)
+    label_lengths: Sequence[int] = setting(SIZES)
+    step_length: int = setting(whole(1))
+    step_traces: int = setting(whole(1))
+    step_rollouts: int = setting(whole(1))
+    largest_limit: int = setting(whole(1))
+    largest_within: float = setting(POSITIVE)
+    peers: Mapping[str, str]
+    peer_policies: Sequence[str] = setting(NAMES)
+    peer_batches: Sequence[int] = setting(SIZES)
+    peer_prompt: int = setting(whole(1))
+    peer_tokens: int = setting(whole(1))
 
 
 _TASK = _those(RANGE, " ".join(field.name for field in dataclasses.fields(ledger.Spec)))
@@ -106,29 +144,7 @@ FIELDS = {
         },
     ),
     "pipeline.stages": NAMES,
-    **_in(
-        "benchmark",
-        {
-            **_those(NAMES, "sections kernels policies peer_policies"),
-            **_those(SWITCH, "random_weights"),
-            **_those(whole(0), "layers top_k"),
-            "peaks": TEXT,
-            **_those(number(0), "minutes memory_gib temperature"),
-            "top_p": number(0, 1, above=True),
-            "largest_within": POSITIVE,
-            **_those(
-                whole(1),
-                "repeats compile_threads new_tokens growth_tokens growth_batch step_length "
-                "step_traces step_rollouts largest_limit peer_prompt peer_tokens",
-            ),
-            **_those(
-                SIZES,
-                "budgets batches lengths prefill_batches prefill_lengths label_lengths "
-                "peer_batches",
-            ),
-            **_those(TEXT, "peers.transformers peers.kvpress"),
-        },
-    ),
+    **_in("benchmark", {**Benchmark.kinds(), **_those(TEXT, "peers.transformers peers.kvpress")}),
     **_in("export", _those(TEXT, "scorer layout")),
     **_in(
         "generate",

@@ -12,7 +12,7 @@ from configs import tiny
 from fkv import models, policies
 from fkv.engine import decoding
 from fkv.errors import UserError
-from fkv.jobs import benchmark
+from fkv.jobs import benchmark, fields
 from fkv.jobs.benchmark import base, decode, device, peers
 from fkv.models import ModelConfig
 from tests.jobs.test_sft import model_dir, small
@@ -20,6 +20,11 @@ from tests.jobs.test_sft import model_dir, small
 __all__ = ["model_dir"]  # a fixture
 
 SHAPE = ModelConfig("qwen3", 50, 8, 3, 4, 2, 4, 16, qk_norm=True, tied_embeddings=True)
+
+
+def make_bench(config, shape):
+    settings = fields.Benchmark.of(config.benchmark, peers={})
+    return base.Bench(config, settings, models.LM({}, shape), None, 0, None)
 
 
 def shrink(model_dir, **changes):
@@ -81,15 +86,15 @@ def test_every_section_is_measured_and_written(measured):
 
 def test_kernels_stand_side_by_side(measured):
     config = tiny.get_config()
-    bench = base.Bench(config, models.LM({}, SHAPE), None, 0, None)
     config.benchmark.policies, config.benchmark.kernels = ("full", "h2o"), ("plain", "pallas")
+    bench = make_bench(config, SHAPE)
     arms = bench.arms((1,), (512,), config.benchmark.kernels)
     assert [(arm.policy, arm.kernel) for arm in arms] == [
         ("full", "plain"), ("full", "pallas"), ("h2o", "plain"), ("h2o", "pallas"),
     ]  # fmt: skip
     records = measured[1]["decode"][:1]
     assert "kernel" not in benchmark.SECTIONS["decode"].rows(records)[0]
-    records.append({**records[0], "kernel": "pallas", "fits": False})
+    records.append({**records[0], "kernel": "pallas", "fits": False, "error": "does not fit"})
     head, rows = benchmark.SECTIONS["decode"].rows(records)
     by_name = [dict(zip(head, row, strict=True)) for row in rows]
     assert [row["kernel"] for row in by_name] == ["plain", "pallas"]
@@ -123,10 +128,10 @@ def test_nothing_is_begun_when_time_is_over(model_dir, tmp_path, monkeypatch):
     found = benchmark.run(config, str(tmp_path))
     assert len(ran) == 1 and found["labels"] == []
     full, h2o = found["decode"]  # the first arm had one of its two repeats
-    assert full["tokens_per_s"] > 0 and h2o["left_out"]
+    assert full["tokens_per_s"] > 0 and h2o["error"] == "no time was left"
     text = (tmp_path / "benchmark.txt").read_text()
     assert "no time was left" in text and "Golden labels: nothing was measured" in text
-    bench = base.Bench(*[None] * 5)
+    bench = make_bench(config, SHAPE)
     monkeypatch.undo()
     assert not bench.late and dataclasses.replace(bench, end=0.0).late
 
@@ -186,16 +191,15 @@ def test_a_made_up_state_is_one_of_decoding(name, cache_dtype):
     """As prefill leaves it: the same structure, as many entries, the newest position."""
     shape = dataclasses.replace(SHAPE, cache_dtype=cache_dtype)
     policy, config = policies.get(name), tiny.get_config()
-    config.interval, config.dtype, config.benchmark.new_tokens = 8, "float32", 24
-    lm = models.LM(models.init(jax.random.key(0), SHAPE), shape)
-    bench = base.Bench(config, lm, None, 0, None)
+    config.interval, config.benchmark.new_tokens, config.dtype = 8, 24, "float32"
+    bench = make_bench(config, shape)
     arm = base.Arm(name, 16 if policy.evicts else 0, 2, 96)
     state = decode.made_up_state(bench, arm, jax.random.key(0))
-    given = lm, policy, bench.plan(arm)
-    real, width = decoding._start(*given, [np.arange(50) % 50] * 2, state.key_b, [40, 40], 64)
-    if not policy.evicts:  # whose cache has room for prompt and answer: 64 + 32 slots here
-        prompts = [np.arange(64) % 50] * 2
-        real, width = decoding._start(*given, prompts, state.key_b, [32, 32])
+    lm, plan = models.LM(models.init(jax.random.key(0), SHAPE), shape), bench.plan(arm.budget)
+    # A full cache has room for prompt and answer: 64 + 32 slots.
+    prompt, new = (50, 40) if policy.evicts else (64, 32)
+    prompts, width = [np.arange(prompt) % 50] * 2, 64
+    real, width = decoding._start(lm, policy, plan, prompts, state.key_b, [new] * 2, width)
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
     assert shapes(real) == shapes(state)
     assert width == 64 == state.position_b[0] and real.chunk == state.chunk
@@ -217,7 +221,7 @@ def test_roofline_is_set_by_what_takes_longer():
 def test_growth_is_of_the_chunks_it_names():
     # 64 chunks after the first, the second repeat twice as slow and both slower as they go.
     seconds = np.array([[1.0], [2.0]]) * np.linspace(1, 3, 63)[None]
-    record = decode._growth_record(base.Arm("x", 64, 4, 0), seconds, 512)
+    record = decode.growth_record(seconds, 512)
     assert list(record["ms_per_token"]) == ["1024", "2048", "4096", "8192", "16384", "32768"]
     assert record["growth"] == pytest.approx(3, rel=0.05)
     assert record["ms_per_token"]["1024"] == pytest.approx(1.5e3 / 512, rel=0.05)

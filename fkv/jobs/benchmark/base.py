@@ -1,8 +1,9 @@
-"""What every section of the benchmark works with: its settings, arms and programs."""
+"""What the sections share: arms, compiled programs, and how arms are measured beside each other."""
 
+import collections
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +14,29 @@ from ml_collections import ConfigDict
 from fkv import policies
 from fkv.cache.cadence import FULL, Cadence
 from fkv.engine import decoding
+from fkv.jobs import common, fields, programs
 from fkv.jobs.benchmark import device
+from fkv.jobs.benchmark.device import timed
 from fkv.keys import Purpose, fold, key_of, keys_of
-from fkv.models import LM, ModelConfig
-from fkv.policies import scorer
+from fkv.models import LM
 from fkv.policies.base import Policy
+
+DOES_NOT_FIT = "does not fit"
+
+
+class Unmeasured(Exception):
+    """Says why an arm can't be measured."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """One thing to time.
+    """One thing to measure.
 
     Attributes:
       policy: its name.
-      budget: B; 0 for the full cache.
+      budget: B; `FULL` for the full cache.
       batch: rows.
-      length: tokens that the longest context has: what a full cache has room for.
+      length: tokens of the longest context: what a full cache has room for.
       kernel: of attention while decoding.
     """
 
@@ -38,8 +46,10 @@ class Arm:
     length: int
     kernel: str = "plain"
 
-    def record(self) -> dict:
-        return dataclasses.asdict(self)
+    def __str__(self) -> str:
+        budget = f" B={self.budget}" if self.budget else ""
+        kernel = "" if self.kernel == "plain" else f", {self.kernel}"
+        return f"{self.policy}{budget}, batch {self.batch}, length {self.length}{kernel}"
 
 
 @dataclasses.dataclass
@@ -47,30 +57,23 @@ class Bench:
     """What every section works with.
 
     Attributes:
-      config: the recipe.
+      config, settings: the recipe, and its group `benchmark`.
       lm: the language model.
       peaks: what the device can do.
       limit: bytes that a program may hold.
       path: the run directory.
       end: when nothing more is begun, as `time.perf_counter` has it.
-      programs: compiled programs, with the seconds that compiling took and what they hold.
+      programs: compiled, see `compiled`.
     """
 
     config: ConfigDict
+    settings: fields.Benchmark
     lm: LM
     peaks: device.Peaks
     limit: int
     path: Path
     end: float = float("inf")
     programs: dict = dataclasses.field(default_factory=dict)
-
-    @property
-    def model(self) -> ModelConfig:
-        return self.lm.config
-
-    @property
-    def settings(self) -> ConfigDict:
-        return self.config.benchmark
 
     @property
     def interval(self) -> int:
@@ -82,27 +85,26 @@ class Bench:
         return time.perf_counter() > self.end
 
     @property
-    def chunks(self) -> int:
-        """Timed chunks of `L` decoding steps in a repeat."""
-        return -(-self.settings.new_tokens // self.interval)
-
-    def plan(self, arm: Arm) -> decoding.Plan:
-        cadence = Cadence.of(arm.budget, self.interval)
-        return decoding.Plan(cadence, decoding.Sampling.of(self.settings))
-
-    @property
     def key(self) -> jax.Array:
         return key_of(self.config.seed, Purpose.BENCHMARK)
 
     def row_keys(self, count: int) -> jax.Array:
         return keys_of(fold(self.key, 0), count)
 
+    def tokens(self, rows: int, length: int) -> np.ndarray:
+        """Random traces."""
+        rng = np.random.default_rng(self.config.seed)
+        return rng.integers(self.lm.config.vocab_size, size=(rows, length)).astype(np.int32)
+
+    def plan(self, budget: int) -> decoding.Plan:
+        sampling = decoding.Sampling.of(vars(self.settings))
+        return decoding.Plan(Cadence.of(budget, self.interval), sampling)
+
     def policy(self, name: str) -> Policy:
+        """By its name; `foresight` with untrained scorers, which cost what trained ones do."""
         if name != "foresight":
             return policies.get(name)
-        rules = scorer.ScorerConfig(**self.config.scorer)
-        params = scorer.init(key_of(self.config.seed, Purpose.SCORER), self.model, rules)
-        return policies.Foresight(params, rules)  # what untrained scorers cost, trained ones do
+        return programs.new_scorers(self.config, self.lm.config)
 
     def arms(
         self, batches: Sequence[int], lengths: Sequence[int], kernels: Sequence[str] = ()
@@ -118,57 +120,77 @@ class Bench:
             for kernel in kernels or (self.config.attention_kernel,)
         ]
 
-    def compiled(self, key: Any, lower: Callable[[], Any]) -> tuple[Any, float, int]:
-        """A program, the seconds that compiling it took, and the bytes that it holds."""
+    def compiled(self, key: Any, lower: Callable[[], Any]) -> tuple[Any, dict]:
+        """A program, the seconds that compiling it took, and the bytes that it holds.
+
+        Raises:
+          Unmeasured: it does not fit.
+        """
         if key not in self.programs:
-            start = time.perf_counter()
-            program = lower().compile()
-            seconds = time.perf_counter() - start
-            self.programs[key] = (program, seconds, device.program_bytes(program))
+            seconds, program = timed(lower().compile)
+            about = {"program_bytes": device.program_bytes(program), "compile_s": seconds}
+            self.programs[key] = program, about
+        self.check_fits(self.programs[key][1]["program_bytes"])
         return self.programs[key]
 
-
-class DoesNotFit(Exception):
-    """A program needs more memory than there is."""
-
-
-def only_memory(error: Exception) -> None:
-    """Raises again what is not about memory."""
-    text = str(error).lower()
-    if not isinstance(error, DoesNotFit) and not (
-        "resource_exhausted" in text or "out of memory" in text
-    ):
-        raise error
+    def check_fits(self, size: int) -> None:
+        if size > self.limit:
+            raise Unmeasured(DOES_NOT_FIT)
 
 
-def name_of(arm: Arm) -> str:
-    budget = f" B={arm.budget}" if arm.budget else ""
-    kernel = "" if arm.kernel == "plain" else f", {arm.kernel}"
-    return f"{arm.policy}{budget}, batch {arm.batch}, length {arm.length}{kernel}"
+# ---- measuring
 
 
-def interleaved(bench: Bench, calls: dict[Any, Callable[[], Any]]) -> dict[Any, np.ndarray]:
-    """Seconds of each call in every repeat, after one that is not counted."""
-    found = {name: [] for name in calls}
-    for repeat in range(bench.settings.repeats + 1):
-        if repeat > 1 and bench.late:
-            break
-        for name, call in calls.items():
-            start = time.perf_counter()
-            jax.block_until_ready(call())
-            if repeat:
-                found[name].append(time.perf_counter() - start)
-    return {name: np.array(x) for name, x in found.items()}
+def failure(call: Callable, *args) -> str:
+    """Calls, and says why that fails: mostly, it does not fit."""
+    try:
+        call(*args)
+    except Unmeasured as error:
+        return str(error)
+    except jax.errors.JaxRuntimeError as error:
+        text = str(error).lower()
+        if "resource_exhausted" not in text and "out of memory" not in text:
+            raise
+        return DOES_NOT_FIT
+    return ""
 
 
-def spread(seconds_r: np.ndarray) -> dict:
-    return {
-        "seconds": float(np.median(seconds_r)),
-        "seconds_low": float(seconds_r.min()),
-        "seconds_high": float(seconds_r.max()),
-    }
+def measure(
+    bench: Bench,
+    arms: Iterable[Any],
+    prepare: Callable[[Any], tuple[Callable[[], Any], dict]],
+    record: Callable[[Any, dict[Any, list]], dict],
+) -> list[dict]:
+    """Records of arms, which are interleaved over the repeats.
+
+    Args:
+      arms: dataclasses, of which records have the fields.
+      prepare: compiles and warms up an arm; gives what measures it once, and more for its record.
+      record: what an arm's record has of the results of all arms.
+    """
+    arms, ready, why = list(arms), {}, {}
+    found = collections.defaultdict(list)
+
+    def once(arm):
+        if arm not in ready:
+            ready[arm] = prepare(arm)
+        found[arm].append(ready[arm][0]())
+
+    for repeat in range(bench.settings.repeats):
+        for arm in arms:
+            if not why.get(arm) and not bench.late:
+                common.say(f"  repeat {repeat + 1}: {arm}")
+                why[arm] = failure(once, arm)
+    records = []
+    for arm in arms:
+        fits = why.get(arm) == ""
+        more = {**record(arm, found), **ready[arm][1]} if fits else {}
+        more = more or {"error": why.get(arm, "no time was left")}
+        records.append({**dataclasses.asdict(arm), "fits": fits, **more})
+    return records
 
 
-def random_tokens(bench: Bench, rows: int, length: int) -> np.ndarray:
-    rng = np.random.default_rng(bench.config.seed)
-    return rng.integers(bench.model.vocab_size, size=(rows, length)).astype(np.int32)
+def spread(name: str, x_r: Sequence[float]) -> dict[str, float]:
+    """The median over repeats, the smallest and the largest."""
+    found = {name: np.median(x_r), f"{name}_low": np.min(x_r), f"{name}_high": np.max(x_r)}
+    return {key: float(x) for key, x in found.items()}

@@ -13,60 +13,103 @@ import numpy as np
 from fkv.cache import slots as kv
 from fkv.engine import decoding, replay
 from fkv.jobs import common
-from fkv.jobs.benchmark.base import Arm, Bench, DoesNotFit, name_of, only_memory
+from fkv.jobs.benchmark.base import (
+    Arm,
+    Bench,
+    failure,
+    measure,
+    spread,
+)
+from fkv.jobs.benchmark.device import timed
 from fkv.keys import fold, keys_of
 from fkv.runs import costs
 
 
-def _decode_program(bench: Bench, arm: Arm):
-    """`L` decoding steps with their eviction, and how to make the state that they start from."""
-    policy, interval = bench.policy(arm.policy), bench.interval
-    make = functools.partial(made_up_state, bench, arm)
-    held = sum(
-        x.size * x.dtype.itemsize
-        for x in jax.tree.leaves((bench.lm, jax.eval_shape(lambda: make(bench.key).caches)))
+def decode(bench: Bench) -> list[dict]:
+    """Every policy at every budget, batch and length, under every kernel."""
+    s = bench.settings
+    return _measure(bench, bench.arms(s.batches, s.lengths, s.kernels))
+
+
+def _measure(bench: Bench, arms: Sequence[Arm]) -> list[dict]:
+    if bench.settings.compile_threads > 1:
+        shapes = {_shape(arm): arm for arm in arms}.values()
+        with concurrent.futures.ThreadPoolExecutor(bench.settings.compile_threads) as pool:
+            # What does not fit is found again when it is measured.
+            list(pool.map(lambda arm: bench.late or failure(_program, bench, arm), shapes))
+
+    def prepare(arm):
+        _, about = _program(bench, arm)
+        return lambda: (_run_decode(bench, arm, _chunks(bench)), _run_evictions(bench, arm)), about
+
+    return measure(bench, arms, prepare, functools.partial(_record, bench))
+
+
+def _record(bench: Bench, arm: Arm, found: dict[Arm, list[tuple[list[float], float]]]) -> dict:
+    policy, config = bench.policy(arm.policy), bench.lm.config
+    slots = policy.capacity(arm.budget) + bench.interval if policy.evicts else arm.length
+    seconds = np.array([chunks for chunks, _ in found[arm]]) / bench.interval  # per token
+    token = np.median(seconds, axis=1)
+    ideal, bound = bench.peaks.roofline(
+        costs.decode_flops(config, arm.batch, slots),
+        costs.decode_bytes(config, arm.batch, slots, bench.config.dtype),
     )
-    if held > bench.limit:
-        raise DoesNotFit
-    width = interval if policy.evicts else _prompt(arm, interval, bench.chunks)
-    call = jax.jit(
-        decoding.decode_chunk, static_argnames=("plan", "prompt_width"), donate_argnames="state"
-    )
-    lm = bench.lm.replace(
-        config=dataclasses.replace(bench.model, kernel=common.kernel_here(arm.kernel))
-    )
-    plan = bench.plan(arm)
+    middle, evicting = float(np.median(token)), np.median([seconds for _, seconds in found[arm]])
+    return {
+        "slots": slots,
+        **spread("tokens_per_s", arm.batch / token),
+        "ms_p50": 1e3 * float(np.median(seconds)),
+        "ms_p99": 1e3 * float(np.percentile(seconds, 99)),
+        "roofline": ideal / middle,
+        "bound": bound,
+        "eviction": float(evicting) / (middle * bench.interval),
+    }
+
+
+def _chunks(bench: Bench) -> int:
+    """Timed chunks of `L` decoding steps in a repeat; one before them warms up."""
+    return -(-bench.settings.new_tokens // bench.interval)
+
+
+def _prompt(bench: Bench, arm: Arm) -> int:
+    """Tokens before the first that is decoded."""
+    return arm.length - (_chunks(bench) + 1) * bench.interval
+
+
+def _shape(arm: Arm) -> Arm:
+    """Equal for arms that share a program, which knows of the length only without eviction."""
+    return dataclasses.replace(arm, length=0 if arm.budget else arm.length)
+
+
+def _program(bench: Bench, arm: Arm) -> tuple[Callable, dict]:
+    """`L` decoding steps with their eviction, see `Bench.compiled`."""
+    policy = bench.policy(arm.policy)
+    state = jax.eval_shape(functools.partial(made_up_state, bench, arm), bench.key)
+    bench.check_fits(costs.size((bench.lm.params, state.caches)))
+    lm = bench.lm.replace(config=dataclasses.replace(bench.lm.config, kernel=arm.kernel))
 
     def lower():
-        state = jax.eval_shape(make, bench.key)
-        return call.lower(lm, policy, plan, state, prompt_width=width)
+        width = bench.interval if policy.evicts else _prompt(bench, arm)
+        call = jax.jit(decoding.decode_chunk, static_argnums=(2, 4), donate_argnums=3)
+        return call.lower(lm, policy, bench.plan(arm.budget), state, width)
 
-    # Under eviction the program knows nothing of the length.
-    name = ("decode", dataclasses.replace(arm, length=0 if policy.evicts else arm.length))
-    program, seconds, size = bench.compiled(name, lower)
-    if size > bench.limit:
-        raise DoesNotFit
-    return functools.partial(program, lm, policy), jax.jit(make), seconds, size
-
-
-def _prompt(arm: Arm, interval: int, chunks: int) -> int:
-    """Tokens before the first that is decoded: one chunk of `L` warms up, `chunks` are timed."""
-    return arm.length - (chunks + 1) * interval
+    program, about = bench.compiled(("decode", _shape(arm)), lower)
+    return functools.partial(program, lm, policy), about
 
 
 def made_up_state(bench: Bench, arm: Arm, key: jax.Array) -> decoding.State:
-    """A state in the middle of decoding, of random entries: what a step costs they do not change.
+    """A state in the middle of decoding, of random entries, with which a step costs the same.
 
     Caches are as full as after a prompt that leaves room for the chunks to come.
     """
-    policy, model, dtype = bench.policy(arm.policy), bench.model, bench.config.dtype
-    prompt, interval = _prompt(arm, bench.interval, bench.chunks), bench.interval
+    policy, config, interval = bench.policy(arm.policy), bench.lm.config, bench.interval
+    prompt, dtype = _prompt(bench, arm), bench.config.dtype
     if policy.evicts:
-        empty = replay.init_cache(policy, arm.batch, model, bench.plan(arm).cadence, dtype)
+        empty = replay.init_cache(policy, arm.batch, config, bench.plan(arm.budget).cadence, dtype)
         held = empty.position_bks.shape[-1] - interval
     else:
-        held_as = model.cache_dtype or dtype
-        empty = kv.init(arm.batch, model.kv_heads, arm.length, model.head_dim, held_as)
+        held_as = config.cache_dtype or dtype
+        empty = kv.init(arm.batch, config.kv_heads, arm.length, config.head_dim, held_as)
         held = prompt
     index = jnp.arange(empty.position_bks.shape[-1], dtype=jnp.int32)
     position = jnp.where(index < held, jnp.maximum(index + prompt - held, -1), -1)
@@ -75,24 +118,24 @@ def made_up_state(bench: Bench, arm: Arm, key: jax.Array) -> decoding.State:
     def one(layer):
         keys = (fold(key, 1, layer, kind) for kind in range(2))
         k, v = (jax.random.normal(x, empty.key_bksd.shape, dtype) for x in keys)
-        k, v = (kv.stored(x, model.cache_dtype) for x in (k, v))
+        k, v = (kv.stored(x, config.cache_dtype) for x in (k, v))
         return empty.replace(key_bksd=k, value_bksd=v, position_bks=position)
 
     row = jnp.zeros((arm.batch,), jnp.int32)
     return decoding.State(
-        tuple(one(i) for i in range(model.layers)),
-        row,
-        row + prompt,
-        row + jnp.int32(2**30),
-        keys_of(fold(key, 0), arm.batch),
-        jnp.asarray(-(-prompt // interval)),
-    )
+        tuple(one(i) for i in range(config.layers)), row, row + prompt, row + jnp.int32(2**30),
+        keys_of(fold(key, 0), arm.batch), jnp.asarray(-(-prompt // interval)),
+    )  # fmt: skip
+
+
+def _state(bench: Bench, arm: Arm) -> decoding.State:
+    return jax.jit(functools.partial(made_up_state, bench, arm))(bench.key)
 
 
 def _run_decode(bench: Bench, arm: Arm, chunks: int) -> list[float]:
     """Seconds of each of `chunks` chunks, after one that warms up."""
-    call, make, _, _ = _decode_program(bench, arm)
-    state, found = make(bench.key), []
+    call, _ = _program(bench, arm)
+    state, found = _state(bench, arm), []
     for _ in range(chunks + 1):
         start = time.perf_counter()
         state, tokens = call(state)
@@ -103,112 +146,35 @@ def _run_decode(bench: Bench, arm: Arm, chunks: int) -> list[float]:
 
 def _run_evictions(bench: Bench, arm: Arm) -> float:
     """Median seconds of the evictions of all layers, run as a program of their own."""
-    policy, model, interval = bench.policy(arm.policy), bench.model, bench.interval
+    policy, config, interval = bench.policy(arm.policy), bench.lm.config, bench.interval
     if not policy.evicts:
         return 0.0
-    call = jax.jit(decoding.evict, donate_argnames="caches")
-    _, make, _, _ = _decode_program(bench, arm)
-    state = make(bench.key)
-    prompt = _prompt(arm, interval, bench.chunks)
-    arrived = prompt + jnp.arange(interval, dtype=jnp.int32)
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def fill(caches):
-        start = caches[0].position_bks.shape[-1] - interval
-        return tuple(
-            x.replace(position_bks=x.position_bks.at[..., start:].set(arrived[None, None]))
-            for x in caches
-        )
+    def evict(policy, caches, chunks, site):
+        ring = np.s_[..., -interval:]  # which the steps have filled
+        newest = chunks[0].position_bl[:, None]
+        full = [x.replace(position_bks=x.position_bks.at[ring].set(newest)) for x in caches]
+        return decoding.evict(policy, full, chunks, site)
 
-    shape = (arm.batch, interval, model.heads, model.head_dim)
+    state = _state(bench, arm)
+    shape = (arm.batch, interval, config.heads, config.head_dim)
     query = jax.random.normal(fold(bench.key, 2), shape, bench.config.dtype)
-    lse = jnp.zeros((arm.batch, model.kv_heads, model.group_size, interval))
-    position = jnp.broadcast_to(arrived[None], (arm.batch, interval))
-    chunks = [replay.Chunk(query, lse, position, state.chunk)] * model.layers
-    caches, found = fill(state.caches), []
-    rest = (chunks, replay.Site(model, bench.plan(arm).cadence, 0, state.key_b))
-    program, _, _ = bench.compiled(
-        ("evict", arm.policy, arm.budget, arm.batch),
-        lambda: call.lower(policy, caches, *rest),
+    lse = jnp.zeros((arm.batch, config.kv_heads, config.group_size, interval))
+    position = jnp.broadcast_to(_prompt(bench, arm) + jnp.arange(interval), (arm.batch, interval))
+    chunks = [replay.Chunk(query, lse, position, state.chunk)] * config.layers
+    rest = (chunks, replay.Site(config, bench.plan(arm.budget).cadence, 0, state.key_b))
+    caches, found = state.caches, []
+    program, _ = bench.compiled(
+        ("evict", _shape(arm)),
+        lambda: jax.jit(evict, donate_argnums=1).lower(policy, caches, *rest),
     )
-    for _ in range(max(bench.chunks, 3) + 1):
-        jax.block_until_ready(caches)
-        start = time.perf_counter()
-        caches = jax.block_until_ready(program(policy, caches, *rest))
-        found.append(time.perf_counter() - start)
-        caches = fill(caches)
+    for _ in range(max(_chunks(bench), 3) + 1):
+        seconds, caches = timed(program, policy, caches, *rest)
+        found.append(seconds)
     return float(np.median(found[1:]))
 
 
-def _time_decode(bench: Bench, arms: Sequence[Arm]) -> list[dict]:
-    """Records of decoding arms, interleaved over the repeats."""
-    seconds, evicting = {arm: [] for arm in arms}, {arm: [] for arm in arms}
-    does_not_fit = set()
-    # Arms of equal shape share a program: under eviction, all lengths.
-    shapes = {dataclasses.replace(a, length=0 if a.budget else a.length): a for a in arms}
-    if bench.settings.compile_threads > 1:
-        with concurrent.futures.ThreadPoolExecutor(bench.settings.compile_threads) as pool:
-            list(pool.map(functools.partial(_compile_ahead, bench), shapes.values()))
-    for repeat in range(bench.settings.repeats):
-        for arm in arms:
-            if arm in does_not_fit or bench.late:
-                continue
-            common.say(f"  repeat {repeat + 1}: {name_of(arm)}")
-            try:
-                seconds[arm].append(_run_decode(bench, arm, bench.chunks))
-                evicting[arm].append(_run_evictions(bench, arm))
-            except (DoesNotFit, jax.errors.JaxRuntimeError) as error:
-                only_memory(error)
-                does_not_fit.add(arm)
-    records = []
-    for arm in arms:
-        if arm in does_not_fit or not seconds[arm]:
-            records.append({**arm.record(), "fits": False, "left_out": arm not in does_not_fit})
-            continue
-        *_, compiled, size = _decode_program(bench, arm)
-        evictions = float(np.median(evicting[arm]))
-        records.append(_decode_record(bench, arm, seconds[arm], evictions, compiled, size))
-    return records
-
-
-def _compile_ahead(bench: Bench, arm: Arm) -> None:
-    try:
-        if not bench.late:
-            _decode_program(bench, arm)
-    except (DoesNotFit, jax.errors.JaxRuntimeError) as error:
-        only_memory(error)  # and met again when the arm is run
-
-
-def _decode_record(bench, arm, seconds_rc, evicting, compiled, size) -> dict:
-    policy, interval = bench.policy(arm.policy), bench.interval
-    slots = policy.capacity(arm.budget) + interval if policy.evicts else arm.length
-    seconds = np.array(seconds_rc) / interval  # per token
-    token = np.median(seconds, axis=1)
-    ideal, bound = bench.peaks.roofline(
-        costs.decode_flops(bench.model, arm.batch, slots),
-        costs.decode_bytes(bench.model, arm.batch, slots, bench.config.dtype),
-    )
-    middle = float(np.median(token))
-    return {
-        **arm.record(),
-        "fits": True,
-        "slots": slots,
-        "tokens_per_s": arm.batch / middle,
-        "tokens_per_s_low": arm.batch / float(token.max()),
-        "tokens_per_s_high": arm.batch / float(token.min()),
-        "ms_p50": 1e3 * float(np.median(seconds)),
-        "ms_p99": 1e3 * float(np.percentile(seconds, 99)),
-        "roofline": ideal / middle,
-        "bound": bound,
-        "eviction": evicting / (middle * interval),
-        "program_bytes": size,
-        "compile_s": compiled,
-    }
-
-
-def decode(bench: Bench) -> list[dict]:
-    s = bench.settings
-    return _time_decode(bench, bench.arms(s.batches, s.lengths, s.kernels))
+# ---- the largest batch
 
 
 def largest_batch(bench: Bench) -> list[dict]:
@@ -220,32 +186,28 @@ def largest_batch(bench: Bench) -> list[dict]:
     for arm in bench.arms((1,), s.lengths):
         if bench.late or (arm.budget and arm.length < max(s.lengths)):
             continue
-        best = largest(
-            lambda batch, arm=arm: _fits(bench, dataclasses.replace(arm, batch=batch)),
-            _guess(bench, arm),
-            s.largest_limit,
-            s.largest_within,
-        )
-        if best:
+
+        def fits(batch, arm=arm):
+            return not failure(_run_decode, bench, dataclasses.replace(arm, batch=batch), 0)
+
+        if best := largest(fits, _guess(bench, arm), s.largest_limit, s.largest_within):
             arms.append(dataclasses.replace(arm, batch=best))
-            common.say(f"  {name_of(arms[-1])} is the largest")
-    records = _time_decode(bench, arms)
-    full = [r for r in records if not r["budget"] and r["fits"]]
-    for record in records:
+            common.say(f"  {arms[-1]} is the largest")
+    found = _measure(bench, arms)
+    full = {str(r["length"]): r["tokens_per_s"] for r in found if r["fits"] and not r["budget"]}
+    for record in found:
         if record["fits"]:
             record["limited"] = record["batch"] == s.largest_limit
-            record["times_full"] = {
-                str(r["length"]): record["tokens_per_s"] / r["tokens_per_s"] for r in full
-            }
-    return records
+            record["times_full"] = {n: record["tokens_per_s"] / x for n, x in full.items()}
+    return found
 
 
 def _guess(bench: Bench, arm: Arm) -> int:
     """Rows whose caches fill nine tenths of the memory that the weights leave, at least one."""
     slots = bench.policy(arm.policy).capacity(arm.budget) + bench.interval
-    row = costs.cache_bytes(bench.model, slots if arm.budget else arm.length, bench.config.dtype)
-    free = bench.limit - costs.parameter_bytes(bench.model, bench.config.dtype)
-    return max(1, int(0.9 * free / row))
+    config, dtype = bench.lm.config, bench.config.dtype
+    row = costs.cache_bytes(config, slots if arm.budget else arm.length, dtype)
+    return max(1, int(0.9 * (bench.limit - costs.parameter_bytes(config, dtype)) / row))
 
 
 def largest(fits: Callable[[int], bool], start: int, limit: int, within: float) -> int:
@@ -272,54 +234,37 @@ def largest(fits: Callable[[int], bool], start: int, limit: int, within: float) 
     return low
 
 
-def _fits(bench: Bench, arm: Arm) -> bool:
-    try:
-        _run_decode(bench, arm, 0)
-        return True
-    except (DoesNotFit, jax.errors.JaxRuntimeError) as error:
-        only_memory(error)
-        return False
+# ---- growth
 
 
 def growth(bench: Bench) -> list[dict]:
     """Milliseconds per token against what has been generated, in one long generation.
 
-    A full cache has its final size from the start, so it is left to the section `decode`.
+    A full cache has its final size from the start, so it is left to `decode`.
     """
     s, interval = bench.settings, bench.interval
-    arms = [
-        Arm(name, budget, s.growth_batch, s.growth_tokens, bench.config.attention_kernel)
-        for name in s.policies
-        if bench.policy(name).evicts
-        for budget in s.budgets
-    ]
-    rng = np.random.default_rng(bench.config.seed)
-    prompts = [rng.integers(bench.model.vocab_size, size=interval) for _ in range(s.growth_batch)]
-    chunks = -(-s.growth_tokens // interval)
-    seconds = {arm: [] for arm in arms}
-    for repeat in range(s.repeats):
-        for arm in arms:
-            if not repeat:
-                _chunks(bench, arm, prompts, 2)
-            seconds[arm].append(_chunks(bench, arm, prompts, chunks))
-    return [_growth_record(arm, np.array(seconds[arm]), interval) for arm in arms]
+    arms = [arm for arm in bench.arms((s.growth_batch,), (s.growth_tokens,)) if arm.budget]
+
+    def run(arm, chunks):
+        """Seconds of every chunk of `L` decoding steps after the first, its eviction included."""
+        prompts, keys = bench.tokens(arm.batch, interval), bench.row_keys(arm.batch)
+        limit = [chunks * interval] * arm.batch
+        policy, plan = bench.policy(arm.policy), bench.plan(arm.budget)
+        steps = decoding.stream(bench.lm, policy, plan, prompts, keys, limit)
+        ends = [time.perf_counter() for _ in steps]  # the tokens are on the host
+        return np.diff(ends)
+
+    def prepare(arm):
+        run(arm, 2)
+        return functools.partial(run, arm, -(-arm.length // interval)), {}
+
+    def record(arm, found):
+        return growth_record(np.array(found[arm]), interval)
+
+    return measure(bench, arms, prepare, record)
 
 
-def _chunks(bench: Bench, arm: Arm, prompts, chunks: int) -> list[float]:
-    """Seconds of every chunk of `L` decoding steps after the first, its eviction included."""
-    key_b, limit = bench.row_keys(len(prompts)), [chunks * bench.interval] * len(prompts)
-    policy, plan = bench.policy(arm.policy), bench.plan(arm)
-    steps = decoding.stream(bench.lm, policy, plan, prompts, key_b, limit)
-    found, start = [], None
-    for _, _ in zip(range(chunks), steps, strict=False):  # the tokens are on the host
-        now = time.perf_counter()
-        if start is not None:
-            found.append(now - start)
-        start = now
-    return found
-
-
-def _growth_record(arm: Arm, seconds_rc: np.ndarray, interval: int) -> dict:
+def growth_record(seconds_rc: np.ndarray, interval: int) -> dict:
     """Medians over repeats; `ms_per_token` by how many tokens had been generated."""
     # The first chunk, with the prefill, is not among the times.
     generated = interval * (2 + np.arange(seconds_rc.shape[1]))
@@ -331,11 +276,7 @@ def _growth_record(arm: Arm, seconds_rc: np.ndarray, interval: int) -> dict:
         at = int(np.searchsorted(generated, mark))
         part = seconds_rc[:, max(0, at - window) : at + 1]
         by_mark[mark] = np.median(part, axis=1) / interval  # per repeat
-    growth = by_mark[marks[-1]] / by_mark[marks[0]]
     return {
-        **arm.record(),
         "ms_per_token": {str(n): float(1e3 * np.median(x)) for n, x in by_mark.items()},
-        "growth": float(np.median(growth)),
-        "growth_low": float(growth.min()),
-        "growth_high": float(growth.max()),
+        **spread("growth", by_mark[marks[-1]] / by_mark[marks[0]]),
     }

@@ -5,13 +5,14 @@ line comes in and one goes out: first what to load, then one decoding after anot
 """
 
 import contextlib
+import importlib.metadata
 import json
 import os
-import resource
 import sys
 import time
 
-ARMS = ("dynamic", "static", "static_compiled", "snapkv", "knorm")
+# Whether an arm has a cache of fixed size.
+ARMS = {"dynamic": False, "static": True, "static_compiled": True, "snapkv": False, "knorm": False}
 
 
 def load(request: dict):
@@ -24,11 +25,8 @@ def load(request: dict):
     model = transformers.AutoModelForCausalLM.from_pretrained(
         request["model"], dtype=getattr(torch, request["dtype"])
     )
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    if request["peer"] == "kvpress":
-        import importlib.metadata
-
-        versions["kvpress"] = importlib.metadata.version("kvpress")
+    packages = {"torch", "transformers", request["peer"]}
+    versions = {name: importlib.metadata.version(name) for name in sorted(packages)}
     about = {"versions": versions, "device": device, "threads": torch.get_num_threads()}
     return model.eval().to(device), about
 
@@ -37,14 +35,10 @@ def press_of(request: dict):
     """The press of a kvpress arm, at our budget and interval."""
     import kvpress
 
-    base = {
-        "snapkv": lambda: kvpress.SnapKVPress(
-            window_size=request["window"], kernel_size=request["kernel"]
-        ),
-        "knorm": kvpress.KnormPress,
-    }[request["arm"]]()
+    window = {"window_size": request["window"], "kernel_size": request["kernel"]}
+    snapkv = request["arm"] == "snapkv"
     return kvpress.DecodingPress(
-        base_press=base,
+        base_press=kvpress.SnapKVPress(**window) if snapkv else kvpress.KnormPress(),
         compression_interval=request["interval"],
         target_size=request["budget"],
         hidden_states_buffer_size=request["interval"],
@@ -63,16 +57,11 @@ def decode(model, forward, request: dict) -> dict:
 
     token = torch.tensor(request["prompts"], device=model.device)
     length, new = token.shape[1], request["new_tokens"]
-    press = contextlib.nullcontext()
-    if request["peer"] == "kvpress":
-        press = press_of(request)(model)
-    if request["arm"] not in ARMS:
-        raise ValueError(f"{request['arm']} is none of {', '.join(ARMS)}")
-    if request["arm"].startswith("static"):
+    kvpress, static = request["peer"] == "kvpress", ARMS[request["arm"]]
+    press = press_of(request)(model) if kvpress else contextlib.nullcontext()
+    cache = DynamicCache(config=model.config)
+    if static:
         cache = StaticCache(config=model.config, max_cache_len=length + new)
-    else:
-        cache = DynamicCache(config=model.config)
-    drawn = []
     with torch.inference_mode(), press:
         position = torch.arange(length, device=model.device)
         start = now()
@@ -80,12 +69,12 @@ def decode(model, forward, request: dict) -> dict:
             input_ids=token, past_key_values=cache, position_ids=position[None],
             cache_position=position, logits_to_keep=1,
         )  # fmt: skip
-        drawn.append(out.logits[:, -1].argmax(-1))
+        drawn = [out.logits[:, -1].argmax(-1)]
         first = now()
         for i in range(length, length + new - 1):
             at = torch.tensor([i], device=model.device)
             given = {"position_ids": at[None]}
-            if request["peer"] != "kvpress":  # which takes the place in its own, shorter cache
+            if not kvpress:  # which takes the place in its own, shorter cache
                 given["cache_position"] = at
             out = forward(input_ids=drawn[-1][:, None], past_key_values=cache, **given)
             drawn.append(out.logits[:, -1].argmax(-1))
@@ -95,12 +84,16 @@ def decode(model, forward, request: dict) -> dict:
         "decode_s": end - first,
         "steps": new - 1,
         "tokens": torch.stack(drawn, 1).tolist(),
-        "held": cache.get_seq_length() if not request["arm"].startswith("static") else length + new,
-        # Of the process, its imports and all its arms so far.
-        "peak_bytes": torch.cuda.max_memory_allocated()
-        if model.device.type == "cuda"
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "held": length + new if static else cache.get_seq_length(),
     }
+
+
+def compiled(model):
+    """On a GPU with CUDA graphs, as `generate` has it."""
+    import torch
+
+    mode = "reduce-overhead" if model.device.type == "cuda" else None
+    return torch.compile(model.forward, mode=mode, dynamic=False, fullgraph=True)
 
 
 def main() -> None:
@@ -109,28 +102,17 @@ def main() -> None:
     os.dup2(2, 1)
 
     def answer(found: dict) -> None:
-        answers.write(json.dumps(found) + "\n")
-        answers.flush()
+        print(json.dumps(found), file=answers, flush=True)
 
     model, about = load(json.loads(sys.stdin.readline()))
     answer(about)
-    compiled = None
+    forwards = {}
     for line in sys.stdin:
         request = json.loads(line)
         try:
-            forward = model
-            if request["arm"] == "static_compiled":
-                import torch
-
-                # On a GPU with CUDA graphs, as `generate` has it.
-                compiled = compiled or torch.compile(
-                    model.forward,
-                    mode="reduce-overhead" if model.device.type == "cuda" else None,
-                    dynamic=False,
-                    fullgraph=True,
-                )
-                forward = compiled
-            answer(decode(model, forward, request))
+            if request["arm"] == "static_compiled" and not forwards:
+                forwards["static_compiled"] = compiled(model)
+            answer(decode(model, forwards.get(request["arm"], model), request))
         except Exception as error:  # an arm that fails is a result, too
             text = f"{type(error).__name__}: {error}".strip()
             answer({"error": " ".join(text.split())[:300]})

@@ -1,6 +1,10 @@
 """Tables of the benchmark's sections, and what is said above and below them."""
 
+import math
+import os
 import platform
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 
@@ -22,25 +26,26 @@ a model that fits into the processor's own cache can pass the roofline of the me
 
 
 def about(bench: Bench) -> dict:
-    chip = jax.devices()[0]
+    """What was measured, and on which machine."""
+    chip, config = jax.devices()[0], bench.config
     return {
         "device": chip.device_kind,
         "devices": jax.local_device_count(),
         "backend": chip.platform,
         "machine": platform.machine(),
         "cores": device.cores(),
-        "load": device.load(),
+        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else math.nan,
         "python": platform.python_version(),
         "jax": jax.__version__,
-        "model": bench.config.model,
+        "model": config.model,
         "random_weights": bench.settings.random_weights,
-        "layers": bench.model.layers,
-        "parameters": costs.parameters(bench.model),
-        "dtype": bench.config.dtype,
-        "cache_dtype": bench.config.cache_dtype or bench.config.dtype,
-        "budget": bench.config.budget,
+        "layers": bench.lm.config.layers,
+        "parameters": costs.parameters(bench.lm.config),
+        "dtype": config.dtype,
+        "cache_dtype": config.cache_dtype or config.dtype,
+        "budget": config.budget,
         "interval": bench.interval,
-        "attention_kernel": bench.config.attention_kernel,
+        "attention_kernel": config.attention_kernel,
         "repeats": bench.settings.repeats,
         "peak_flops": bench.peaks.flops,
         "bandwidth": bench.peaks.bandwidth,
@@ -64,126 +69,100 @@ def title(about: dict) -> str:
     )
 
 
-def _bytes(count: float) -> str:
+# ---- tables
+
+# Of a column, what it says of a record: a format, or a function.
+Columns = Mapping[str, str | Callable[[dict], str]]
+Table = tuple[list[str], list[list[str]]]
+
+
+def _table(records: Sequence[dict], first: Columns, rest: Columns) -> Table:
+    """The head and the rows; in place of the `rest`, of arms that were not measured, why."""
+
+    def cells(record, columns):
+        return [x(record) if callable(x) else x.format_map(record) for x in columns.values()]
+
+    rows = []
+    for r in records:
+        why = [r["error"][:60], *[""] * (len(rest) - 1)] if not r["fits"] else []
+        rows.append([*cells(r, first), *(why or cells(r, rest))])
+    return [*first, *rest], rows
+
+
+def _spread(name: str, how: str) -> str:
+    """The format of a median with the smallest and the largest."""
+    return f"{{{name}:{how}}} ({{{name}_low:{how}}}-{{{name}_high:{how}}})"
+
+
+def _percent(name: str, digits: int = 0) -> Callable[[dict], str]:
+    return lambda r: f"{100 * r[name]:.{digits}f} %" if name in r else ""
+
+
+def _memory(record: dict) -> str:
+    count = record["program_bytes"]
     return f"{count / 2**30:.2f} GiB" if count >= 1e9 else f"{count / 2**20:.1f} MiB"
 
 
-def _not_measured(record: dict) -> str:
-    return "no time was left" if record.get("left_out") else "does not fit"
+_ARM = {
+    "policy": "{policy}", "B": lambda r: str(r["budget"] or "-"), "batch": "{batch}",
+    "length": "{length}",
+}  # fmt: skip
+_PROGRAM = {"memory": _memory, "compile s": "{compile_s:.1f}"}
 
 
-def decode_rows(records):
-    head = ["policy", "B", "batch", "length", "tokens/s", "ms p50", "p99", "roofline", "bound",
-            "eviction", "memory", "compile s"]  # fmt: skip
-    several = len({r["kernel"] for r in records}) > 1
-    if several:
-        head.insert(4, "kernel")
-    measured = [r for r in records if r["fits"]]
-    times_full = measured[0].get("times_full") if measured else None
-    if times_full:
-        head.append("x full at " + " / ".join(times_full))
-    rows = []
-    for r in records:
-        start = [r["policy"], str(r["budget"] or "-"), str(r["batch"]), str(r["length"])]
-        if r.get("limited"):
-            start[2] += " (the limit)"
-        if several:
-            start.append(r["kernel"])
-        if not r["fits"]:
-            rows.append([*start, _not_measured(r), *[""] * (len(head) - len(start) - 1)])
-            continue
-        low, high = r["tokens_per_s_low"], r["tokens_per_s_high"]
-        rows.append(
-            [
-                *start,
-                f"{r['tokens_per_s']:.0f} ({low:.0f}-{high:.0f})",
-                f"{r['ms_p50']:.3f}",
-                f"{r['ms_p99']:.3f}",
-                f"{100 * r['roofline']:.0f} %",
-                r["bound"],
-                f"{100 * r['eviction']:.1f} %" if r["budget"] else "",
-                _bytes(r["program_bytes"]),
-                f"{r['compile_s']:.1f}",
-            ]
+def decode_rows(records: Sequence[dict]) -> Table:
+    first: dict[str, Any] = {
+        **_ARM,
+        "batch": lambda r: f"{r['batch']}{' (the limit)' if r.get('limited') else ''}",
+    }
+    if len({r["kernel"] for r in records}) > 1:
+        first["kernel"] = "{kernel}"
+    rest = {
+        "tokens/s": _spread("tokens_per_s", ".0f"),
+        "ms p50": "{ms_p50:.3f}",
+        "p99": "{ms_p99:.3f}",
+        "roofline": _percent("roofline"),
+        "bound": "{bound}",
+        "eviction": lambda r: _percent("eviction", 1)(r) if r["budget"] else "",
+        **_PROGRAM,
+    }
+    if full := next((r["times_full"] for r in records if r.get("times_full")), None):
+        rest["x full at " + " / ".join(full)] = lambda r: " / ".join(
+            f"{x:.2f}" for x in r["times_full"].values()
         )
-        if times_full:
-            rows[-1].append(" / ".join(f"{x:.2f}" for x in r["times_full"].values()))
-    return head, rows
+    return _table(records, first, rest)
 
 
-def growth_rows(records):
-    lengths = list(records[0]["ms_per_token"]) if records else []
-    head = ["policy", "B", "batch", *(f"ms at {n}" for n in lengths), "last / first"]
-    rows = [
-        [
-            r["policy"],
-            str(r["budget"]),
-            str(r["batch"]),
-            *(f"{r['ms_per_token'][n]:.3f}" for n in lengths),
-            f"{r['growth']:.2f} ({r['growth_low']:.2f}-{r['growth_high']:.2f})",
-        ]
-        for r in records
-    ]
-    return head, rows
+def growth_rows(records: Sequence[dict]) -> Table:
+    lengths = next((list(r["ms_per_token"]) for r in records if r["fits"]), [])
+    first = {name: _ARM[name] for name in ("policy", "B", "batch")}
+    marks = {f"ms at {n}": lambda r, n=n: f"{r['ms_per_token'][n]:.3f}" for n in lengths}
+    return _table(records, first, {**marks, "last / first": _spread("growth", ".2f")})
 
 
-def _seconds(r: dict) -> str:
-    return f"{r['seconds']:.3g} ({r['seconds_low']:.3g}-{r['seconds_high']:.3g})"
+_SECONDS = {"seconds": _spread("seconds", ".3g")}
 
 
-def pass_rows(records):
-    head = ["policy", "B", "batch", "length", "seconds", "tokens/s", "MFU", "memory", "compile s"]
-    rows = []
-    for r in records:
-        start = [r["policy"], str(r["budget"] or "-"), str(r["batch"]), str(r["length"])]
-        if not r["fits"]:
-            rows.append([*start, _not_measured(r), *[""] * 4])
-            continue
-        rows.append(
-            [
-                *start,
-                _seconds(r),
-                f"{r['tokens_per_s']:.0f}",
-                f"{100 * r['mfu']:.1f} %",
-                _bytes(r["program_bytes"]),
-                f"{r['compile_s']:.1f}",
-            ]
-        )
-    return head, rows
+def pass_rows(records: Sequence[dict]) -> Table:
+    speed = {"tokens/s": "{tokens_per_s:.0f}", "MFU": _percent("mfu", 1)}
+    return _table(records, _ARM, {**_SECONDS, **speed, **_PROGRAM})
 
 
-def step_rows(records):
-    head = ["step", "traces", "rows", "length", "seconds", "MFU", "compile s"]
-    rows = [
-        [r["step"], str(r["traces"]), str(r["rows"]), str(r["length"]), _seconds(r),
-         f"{100 * r['mfu']:.1f} %", f"{r['compile_s']:.1f}"]
-        for r in records
-    ]  # fmt: skip
-    return head, rows
+def step_rows(records: Sequence[dict]) -> Table:
+    first = {name: f"{{{name}}}" for name in ("step", "traces", "rows", "length")}
+    rest = {**_SECONDS, "MFU": _percent("mfu", 1), "compile s": "{compile_s:.1f}"}
+    return _table(records, first, rest)
 
 
-def peer_rows(records):
-    head = ["who", "cache", "batch", "tokens/s", "ms a step", "ours is faster", "same tokens",
-            "held", "prefill s", "first call s"]  # fmt: skip
-    rows = []
-    for r in records:
-        start = [r["who"], r["arm"], str(r["batch"])]
-        if "error" in r:
-            rows.append([*start, r["error"][:60], *[""] * 6])
-            continue
-        low, high = r["tokens_per_s_low"], r["tokens_per_s_high"]
-        ratio = [f"{r[f'ours_is_faster{x}']:.2f}" for x in ("", "_low", "_high")
-                 if f"ours_is_faster{x}" in r]  # fmt: skip
-        rows.append(
-            [
-                *start,
-                f"{r['tokens_per_s']:.0f} ({low:.0f}-{high:.0f})",
-                f"{r['ms_per_step']:.2f}",
-                f"{ratio[0]} ({ratio[1]}-{ratio[2]})" if ratio else "",
-                f"{100 * r['same_tokens']:.0f} %" if "same_tokens" in r else "",
-                str(r["held"]),
-                f"{r['prefill_s']:.3f}",
-                f"{r['first_call_s']:.1f}",
-            ]
-        )
-    return head, rows
+def peer_rows(records: Sequence[dict]) -> Table:
+    faster = _spread("ours_is_faster", ".2f")
+    rest = {
+        "tokens/s": _spread("tokens_per_s", ".0f"),
+        "ms a step": "{ms_per_step:.2f}",
+        "ours is faster": lambda r: faster.format_map(r) if "ours_is_faster" in r else "",
+        "same tokens": _percent("same_tokens"),
+        "held": "{held}",
+        "prefill s": "{prefill_s:.3f}",
+        "first call s": "{first_call_s:.1f}",
+    }
+    return _table(records, {"who": "{who}", "cache": "{arm}", "batch": "{batch}"}, rest)

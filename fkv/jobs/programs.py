@@ -1,0 +1,122 @@
+"""Programs as jobs run them, for the benchmark, which times them, and for dry runs, which compile
+them on shapes alone.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from fkv import models, policies
+from fkv.cache.slots import Cache
+from fkv.engine import decoding, replay
+from fkv.engine.batch import Batch
+from fkv.jobs import grpo as grpo_job
+from fkv.jobs import sft as sft_job
+from fkv.keys import Purpose, key_of, keys_of
+from fkv.learning import fit, grpo, sft
+from fkv.models import LM, ModelConfig
+from fkv.policies import scorer
+from fkv.policies.base import Policy
+from fkv.runs import costs, parallel
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """The training step of a stage.
+
+    Attributes:
+      plan: of the stage.
+      traces, rows: of a step; rows are its traces or rollouts.
+      init: makes the state of new scorers.
+      step: of one device, from (state, lm, batch).
+      batch: makes up a batch of these tokens, int32 [rows, t].
+      flops: of a row of so many tokens.
+    """
+
+    plan: fit.Fit
+    traces: int
+    rows: int
+    init: Callable[[], fit.TrainState]
+    step: Callable
+    batch: Callable[[Array], Any]
+    flops: Callable[[int], float]
+
+    def device_rows(self, mesh: Mesh) -> int:
+        """Rows of a device in a micro-batch."""
+        return self.rows // self.plan.micro_batches // parallel.device_count(mesh)
+
+
+def supervised(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> Stage:
+    """The step of `launch.sft`."""
+    plan = sft_job.plan_of(config, mesh)
+    return Stage(
+        plan=plan,
+        traces=plan.batch,
+        rows=plan.batch,
+        init=lambda: fit.TrainState.init(new_scorers(config, model).params, plan.optimiser),
+        step=functools.partial(sft.train_step, plan, axis=parallel.AXIS),
+        batch=_traces,
+        flops=lambda tokens: costs.sft_flops(model, plan.scorer, tokens, *_sizes(plan)),
+    )
+
+
+def reinforced(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> Stage:
+    """The step of `launch.grpo`; what the full cache gives is not part of it."""
+    plan = grpo_job.plan_of(config, mesh)
+    rollouts, epochs = plan.grpo.rollouts, plan.grpo.epochs
+
+    def init():
+        params = new_scorers(config, model).params
+        return grpo.TrainState.init(params, plan.optimiser, reference=params)
+
+    def batch(token):
+        losses = np.ones((len(token), token.shape[1] - 1), np.float32)
+        keys = keys_of(key_of(config.seed, Purpose.BENCHMARK), len(token))
+        return grpo.Rollouts(_traces(token), losses, losses, jax.random.key_data(keys))
+
+    return Stage(
+        plan=plan,
+        traces=plan.traces,
+        rows=plan.traces * rollouts,
+        init=init,
+        step=functools.partial(grpo.train_step, plan, axis=parallel.AXIS),
+        batch=batch,
+        flops=lambda tokens: costs.grpo_flops(model, plan.scorer, tokens, *_sizes(plan), epochs),
+    )
+
+
+def _sizes(plan: sft.Plan | grpo.Plan) -> tuple[int, int]:
+    return plan.cadence.budget, plan.cadence.interval
+
+
+def _traces(token: Array) -> Batch:
+    return Batch.of(token, np.full(len(token), token.shape[1], np.int32))
+
+
+def new_scorers(config: ConfigDict, model: ModelConfig) -> policies.Foresight:
+    """Untrained scorers, which cost what trained ones do."""
+    how = scorer.ScorerConfig(**config.scorer)
+    return policies.Foresight(scorer.init(key_of(config.seed, Purpose.SCORER), model, how), how)
+
+
+def prefill_layer(
+    lm: LM, policy: Policy, plan: decoding.Plan, prompts: Batch, key_b: Array, new_tokens: int
+) -> tuple[jax.stages.Lowered, tuple[Cache, ...]]:
+    """One layer of a prefill, lowered, and the caches of all, of arrays or their shapes."""
+    run = functools.partial(decoding.prefill, plan=plan, new_tokens=new_tokens)
+    state = jax.eval_shape(run, lm, policy, prompts=prompts, key_b=key_b, limit_b=prompts.length_b)
+    hidden = jax.eval_shape(models.embed, lm, prompts.token_bt)
+    position = jax.eval_shape(lambda prompts: prompts.position_bt, prompts)
+    site = replay.Site(lm.config, plan.cadence, 0, key_b)
+    room = -(-new_tokens // plan.cadence.interval) * plan.cadence.interval
+    layer = decoding.prefill_layer.lower(
+        lm.params["layers"], policy, site, hidden, position, room=room
+    )
+    return layer, state.caches
