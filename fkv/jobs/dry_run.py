@@ -56,8 +56,7 @@ def run(job: str, config: ConfigDict) -> str:
 
 def _training(config: ConfigDict, model: ModelConfig, job: str) -> list[str]:
     mesh, interval = parallel.make_mesh(config.model_axis), config.interval
-    make = {"sft": programs.supervised, "grpo": programs.reinforced}[job]
-    stage = make(config, model, mesh)
+    stage = programs.stage(job, config, model, mesh)
     rows, state = stage.device_rows(mesh), jax.eval_shape(stage.init)
     tokens, why = _trace_length(config, model)
     half = tokens // 2 // interval * interval
@@ -83,12 +82,12 @@ def _training(config: ConfigDict, model: ModelConfig, job: str) -> list[str]:
         ["a step's batch and temporaries", _gb(total - fixed)],
         ["in all", _gb(total)],
     ]
-    flops, what = stage.rows * stage.flops(tokens), f"{stage.rows} a step, {rows} at once"
+    flops, what = stage.rows * stage.flops(tokens), f"{stage.rows} a step, micro-batches of {rows}"
     if job == "grpo":
         full = costs.pass_flops(model, tokens) + costs.unembedding_flops(model, tokens)
         flops += stage.traces * full
         at_once = min(stage.plan.grpo.rollouts_at_once or rows, rows)
-        what = f"{stage.rows} rollouts a step, {at_once} at once"
+        what = f"{stage.rows} rollouts a step, micro-batches of {at_once}"
     devices = []
     for name, device in DEVICES.items():
         best = flops / device.flops / mesh.size
@@ -157,7 +156,7 @@ def _generation(config: ConfigDict, model: ModelConfig, job: str) -> list[str]:
         best = [max(moved / d.bandwidth, done / d.flops) for d in DEVICES.values()]
         speed.append([label, f"{moved / 1e9:.2f}", *(f"{batch / s:,.0f}" for s in best)])
     return [
-        f"{batch} answers at once, prompts of {prompt} and up to {new_tokens:,} new tokens; "
+        f"batches of {batch} answers, prompts of {prompt} and up to {new_tokens:,} new tokens; "
         f"the language model takes {_gb(weights)} GB",
         "",
         "memory of a device in GB, and the largest batch of each",

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from fkv import kinds
 from fkv.engine import decoding
 from fkv.errors import UserError, suggest
+from fkv.jobs import READS
 from fkv.kinds import POSITIVE, SIZES, SWITCH, TEXT, Kind, number, setting, several, whole
 from fkv.learning import grpo, pretrain, sft
 from fkv.models.config import CACHE_DTYPES
@@ -33,7 +34,7 @@ def _those(kind: Kind, names: str) -> dict[str, Kind]:
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark(kinds.Settings):
-    """The group `benchmark`; configs/tiny.py says what each setting is."""
+    """The group `benchmark`; configs/base.py says what each setting is."""
 
     group: ClassVar[str] = "benchmark"
     sections: Sequence[str] = setting(NAMES)

@@ -53,51 +53,35 @@ class Stage:
         return self.rows // self.plan.micro_batches // parallel.device_count(mesh)
 
 
-def supervised(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> Stage:
-    """The step of `launch.sft`."""
-    plan = sft_job.plan_of(config, mesh)
-    return Stage(
-        plan=plan,
-        traces=plan.batch,
-        rows=plan.batch,
-        init=lambda: fit.TrainState.init(new_scorers(config, model).params, plan.optimiser),
-        step=functools.partial(sft.train_step, plan, axis=parallel.AXIS),
-        batch=_traces,
-        flops=lambda tokens: costs.sft_flops(model, plan.scorer, tokens, *_sizes(plan)),
-    )
-
-
-def reinforced(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> Stage:
-    """The step of `launch.grpo`; what the full cache gives is not part of it."""
-    plan = grpo_job.plan_of(config, mesh)
-    rollouts, epochs = plan.grpo.rollouts, plan.grpo.epochs
+def stage(job: str, config: ConfigDict, model: ModelConfig, mesh: Mesh) -> Stage:
+    """The step of `launch.sft` or `launch.grpo`, from the losses of the full cache on."""
+    if job == "sft":
+        plan = sft_job.plan_of(config, mesh)
+        traces, rollouts, step = plan.batch, 1, sft.train_step
+        flops = functools.partial(costs.sft_flops, model, plan.scorer, cadence=plan.cadence)
+    else:
+        plan = grpo_job.plan_of(config, mesh)
+        traces, rollouts, step = plan.traces, plan.grpo.rollouts, grpo.train_step
+        more = {"cadence": plan.cadence, "epochs": plan.grpo.epochs}
+        flops = functools.partial(costs.grpo_flops, model, plan.scorer, **more)
 
     def init():
         params = new_scorers(config, model).params
+        if job == "sft":
+            return fit.TrainState.init(params, plan.optimiser)
         return grpo.TrainState.init(params, plan.optimiser, reference=params)
 
     def batch(token):
-        losses = np.ones((len(token), token.shape[1] - 1), np.float32)
-        keys = keys_of(key_of(config.seed, Purpose.BENCHMARK), len(token))
-        return grpo.Rollouts(_traces(token), losses, losses, jax.random.key_data(keys))
+        rows, tokens = token.shape
+        found = Batch.of(token, np.full(rows, tokens, np.int32))
+        if job == "sft":
+            return found
+        losses = np.ones((rows, tokens - 1), np.float32)
+        keys = keys_of(key_of(config.seed, Purpose.BENCHMARK), rows)
+        return grpo.Rollouts(found, losses, losses, jax.random.key_data(keys))
 
-    return Stage(
-        plan=plan,
-        traces=plan.traces,
-        rows=plan.traces * rollouts,
-        init=init,
-        step=functools.partial(grpo.train_step, plan, axis=parallel.AXIS),
-        batch=batch,
-        flops=lambda tokens: costs.grpo_flops(model, plan.scorer, tokens, *_sizes(plan), epochs),
-    )
-
-
-def _sizes(plan: sft.Plan | grpo.Plan) -> tuple[int, int]:
-    return plan.cadence.budget, plan.cadence.interval
-
-
-def _traces(token: Array) -> Batch:
-    return Batch.of(token, np.full(len(token), token.shape[1], np.int32))
+    step = functools.partial(step, plan, axis=parallel.AXIS)
+    return Stage(plan, traces, traces * rollouts, init, step, batch, flops)
 
 
 def new_scorers(config: ConfigDict, model: ModelConfig) -> policies.Foresight:

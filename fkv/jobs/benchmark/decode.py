@@ -13,13 +13,7 @@ import numpy as np
 from fkv.cache import slots as kv
 from fkv.engine import decoding, replay
 from fkv.jobs import common
-from fkv.jobs.benchmark.base import (
-    Arm,
-    Bench,
-    failure,
-    measure,
-    spread,
-)
+from fkv.jobs.benchmark.base import Arm, Bench, failure, measure, spread
 from fkv.jobs.benchmark.device import timed
 from fkv.keys import fold, keys_of
 from fkv.runs import costs
@@ -86,7 +80,8 @@ def _program(bench: Bench, arm: Arm) -> tuple[Callable, dict]:
     policy = bench.policy(arm.policy)
     state = jax.eval_shape(functools.partial(made_up_state, bench, arm), bench.key)
     bench.check_fits(costs.size((bench.lm.params, state.caches)))
-    lm = bench.lm.replace(config=dataclasses.replace(bench.lm.config, kernel=arm.kernel))
+    kernel = common.kernel_here(arm.kernel)
+    lm = bench.lm.replace(config=dataclasses.replace(bench.lm.config, kernel=kernel))
 
     def lower():
         width = bench.interval if policy.evicts else _prompt(bench, arm)
@@ -106,14 +101,14 @@ def made_up_state(bench: Bench, arm: Arm, key: jax.Array) -> decoding.State:
     prompt, dtype = _prompt(bench, arm), bench.config.dtype
     if policy.evicts:
         empty = replay.init_cache(policy, arm.batch, config, bench.plan(arm.budget).cadence, dtype)
-        held = empty.position_bks.shape[-1] - interval
     else:
         held_as = config.cache_dtype or dtype
         empty = kv.init(arm.batch, config.kv_heads, arm.length, config.head_dim, held_as)
-        held = prompt
-    index = jnp.arange(empty.position_bks.shape[-1], dtype=jnp.int32)
+    shape = empty.position_bks.shape
+    held = shape[-1] - interval if policy.evicts else prompt
+    index = jnp.arange(shape[-1], dtype=jnp.int32)
     position = jnp.where(index < held, jnp.maximum(index + prompt - held, -1), -1)
-    position = jnp.broadcast_to(position[None, None], empty.position_bks.shape)
+    position = jnp.broadcast_to(position, shape)
 
     def one(layer):
         keys = (fold(key, 1, layer, kind) for kind in range(2))

@@ -104,8 +104,8 @@ def steps(bench: Bench) -> list[dict]:
     mesh, length = parallel.make_mesh(), bench.settings.step_length
     sized = with_small_steps(bench.config, mesh)
     stages = {
-        "supervised": programs.supervised(sized, bench.lm.config, mesh),
-        "grpo": programs.reinforced(sized, bench.lm.config, mesh),
+        name: programs.stage(job, sized, bench.lm.config, mesh)
+        for name, job in (("supervised", "sft"), ("grpo", "grpo"))
     }
 
     def prepare(arm):
