@@ -203,9 +203,9 @@ def _prefill_layer(
     keys = jax.eval_shape(lambda: keys_of(key_of(0, Purpose.ANSWER), shape[0]))
     row, token = (jax.ShapeDtypeStruct(x, jnp.int32) for x in (shape[:1], shape))
     prompts = Batch(token, row, row, row)
-    layer, _ = programs.prefill_layer(lm, policy, plan, prompts, keys, new_tokens)
+    lower, _ = programs.prefill_layer(lm, policy, plan, prompts, keys, new_tokens)
     hidden = math.prod(shape) * lm.config.width * lm.params["embed_vm"].dtype.itemsize
-    return layer.compile().memory_analysis().temp_size_in_bytes + hidden
+    return lower().compile().memory_analysis().temp_size_in_bytes + hidden
 
 
 def _compiling(config: ConfigDict) -> str:

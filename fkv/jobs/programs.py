@@ -92,15 +92,14 @@ def new_scorers(config: ConfigDict, model: ModelConfig) -> policies.Foresight:
 
 def prefill_layer(
     lm: LM, policy: Policy, plan: decoding.Plan, prompts: Batch, key_b: Array, new_tokens: int
-) -> tuple[jax.stages.Lowered, tuple[Cache, ...]]:
-    """One layer of a prefill, lowered, and the caches of all, of arrays or their shapes."""
+) -> tuple[Callable[[], jax.stages.Lowered], tuple[Cache, ...]]:
+    """What lowers one layer of a prefill, and the caches of all, of arrays or their shapes."""
     run = functools.partial(decoding.prefill, plan=plan, new_tokens=new_tokens)
     state = jax.eval_shape(run, lm, policy, prompts=prompts, key_b=key_b, limit_b=prompts.length_b)
-    hidden = jax.eval_shape(models.embed, lm, prompts.token_bt)
-    position = jax.eval_shape(lambda prompts: prompts.position_bt, prompts)
-    site = replay.Site(lm.config, plan.cadence, 0, key_b)
-    room = -(-new_tokens // plan.cadence.interval) * plan.cadence.interval
-    layer = decoding.prefill_layer.lower(
-        lm.params["layers"], policy, site, hidden, position, room=room
+    hidden, position = jax.eval_shape(
+        lambda lm, prompts: (models.embed(lm, prompts.token_bt), prompts.position_bt), lm, prompts
     )
-    return layer, state.caches
+    room = -(-new_tokens // plan.cadence.interval) * plan.cadence.interval
+    site = replay.Site(lm.config, plan.cadence, 0, key_b)
+    inputs = lm.params["layers"], policy, site, hidden, position
+    return functools.partial(decoding.prefill_layer.lower, *inputs, room=room), state.caches

@@ -21,7 +21,7 @@ from fkv.jobs.benchmark import decode, device, passes, peers, report
 from fkv.jobs.benchmark.base import Bench
 from fkv.keys import Purpose, key_of
 from fkv.models import LM, ModelConfig
-from fkv.runs import costs
+from fkv.runs import costs, parallel
 from fkv.runs.rundir import open_run
 
 
@@ -143,4 +143,6 @@ def _check(config: ConfigDict, s: fields.Benchmark) -> ModelConfig:
     else:
         model = common.model_config(config)
     common.check_policies(config, model, named, at)
+    if "steps" in s.sections:
+        passes.stages_of(config, model, parallel.make_mesh())
     return model

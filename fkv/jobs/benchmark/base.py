@@ -127,7 +127,7 @@ class Bench:
           Unmeasured: it does not fit.
         """
         if key not in self.programs:
-            seconds, program = timed(lower().compile)
+            seconds, program = timed(lambda: lower().compile())
             about = {"program_bytes": device.program_bytes(program), "compile_s": seconds}
             self.programs[key] = program, about
         self.check_fits(self.programs[key][1]["program_bytes"])

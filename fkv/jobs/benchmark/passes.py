@@ -16,6 +16,7 @@ from fkv.jobs import programs
 from fkv.jobs.benchmark.base import Arm, Bench, measure, spread
 from fkv.jobs.benchmark.device import timed
 from fkv.learning import golden
+from fkv.models import ModelConfig
 from fkv.runs import costs, parallel
 
 
@@ -57,8 +58,8 @@ def prefill(bench: Bench) -> list[dict]:
         policy, plan = bench.policy(arm.policy), bench.plan(arm.budget)
         none, keys = np.zeros(arm.batch, np.int32), bench.row_keys(arm.batch)
         prompts = Batch(bench.tokens(arm.batch, arm.length), none + arm.length, none, none)
-        layer, caches = programs.prefill_layer(lm, policy, plan, prompts, keys, interval)
-        _, about = bench.compiled(arm, lambda: layer)
+        lower, caches = programs.prefill_layer(lm, policy, plan, prompts, keys, interval)
+        _, about = bench.compiled(arm, lower)
         other = costs.size((lm.params, caches[1:])) - costs.size(lm.params["layers"])
         call = functools.partial(decoding.prefill, lm, policy, plan, prompts, keys, none, interval)
         return call, {**about, "program_bytes": about["program_bytes"] + other}
@@ -102,11 +103,7 @@ class Step:
 def steps(bench: Bench) -> list[dict]:
     """A supervised and a reinforcement step, as the jobs make them."""
     mesh, length = parallel.make_mesh(), bench.settings.step_length
-    sized = with_small_steps(bench.config, mesh)
-    stages = {
-        name: programs.stage(job, sized, bench.lm.config, mesh)
-        for name, job in (("supervised", "sft"), ("grpo", "grpo"))
-    }
+    stages = stages_of(bench.config, bench.lm.config, mesh)
 
     def prepare(arm):
         stage = stages[arm.step]
@@ -126,10 +123,11 @@ def steps(bench: Bench) -> list[dict]:
     return measure(bench, arms, prepare, record)
 
 
-def with_small_steps(config: ConfigDict, mesh: Mesh) -> ConfigDict:
-    """The config with steps of `benchmark.step_traces` traces a device, in one micro-batch."""
+def stages_of(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> dict[str, programs.Stage]:
+    """The stages, with steps of `benchmark.step_traces` traces a device in one micro-batch."""
     config, s = config.copy_and_resolve_references(), config.benchmark
     traces = s.step_traces * parallel.device_count(mesh)
     config.sft.update(batch=traces, at_once=0)
     config.grpo.update(traces=traces, traces_at_once=0, rollouts=s.step_rollouts)
-    return config
+    jobs = {"supervised": "sft", "grpo": "grpo"}
+    return {name: programs.stage(job, config, model, mesh) for name, job in jobs.items()}
