@@ -1,4 +1,4 @@
-"""What a job would take, before it is run: memory of a device, operations, time at best."""
+"""Memory, FLOPs and time of a job, estimated before it runs."""
 
 import math
 
@@ -21,17 +21,17 @@ from fkv.policies.base import Policy
 from fkv.runs import costs, parallel
 from fkv.tasks import ledger
 
-# Of what an accelerator can do at most; what is reached depends on it and on the compiler.
+# A typical share of the peak FLOP/s; the real one depends on the device and the compiler.
 SHARE = 0.4
 SHOWN = ("TPU v5e", "TPU v6e", "H100", "H200")  # 16, 32, 80 and 141 GB
 DEVICES = {name: costs.DEVICES[name] for name in SHOWN}
 
 
 def run(job: str, config: ConfigDict) -> str:
-    """Prints what `launch.<job>` would take with this config; nothing is allocated or written.
+    """Prints the costs of `launch.<job>` with this config; allocates and writes nothing.
 
     Raises:
-      UserError: the config is wrong, or nothing is known of this job.
+      UserError: the config is wrong, or the job has no dry run.
     """
     known = {"sft": _training, "grpo": _training, "evaluate": _generation, "traces": _generation}
     if job not in known:
@@ -66,7 +66,7 @@ def _training(config: ConfigDict, model: ModelConfig, job: str) -> list[str]:
     common.say(f"compiling for traces of {shorter:,} and {longer:,} tokens")
     weights = costs.parameter_bytes(model, config.dtype) // config.model_axis
     fixed = weights + costs.size(state)
-    # One device's program of a mapped step: it speaks to itself alone.
+    # The program of one device; its collectives are over an axis of size one.
     step = jax.vmap(stage.step, (None, None, 0), out_axes=None, axis_name=parallel.AXIS)
 
     def needed(tokens):
@@ -110,7 +110,7 @@ def _training(config: ConfigDict, model: ModelConfig, job: str) -> list[str]:
 
 
 def _trace_length(config: ConfigDict, model: ModelConfig) -> tuple[int, str]:
-    """Padded length of the longest trace, and how it is known."""
+    """Padded length of the longest trace, and its source."""
     if config.data.path and not files.expand(config.data.path).exists():
         tokens = config.traces.new_tokens
         why = f"traces.new_tokens; there are none at {config.data.path} yet"
@@ -118,7 +118,7 @@ def _trace_length(config: ConfigDict, model: ModelConfig) -> tuple[int, str]:
         found = common.load_traces(
             config, "train", config.data.traces, config.budget, model.vocab_size
         )
-        tokens, why = int(found.padded_n.max()), "the longest there is"
+        tokens, why = int(found.padded_n.max()), "the longest one"
     if tokens <= config.budget + config.interval:
         raise UserError(
             f"traces of {tokens} tokens ({why}) are not longer than budget + interval = "
@@ -199,7 +199,7 @@ def _answer_length(config: ConfigDict, model: ModelConfig, settings) -> tuple[in
 def _prefill_layer(
     lm: LM, policy: Policy, plan: decoding.Plan, shape: tuple[int, int], new_tokens: int
 ) -> int:
-    """Bytes beside weights and caches at the worst time, which is while the prompts are read."""
+    """Bytes beside weights and caches at the peak, which is during prefill."""
     keys = jax.eval_shape(lambda: keys_of(key_of(0, Purpose.ANSWER), shape[0]))
     row, token = (jax.ShapeDtypeStruct(x, jnp.int32) for x in (shape[:1], shape))
     prompts = Batch(token, row, row, row)
@@ -228,7 +228,7 @@ def _lm(config: ConfigDict, model: ModelConfig) -> LM:
 
 
 def _devices(mesh: Mesh) -> str:
-    """Those that share a copy of the model count as one."""
+    """Devices that share a copy of the model count as one."""
     count, shared = parallel.device_count(mesh), mesh.size // parallel.device_count(mesh)
     each = f" group{'s' * (count > 1)} of {shared}" if shared > 1 else ""
     return f"{count}{each} device{'s' * (mesh.size > 1)}"

@@ -1,6 +1,4 @@
-"""Programs as jobs run them, for the benchmark, which times them, and for dry runs, which compile
-them on shapes alone.
-"""
+"""Programs as the jobs run them: the benchmark times them, dry runs compile them for shapes."""
 
 import dataclasses
 import functools
@@ -36,8 +34,8 @@ class Stage:
       traces, rows: of a step; rows are its traces or rollouts.
       init: makes the state of new scorers.
       step: of one device, from (state, lm, batch).
-      batch: makes up a batch of these tokens, int32 [rows, t].
-      flops: of a row of so many tokens.
+      batch: synthetic, from its tokens, int32 [rows, t].
+      flops: of a row, from its number of tokens.
     """
 
     plan: fit.Fit
@@ -85,7 +83,7 @@ def stage(job: str, config: ConfigDict, model: ModelConfig, mesh: Mesh) -> Stage
 
 
 def new_scorers(config: ConfigDict, model: ModelConfig) -> policies.Foresight:
-    """Untrained scorers, which cost what trained ones do."""
+    """Untrained scorers: they cost what trained ones do."""
     how = scorer.ScorerConfig(**config.scorer)
     return policies.Foresight(scorer.init(key_of(config.seed, Purpose.SCORER), model, how), how)
 
@@ -93,7 +91,7 @@ def new_scorers(config: ConfigDict, model: ModelConfig) -> policies.Foresight:
 def prefill_layer(
     lm: LM, policy: Policy, plan: decoding.Plan, prompts: Batch, key_b: Array, new_tokens: int
 ) -> tuple[Callable[[], jax.stages.Lowered], tuple[Cache, ...]]:
-    """What lowers one layer of a prefill, and the caches of all, of arrays or their shapes."""
+    """A function that lowers one layer of a prefill, and the shapes of all caches."""
     run = functools.partial(decoding.prefill, plan=plan, new_tokens=new_tokens)
     state = jax.eval_shape(run, lm, policy, prompts=prompts, key_b=key_b, limit_b=prompts.length_b)
     hidden, position = jax.eval_shape(

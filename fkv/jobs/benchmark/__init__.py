@@ -1,5 +1,5 @@
-"""What this library costs: time and memory of decoding, prefill, labels and training steps, against
-what the device could do and beside others.
+"""Time and memory of decoding, prefill, golden labels and training steps, beside the device's peaks
+and other implementations.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from fkv.runs.rundir import open_run
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """One part of the benchmark: its title, how it is measured, and its table."""
+    """A part of the benchmark: its title, measurement and table."""
 
     title: str
     measure: Callable[[Bench], list[dict]]
@@ -35,32 +35,28 @@ class Section:
 
     def text(self, records: list[dict], table: Callable) -> str:
         if not records:
-            return f"{self.title}: nothing was measured (nothing asked for, or no time left)"
+            return f"{self.title}: not measured (no arms, or deadline exceeded)"
         return f"{self.title}\n\n{table(*self.rows(records))}"
 
 
 SECTIONS = {
     "decode": Section("Decoding at equal batch", decode.decode, report.decode_rows),
-    "growth": Section(
-        "Decoding against what has been generated", decode.growth, report.growth_rows
-    ),
+    "growth": Section("Decoding by tokens generated", decode.growth, report.growth_rows),
     "prefill": Section("Prefill", passes.prefill, report.pass_rows),
     "labels": Section("Golden labels", passes.labels, report.pass_rows),
     "steps": Section("Training steps", passes.steps, report.step_rows),
     "largest_batch": Section(
         "Decoding at the largest batch that fits", decode.largest_batch, report.decode_rows
     ),
-    "peers": Section(
-        "Beside the peers: greedy decoding, equal batch", peers.peers, report.peer_rows
-    ),
+    "peers": Section("Greedy decoding beside the peers", peers.peers, report.peer_rows),
 }
 
 
 def run(config: ConfigDict, workdir: str) -> dict:
     """Measures the sections of `benchmark.sections`.
 
-    Arms are interleaved over `benchmark.repeats`, and compiling is timed apart. Figures are medians
-    over repeats with the smallest and the largest.
+    Arms are interleaved over `benchmark.repeats`, and compilation is timed apart. Figures are
+    medians over repeats, with the range.
 
     Returns:
       Lists of records by section, as written to `benchmark.json` beside tables and plots.
@@ -73,7 +69,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
     run = open_run(workdir, config, common.other_jobs("benchmark"))
     if settings.random_weights:
         lm = _random_weights(config, model)
-    common.say("measuring what the device can do")
+    common.say("measuring the device")
     peaks = device.peaks(settings.peaks, config.dtype)
     limit = device.memory_limit(settings.memory_gib)
     bench = Bench(config, settings, lm, peaks, limit, run.path, end)
@@ -111,20 +107,18 @@ def _random_weights(config: ConfigDict, model: ModelConfig) -> LM:
 
 
 def _check(config: ConfigDict, s: fields.Benchmark) -> ModelConfig:
-    """Refuses what can't be measured, before any weights are loaded; returns the model's shape."""
-    for field, names, known in (("sections", s.sections, SECTIONS), ("peers", s.peers, peers.ARMS)):
-        for name in names:
-            if name not in known:
-                raise UserError(
-                    f"benchmark.{field} has {name!r}; known {field} are {', '.join(known)}"
-                )
+    """Refuses bad settings before any weights are loaded; returns the model's config."""
+    for name in s.sections:
+        if name not in SECTIONS:
+            known = ", ".join(SECTIONS)
+            raise UserError(f"benchmark.sections has {name!r}; known sections are {known}")
     cadence, interval = Cadence(config.budget, config.interval), config.interval
     at = common.cadences(s.budgets, interval, "benchmark.budgets")
     common.check_kernel(config, config.attention_kernel)
     for name in s.kernels:
         common.check_kernel(config, name, "benchmark.kernels")
-    names = (*s.policies, *(s.peer_policies if "peers" in s.sections else ()))
-    named = {name: policies.get(name) for name in names if name != "foresight"}
+    names = {*s.policies, *s.peer_policies} - {"foresight"}
+    named = {name: policies.get(name) for name in sorted(names)}
     least = (-(-s.new_tokens // interval) + 2) * interval
     if {"decode", "largest_batch"} & set(s.sections) and min(s.lengths) < least:
         raise UserError(
@@ -134,7 +128,7 @@ def _check(config: ConfigDict, s: fields.Benchmark) -> ModelConfig:
     if "growth" in s.sections and s.growth_tokens < 2 * interval:
         raise UserError(f"benchmark.growth_tokens = {s.growth_tokens} must be at least 2 L")
     if {"labels", "steps"} & set(s.sections):
-        replay.check_lengths([min(*s.label_lengths, s.step_length)], cadence)
+        replay.check_lengths([min([*s.label_lengths, s.step_length])], cadence)
     if s.layers and not s.random_weights:
         raise UserError("benchmark.layers is for benchmark.random_weights = True")
     if s.random_weights:

@@ -1,4 +1,4 @@
-"""What the sections share: arms, compiled programs, and how arms are measured beside each other."""
+"""What the sections share: arms, compiled programs, and interleaved measurement."""
 
 import collections
 import dataclasses
@@ -59,10 +59,10 @@ class Bench:
     Attributes:
       config, settings: the recipe, and its group `benchmark`.
       lm: the language model.
-      peaks: what the device can do.
+      peaks: of the device.
       limit: bytes that a program may hold.
       path: the run directory.
-      end: when nothing more is begun, as `time.perf_counter` has it.
+      end: the deadline for starting a measurement, on the clock of `time.perf_counter`.
       programs: compiled, see `compiled`.
     """
 
@@ -81,7 +81,7 @@ class Bench:
 
     @property
     def late(self) -> bool:
-        """Whether `benchmark.minutes` are over."""
+        """Whether the deadline, `benchmark.minutes`, is exceeded."""
         return time.perf_counter() > self.end
 
     @property
@@ -142,7 +142,7 @@ class Bench:
 
 
 def failure(call: Callable, *args) -> str:
-    """Calls, and says why that fails: mostly, it does not fit."""
+    """Why a call fails, if it does: out of memory, or `Unmeasured`; other errors pass."""
     try:
         call(*args)
     except Unmeasured as error:
@@ -161,12 +161,16 @@ def measure(
     prepare: Callable[[Any], tuple[Callable[[], Any], dict]],
     record: Callable[[Any, dict[Any, list]], dict],
 ) -> list[dict]:
-    """Records of arms, which are interleaved over the repeats.
+    """Measures arms, interleaved over the repeats.
 
     Args:
       arms: dataclasses, of which records have the fields.
-      prepare: compiles and warms up an arm; gives what measures it once, and more for its record.
-      record: what an arm's record has of the results of all arms.
+      prepare: compiles an arm and warms it up; gives a function that measures it once, and more
+        fields of its record.
+      record: summary of an arm, from the results of all arms.
+
+    Returns:
+      A record of every arm; those that could not be measured have an `error`.
     """
     arms, ready, why = list(arms), {}, {}
     found = collections.defaultdict(list)
@@ -185,12 +189,12 @@ def measure(
     for arm in arms:
         fits = why.get(arm) == ""
         more = {**record(arm, found), **ready[arm][1]} if fits else {}
-        more = more or {"error": why.get(arm, "no time was left")}
+        more = more or {"error": why.get(arm, "deadline exceeded")}
         records.append({**dataclasses.asdict(arm), "fits": fits, **more})
     return records
 
 
 def spread(name: str, x_r: Sequence[float]) -> dict[str, float]:
-    """The median over repeats, the smallest and the largest."""
+    """Median, minimum and maximum over repeats."""
     found = {name: np.median(x_r), f"{name}_low": np.min(x_r), f"{name}_high": np.max(x_r)}
     return {key: float(x) for key, x in found.items()}

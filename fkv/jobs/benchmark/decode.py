@@ -1,4 +1,4 @@
-"""Decoding: at equal batch, against what has been generated, at the largest batch that fits."""
+"""Decoding: at equal batch, by tokens generated, and at the largest batch that fits."""
 
 import concurrent.futures
 import dataclasses
@@ -29,7 +29,7 @@ def _measure(bench: Bench, arms: Sequence[Arm]) -> list[dict]:
     if bench.settings.compile_threads > 1:
         shapes = {_shape(arm): arm for arm in arms}.values()
         with concurrent.futures.ThreadPoolExecutor(bench.settings.compile_threads) as pool:
-            # What does not fit is found again when it is measured.
+            # Errors come again in the measurement.
             list(pool.map(lambda arm: bench.late or failure(_program, bench, arm), shapes))
 
     def prepare(arm):
@@ -71,14 +71,14 @@ def _prompt(bench: Bench, arm: Arm) -> int:
 
 
 def _shape(arm: Arm) -> Arm:
-    """Equal for arms that share a program, which knows of the length only without eviction."""
+    """Equal for arms that share a program: under eviction those of all lengths."""
     return dataclasses.replace(arm, length=0 if arm.budget else arm.length)
 
 
 def _program(bench: Bench, arm: Arm) -> tuple[Callable, dict]:
     """`L` decoding steps with their eviction, see `Bench.compiled`."""
     policy = bench.policy(arm.policy)
-    state = jax.eval_shape(functools.partial(made_up_state, bench, arm), bench.key)
+    state = jax.eval_shape(functools.partial(synthetic_state, bench, arm), bench.key)
     bench.check_fits(costs.size((bench.lm.params, state.caches)))
     kernel = common.kernel_here(arm.kernel)
     lm = bench.lm.replace(config=dataclasses.replace(bench.lm.config, kernel=kernel))
@@ -92,8 +92,8 @@ def _program(bench: Bench, arm: Arm) -> tuple[Callable, dict]:
     return functools.partial(program, lm, policy), about
 
 
-def made_up_state(bench: Bench, arm: Arm, key: jax.Array) -> decoding.State:
-    """A state in the middle of decoding, of random entries, with which a step costs the same.
+def synthetic_state(bench: Bench, arm: Arm, key: jax.Array) -> decoding.State:
+    """A state in the middle of decoding, of random entries: the cost of a step is the same.
 
     Caches are as full as after a prompt that leaves room for the chunks to come.
     """
@@ -124,7 +124,7 @@ def made_up_state(bench: Bench, arm: Arm, key: jax.Array) -> decoding.State:
 
 
 def _state(bench: Bench, arm: Arm) -> decoding.State:
-    return jax.jit(functools.partial(made_up_state, bench, arm))(bench.key)
+    return jax.jit(functools.partial(synthetic_state, bench, arm))(bench.key)
 
 
 def _run_decode(bench: Bench, arm: Arm, chunks: int) -> list[float]:
@@ -173,8 +173,8 @@ def _run_evictions(bench: Bench, arm: Arm) -> float:
 
 
 def largest_batch(bench: Bench) -> list[dict]:
-    """The largest batch of every policy and budget, and how fast it is: of the full cache at every
-    length, of all others at the longest, as their caches do not grow.
+    """The largest batch of every policy and budget, and its speed: with the full cache at every
+    length, under eviction at the longest, since those caches do not grow.
     """
     s = bench.settings
     arms = []
@@ -198,7 +198,7 @@ def largest_batch(bench: Bench) -> list[dict]:
 
 
 def _guess(bench: Bench, arm: Arm) -> int:
-    """Rows whose caches fill nine tenths of the memory that the weights leave, at least one."""
+    """Rows whose caches fill nine tenths of the memory beside the weights, at least one."""
     slots = bench.policy(arm.policy).capacity(arm.budget) + bench.interval
     config, dtype = bench.lm.config, bench.config.dtype
     row = costs.cache_bytes(config, slots if arm.budget else arm.length, dtype)
@@ -233,9 +233,9 @@ def largest(fits: Callable[[int], bool], start: int, limit: int, within: float) 
 
 
 def growth(bench: Bench) -> list[dict]:
-    """Milliseconds per token against what has been generated, in one long generation.
+    """Milliseconds per token by tokens generated, in one long generation.
 
-    A full cache has its final size from the start, so it is left to `decode`.
+    A full cache is allocated at its final size, so it is left to `decode`.
     """
     s, interval = bench.settings, bench.interval
     arms = [arm for arm in bench.arms((s.growth_batch,), (s.growth_tokens,)) if arm.budget]
@@ -260,7 +260,7 @@ def growth(bench: Bench) -> list[dict]:
 
 
 def growth_record(seconds_rc: np.ndarray, interval: int) -> dict:
-    """Medians over repeats; `ms_per_token` by how many tokens had been generated."""
+    """Medians over repeats; `ms_per_token` is by tokens generated."""
     # The first chunk, with the prefill, is not among the times.
     generated = interval * (2 + np.arange(seconds_rc.shape[1]))
     marks = [n for n in (2**i * 1024 for i in range(10)) if n <= generated[-1]]

@@ -1,4 +1,4 @@
-"""What a device can do, by its data sheet or measured, and what memory there is."""
+"""Peak FLOP/s, bandwidth and memory of the device, by its data sheet or measured."""
 
 import dataclasses
 import os
@@ -16,7 +16,7 @@ from fkv.runs import costs, parallel
 
 @dataclasses.dataclass(frozen=True)
 class Peaks:
-    """The most that a device does in a second.
+    """Peak rates of a device.
 
     Attributes:
       flops, bandwidth: FLOP/s, and bytes/s read from memory.
@@ -28,17 +28,17 @@ class Peaks:
     source: str
 
     def roofline(self, flops: float, bytes_read: float) -> tuple[float, str]:
-        """Seconds that work can't beat, and whether `memory` or `compute` sets them."""
+        """The least seconds that work takes, and whether it is bound by `memory` or `compute`."""
         by = {"compute": flops / self.flops, "memory": bytes_read / self.bandwidth}
         bound = max(by, key=by.get)
         return by[bound], bound
 
 
 def peaks(source: str, dtype: str) -> Peaks:
-    """What the device can do.
+    """Peak rates of the device at hand.
 
     Args:
-      source: `measured`, or a name of `costs.DEVICES` for what its maker says.
+      source: `measured`, or a name of `costs.DEVICES` for its data sheet.
     """
     if source in costs.DEVICES:
         device = costs.DEVICES[source]
@@ -65,7 +65,7 @@ def peaks(source: str, dtype: str) -> Peaks:
 
 
 def timed(call: Callable, *args) -> tuple[float, Any]:
-    """Seconds until the result of a call is there, and the result."""
+    """Seconds until the result of a call is ready, and the result."""
     start = time.perf_counter()
     found = jax.block_until_ready(call(*args))
     return time.perf_counter() - start, found
@@ -85,7 +85,7 @@ def memory_limit(given: float = 0.0) -> int:
 
 
 def peak_memory() -> dict:
-    """The most that this process has used: of the device where it says, else of the host."""
+    """Peak memory of this process: of the device if it reports any, else of the host."""
     stats = jax.devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return {"bytes": stats["peak_bytes_in_use"], "of": "device, whole run"}

@@ -1,4 +1,4 @@
-"""Whole passes: reading prompts, golden labels, training steps."""
+"""Whole passes: prefill, golden labels, training steps."""
 
 import dataclasses
 import functools
@@ -29,7 +29,7 @@ def _passes(
     """Records of passes.
 
     Args:
-      prepare: from an arm to a function that makes its pass, and what is known of its program.
+      prepare: from an arm to a function that makes its pass, and more fields of its record.
       flops: of a pass.
     """
 
@@ -51,7 +51,7 @@ def _passes(
 
 
 def prefill(bench: Bench) -> list[dict]:
-    """Reading prompts, up to the first token that is drawn."""
+    """Prompts up to the first sampled token."""
     lm, interval, s = bench.lm, bench.interval, bench.settings
 
     def prepare(arm):
@@ -101,7 +101,7 @@ class Step:
 
 
 def steps(bench: Bench) -> list[dict]:
-    """A supervised and a reinforcement step, as the jobs make them."""
+    """A step of either training stage, as its job makes it."""
     mesh, length = parallel.make_mesh(), bench.settings.step_length
     stages = stages_of(bench.config, bench.lm.config, mesh)
 

@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from subprocess import PIPE
 
 import numpy as np
 
@@ -29,10 +30,10 @@ RUNNER = Path(__file__).with_name("peer.py")
 
 
 class Peer:
-    """One other implementation, waiting for requests.
+    """Another implementation, waiting for requests.
 
     Attributes:
-      about: versions, device and threads, as it says itself.
+      about: its versions, device and threads.
     """
 
     def __init__(self, name: str, python: str, model: str, dtype: str):
@@ -49,11 +50,8 @@ class Peer:
             # Isolated: neither this directory nor PYTHONPATH may shadow what it imports.
             self._process = subprocess.Popen(
                 [str(files.expand(python)), "-I", str(RUNNER)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._errors,
-                text=True,
-            )
+                stdin=PIPE, stdout=PIPE, stderr=self._errors, text=True,
+            )  # fmt: skip
         except OSError as error:
             raise UserError(
                 f"{self.field}: {error.strerror}; give the Python of an environment with {name}"
@@ -108,7 +106,7 @@ class Arm:
 
 
 def peers(bench: Bench) -> list[dict]:
-    """Decoding here and by others: the same weights, prompts, lengths, dtype and cores."""
+    """Decoding here and by the peers, with the same weights, prompts, lengths, dtype and cores."""
     s, config = bench.settings, bench.config
     if s.random_weights:
         directory = bench.path / "model"
@@ -174,7 +172,7 @@ def _beside(bench: Bench, others: Sequence[Peer], batch: int) -> list[dict]:
 
 
 def _decode(bench: Bench, arm: Arm, prompts: np.ndarray) -> dict:
-    """Greedy decoding here, with what a peer answers."""
+    """Greedy decoding here; returns what `Peer.decode` does."""
     policy, new = bench.policy(arm.arm), arm.new_tokens
     plan = dataclasses.replace(bench.plan(bench.config.budget), sampling=GREEDY)
     batch = decoding.left_pad(prompts, bench.interval)

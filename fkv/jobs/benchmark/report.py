@@ -1,4 +1,4 @@
-"""Tables of the benchmark's sections, and what is said above and below them."""
+"""Tables of the benchmark's sections, with a header and the formulas behind them."""
 
 import math
 import os
@@ -26,7 +26,7 @@ a model that fits into the processor's own cache can pass the roofline of the me
 
 
 def about(bench: Bench) -> dict:
-    """What was measured, and on which machine."""
+    """Model, settings and machine."""
     chip, config = jax.devices()[0], bench.config
     return {
         "device": chip.device_kind,
@@ -65,19 +65,19 @@ def title(about: dict) -> str:
         f"{about['peak_flops'] / 1e9:.0f} GFLOP/s, {about['bandwidth'] / 1e9:.1f} GB/s "
         f"({about['peaks']})\n"
         f"peak memory {memory['bytes'] / 2**30:.2f} GiB ({memory['of']}); "
-        f"medians of {about['repeats']} interleaved repeats (smallest-largest)"
+        f"medians of {about['repeats']} interleaved repeats (min-max)"
     )
 
 
 # ---- tables
 
-# Of a column, what it says of a record: a format, or a function.
+# By header: a format of the record's fields, or a function of the record.
 Columns = Mapping[str, str | Callable[[dict], str]]
 Table = tuple[list[str], list[list[str]]]
 
 
 def _table(records: Sequence[dict], first: Columns, rest: Columns) -> Table:
-    """The head and the rows; in place of the `rest`, of arms that were not measured, why."""
+    """Header and rows; an error takes the place of the `rest` of its row."""
 
     def cells(record, columns):
         return [x(record) if callable(x) else x.format_map(record) for x in columns.values()]
@@ -90,7 +90,7 @@ def _table(records: Sequence[dict], first: Columns, rest: Columns) -> Table:
 
 
 def _spread(name: str, how: str) -> str:
-    """The format of a median with the smallest and the largest."""
+    """Format of a median with its range."""
     return f"{{{name}:{how}}} ({{{name}_low:{how}}}-{{{name}_high:{how}}})"
 
 
