@@ -272,7 +272,7 @@ def render_gcloud(
     docker = f"sudo docker run --detach --name=fkv --privileged --net=host --workdir={HOME}"
     options, host = [f"--volume={volume}", cluster.image], cluster.image.partition("/")[0]
     if host.endswith(("pkg.dev", "gcr.io")):  # a private registry
-        docker = f"sudo gcloud auth configure-docker {host} --quiet && {docker}"
+        docker = f"sudo gcloud auth configure-docker {shlex.quote(host)} --quiet && {docker}"
     lines = [
         _comment(f"directory of the sweep: {root}"),
         "# If `create` finds no machine, `gcloud compute tpus queued-resources create` waits for",
