@@ -63,27 +63,26 @@ def check(points: Iterable[Point], jobs: Sequence[str]) -> list[Point]:
     points = list(points)
     if not points:
         raise UserError("the sweep has no points")
-    by_name = {}
+    ordered: dict[str, Point] = {}
+    by_name: dict[str, Point] = {}
     for point in points:
         if point.name in by_name:
             raise UserError(f"the sweep has two points named {point.name!r}")
         by_name[point.name] = point
-    for point in points:
         if not re.fullmatch(r"[\w.+-]+", point.name) or not point.name.strip("."):
             raise UserError(f"sweep point {point.name!r}: use only letters, digits and _ . + -")
         if point.job not in jobs:
             raise UserError(
                 f"sweep point {point.name!r}: no job {point.job!r}: there are {', '.join(jobs)}"
             )
-        if missing := [name for name in point.needs() if name not in by_name]:
-            raise UserError(f"sweep point {point.name!r} needs {missing[0]!r}, which is no point")
-    ordered: dict[str, Point] = {}
 
     def put(point, needed_by=()):
         if point.name in needed_by:
             circle = " -> ".join([*needed_by[needed_by.index(point.name) :], point.name])
             raise UserError(f"sweep points need each other in a circle: {circle}")
         for name in point.needs():
+            if name not in by_name:
+                raise UserError(f"sweep point {point.name!r} needs {name!r}, which is no point")
             put(by_name[name], (*needed_by, point.name))
         ordered.setdefault(point.name, point)
 
