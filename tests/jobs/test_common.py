@@ -11,7 +11,7 @@ from fkv import models, policies
 from fkv.data import traces
 from fkv.errors import DivergedError, UserError
 from fkv.evaluation import loss_ratio
-from fkv.jobs import common, evaluate, export, generate, grpo, pipeline, pretrain, sft
+from fkv.jobs import benchmark, common, evaluate, export, generate, grpo, pipeline, pretrain, sft
 from fkv.jobs import traces as traces_job
 from fkv.learning import fit
 from fkv.policies import scorer
@@ -41,6 +41,7 @@ ANNOUNCED = {
     evaluate: f"{MODEL}, 15 policies, B = 48, 64, 96, L = 16",
     generate: f"{MODEL}, snapkv, B = 64, L = 16",
     export: "scorers of runs/sft_tiny, layout fkv",
+    benchmark: f"{MODEL}, sections decode, growth, prefill, labels, steps",
     pipeline: "stages sft, grpo, evaluate",
 }
 
