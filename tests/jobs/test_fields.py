@@ -149,7 +149,7 @@ def test_missing_fields_are_named(job, tmp_path):
 
 UNKNOWN = {
     "sft.stpes": "config.sft has no field 'stpes': did you mean steps?",
-    "grpo.colour": "config.grpo has no field 'colour': there are scorer, reward",
+    "grpo.colour": "config.grpo has no field 'colour': there are scorer, high_fraction",
     "scorer.colour": "config.scorer has no field 'colour': there are hidden, inputs",
     "task.colour": "config.task has no field 'colour': there are facts, hops",
     "evaluate.policy": "config.evaluate has no field 'policy': did you mean policies?",
