@@ -1,12 +1,14 @@
 """`samples.jsonl` of an evaluation: one answer a line, checked when it is read."""
 
 import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fkv import files, kinds
 from fkv.errors import UserError
 from fkv.evaluation.math_answers import FAILED, NO_ANSWER, RIGHT, TIMEOUT, WRONG
+from fkv.runs import parallel, rundir
 
 _COUNT = kinds.whole(0)
 # Budget 0 is the full cache.
@@ -79,3 +81,73 @@ def _wrong(row: Any) -> str:
         if not kind.fits(row[name]):
             return f"its field {name!r} is {json.dumps(row[name])[:60]}"
     return ""
+
+
+class Samples:
+    """The answers of an evaluation: a line each in `samples.jsonl`, written batch by batch.
+
+    Every process holds the same; the first writes.
+
+    Attributes:
+      rows: by their `key`.
+    """
+
+    def __init__(self, path: Path, interval: int):
+        self.path, found = path, []
+        if path.exists():
+            found, unfinished = read(path, interval)
+            # A line that a killed run left unfinished is dropped, and answered again.
+            if unfinished and parallel.first():
+                files.write_text(path, _lines(found))
+        self.rows = {key(row): row for row in found}
+
+    def add(self, rows: Iterable[dict]) -> None:
+        rows = list(rows)
+        if parallel.first():
+            files.append_text(self.path, _lines(rows))
+        self.rows |= {key(row): row for row in rows}
+
+    def check_references(self, references: Mapping[str, str]) -> None:
+        """Refuses answers to other problems; runs that recorded no digests are noticed here.
+
+        Args:
+          references: right answers by problem.
+        """
+        for row in self.rows.values():
+            now = references.get(row["problem"], row["reference"])
+            if now != row["reference"]:
+                raise UserError(
+                    f"{self.path}: the answer to problem {row['problem']} was compared with "
+                    f"{row['reference']!r:.40}, which is now {now!r:.40}: use another --workdir"
+                )
+
+
+def _lines(rows: Sequence[dict]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def forget(path: Path, names: Sequence[str], inputs: Mapping[str, Any]) -> list[str]:
+    """Drops the answers of scorers that have changed since, and returns their names.
+
+    Args:
+      path: the run directory.
+      names: of the scorers that may have.
+      inputs: today's digests.
+    """
+    keys = {rundir.answers_of(name): name for name in names}
+    old = rundir.read_inputs(path)
+    changed = sorted(keys[key] for key in keys if old.get(key, inputs[key]) != inputs[key])
+    if not changed:
+        return []
+
+    def stays(line):
+        try:
+            return json.loads(line)["policy"] not in changed
+        except (ValueError, TypeError, KeyError):
+            return True  # to be refused by number
+
+    file = path / "samples.jsonl"
+    lines = files.read_text(file).splitlines(keepends=True) if file.exists() else []
+    files.write_text(file, "".join(line for line in lines if stays(line)))
+    rundir.write_inputs(path, {key: x for key, x in old.items() if keys.get(key) not in changed})
+    return changed

@@ -2,8 +2,10 @@
 
 import dataclasses
 import itertools
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +14,7 @@ from fkv.errors import UserError
 from fkv.evaluation import accuracy, answers, loss_ratio, tables
 from fkv.evaluation.accuracy import Accuracy, Cell
 from fkv.evaluation.loss_ratio import Losses
+from fkv.runs import rundir
 
 TRACES = "trace_losses.csv"
 
@@ -179,3 +182,34 @@ def csv(results: Sequence[Compared]) -> str:
                 measured += loss_ratio.difference(ours, theirs, kind)
         rows.append([one.policy, one.budget, *answered, *measured])
     return tables.comma_separated(head, rows)
+
+
+def check_questions(
+    other: Other, settings: Mapping[str, Any], ids: Sequence[str], inputs: Mapping[str, Any]
+) -> None:
+    """Refuses to compare with answers to other questions, though the right answers are the same.
+
+    Where prompts are made in another way, or nobody recorded of what, there is no telling.
+
+    Args:
+      settings: the `evaluate` group of this evaluation's config.
+      ids: of its problems.
+      inputs: its digests.
+    """
+    try:
+        there = dict(json.loads(files.read_bytes(other.path / "config.json"))["evaluate"])
+    except (UserError, ValueError, TypeError, KeyError, RecursionError):
+        return
+    theirs, tokenizer = rundir.read_inputs(other.path), "model: its tokenizer"
+    alike = theirs.get(tokenizer) == inputs.get(tokenizer) and all(
+        there.get(name) == settings[name] for name in ("instruction", "chat")
+    )
+    name = "evaluate.benchmark: questions"
+    if not alike or not isinstance(theirs.get(name), list):
+        return
+    known = set(theirs[name])
+    if new := [i for i, one in zip(ids, inputs[name], strict=True) if one not in known]:
+        raise UserError(
+            f"evaluate.compare: {other.path} has other questions: problem {new[0]!r} is another "
+            "there"
+        )

@@ -13,7 +13,7 @@ from fkv.engine import decoding
 from fkv.engine.batch import Batch
 from fkv.errors import UserError
 from fkv.evaluation import tables
-from fkv.jobs import common, fields, programs
+from fkv.jobs import common, groups, programs
 from fkv.keys import Purpose, key_of, keys_of
 from fkv.models import LM, ModelConfig
 from fkv.models.decoder import param_shapes
@@ -36,7 +36,7 @@ def run(job: str, config: ConfigDict) -> str:
     known = {"sft": _training, "grpo": _training, "evaluate": _generation, "traces": _generation}
     if job not in known:
         raise UserError(f"launch.{job} has no dry run; {', '.join(known)} have")
-    fields.check(config, job)
+    groups.check(config, job)
     cadence = Cadence(config.budget, config.interval)
     model = common.model_config(config)
     lines = [

@@ -1,17 +1,16 @@
 """Evaluation by answers and by loss: every policy at every budget, from a config to tables."""
 
 import dataclasses
-import json
+import functools
 import platform
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from fkv import api, files, policies
+from fkv import api, policies
 from fkv.api import Model
 from fkv.cache.cadence import FULL, Cadence
 from fkv.data import benchmarks
@@ -29,8 +28,8 @@ from fkv.evaluation import (
     plots,
     tables,
 )
-from fkv.files import append_text, write_text
-from fkv.jobs import common, fields
+from fkv.files import write_text
+from fkv.jobs import common, groups
 from fkv.policies.base import Policy, trained_at
 from fkv.runs import parallel, preemption, provenance, rundir
 from fkv.runs.rundir import Run, open_run
@@ -117,7 +116,7 @@ def run(config: ConfigDict, workdir: str, anew: Sequence[str] = ()) -> list[accu
       anew: names of scorers that may have been trained on since they answered: those answers are
         dropped and given anew; of all others, what has changed since is refused.
     """
-    fields.check(config, "evaluate")
+    groups.check(config, "evaluate")
     settings = config.evaluate
     checker = math_answers.Checker(settings.deadline)
     budgets, count = settings.budgets, len(settings.policies) + len(settings.scorers)
@@ -132,10 +131,12 @@ def run(config: ConfigDict, workdir: str, anew: Sequence[str] = ()) -> list[accu
 
     anew = [name for name in anew if name in named]
     path = rundir.check_path(workdir)
-    parallel.on_first(lambda: _forget(path, anew, plan.inputs), f"open {path}")
+    forget = functools.partial(answers.forget, path, anew, plan.inputs)
+    if changed := parallel.on_first(forget, f"open {path}"):
+        common.say(f"{path}: {', '.join(changed)} has been trained on and answers anew")
     run = open_run(workdir, config, MAY_DIFFER, plan.inputs)
-    samples = _Samples(run.path / "samples.jsonl", config.interval)
-    _check_references(samples, problems)
+    samples = answers.Samples(run.path / "samples.jsonl", config.interval)
+    samples.check_references({problem.id: problem.reference for problem in problems})
     run.resume({})  # metrics are written again from all samples
 
     cells = _cells(config, named)
@@ -145,7 +146,7 @@ def run(config: ConfigDict, workdir: str, anew: Sequence[str] = ()) -> list[accu
                 (i, j)
                 for i in range(len(problems))
                 for j in range(settings.samples)
-                if (name, budget, problems[i].id, j) not in samples
+                if (name, budget, problems[i].id, j) not in samples.rows
             ]
             label = f"{name} {budget or ''}".strip()
             total = len(problems) * settings.samples
@@ -164,24 +165,12 @@ def run(config: ConfigDict, workdir: str, anew: Sequence[str] = ()) -> list[accu
                     raise preemption.Preempted(f"{len(samples.rows)} answers are in {workdir}")
             bar.close()
 
-    wanted = {(name, budget) for name, budget, _ in cells}
-    ids = {problem.id for problem in problems}
     rows = [
-        row
-        for row in samples.rows
-        if (row["policy"], row["budget"]) in wanted
-        and row["problem"] in ids
-        and row["sample"] < settings.samples
+        samples.rows[name, budget, problem.id, sample]
+        for name, budget, _ in cells
+        for problem in problems
+        for sample in range(settings.samples)
     ]
-    cell_order = {cell[:2]: i for i, cell in enumerate(cells)}
-    problem_order = {problem.id: i for i, problem in enumerate(problems)}
-    rows.sort(
-        key=lambda row: (
-            cell_order[row["policy"], row["budget"]],
-            problem_order[row["problem"]],
-            row["sample"],
-        )
-    )
     found = [
         dataclasses.replace(r, trained=trained_at(named.get(r.policy), config.interval))
         for r in accuracy.summarise(rows)
@@ -224,7 +213,7 @@ def _plan(
         config, other, [cell[:2] for cell in _cells(config, named)], problems, held_out
     )
     if other is not None:
-        _check_questions(config, other, problems, inputs)
+        comparison.check_questions(other, config.evaluate, [p.id for p in problems], inputs)
     sampling = decoding.Sampling.of(config.evaluate)
     return Plan(named, inputs, model, held_out, problems, new_tokens, sampling, other, shared)
 
@@ -266,39 +255,6 @@ def _policies(config: ConfigDict) -> tuple[dict[str, Policy], dict[str, str]]:
     if not config.evaluate.budgets and (rules or scorers):
         raise UserError("evaluate.budgets is empty: give at least one")
     return {**scorers, **rules}, inputs
-
-
-def _forget(path: Path, names: Sequence[str], inputs: dict[str, str | list[str]]) -> None:
-    """Drops the answers of those of these scorers that are others by now."""
-    keys = {rundir.answers_of(name): name for name in names}
-    old = rundir.read_inputs(path)
-    changed = {keys[key] for key in keys if old.get(key, inputs[key]) != inputs[key]}
-    if not changed:
-        return
-
-    def stays(line):
-        try:
-            return json.loads(line)["policy"] not in changed
-        except (ValueError, TypeError, KeyError):
-            return True  # to be refused by number
-
-    file = path / "samples.jsonl"
-    lines = files.read_text(file).splitlines(keepends=True) if file.exists() else []
-    write_text(file, "".join(line for line in lines if stays(line)))
-    rundir.write_inputs(path, {key: x for key, x in old.items() if keys.get(key) not in changed})
-    common.say(f"{path}: {', '.join(sorted(changed))} has been trained on and answers anew")
-
-
-def _check_references(samples: "_Samples", problems: Sequence[Problem]) -> None:
-    """Refuses answers to other problems; those of runs that recorded no digests show so here."""
-    references = {problem.id: problem.reference for problem in problems}
-    for row in samples.rows:
-        now = references.get(row.get("problem"))
-        if now is not None and row.get("reference", now) != now:
-            raise UserError(
-                f"{samples.path}: the answer to problem {row['problem']} was compared with "
-                f"{row['reference']!r:.40}, which is now {now!r:.40}: use another --workdir"
-            )
 
 
 def _problems(
@@ -402,32 +358,6 @@ def _answer(
     return found
 
 
-class _Samples:
-    """`samples.jsonl`: what has been answered, a line each, written batch by batch.
-
-    Every process holds the same; the first writes.
-    """
-
-    def __init__(self, path: Path, interval: int):
-        self.path, self.rows = path, []
-        if path.exists():
-            self.rows, unfinished = answers.read(path, interval)
-            # A line that a killed run left unfinished is dropped, and answered again.
-            if unfinished and parallel.first():
-                write_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
-        self._keys = {answers.key(row) for row in self.rows}
-
-    def __contains__(self, key) -> bool:
-        return key in self._keys
-
-    def add(self, rows) -> None:
-        rows = list(rows)
-        if parallel.first():
-            append_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
-        self.rows += rows
-        self._keys |= {answers.key(row) for row in rows}
-
-
 def _write_answers(run: Run, found: Sequence[accuracy.Accuracy], rows: Sequence[dict]) -> None:
     if not parallel.first():
         return
@@ -478,33 +408,6 @@ def _shared(
         why = "other traces" if other.traces else f"no {comparison.TRACES}"
         common.say(f"loss ratios are not compared: {other.path} has {why}")
     return found
-
-
-def _check_questions(
-    config: ConfigDict, other: comparison.Other, problems: Sequence[Problem], inputs: dict
-) -> None:
-    """Refuses to compare with answers to other questions, though the right answers are the same.
-
-    Where prompts are made in another way, or nobody recorded of what, there is no telling.
-    """
-    try:
-        there = dict(json.loads(files.read_bytes(other.path / "config.json"))["evaluate"])
-    except (UserError, ValueError, TypeError, KeyError, RecursionError):
-        return
-    theirs, tokenizer = rundir.read_inputs(other.path), "model: its tokenizer"
-    alike = theirs.get(tokenizer) == inputs.get(tokenizer) and all(
-        there.get(name) == config.evaluate[name] for name in ("instruction", "chat")
-    )
-    name = "evaluate.benchmark: questions"
-    if not alike or not isinstance(theirs.get(name), list):
-        return
-    known = set(theirs[name])
-    new = [p.id for p, one in zip(problems, inputs[name], strict=True) if one not in known]
-    if new:
-        raise UserError(
-            f"evaluate.compare: {other.path} has other questions: problem {new[0]!r} is another "
-            "there"
-        )
 
 
 def _write_comparison(run: Run, other: comparison.Other, found: Sequence) -> None:

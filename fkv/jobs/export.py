@@ -3,7 +3,7 @@
 from ml_collections import ConfigDict
 
 from fkv import files, kinds, models
-from fkv.jobs import common, fields
+from fkv.jobs import common, groups
 from fkv.runs import parallel, sharing
 
 LAYOUTS = ("fkv", "released")
@@ -16,7 +16,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     standard error and, where it has them, answers with their intervals.
     `released`: the base model with the scorers inside, for the PyTorch code of ForesightKV.
     """
-    fields.check(config, "export")
+    groups.check(config, "export")
     settings = config.export
     kinds.check("export.layout", settings.layout, kinds.one_of(LAYOUTS))
     what = f"scorers of {settings.scorer}, layout {settings.layout}"

@@ -9,7 +9,7 @@ from fkv import api, policies
 from fkv.cache.cadence import Cadence
 from fkv.errors import UserError
 from fkv.files import write_text
-from fkv.jobs import common, fields
+from fkv.jobs import common, groups
 from fkv.policies.base import trained_at
 from fkv.runs import parallel
 from fkv.runs.rundir import open_run
@@ -18,7 +18,7 @@ from fkv.tasks import ledger
 
 def run(config: ConfigDict, workdir: str) -> str:
     """Answers `generate.prompt` under one policy; returns the answer."""
-    fields.check(config, "generate")
+    groups.check(config, "generate")
     settings = config.generate
     cadence = Cadence(config.budget, config.interval)
     if settings.scorer:

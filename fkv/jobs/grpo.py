@@ -16,7 +16,7 @@ from fkv.engine import replay
 from fkv.engine.batch import Batch
 from fkv.errors import UserError
 from fkv.evaluation import loss_ratio
-from fkv.jobs import common, evaluate, fields
+from fkv.jobs import common, evaluate, groups
 from fkv.keys import Purpose, key_of
 from fkv.learning import fit, grpo, tokens
 from fkv.models import LM, ModelConfig
@@ -31,7 +31,6 @@ MAY_DIFFER = ("grpo.log_every", "grpo.steps", "grpo.answers", *common.other_jobs
 
 def plan_of(config: ConfigDict, mesh: Mesh) -> grpo.Plan:
     """The training that a config asks for on these devices."""
-    fields.check(config, "grpo")
     plan = grpo.Plan.of(
         config.grpo,
         cadence=Cadence(config.budget, config.interval),
@@ -51,6 +50,7 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     Writes what the supervised job writes, with both scorers in the table, and what they answer.
     """
     # ---- bad input is found before anything is loaded
+    groups.check(config, "grpo")
     mesh = parallel.make_mesh(config.model_axis)
     plan = plan_of(config, mesh)
     at = common.cadences(config.eval.budgets, config.interval, "eval.budgets")

@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 
 from fkv import files
 from fkv.errors import UserError
-from fkv.jobs import common, evaluate, fields, grpo, pretrain, sft
+from fkv.jobs import common, evaluate, groups, grpo, pretrain, sft
 from fkv.runs import rundir
 
 JOBS = {"pretrain": pretrain, "sft": sft, "grpo": grpo, "evaluate": evaluate}
@@ -24,7 +24,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     """
     stages = plan(config, workdir)
     for stage, part in stages.items():  # all are refused before the first starts
-        fields.check(part, stage)
+        groups.check(part, stage)
     for stage, part in stages.items():
         rundir.check_run(f"{workdir}/{stage}", part, JOBS[stage].MAY_DIFFER)
     if "evaluate" in stages and "pretrain" not in stages:  # which makes the model
@@ -40,7 +40,7 @@ def run(config: ConfigDict, workdir: str) -> None:
 
 def plan(config: ConfigDict, workdir: str) -> dict[str, ConfigDict]:
     """The config of every stage, in order; UserError if stages or their changes are wrong."""
-    fields.check(config, "pipeline")
+    groups.check(config, "pipeline")
     stages = config.pipeline.stages
     if list(stages) != [name for name in STAGES if name in stages]:
         known = ", ".join(STAGES)

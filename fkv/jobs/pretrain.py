@@ -11,7 +11,7 @@ from fkv.cache.cadence import FULL, Cadence
 from fkv.engine import decoding
 from fkv.engine.batch import Batch
 from fkv.evaluation.accuracy import exact_interval
-from fkv.jobs import common, fields
+from fkv.jobs import common, groups
 from fkv.keys import Purpose, key_of, keys_of
 from fkv.learning import fit, pretrain
 from fkv.models import LM, ModelConfig
@@ -27,13 +27,13 @@ def plan_of(config: ConfigDict) -> pretrain.Plan:
 
     Sizes that a stage of the curriculum does not name are the task's.
     """
-    fields.check(config, "pretrain")
+    groups.check(config, "pretrain")
     model = ModelConfig(
         family="qwen3",
         vocab_size=len(ledger.VOCABULARY),
         qk_norm=True,
         tied_embeddings=True,
-        **config.pretrain.model,
+        **vars(groups.Reasoner.of(config.pretrain.model)),
     )
     stages = []
     for name in sorted(config.pretrain.stages):

@@ -13,7 +13,7 @@ from fkv.cache.cadence import Cadence
 from fkv.data import traces
 from fkv.engine.batch import Batch
 from fkv.evaluation import loss_ratio
-from fkv.jobs import common, fields
+from fkv.jobs import common, groups
 from fkv.keys import Purpose, key_of
 from fkv.learning import fit, sft
 from fkv.policies import scorer
@@ -26,7 +26,6 @@ MAY_DIFFER = ("sft.log_every", *common.other_jobs("sft"))
 
 def plan_of(config: ConfigDict, mesh: Mesh) -> sft.Plan:
     """The training that a config asks for on these devices."""
-    fields.check(config, "sft")
     plan = sft.Plan.of(
         config.sft,
         cadence=Cadence(config.budget, config.interval),
@@ -43,6 +42,7 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     Writes checkpoints, metrics and `loss_ratio.{txt,md,csv,png}` there.
     """
     # ---- bad input is found before anything is loaded
+    groups.check(config, "sft")
     mesh = parallel.make_mesh(config.model_axis)
     plan = plan_of(config, mesh)
     at = common.cadences(config.eval.budgets, config.interval, "eval.budgets")

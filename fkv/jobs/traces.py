@@ -20,7 +20,7 @@ from fkv.cache.cadence import FULL, Cadence
 from fkv.data import benchmarks, sources
 from fkv.engine import decoding
 from fkv.errors import UserError
-from fkv.jobs import common, fields
+from fkv.jobs import common, groups
 from fkv.keys import Purpose, key_of
 from fkv.models import texts
 from fkv.runs import parallel, preemption, provenance
@@ -68,7 +68,7 @@ def run(config: ConfigDict, workdir: str) -> int:
     Returns:
       How many traces this process wrote.
     """
-    fields.check(config, "traces")
+    groups.check(config, "traces")
     settings = config.traces
     common.announce("traces", config, workdir, common.model_config(config), "full cache")
     model = common.load_language_model(config)

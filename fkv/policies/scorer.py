@@ -7,7 +7,7 @@ opposite, an eviction score: their output weights are negated on import.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -28,7 +28,7 @@ FORMS = ("windowed", "reference")
 
 
 @dataclasses.dataclass(frozen=True)
-class ScorerConfig:
+class ScorerConfig(kinds.Settings):
     """Architecture and features of a scorer; part of every scorer checkpoint.
 
     Attributes:
@@ -39,15 +39,11 @@ class ScorerConfig:
       form: `windowed` or `reference` attention statistics.
     """
 
-    hidden: int = 16
-    inputs: str = "both"
-    norm: str = "none"
-    form: str = "windowed"
-
-    def __post_init__(self):
-        kinds.check_fields("scorer.", self, hidden=kinds.whole(1, 2**16))
-        kinds.check_fields("scorer.", self, inputs=kinds.one_of(INPUTS))
-        kinds.check_fields("scorer.", self, norm=kinds.one_of(NORMS), form=kinds.one_of(FORMS))
+    group: ClassVar[str] = "scorer"
+    hidden: int = kinds.setting(kinds.whole(1, 2**16), 16)
+    inputs: str = kinds.setting(kinds.one_of(INPUTS), "both")
+    norm: str = kinds.setting(kinds.one_of(NORMS), "none")
+    form: str = kinds.setting(kinds.one_of(FORMS), "windowed")
 
     @property
     def statistics(self) -> str | None:

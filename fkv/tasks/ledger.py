@@ -15,11 +15,13 @@ attended to (H2O, SnapKV).
 
 import dataclasses
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 
-from fkv import hub
+from fkv import hub, kinds
 from fkv.errors import UserError
+from fkv.kinds import setting
 
 _CONSONANTS, _VOWELS = "bdfgklmnprst", "aeo"
 NODES = tuple(f"{c}{v}{'nl'[i % 2]}" for i, c in enumerate(_CONSONANTS) for v in _VOWELS)  # 36
@@ -33,17 +35,22 @@ ID = {word: i for i, word in enumerate(VOCABULARY)}
 PAD, EOS = ID["<pad>"], ID["<eos>"]
 
 
+RANGE = kinds.several(kinds.whole(0), "a range (low, high) of whole numbers", 2)
+
+
 @dataclasses.dataclass(frozen=True)
-class Spec:
+class Spec(kinds.Settings):
     """The sizes of a problem; each is drawn uniformly from an inclusive range."""
 
-    facts: tuple[int, int] = (20, 28)  # entries of the ledger, on the path or not, at most 36
-    hops: tuple[int, int] = (12, 18)  # length of the path, cut to the number of facts
-    remarks: tuple[int, int] = (2, 6)  # entries that never matter
-    marks: tuple[int, int] = (2, 3)  # facts on the path whose sum is recalled in the end, at most 3
-    fillers: tuple[int, int] = (1, 3)  # filler words before a hop
+    group: ClassVar[str] = "task"
+    facts: tuple[int, int] = setting(RANGE, (20, 28))  # entries of the ledger, at most 36
+    hops: tuple[int, int] = setting(RANGE, (12, 18))  # of the path, cut to the facts
+    remarks: tuple[int, int] = setting(RANGE, (2, 6))  # entries that never matter
+    marks: tuple[int, int] = setting(RANGE, (2, 3))  # facts whose sum is recalled, at most 3
+    fillers: tuple[int, int] = setting(RANGE, (1, 3))  # filler words before a hop
 
     def __post_init__(self):
+        super().__post_init__()
         most = {"facts": len(NODES), "marks": len(MARKS)}
         for name, (low, high) in vars(self).items():
             least = 1 if name in ("facts", "hops") else 0

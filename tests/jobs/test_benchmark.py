@@ -12,7 +12,7 @@ from configs import tiny
 from fkv import models, policies
 from fkv.engine import decoding
 from fkv.errors import UserError
-from fkv.jobs import benchmark, fields
+from fkv.jobs import benchmark, groups
 from fkv.jobs.benchmark import base, decode, device, peers
 from fkv.models import ModelConfig
 from tests.jobs.test_sft import model_dir, small
@@ -23,7 +23,7 @@ SHAPE = ModelConfig("qwen3", 50, 8, 3, 4, 2, 4, 16, qk_norm=True, tied_embedding
 
 
 def make_bench(config, shape):
-    settings = fields.Benchmark.of(config.benchmark, peers={})
+    settings = groups.Benchmark.of(config.benchmark, peers={})
     return base.Bench(config, settings, models.LM({}, shape), None, 0, None)
 
 

@@ -234,7 +234,7 @@ def test_rewards_compare_with_the_model_itself_whatever_its_cache(model_dir):
             "traces_at_once: micro-batches of 6 must divide",
         ),
         (dict(grpo__traces_at_once=1, grpo__epochs=2), "grpo.epochs must be 1 with micro-batches"),
-        (dict(grpo__traces=64), "batch = 64 is larger than the 16 traces"),
+        (dict(grpo__traces=64), "batch = 64 is larger than the number of traces, 16"),
         (dict(budget=12), "budget = 12 must be a multiple of interval = 8"),
     ],
 )

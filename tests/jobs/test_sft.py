@@ -98,8 +98,9 @@ def test_a_run_that_diverges_ends_in_one_line(model_dir, tmp_path, monkeypatch, 
     assert end.value.code == 2
     *_, line = capsys.readouterr().err.splitlines()
     assert line == (
-        "error: grad_norm of step 3 NaN or infinite: set sft.learning_rate lower, or dtype to one "
-        f"with a wider range, and use another --workdir; the checkpoints in {tmp_path} are intact"
+        "error: grad_norm of step 3 (traces [5, 3]) NaN or infinite: set sft.learning_rate lower, "
+        f"or dtype to one with a wider range, and use another --workdir; the checkpoints in "
+        f"{tmp_path} are intact"
     )
     assert checkpoint.latest_step(tmp_path) == 2
 
@@ -250,7 +251,7 @@ def test_short_traces_are_skipped_and_counted(capsys):
         (dict(data__path="gone.parquet", data__eval_path="gone.parquet"), "gone.parquet"),
         (dict(sft__warmup=6), "sft.warmup = 6 must be less than sft.steps = 6"),
         (dict(sft__at_once=4), "sft.at_once: micro-batches of 4 must divide the batch of 2"),
-        (dict(sft__batch=64), "batch = 64 is larger than the 16 traces"),
+        (dict(sft__batch=64), "batch = 64 is larger than the number of traces, 16"),
     ],
 )
 def test_bad_input_is_refused_before_work_starts(model_dir, tmp_path, change, message):

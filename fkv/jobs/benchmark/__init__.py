@@ -16,7 +16,7 @@ from fkv.engine import replay
 from fkv.errors import UserError
 from fkv.evaluation import plots, tables
 from fkv.files import write_text
-from fkv.jobs import common, fields
+from fkv.jobs import common, groups
 from fkv.jobs.benchmark import decode, device, passes, peers, report
 from fkv.jobs.benchmark.base import Bench
 from fkv.keys import Purpose, key_of
@@ -61,8 +61,8 @@ def run(config: ConfigDict, workdir: str) -> dict:
     Returns:
       Lists of records by section, as written to `benchmark.json` beside tables and plots.
     """
-    fields.check(config, "benchmark")
-    settings = fields.Benchmark.of(config.benchmark, peers=config.benchmark.peers)
+    groups.check(config, "benchmark")
+    settings = groups.Benchmark.of(config.benchmark, peers=config.benchmark.peers)
     end = time.perf_counter() + 60 * (settings.minutes or float("inf"))
     model = _check(config, settings)
     what = f"sections {', '.join(settings.sections)}"
@@ -108,7 +108,7 @@ def _random_weights(config: ConfigDict, model: ModelConfig) -> LM:
     return LM(draw(key_of(config.seed, Purpose.MODEL)), model)
 
 
-def _check(config: ConfigDict, s: fields.Benchmark) -> ModelConfig:
+def _check(config: ConfigDict, s: groups.Benchmark) -> ModelConfig:
     """Refuses bad settings before any weights are loaded; returns the model's config."""
     for name in s.sections:
         if name not in SECTIONS:

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from fkv import policies
 from fkv.cache.cadence import FULL, Cadence
 from fkv.engine import decoding
-from fkv.jobs import common, fields, programs
+from fkv.jobs import common, groups, programs
 from fkv.jobs.benchmark import device
 from fkv.jobs.benchmark.device import timed
 from fkv.keys import Purpose, fold, key_of, keys_of
@@ -67,7 +67,7 @@ class Bench:
     """
 
     config: ConfigDict
-    settings: fields.Benchmark
+    settings: groups.Benchmark
     lm: LM
     peaks: device.Peaks
     limit: int

