@@ -5,6 +5,7 @@ to any device layout), `info.json` and `sha256.json` (the checksums of all other
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -52,12 +53,15 @@ def save(
 
 
 def _write(run_dir: str | os.PathLike, step: int, state: Any, info: dict, keep: int) -> None:
-    root = _root(run_dir)
+    root, leaves = _root(run_dir), _flatten(state)
     with files.writing(root):
         files.delete(*root.glob("*.tmp"))  # of saves that were killed
         with files.whole(root / str(step), directory=True) as folder:
+            # Orbax writes some files around the arrays.
+            size = sum(x.nbytes for x in leaves.values()) + 4096 * (16 + len(leaves))
+            _check_space(folder / "space", size)
             with _checkpointer() as checkpointer:
-                checkpointer.save(folder / "state", traverse_util.unflatten_dict(_flatten(state)))
+                checkpointer.save(folder / "state", traverse_util.unflatten_dict(leaves))
                 checkpointer.wait_until_finished()
             (folder / "info.json").write_text(json.dumps(info, indent=1))
             written = [path for path in sorted(folder.rglob("*")) if path.is_file()]
@@ -213,6 +217,22 @@ def _damage(path: Path) -> str:
     except (UserError, OSError) as error:
         return str(error)
     return ""
+
+
+def _check_space(path: Path, size: int) -> None:
+    """Raises OSError if a file of `size` bytes does not fit on the disk.
+
+    Orbax notices late, and then logs tracebacks from its threads.
+    """
+    with path.open("wb") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except AttributeError:  # not on every system
+            pass
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+    path.unlink()
 
 
 @contextlib.contextmanager

@@ -104,7 +104,10 @@ def of_policy(policy: Policy) -> str:
     Code is what Python runs: comments, docstrings and layout do not count, and a notebook's code
     does. Of libraries, and of fkv outside `fkv.policies`, only names count.
     """
-    ours = {cls.__module__.partition(".")[0] for cls in type(policy).__mro__}
+    fields = [getattr(policy, field.name) for field in dataclasses.fields(policy)]
+    inner = jax.tree.leaves(fields, is_leaf=lambda x: isinstance(x, Policy))
+    classes = {cls for x in (policy, *inner) if isinstance(x, Policy) for cls in type(x).__mro__}
+    ours = {cls.__module__.partition(".")[0] for cls in classes}
     return _Digest(ours - {"fkv", *sys.stdlib_module_names}).of(policy)
 
 

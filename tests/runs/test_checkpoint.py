@@ -134,18 +134,25 @@ def disk_full(*_):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("where", ["arrays", "info.json"])
+@pytest.mark.parametrize("where", ["arrays", "limit", "asked before", "info.json"])
 def test_a_full_disk(tmp_path, monkeypatch, where, caplog):
     checkpoint.save(tmp_path, 1, {"x": np.ones(3)}, {})
     state = {"x": np.random.default_rng(0).random(40_000)}
-    reason = "File too large" if where == "arrays" else "No space left on device"
+    reason = "File too large" if where in ("arrays", "limit") else "No space left on device"
     refused = (
         f"cannot write {tmp_path}/checkpoints/2 ({reason}): free disk space or fix the cause, and "
         "rerun the same command"
     )
     with monkeypatch.context() as patch, contextlib.ExitStack() as limits:
-        if where == "arrays":
+        if where == "arrays":  # the file system can't be asked before
+            patch.setattr(os, "posix_fallocate", lambda *_: None)
             limits.enter_context(small_files_only(100_000))
+        elif where == "limit":
+            limits.enter_context(small_files_only(100_000))
+            patch.setattr(checkpoint.ocp, "StandardCheckpointer", None)
+        elif where == "asked before":
+            patch.setattr(os, "posix_fallocate", disk_full)
+            patch.setattr(checkpoint.ocp, "StandardCheckpointer", None)  # Orbax is never called
         else:
             patch.setattr(Path, "write_text", disk_full)
         with pytest.raises(UserError) as error:

@@ -217,6 +217,15 @@ def test_what_is_not_run_does_not_count(written):
     assert quiet != HELPERS and provenance.of_policy(written(helpers=quiet)) == first
 
 
+def test_code_of_an_installed_policy_counts_inside_a_wrapper_too(written, tmp_path, monkeypatch):
+    monkeypatch.setattr(provenance, "_LIBRARIES", (*provenance._LIBRARIES, str(tmp_path)))
+    for wrapped in (lambda policy: policy, policies.Ada):
+        first = provenance.of_policy(wrapped(written()))
+        changed = MINE.replace(".sum(-1)", ".sum(-2)")
+        assert provenance.of_policy(wrapped(written())) == first
+        assert provenance.of_policy(wrapped(written(changed))) != first
+
+
 def test_code_without_a_file():
     """As in a notebook, or in a config file, which is no module that could be imported again."""
 
