@@ -12,7 +12,9 @@ import pytest
 
 import fkv
 from fkv import api, policies
+from fkv.cache.cadence import Cadence
 from fkv.engine import replay
+from fkv.engine.batch import Batch
 from fkv.errors import UserError
 from fkv.keys import Purpose, fold, key_of, keys_of
 from fkv.policies import scorer
@@ -64,17 +66,16 @@ def test_no_two_draws_share_a_key():
 
 
 def test_an_eviction_draws_by_row_layer_and_position():
-    config, params = oracles.make_model()
+    lm = oracles.make_lm()
     rows = keys_of(key_of(5, Purpose.REPLAY), 2)
-    token = jnp.zeros((2, 12), jnp.int32)
+    batch = Batch.of(jnp.zeros((2, 12), jnp.int32), jnp.array([12, 12]))
 
     def observe(acc, policy, view, evict):
         return acc, jax.random.key_data(view.random_b)
 
-    policy, length = policies.get("random"), jnp.array([12, 12])
-    got = replay.replay(config, params, token, length, policy, 8, 4, rows, observe)[2]
-    assert got.shape[:3] == (config.layers, 3, 2)
-    for layer, chunk, row in np.ndindex(config.layers, 3, 2):
+    got = replay.replay(lm, batch, policies.get("random"), Cadence(8, 4), rows, observe)[2]
+    assert got.shape[:3] == (lm.config.layers, 3, 2)
+    for layer, chunk, row in np.ndindex(lm.config.layers, 3, 2):
         want = key_of(rows[row], Purpose.EVICTION, layer, 4 * chunk + 3)
         np.testing.assert_array_equal(got[layer, chunk, row], jax.random.key_data(want))
 
