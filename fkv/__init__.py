@@ -5,7 +5,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# Loaded when first used: jobs that need no tokenizer, and `pip`, stay quick.
+# Imported on first use, so that jobs without a tokenizer, and `pip`, start quickly.
 _API = ("Generation", "Model", "Sampling", "generate", "load", "load_scorer", "stream")
 __all__ = ["__version__", *_API]
 

@@ -13,7 +13,7 @@ class DivergedError(UserError, FloatingPointError):
 
 
 def suggest(name: str, known: Sequence[str]) -> str:
-    """The end of a message about an unknown name: the nearest known ones, or all."""
+    """The end of a message about an unknown name: the closest known names, or all of them."""
     if near := difflib.get_close_matches(name, known):
         return f": did you mean {' or '.join(near)}?"
-    return f": there are {', '.join(known)}" if known else ""
+    return f": choose from {', '.join(known)}" if known else ""

@@ -1,4 +1,4 @@
-"""Paths as people write them, reading, and atomic writing; refusals are `UserError`s."""
+"""User-given paths, reading, and atomic writing; failures raise `UserError`."""
 
 import contextlib
 import json
@@ -14,7 +14,7 @@ FIX = "free disk space or fix the cause, and rerun the same command"
 
 
 def expand(path: str | os.PathLike) -> Path:
-    """The path with a leading `~` or `~user` expanded; refuses what can't be a path."""
+    """The path with a leading `~` or `~user` expanded; `UserError` if it can't be a path."""
     given = os.fspath(path)
     found = os.path.expanduser(given)
     if found.startswith("~"):
@@ -34,7 +34,7 @@ def expand(path: str | os.PathLike) -> Path:
 
 
 def read_bytes(path: Path) -> bytes:
-    """The content of a file; refuses what is not a regular file: a pipe would never end."""
+    """The content of a regular file; others are refused, as reading a pipe may never end."""
     try:
         if path.exists() and not path.is_file():
             raise UserError(f"{path} can't be read (not a regular file): move it away")
@@ -80,7 +80,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def append_text(path: Path, text: str) -> None:
-    """Appends text atomically, and waits for the disk."""
+    """Appends text atomically, and syncs it to disk."""
     data = memoryview(text.encode())
     with writing(path), path.open("ab", buffering=0) as file:
         before = file.tell()
@@ -96,17 +96,17 @@ def append_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def whole(path: str | os.PathLike, suffix: str = "tmp", directory: bool = False) -> Iterator[Path]:
-    """Yields a temporary path, which is renamed to `path` in the end, or deleted on failure.
+    """Yields a temporary path, which is renamed to `path` on success and deleted on failure.
 
-    Concurrent writers of one file need different suffixes of the temporary name. A `directory` is
-    made, and replaces an older one.
+    Concurrent writers of one file need different suffixes. A `directory` is created, and replaces
+    an existing one.
     """
     path = Path(os.path.abspath(path)) if directory else Path(path)
     temporary, old = (path.with_name(f"{path.name}.{end}") for end in (suffix, "old.tmp"))
     with writing(path):
         try:
             if directory:
-                delete(temporary, old)  # of a process that was killed
+                delete(temporary, old)  # left by a killed process
                 temporary.mkdir(parents=True)
             yield temporary
             if directory and path.exists():
@@ -121,7 +121,7 @@ def whole(path: str | os.PathLike, suffix: str = "tmp", directory: bool = False)
 
 
 def delete(*paths: Path) -> None:
-    """Deletes files and directories, where they exist."""
+    """Deletes files and directories that exist."""
     for path in paths:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -131,7 +131,7 @@ def delete(*paths: Path) -> None:
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike) -> Iterator[None]:
-    """Turns a refusal of the file system into a `UserError` that names the path."""
+    """Turns an `OSError` into a `UserError` that names the path."""
     try:
         yield
     except OSError as error:

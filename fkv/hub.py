@@ -1,4 +1,4 @@
-"""Hugging Face's `transformers`, imported on first use, since that takes seconds."""
+"""Hugging Face's `transformers`, imported on first use, as that takes seconds."""
 
 import os
 from types import ModuleType

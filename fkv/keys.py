@@ -21,9 +21,9 @@ class Purpose(enum.IntEnum):
     MODEL = 1  # weights of a language model from scratch; parameter
     SCORER = 2  # scorers before training; layer
     ROLLOUT = 3  # evictions of a rollout; step, row
-    REPLAY = 4  # evictions where losses are measured; row
+    REPLAY = 4  # evictions while losses are measured; row
     ANSWER = 5  # answers of `generate`, `stream` and `evaluate`; prompt, sample
-    TRACE = 6  # answers that become traces; question, sample
+    TRACE = 6  # answers collected as traces; question, sample
     PRETRAIN = 7  # answers of the embedded reasoner after its training; problem
     BENCHMARK = 8  # inputs of a benchmark; 0 and row, 1, layer and keys or values, 2 for queries
     # From the key of a row:
@@ -32,11 +32,11 @@ class Purpose(enum.IntEnum):
 
 
 def key_of(root: int | Array, purpose: Purpose, *index: int | Array) -> Array:
-    """The key of a purpose.
+    """The key for a purpose.
 
     Args:
-      root: a seed (0 to 2**32 - 1, as more bits would be cut off), or a key.
-      index: integers of 32 bits, see `Purpose`; those left out are folded in later.
+      root: a seed (0 to 2**32 - 1: higher bits would be dropped), or a key.
+      index: 32-bit integers, see `Purpose`; omitted ones can be folded in later.
 
     Raises:
       UserError: the seed is out of range.
@@ -50,12 +50,12 @@ def key_of(root: int | Array, purpose: Purpose, *index: int | Array) -> Array:
 
 
 def fold(key: Array, *index: int | Array) -> Array:
-    """The key at these indices."""
+    """The key with these indices folded in."""
     for i in index:
         key = jax.random.fold_in(key, i)
     return key
 
 
 def keys_of(key: Array, count: int) -> Array:
-    """The keys [count] at the indices from 0, the same for any `count`."""
+    """The keys [count] of indices 0, 1, ...; key i does not depend on `count`."""
     return jax.vmap(lambda i: fold(key, i))(jnp.arange(count))

@@ -1,4 +1,4 @@
-"""What a setting may be: in words, and as a test of values."""
+"""Kinds of values that settings accept: a description and a predicate each."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ class Kind(NamedTuple):
 
 
 def whole(least: int, most: int = 2**31 - 1) -> Kind:
-    """Integers of a range, inclusive."""
+    """Integers in a range, inclusive."""
 
     def fits(value):
         integral = isinstance(value, numbers.Integral) and not isinstance(value, bool)
@@ -28,7 +28,7 @@ def whole(least: int, most: int = 2**31 - 1) -> Kind:
 
 
 def number(least: float, most: float = math.inf, above: bool = False, below: bool = False) -> Kind:
-    """Finite numbers of a range, inclusive; `above` excludes the least, `below` the most."""
+    """Finite numbers in a range, inclusive; `above` excludes the least, `below` the most."""
 
     def fits(value):
         if not isinstance(value, numbers.Real) or isinstance(value, bool):
@@ -58,19 +58,19 @@ def one_of(known: Sequence[str]) -> Kind:
 
 
 def said(value: Any) -> str:
-    """A value in a message: short, and on one line."""
+    """A value as messages show it: short, and on one line."""
     text = " ".join(reprlib.repr(value).split())
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 def check(name: str, value: Any, kind: Kind) -> None:
-    """Refuses a value of another kind; `name` is the field's."""
+    """Raises a `UserError` unless the value is of this kind; `name` is the field's."""
     if not kind.fits(value):
         raise UserError(f"{name} = {said(value)} must be {kind.said}")
 
 
 def check_fields(where: str, owner: Any, **kinds: Kind) -> None:
-    """Refuses attributes of `owner` of other kinds; `where` is put before their names."""
+    """Checks attributes of `owner`; `where` prefixes their names in errors."""
     for name, kind in kinds.items():
         check(where + name, getattr(owner, name), kind)
 
@@ -88,10 +88,10 @@ def setting(kind: Kind, default: Any = dataclasses.MISSING) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """A group of settings, checked when they are made; fields are declared by `setting`.
+    """A group of settings, checked on construction; fields are declared by `setting`.
 
     Attributes:
-      group: where a config has them, and what errors put before the name of a field.
+      group: their place in a config; errors put it before the name of a field.
     """
 
     group: ClassVar[str] = ""
@@ -102,16 +102,16 @@ class Settings:
 
     @classmethod
     def kinds(cls) -> dict[str, Kind]:
-        """What each field may be, in order."""
+        """The kind of each field, in order."""
         found = {field.name: field.metadata.get("kind") for field in dataclasses.fields(cls)}
         return {name: kind for name, kind in found.items() if kind is not None}
 
     @classmethod
     def of(cls, config: Mapping[str, Any], /, **more: Any) -> Self:
-        """The settings that a group of a config holds; fields without a kind come as `more`.
+        """Reads the settings from a group of a config; fields without a kind come as `more`.
 
         Raises:
-          UserError: a field is missing, or not what it may be.
+          UserError: a field is missing or of the wrong kind.
         """
         for name in cls.kinds():
             if name not in config:

@@ -1,6 +1,6 @@
-"""How every job starts and ends: `app.run(main)` calls `main(config, workdir)`.
+"""Start and end of every job: `app.run(main)` calls `main(config, workdir)`.
 
-The mains import their jobs when they are called, so that `--help` and errors are quick.
+Mains import their jobs when called, so that `--help` and errors are fast.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ def run(main: Callable[[ConfigDict, str], None], argv: Sequence[str] | None = No
 
 
 def join() -> None:
-    """Make this process one of several, before JAX looks for devices.
+    """Make this process one of several, before JAX initialises its devices.
 
     TPU pods, Slurm, Open MPI and Kubernetes tell JAX the process topology; elsewhere
     $JAX_COORDINATOR_ADDRESS (host:port of process 0), $JAX_NUM_PROCESSES and $JAX_PROCESS_ID do.
@@ -81,7 +81,7 @@ def guard(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:
     Characters that the terminal can't encode are escaped.
     """
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError):  # a notebook's
+        with contextlib.suppress(AttributeError):  # in a notebook
             stream.reconfigure(errors="backslashreplace")
     try:
         main(argv)
@@ -90,7 +90,7 @@ def guard(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:
         message = str(error)
     except BrokenPipeError:
         message = "the output pipe is closed: rerun the same command with its output in a file"
-        # Python flushes once more at exit.
+        # Python flushes again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         if error.errno not in _REFUSALS:
@@ -110,7 +110,7 @@ def use_compilation_cache() -> None:
     path = jax.config.jax_compilation_cache_dir
     if path is None:
         path = os.path.expanduser("~/.cache/fkv/jax")
-        path = None if path.startswith("~") else path  # there is no home directory
-    elif path.startswith("~"):  # JAX would create a directory of that name
+        path = None if path.startswith("~") else path  # without a home directory
+    elif path.startswith("~"):  # JAX would take ~ for a directory name
         path = str(files.expand(path))
     jax.config.update("jax_compilation_cache_dir", path)

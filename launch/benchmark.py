@@ -1,4 +1,4 @@
-"""What everything costs: decoding, reading, labels, steps, against the device and others."""
+"""Time and memory of decoding, prefill, labels and training steps, against roofline and peers."""
 
 from launch import app
 

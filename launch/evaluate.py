@@ -1,4 +1,4 @@
-"""Evaluation by answers and by loss, of every policy at every budget."""
+"""Evaluates every policy at every budget, by answers and by loss."""
 
 from launch import app
 

@@ -1,4 +1,4 @@
-"""Scorers of a run as safetensors with a card, or in the layout of the released PyTorch code."""
+"""Exports scorers as safetensors with a model card, or in the layout of the released code."""
 
 from launch import app
 

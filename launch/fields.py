@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from fkv.jobs import READS
 
 BASE = Path(__file__).parents[1] / "configs" / "base.py"
-# Its lines: a group, what it is about, a field with a comment behind it, a comment above a field.
+# Lines of `configs.base`: a group, its docstring, a field with a comment, a comment above a field.
 _LINE = re.compile(
     r'def (?P<group>\w+)\(.*|    """(?P<about>.+)"""'
     r"|    config\.(?P<field>[\w.]+) = [^#]+(# (?P<behind>.+))?|    # (?P<above>.+)"
@@ -19,7 +19,7 @@ _COLUMN = 34
 
 
 def describe(job: str, config: ConfigDict, name: str) -> str:
-    """The fields of a config of this name that a job reads, with their values and meanings."""
+    """The fields that a job reads of the config `name`, with values and meanings."""
     reads = {"dry_run", *READS.get(job, config)}
     if job == "pipeline" and "pipeline" in config:
         stages = [READS.get(stage, ()) for stage in config.pipeline.stages]
@@ -28,7 +28,7 @@ def describe(job: str, config: ConfigDict, name: str) -> str:
     order = list(comment)
 
     def documented(field):
-        """The field, or the open group that it is in."""
+        """The field, or the open group it is in."""
         while field and field not in order:
             field = field.rpartition(".")[0]
         return field or order[-1]
@@ -49,9 +49,9 @@ def describe(job: str, config: ConfigDict, name: str) -> str:
 
 
 def comments() -> tuple[dict[str, str], dict[str, str]]:
-    """What the groups of `configs.base` are about, and what their fields mean."""
+    """Descriptions of the groups of `configs.base`, and of their fields."""
     about, meaning, group, above = {}, {}, "", ""
-    # Read and not imported: the user may have a package named configs.
+    # Parsed, not imported: the user may have a package named configs.
     for line in BASE.read_text().splitlines():
         found = match.groupdict() if (match := _LINE.fullmatch(line)) else {}
         group = found.get("group") or group
@@ -65,7 +65,7 @@ def comments() -> tuple[dict[str, str], dict[str, str]]:
 
 
 def leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The dotted names of all fields, and their values."""
+    """Dotted names and values of all fields."""
     for name, value in config.items():
         if isinstance(value, ConfigDict):
             yield from leaves(value, f"{prefix}{name}.")

@@ -1,7 +1,7 @@
-"""The config and the run directory that a command line asks for.
+"""Parses a command line into a config and a run directory.
 
-`ml_collections.config_flags` sets fields. What it does not do is here: recipes by name, a job's
-fields in `--help`, and errors in one line, with what may have been meant.
+`ml_collections.config_flags` sets fields. This adds recipes by name, a job's fields in `--help`,
+and one-line errors with suggestions.
 """
 
 import argparse
@@ -25,15 +25,15 @@ from launch import fields
 
 DISTRIBUTED = "--distributed"
 OPTIONS = ("--config", "--workdir", DISTRIBUTED, "--help")  # of every job
-CONFIGS = Path("configs")  # the user's, where the command is run
+CONFIGS = Path("configs")  # the user's, in the current directory
 PACKAGED = Path(__file__).parents[1] / "configs"
-SHARED = ("__init__", "base", "paper")  # modules beside the recipes
+SHARED = ("__init__", "base", "paper")  # modules that are not recipes
 
 
 def parse(
     argv: Sequence[str], description: str | None = None, options: Sequence[str] = OPTIONS
 ) -> tuple[ConfigDict, str]:
-    """The config, with its overrides, and the run directory that a command line asks for.
+    """The config, with its overrides, and the run directory of a command line.
 
     Args:
       options: known options, for suggestions.
@@ -77,7 +77,7 @@ def parse(
 
 
 def no_config(rest: Sequence[str]) -> UserError:
-    """For a command line without `--config`.
+    """The error for a command line without `--config`.
 
     Args:
       rest: arguments that were not understood.
@@ -97,11 +97,11 @@ def no_config(rest: Sequence[str]) -> UserError:
 def find_config(given: str) -> tuple[Path, str]:
     """The file and the argument of `--config=NAME[:ARGUMENT]`.
 
-    `tiny` is `tiny.py` or `configs/tiny.py` where the command is run, else the packaged recipe; so
-    is `configs/tiny.py`.
+    `tiny` is `tiny.py` or `configs/tiny.py` in the current directory, else the packaged recipe;
+    likewise `configs/tiny.py`.
 
     Raises:
-      UserError: there is no such file.
+      UserError: no such file.
     """
     name, _, argument = given.partition(":")
     path = files.expand(name)
@@ -111,7 +111,7 @@ def find_config(given: str) -> tuple[Path, str]:
     for folder in folders:
         start = folder / (path.name if folder == PACKAGED else path)
         for found in (start, start.with_name(f"{start.name}.py") if start.name else start):
-            if os.path.isfile(found):  # Path.is_file raises on names that are too long
+            if os.path.isfile(found):  # Path.is_file raises on overlong names
                 return found, argument
     if "=" in name:
         raise UserError(f"--config={given}: a field of the config is set by --config.{given}")
@@ -125,12 +125,12 @@ def find_config(given: str) -> tuple[Path, str]:
 
 
 def load_module(path: Path) -> ModuleType:
-    """The module of a config file, as `find_config` has found it."""
+    """The module of a config file found by `find_config`."""
     spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
     if spec is None:
         raise UserError(f"config file {path} is not a Python file: give configs/<name>.py")
     module = importlib.util.module_from_spec(spec)
-    # A packaged recipe imports its base, even where the user has a package named configs.
+    # A packaged recipe imports its own base, even if the user has a package named configs.
     found_first = [str(PACKAGED.parent)] if path.parent == PACKAGED else []
     sys.path[:0] = found_first
     try:
@@ -204,7 +204,7 @@ def _meant(config: ConfigDict, rest: Sequence[str], given: str, options: Sequenc
 
 
 def _field(config: ConfigDict, name: str) -> Any:
-    """The value of a field, which the command line may set."""
+    """The value of a field that the command line may set."""
     parent, value = "config", config
     for key in name.split("."):
         known = sorted(value) if isinstance(value, ConfigDict) else []

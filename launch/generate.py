@@ -1,4 +1,4 @@
-"""One answer with a bounded cache, printed as it is written."""
+"""Streams one answer, generated with a bounded cache."""
 
 from launch import app
 

@@ -1,6 +1,6 @@
 """Runs all points of a config's sweep(), and tabulates the results.
 
-One after the other, or on TPU pods (--backend). --config.key=value sets a field in every point.
+In sequence, or on TPU pods (--backend). --config.key=value sets a field in every point.
 Rerun to resume: finished points are kept. A config without a sweep() is a sweep of one job.
 """
 
@@ -36,10 +36,10 @@ def main(argv):
     root = options.workdir or flags.parse([argv[0], *shared, *where], options=OPTIONS)[1]
     root = str(files.expand(root)) if root.startswith("~") else root
     points = sweep.check(_points(options, path), common.JOBS)
-    for point in points:  # all are checked before the first runs
+    for point in points:  # all checked before the first runs
         try:
             config, _ = flags.parse(point.arguments(root, shared), options=OPTIONS)
-            if Path(root, point.name, sweep.DONE).exists():  # with this config, say of --config?
+            if Path(root, point.name, sweep.DONE).exists():  # with this config?
                 rundir.check_run(Path(root, point.name), config, common.other_jobs(point.job))
         except UserError as error:
             raise UserError(f"sweep point {point.name!r}: {error}") from None
@@ -58,7 +58,7 @@ def main(argv):
             where = "above" if options.show else f"their log.txt in {root}"
             raise UserError(
                 f"{len(failed)} of {len(some)} points did not finish "
-                f"({', '.join(p.name for p in failed)}): see {where}, then run again"
+                f"({', '.join(p.name for p in failed)}): see {where}, then rerun"
             )
 
 

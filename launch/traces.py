@@ -1,4 +1,4 @@
-"""The model's own answers to questions, or answers that are there, as traces in Parquet."""
+"""Writes the model's own answers to questions, or given answers, as traces in Parquet."""
 
 from launch import app
 

@@ -119,7 +119,7 @@ def test_damaged_and_absent_models_are_refused(tmp_path):
 
 
 def test_what_is_no_mesh_is_refused():
-    with pytest.raises(UserError, match=r"mesh = 3 must be devices, of fkv.runs.parallel"):
+    with pytest.raises(UserError, match=r"mesh = 3 must be devices, from fkv.runs.parallel"):
         fkv.load(mesh=3)
 
 
@@ -411,7 +411,7 @@ def test_impossible_requests_are_refused(words, bare, tmp_path):
         fkv.generate(words, ["w1", ""], **SIZES)
     with pytest.raises(UserError, match="no prompts given"):
         fkv.generate(words, [], **SIZES)
-    with pytest.raises(UserError, match="'snapvk' is not known; known are"):
+    with pytest.raises(UserError, match="'snapvk' is not known; choose from"):
         fkv.generate(words, "w1", "snapvk", **SIZES)
     for name, values in {
         "samples": (0, 1.0, "2", None, True, 10**9),

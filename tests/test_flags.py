@@ -71,7 +71,10 @@ def test_overrides_and_defaults():
     [
         ([], "no config given: add --config=<name>, for example --config=tiny"),
         (["--config=configs/toyy.py"], r"configs/toyy.py not found: did you mean toy\?"),
-        (["--config=configs/x.py"], "x.py not found: there are empty, fixed, other, qwen3_1p7b, "),
+        (
+            ["--config=configs/x.py"],
+            "x.py not found: choose from empty, fixed, other, qwen3_1p7b, ",
+        ),
         (["--config=nowhere/x.py"], "config file nowhere/x.py not found$"),
         (["--config=configs/empty.py"], r"empty.py has no get_config\(\)"),
         (["--config=configs/fixed.py:big"], "takes no argument: give --config=configs/fixed.py$"),
@@ -80,7 +83,7 @@ def test_overrides_and_defaults():
         (["--config=configs/toy.py", "--config.step=1"], r"no field 'step': did you mean steps\?"),
         (
             ["--config=configs/toy.py", "--config.model.x=1"],
-            "config.model has no field 'x': there are rates, widths",
+            "config.model has no field 'x': choose from rates, widths",
         ),
         (["--config=configs/toy.py", "--config.lr.x=1"], "config.lr has no field 'x'"),
         (
@@ -112,8 +115,8 @@ def test_overrides_and_defaults():
         (["configs/toy.py"], r"no config given: did you mean --config=configs/toy.py\?$"),
         (["--config=~nosuchuser/x.py"], "no home directory is known for ~nosuchuser"),
         (["--config=toy", "--workdir=~nosuchuser/x"], "no home directory is known for ~nosuchu"),
-        (["--config=configs/"], "configs/ not found: there are empty, fixed, other, .*, toy$"),
-        (["--config=configs"], "configs not found: there are empty, fixed, other, .*, toy$"),
+        (["--config=configs/"], "configs/ not found: choose from empty, fixed, other, .*, toy$"),
+        (["--config=configs"], "configs not found: choose from empty, fixed, other, .*, toy$"),
         (["--config=/"], "config file / not found"),
         ([f"--config={'x' * 5000}"], r"'xxx.*' can't be a path here \(File name too long\)"),
         ([f"--config={'x' * 254}"], "config file xxx.* not found"),

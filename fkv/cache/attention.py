@@ -1,9 +1,9 @@
 """Attention over a cache, full causal attention in query blocks, and the statistics of an eviction.
 
 Letters: b batch, t tokens, q queries, s cache slots, h query heads, k KV heads, g query heads per
-KV head, d head dim. A query sees a key whose position is known (-1 = empty or padding) and not
-later than its own. Softmax and statistics are float32 whatever the inputs are. Keys and values may
-be `slots.Int8`: their integers are multiplied, their scales go to logits and weights.
+KV head, d head dim. A query attends to keys at its own position or earlier; position -1 marks
+empty slots and padding. Softmax and statistics are float32 whatever the inputs are. Keys and values
+may be `slots.Int8`: the integers are multiplied, the scales are applied to logits and weights.
 """
 
 import functools
@@ -30,13 +30,13 @@ def _multiply(spec: str, x_bkgqz: Array, y_bksd: Array | kv.Int8) -> Array:
 
 
 def _scale(x_bkgqs: Array, y_bksd: Array | kv.Int8) -> Array:
-    """Logits or weights, times the scales of the entries they belong to if these have any."""
+    """Logits or weights, times the scales of their entries if these are `Int8`."""
     return x_bkgqs * y_bksd.scale[:, :, None, None] if isinstance(y_bksd, kv.Int8) else x_bkgqs
 
 
 def logits(q_bqhd: Array, k_bksd: Array | kv.Int8, visible_bkqs: Array) -> Array:
     """Scaled, masked attention logits [b, k, g, q, s] in float32."""
-    # The few queries are transposed: left to XLA, a CPU transposes the product.
+    # Transposes the few queries; left to XLA, a CPU transposes the product.
     q = jnp.moveaxis(numerics.group_queries(q_bqhd, k_bksd.shape[1]), 1, 3)
     multiply = functools.partial(_multiply, "bkgqd,bksd->bkgqs")
     if q.shape[3] == 1 and isinstance(k_bksd, Array):
@@ -70,7 +70,7 @@ def attend(
     total = p.sum(-1)
     dtype = q_bqhd.dtype if isinstance(v_bksd, kv.Int8) else v_bksd.dtype
     weight = _scale(p, v_bksd).astype(dtype)
-    # Heads first: asked for queries first, XLA on a CPU transposes the cache before multiplying.
+    # Heads first: with queries first, XLA on a CPU transposes the cache before multiplying.
     out = _multiply("bkgqs,bksd->bkgqd", weight, v_bksd) / total[..., None]
     out = jnp.moveaxis(out, 3, 1).reshape(q_bqhd.shape).astype(dtype)
     return out, top[..., 0] + jnp.log(total)
@@ -79,7 +79,7 @@ def attend(
 def attend_one(
     kernel: str, q_bqhd: Array, cache: kv.Cache, position_bq: Array
 ) -> tuple[Array, Array]:
-    """`attend` of one query a row at `position_bq`, masked as by `visible`.
+    """`attend` with one query per row at `position_bq`, masked as by `visible`.
 
     Args:
       kernel: that of a `ModelConfig`.
@@ -90,7 +90,7 @@ def attend_one(
     if kernel == "plain":
         seen = visible(position_bq, cache.position_bks)
         return attend(q_bqhd, cache.key_bksd, cache.value_bksd, seen)
-    from fkv.cache import kernels  # Pallas takes a while to import
+    from fkv.cache import kernels  # Pallas is slow to import
 
     platform, interpret = "gpu" if kernel == "interpret" else kernel, kernel == "interpret"
     return kernels.decode_attention(q_bqhd, cache, position_bq[:, 0], platform, 0, interpret)
@@ -100,11 +100,11 @@ def full_attention(
     q_bthd: Array, k_btkd: Array | kv.Int8, v_btkd: Array | kv.Int8, position_bt: Array,
     block: int = 256,
 ) -> tuple[Array, Array]:  # fmt: skip
-    """Causal attention of a whole sequence, one block of queries at a time: never T x T.
+    """Causal attention of a whole sequence, one block of queries at a time, never T x T.
 
     Args:
       position_bt: absolute positions, -1 for padding.
-      block: queries a block, at most; memory is `b * h * block * t` floats.
+      block: largest number of queries in a block; memory is `b * h * block * t` floats.
 
     Returns:
       Attended values [b, t, h, d] and log-sum-exps [b, k, g, t].
@@ -113,7 +113,7 @@ def full_attention(
     chex.assert_shape(k_btkd, (b, t, None, d))
     chex.assert_shape(position_bt, (b, t))
     blocks = -(-t // block)
-    block = -(-t // blocks)  # even: less padding than blocks
+    block = -(-t // blocks)  # equal blocks: fewer padding queries than blocks
     k_bktd, v_bktd = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 2), (k_btkd, v_btkd))
 
     def one(inputs):
@@ -138,7 +138,7 @@ def full_attention(
 class Statistics:
     """Attention of the last `L` queries to each cached entry, per query head, [b, k, s, g] each.
 
-    `last_8` and its like are sums over the newest 8, 16 and 32 queries; `total` over all `L`.
+    `last_8`, `last_16` and `last_32` sum over that many newest queries; `total` over all `L`.
     """
 
     largest: Array
@@ -149,8 +149,8 @@ class Statistics:
     last_32: Array
 
 
-# Queries whose probabilities are held at a time: no fewer than the largest window, and few enough
-# for a CPU's cache.
+# Queries whose probabilities are held at a time: at least the largest window, and few enough for a
+# CPU's cache.
 _BLOCK = 64
 
 
@@ -165,7 +165,7 @@ def statistics(
     Args:
       lse_bkgq: the log-sum-exps of these queries, as `attend` returns them.
       form: `windowed` sums over the newest queries as the names say; `reference` reproduces the
-        released code, in which all of these windows are the sum over all queries.
+        released code, in which every window is the sum over all queries.
     """
     b, k, s, d = k_bksd.shape
     chex.assert_shape(q_bqhd, (b, None, None, d))
@@ -182,14 +182,14 @@ def _statistics(form, q_bqhd, query_position_bq, k_bksd, key_position_bks, lse_b
     block = math.gcd(before, _BLOCK)
 
     def add(sums, start, count):
-        """Sums with those of queries [start, start + count), and their probabilities."""
+        """The sums plus those of queries [start, start + count), and their probabilities."""
         largest, smallest, total = sums
         q = jax.lax.dynamic_slice_in_dim(q_bqhd, start, count, 1)
         position = jax.lax.dynamic_slice_in_dim(query_position_bq, start, count, 1)
         lse = jax.lax.dynamic_slice_in_dim(lse_bkgq, start, count, 3)
         seen = visible(position, key_position_bks)
         p = jnp.exp(logits(q, k_bksd, seen) - lse[..., None])
-        p = jnp.where(seen[:, :, None], p, 0.0)  # padding queries give nothing
+        p = jnp.where(seen[:, :, None], p, 0.0)  # padding queries add nothing
         real = (position >= 0)[:, None, None, :, None]
         largest = jnp.maximum(largest, p.max(3))
         smallest = jnp.minimum(smallest, jnp.where(real, p, 1.0).min(3))

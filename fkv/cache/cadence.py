@@ -6,7 +6,7 @@ from typing import Self
 from fkv import kinds
 from fkv.errors import UserError
 
-FULL = 0  # the budget of the full cache in tables: it has none
+FULL = 0  # stands for the full cache, which has no budget, in tables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,11 +14,11 @@ class Cadence:
     """The cadence of eviction. Eviction `e` of a trace happens after `B + L + e * L` tokens.
 
     Attributes:
-      budget: B, the entries that a KV head keeps after an eviction.
-      interval: L, the tokens between evictions; B is a multiple of L, and larger.
+      budget: B, entries that a KV head keeps after an eviction.
+      interval: L, tokens between evictions; B is a larger multiple of L.
 
     Raises:
-      UserError: the sizes don't fit each other.
+      UserError: the two don't fit together.
     """
 
     budget: int
@@ -37,7 +37,7 @@ class Cadence:
 
     @classmethod
     def of(cls, budget: int, interval: int) -> Self:
-        """That of a cell of a table; for `FULL` only the interval is used."""
+        """The cadence of a table's cell; for `FULL` only the interval matters."""
         return cls(budget or 2 * interval, interval)
 
     @property
@@ -56,5 +56,5 @@ class Cadence:
         return self.slots
 
     def evictions(self, length: int) -> int:
-        """Evictions of a trace of `length` tokens that a later token attends after."""
+        """Evictions of a trace of `length` tokens that affect a later token."""
         return max(0, -(-(length - self.budget) // self.interval) - 1)

@@ -1,8 +1,8 @@
-"""Attention of one query a row, as one Pallas kernel for GPUs (Triton) and TPUs (Mosaic).
+"""Attention with one query per row, as one Pallas kernel for GPUs (Triton) and TPUs (Mosaic).
 
-Each cell of the grid reads one block of slots of one KV head once, keys and values, for all query
-heads of the group, and leaves the softmax over these slots alone; the blocks are combined outside.
-Keys and values are never copied: what the last block reads beyond the cache is masked.
+Each cell of the grid reads the keys and values of one block of slots of one KV head once, for all
+query heads of the group, and writes the softmax over this block; the blocks are combined outside
+the kernel. Keys and values are never copied: what the last block reads past the cache is masked.
 
 Letters: b batch, q queries (one), s cache slots, h query heads, k KV heads, g query heads per KV
 head, d head dim, n blocks of slots.
@@ -24,14 +24,14 @@ from fkv.models.numerics import MASKED, group_queries, precision
 # The fewest rows of a product of tiles (Triton), and of a bfloat16 tile on a TPU: a group with
 # fewer query heads is padded with zeros.
 ROWS = 16
-# Slots a block, at most. On a GPU a power of two, of no more bytes of keys than registers hold; on
-# a TPU half a megabyte or more, since each cell has some overhead.
+# Largest number of slots in a block. On a GPU a power of two whose keys fit into registers; on a
+# TPU half a megabyte or more, to amortise the overhead of a cell.
 GPU_BLOCK, GPU_BYTES = 128, 2**15
 TPU_BLOCK = 2048
 
 
 def block_slots(slots: int, key_bytes: int, platform: str) -> int:
-    """Slots that a cell of the grid reads: on a TPU, all or even blocks of whole tiles."""
+    """Slots that a cell of the grid reads: on a TPU, all of them or equal blocks of whole tiles."""
     if platform == "gpu":
         return max(ROWS, min(GPU_BLOCK, GPU_BYTES // key_bytes))
     blocks = -(-slots // TPU_BLOCK)
@@ -42,7 +42,7 @@ def decode_attention(
     q_bqhd: Array, cache: Cache, position_b: Array, platform: str, block: int = 0,
     interpret: bool = False,
 ) -> tuple[Array, Array]:  # fmt: skip
-    """`attention.attend` of one query a row at `position_b`, masked as by `attention.visible`.
+    """`attention.attend` with one query per row at `position_b`, masked as by `attention.visible`.
 
     Args:
       platform: `gpu` or `tpu`.
@@ -50,7 +50,7 @@ def decode_attention(
       interpret: run on any device as plain JAX; for tests.
 
     Raises:
-      UserError: the platform has no such kernel, or not for this head dim or dtype.
+      UserError: the kernel does not support the platform, head dim or dtype.
     """
     k_bksd, v_bksd = cache.key_bksd, cache.value_bksd
     b, kv_heads, slots, d = k_bksd.shape
@@ -84,7 +84,7 @@ def decode_attention(
     of_row = pl.BlockSpec((None, 1, 1), lambda i, j, n: (i, 0, 0))
     of_queries = pl.BlockSpec((None, None, rows, d), lambda i, j, n: (i, j, 0, 0))
     of_block = pl.BlockSpec((None, None, block, d), lambda i, j, n: (i, j, n, 0))
-    # Triton's arrays have all the rows, of which only those of the group are written.
+    # Triton's arrays have the padded rows, of which only the group's are written.
     written = rows if platform == "gpu" else group
     out, top, total = pl.pallas_call(
         functools.partial(_cell, (load, store), slots, group),
@@ -111,7 +111,7 @@ def _cell(memory, slots, group, *refs):
     block, d = k_ref.shape
 
     def inside(shape, axis):
-        """Which slots are in the cache; None for all."""
+        """Which slots lie within the cache; None if all do."""
         slot = jax.lax.broadcasted_iota(jnp.int32, shape, axis)
         return pl.program_id(2) * block + slot < slots if slots % block else None
 
@@ -143,7 +143,7 @@ def for_platform(platform: str) -> tuple[Callable, Callable, Any]:
             ) from None
 
         def load(ref, inside):
-            # Memory beyond the cache may not be ours to read.
+            # Memory past the cache may not be readable.
             return ref[...] if inside is None else triton.load(ref, mask=inside, other=0)
 
         def store(ref, value, rows):
@@ -155,7 +155,7 @@ def for_platform(platform: str) -> tuple[Callable, Callable, Any]:
         from jax.experimental.pallas import tpu
 
         def load(ref, inside):
-            # A block holds arbitrary values beyond the cache, NaN too.
+            # Past the cache a block holds arbitrary values, NaN included.
             return ref[...] if inside is None else jnp.where(inside, ref[...], 0)
 
         def store(ref, value, rows):

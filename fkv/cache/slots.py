@@ -2,9 +2,9 @@
 
 Of the `B + L` slots per KV head, [0, B) hold the kept entries and [B, B + L) are the staging ring
 into which the newest tokens are written. When the ring is full, `admit` drops exactly `L` entries
-and moves the staged entries that survive into the freed slots: at most `L` rows move, and filling
-up is the same code as running full, since empty slots are dropped first. The order of slots does
-not matter, because keys are cached after the rotation; `position` says which token a slot holds.
+and moves the staged entries that survive into the freed slots: at most `L` rows move. A cache that
+is still filling runs the same code, as empty slots are dropped first. The order of slots does not
+matter, as keys are cached after rotation; `position` says which token a slot holds.
 
 Keys and values are held in the model's dtype, or as `Int8`: quantised once, on arrival. An eviction
 moves integers and their scales, bit for bit.
@@ -23,11 +23,11 @@ from jax import Array
 
 @flax.struct.dataclass
 class Int8:
-    """Vectors in eight bits a number, each with a scale of its own: about `value * scale`.
+    """Vectors quantised to 8 bits with a scale each: approximately `value * scale`.
 
     Attributes:
       value: [..., d], int8.
-      scale: [...], float32: the largest magnitude of the vector over 127.
+      scale: [...], float32: the largest magnitude in the vector over 127.
     """
 
     value: Array
@@ -47,7 +47,7 @@ def quantise(x: Array) -> Int8:
 
 
 def stored(x: Array, cache_dtype: str) -> Array | Int8:
-    """Vectors [..., d] as the cache of a `ModelConfig` with this `cache_dtype` holds them."""
+    """Vectors [..., d] as a cache of this `ModelConfig.cache_dtype` holds them."""
     return quantise(x) if cache_dtype == "int8" else x
 
 
@@ -86,7 +86,7 @@ def init(
     lead = (batch, kv_heads, slots)
 
     def empty():
-        # Zeros, not uninitialised memory: a NaN value times a zero weight is NaN.
+        # Zeros, not uninitialised memory: a NaN times a zero weight is NaN.
         x = jnp.zeros((*lead, head_dim), dtype)
         return Int8(x, jnp.zeros(lead)) if x.dtype == jnp.int8 else x
 
@@ -97,8 +97,8 @@ def init(
 def unit_axes(array_bk: Array | Int8) -> tuple[int, ...]:
     """Which of the axes b and k have length one.
 
-    XLA drops such axes from products. A cache whose updates still have them is copied by a CPU at
-    every token, so updates, products and the carry of the decoding loop all go without them.
+    XLA drops such axes from products. On a CPU, a cache whose updates still have them is copied at
+    every token, so updates, products and the carry of the decoding loop all drop them.
     """
     return tuple(axis for axis in (0, 1) if array_bk.shape[axis] == 1)
 
@@ -107,10 +107,10 @@ def append(
     cache: Cache, slot: int | Array, key_btkd: Array | Int8, value_btkd: Array | Int8,
     position_bt: Array,
 ) -> Cache:  # fmt: skip
-    """Writes `t` new tokens at slots [slot, slot + t), the same for every row and head.
+    """Writes `t` new tokens at slots [slot, slot + t), the same slots for every row and head.
 
     Args:
-      key_btkd, value_btkd: quantised here for a cache of `Int8`, unless they are already.
+      key_btkd, value_btkd: quantised here for an `Int8` cache, unless they already are.
       position_bt: absolute positions, -1 for padding (the slot is then empty).
     """
     b, t, k, d = key_btkd.shape
@@ -138,7 +138,7 @@ def append(
 def choose(importance_bks: Array, position_bks: Array, interval: int) -> Array:
     """Slots of the `interval` least important entries [b, k, interval], lowest first.
 
-    Empty slots come before every entry; among equals the lower slot comes first.
+    Empty slots come before all entries; ties go to the lower slot.
     """
     importance = jnp.maximum(importance_bks, jnp.finfo(importance_bks.dtype).min)  # -inf is "empty"
     importance = jnp.where(position_bks < 0, -jnp.inf, importance)
@@ -149,7 +149,7 @@ def moves(evict_bkl: Array, slots: int) -> tuple[Array, Array]:
     """Which staged entry `admit` moves into which freed slot.
 
     Args:
-      evict_bkl: distinct slots to drop, any order, exactly `L` of the `slots`.
+      evict_bkl: exactly `L` distinct slots to drop, in any order.
       slots: B + L.
 
     Returns:
@@ -159,11 +159,11 @@ def moves(evict_bkl: Array, slots: int) -> tuple[Array, Array]:
     interval = evict_bkl.shape[-1]
     budget = slots - interval
     offset = jnp.arange(interval, dtype=evict_bkl.dtype)
-    # Sorted, so that the placement depends on the set of evicted slots alone.
+    # Sorted, so that placement depends only on the set of evicted slots.
     freed = jnp.sort(evict_bkl, axis=-1)
     dropped = (evict_bkl[..., :, None] == budget + offset[None, None, None]).any(-2)
     survivors_first = jnp.argsort(dropped, axis=-1, stable=True)
-    # As many kept slots are freed as staged entries survive, so the pairs match up.
+    # As many kept slots are freed as staged entries survive, so they pair up.
     target = jnp.where(freed < budget, freed, slots + offset[None, None])
     return target, budget + survivors_first
 

@@ -1,1 +1,1 @@
-"""Traces to train and measure on."""
+"""Traces to train and evaluate on, and benchmark questions."""

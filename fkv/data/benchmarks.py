@@ -17,7 +17,7 @@ CHOOSE = "Answer with the letter of the right choice."
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A benchmark's file or data set, and its columns; `wrong` are those of multiple choice."""
+    """A benchmark's file or data set, and its columns; `wrong` are those of wrong choices."""
 
     path: str
     split: str
@@ -47,24 +47,24 @@ class Question:
     id: str
     text: str  # the user's message, instruction included
     answer: str  # the reference
-    choice: bool = False  # whether that is the letter of one of the choices in the text
+    choice: bool = False  # whether it is the letter of one of the choices in the text
 
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """Questions, and the rows that can't be used: (row, why)."""
+    """Questions, and unusable rows: (row, reason)."""
 
     questions: list[Question]
     unusable: list[tuple[int, str]]
 
 
 def known(name: str, split: str, subset: str, question: str, answer: str) -> Source:
-    """The source of a name in `KNOWN`, or else of a file or hub id with these columns."""
+    """The source of this name in `KNOWN`, or else a file or hub id with these columns."""
     return KNOWN.get(name) or Source(name, split, subset, question, answer)
 
 
 def words(value: Any) -> str | None:
-    """A string, UTF-8 bytes, or a list of one such, as text; None for all else, and for blanks."""
+    """A string, UTF-8 bytes, or a list of one of these, as text; else, and for blanks, None."""
     if isinstance(value, list | tuple | np.ndarray) and len(value) == 1:
         return words(value[0])
     if isinstance(value, bytes):
@@ -90,18 +90,18 @@ def text(value: Any) -> str | None:
 
 
 def reference(value: Any) -> str | None:
-    """The `text` of a right answer, of GSM8K's, which end in `#### n`, the n."""
+    """The `text` of a right answer; for GSM8K's, which end in `#### n`, the n."""
     found = text(value)
     return found and (found.rsplit("####", 1)[-1].strip() or None)
 
 
 def load(source: Source, instruction: str) -> Benchmark:
-    """Reads a benchmark, with the instruction and a blank before each question.
+    """Reads a benchmark, with the instruction and a space before each question.
 
     Multiple choices follow the question in a fixed order.
 
     Raises:
-      UserError: it can't be read, lacks a column, or no row can be used.
+      UserError: it can't be read, lacks a column, or has no usable row.
     """
     path = source.path
     rows = sources.open_rows(path, source.split, source.subset)
@@ -121,13 +121,13 @@ def load(source: Source, instruction: str) -> Benchmark:
             continue
         asked, right, *wrong = found[0], *(x.strip() for x in found[1:])
         if right in wrong:
-            unusable.append((i, f"{source.wrong[wrong.index(right)]} is the right one, too"))
+            unusable.append((i, f"{source.wrong[wrong.index(right)]} is also the right one"))
             continue
         if wrong:
             asked, right = _choices(asked, [right, *wrong], i)
         questions.append(Question(ids[i], f"{instruction} {asked}".strip(), right, bool(wrong)))
     if not questions:
-        row, why = unusable[0] if unusable else (0, "there is none")
+        row, why = unusable[0] if unusable else (0, "the file is empty")
         raise UserError(
             f"{path}: none of its {len(rows)} rows has {' and '.join(names)} (row {row}: {why})"
         )
@@ -135,7 +135,7 @@ def load(source: Source, instruction: str) -> Benchmark:
 
 
 def _choices(asked: str, answers: list[str], row: int) -> tuple[str, str]:
-    """The question with all answers below it, and the letter of the first, the right one."""
+    """The question with all answers below it, and the letter of `answers[0]`, the right one."""
     order = np.random.default_rng(row).permutation(len(answers)).tolist()
     letters = string.ascii_uppercase[: len(answers)]
     lines = [f"{letter}) {answers[i]}" for letter, i in zip(letters, order, strict=True)]

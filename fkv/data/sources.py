@@ -24,9 +24,9 @@ _REFUSED = datasets.exceptions.DatasetGenerationError, pa.ArrowException, ValueE
 
 @dataclasses.dataclass(frozen=True)
 class JsonRows:
-    """Rows of a JSON file, with its values unchanged.
+    """Rows of a JSON file, with their values unchanged.
 
-    `datasets` reads JSON, too, but makes 1e30 of 10^30 + 1, 12.0 of 12, and times of text.
+    `datasets` would read 10^30 + 1 as 1e30, 12 as 12.0, and some text as times.
     """
 
     rows: list[dict[str, Any]]
@@ -78,16 +78,16 @@ def open_file(path: str) -> Rows:
             return JsonRows(_parse(place.read_bytes()))
         about = {}
         for file in parts:
-            if not file.is_file():  # a pipe would never end
+            if not file.is_file():  # reading a pipe may never end
                 raise ValueError("not a regular file")
             about[file] = pq.read_metadata(file)
             if about[file].schema.names != about[parts[0]].schema.names:
-                raise ValueError(f"other columns than in {parts[0]}")
+                raise ValueError(f"its columns differ from {parts[0]}")
         file, filled = path, [part for part in parts if about[part].num_rows]
         if not filled:
             raise ValueError("empty")
         _refuse_copies(filled)
-        # `datasets` takes names for patterns.
+        # `datasets` interprets names as patterns.
         names = [glob.escape(str(part)) for part in parts]
         return datasets.load_dataset(kind, data_files=names, split="train")
     except _REFUSED as error:
@@ -100,7 +100,7 @@ def _line(error: object) -> str:
 
 
 def _refuse_copies(parts: Sequence[Path]) -> None:
-    """Refuses files that share a trace (by the columns of `launch.traces`), or all their bytes."""
+    """Refuses files that share a trace (by the columns of `launch.traces`), or are identical."""
     seen: dict[str, Path] = {}
     sizes = collections.Counter(part.stat().st_size for part in parts)
     for part in parts:
@@ -125,7 +125,7 @@ def _refuse_copies(parts: Sequence[Path]) -> None:
 
 
 def _parse(data: bytes) -> list[dict[str, Any]]:
-    """Objects of JSON: one a line, all in an array, or a single one; ValueError names the line."""
+    """JSON objects: one per line, in an array, or a single one; ValueError names the line."""
     data = data.removeprefix(b"\xef\xbb\xbf")
     lines = {f"line {i}": line for i, line in enumerate(data.splitlines(), 1) if line.strip()}
     if not lines:
@@ -143,14 +143,14 @@ def _parse(data: bytes) -> list[dict[str, Any]]:
         found = {f"entry {i}": row for i, row in enumerate(rows)}
     for where, row in found.items():
         if not isinstance(row, dict):
-            raise ValueError(f"{where} is no JSON object")
+            raise ValueError(f"{where} is not a JSON object")
     return rows
 
 
 def _json(data: bytes, where: str = "") -> Any:
     try:
         found = json.loads(data.decode(), object_pairs_hook=_object)
-        if b"\\ud" in data.lower():  # JSON may escape half of a character, which is no text
+        if b"\\ud" in data.lower():  # JSON may escape half of a surrogate pair, which is not text
             json.dumps(found, ensure_ascii=False, default=str).encode()
         return found
     except json.JSONDecodeError as error:
@@ -158,7 +158,7 @@ def _json(data: bytes, where: str = "") -> Any:
     except UnicodeDecodeError as error:
         reason = f"not UTF-8, as byte {error.start} is {data[error.start]:#04x}: convert it"
     except UnicodeEncodeError:
-        reason = "half of a surrogate pair is no text"
+        reason = "half of a surrogate pair is not text"
     except RecursionError:
         reason = "nested too deeply"
     except ValueError as error:
@@ -167,10 +167,10 @@ def _json(data: bytes, where: str = "") -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object, with long lists of integers as arrays, which take a fifth of the memory."""
+    """An object; long lists of integers become arrays, at a fifth of the memory."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("one name twice in an object")
+        raise ValueError("an object repeats a name")
     for name, value in pairs:
         if isinstance(value, list) and len(value) > 64 and all(type(x) is int for x in value):
             with contextlib.suppress(OverflowError):
@@ -179,7 +179,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def column(rows: Rows, name: str, path: str) -> Sequence[Any]:
-    """One column of the rows; UserError if there is none, or it can't be read."""
+    """One column of the rows; UserError if it is missing or can't be read."""
     if name not in rows.column_names:
         there = ", ".join(rows.column_names) or "none"
         raise UserError(f"{path}: no column {name!r}; it has {there}")
@@ -191,6 +191,6 @@ def column(rows: Rows, name: str, path: str) -> Sequence[Any]:
     except pa.ArrowException as error:
         raise UserError(f"{path}: column {name!r} can't be read ({_line(error)})") from error
     if getattr(rows.features[name], "dtype", "") in ("float16", "float32"):
-        # In the precision that they have, 0.1 is 0.1 and not 0.10000000149.
+        # Printed in their own precision, 0.1 is 0.1 and not 0.10000000149.
         return [None if x is None else np.float32(x) for x in rows[name]]
     return rows[name]

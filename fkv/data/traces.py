@@ -1,4 +1,4 @@
-"""Traces: the token sequences that policies are trained and measured on."""
+"""Traces: the token sequences that policies are trained and evaluated on."""
 
 import dataclasses
 import hashlib
@@ -18,25 +18,25 @@ from fkv.tasks import ledger
 
 @dataclasses.dataclass(frozen=True)
 class Traces:
-    """Right-padded traces, all long enough that a token attends after an eviction; all int32."""
+    """Right-padded traces, each long enough that a token attends after an eviction; int32."""
 
     token_nt: np.ndarray  # ids [n, t]
     length_n: np.ndarray  # tokens of each
-    prompt_n: np.ndarray  # how many of these are the prompt, which the model did not write
-    padded_n: np.ndarray  # width of each one's bucket, equal within a batch
-    skipped: int = 0  # traces left out, not longer than `B + L`
+    prompt_n: np.ndarray  # how many of these are the prompt, which the model did not generate
+    padded_n: np.ndarray  # width of each trace's bucket, equal within a batch
+    skipped: int = 0  # traces left out as no longer than `B + L`
 
     def __len__(self) -> int:
         return len(self.length_n)
 
     def digests(self) -> list[str]:
-        """Identifies each trace by its index and a hash of its prompt's length and tokens."""
+        """A digest per trace: its index, and a hash of its prompt length and tokens."""
         columns = zip(self.prompt_n, self.token_nt, self.length_n, strict=True)
         data = [np.array([p, *token_t[:n]], "<i4").tobytes() for p, token_t, n in columns]
         return [f"{i}-{hashlib.sha256(x).hexdigest()[:16]}" for i, x in enumerate(data)]
 
     def rows(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens [b, t] of these traces, no wider than the widest of their buckets, and lengths."""
+        """Tokens [b, t] of these traces, as wide as the widest of their buckets, and lengths."""
         return self.token_nt[ids, : self.padded_n[ids].max()], self.length_n[ids]
 
 
@@ -55,9 +55,9 @@ def collect(
       longer_than: `B + L`; in shorter ones no token attends after an eviction.
       pad_to: padded lengths are rounded up to a multiple of this.
       where: names the source in errors.
-      prompts: tokens of each sequence's prompt; none when not given.
-      buckets: how many lengths at most: that of the longest trace, half of it, a quarter, ...
-      at_least: buckets with fewer traces, such as a batch has, join the next longer one.
+      prompts: number of prompt tokens of each sequence; by default none.
+      buckets: most padded lengths: that of the longest trace, half of it, a quarter, ...
+      at_least: buckets with fewer traces (say, a batch) are merged into the next longer one.
 
     Raises:
       UserError: no sequence is long enough.
@@ -106,11 +106,12 @@ def read(
 
     Args:
       prompt_column: of prompt lengths; empty for none, and None in the result.
-      corrupt: takes in (row, what is wrong) of unusable rows, which are an error without it.
+      corrupt: collects (row, reason) of unusable rows; without it, they are an error.
       vocabulary: ids must be below this.
 
     Raises:
-      UserError: the file can't be read, lacks a column, or has an unusable row, or only such.
+      UserError: the file can't be read, lacks a column, has unusable rows (see `corrupt`), or no
+        usable one.
     """
     rows = sources.open_file(path)
     entries = sources.column(rows, column, path)
@@ -125,7 +126,7 @@ def read(
         elif prompt is None:
             wrong = f"{prompt_column!r} is {reprlib.repr(length)}, not a whole number"
         elif not 0 <= prompt < max(len(ids), 1):
-            wrong = f"{prompt_column!r} is {prompt}, no prompt of a trace of {len(ids)} tokens"
+            wrong = f"{prompt_column!r} is {prompt}, not a prompt length for {len(ids)} tokens"
         else:
             sequences.append(ids)
             prompts.append(prompt)
@@ -141,7 +142,7 @@ def read(
 def _ids(entry: Any) -> np.ndarray | None:
     """The entry as token ids; None if it is something else."""
     if isinstance(entry, list) and any(isinstance(x, bool) for x in entry):
-        return None  # to NumPy, a number like others
+        return None  # NumPy would take it for a number
     try:
         x = np.asarray(entry)
     except (ValueError, OverflowError):
@@ -153,7 +154,7 @@ def _ids(entry: Any) -> np.ndarray | None:
 
 
 def _whole(value: Any) -> int | None:
-    """The integer, which a column with gaps has as a float; None if it is something else."""
+    """The integer, also if stored as a float (in a column with gaps); else None."""
     if isinstance(value, float | np.floating) and float(value).is_integer():
         return int(value)
     return value if type(value) is int else None
@@ -162,10 +163,10 @@ def _whole(value: Any) -> int | None:
 def batches(traces: Traces, batch: int, seed: int) -> grain.MapDataset:
     """Endless shuffled batches: entry `i` holds the indices of the traces of batch `i`.
 
-    The traces of a batch share a bucket; buckets take turns by their numbers of traces.
+    The traces of a batch share a bucket; buckets alternate in proportion to their sizes.
 
     Raises:
-      UserError: there are fewer traces than a batch has.
+      UserError: a batch is larger than the number of traces.
     """
     if batch > len(traces):
         raise UserError(f"batch = {batch} is larger than the number of traces, {len(traces)}")
@@ -180,7 +181,7 @@ def batches(traces: Traces, batch: int, seed: int) -> grain.MapDataset:
 
 def iterate(batches: grain.MapDataset, state: dict | None = None) -> grain.DatasetIterator:
     """An iterator over the batches, from the start or from the state of another."""
-    # Nothing is read ahead: rows lie in memory, and the state is that of the last batch taken.
+    # No prefetching: rows are in memory, and the state is that of the last batch taken.
     iterator = iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0)))
     if state is not None:
         iterator.set_state(state)

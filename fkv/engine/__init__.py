@@ -1,1 +1,1 @@
-"""Eviction policies at work: replay of whole traces, prefill and decoding."""
+"""The model under eviction policies: replay of whole traces, prefill and decoding."""

@@ -1,4 +1,4 @@
-"""A batch of traces or prompts, and what follows from lengths and padding."""
+"""A batch of traces or prompts: positions, and which predictions count."""
 
 from typing import Self
 
@@ -10,13 +10,13 @@ from jax import Array
 
 @flax.struct.dataclass
 class Batch:
-    """Token sequences side by side, NumPy's arrays or JAX's.
+    """A batch of token sequences, as NumPy or JAX arrays.
 
     Attributes:
       token_bt: token ids, padded.
       length_b: tokens of each row.
-      prompt_b: how many of these are the prompt, which the model did not write.
-      padding_b: padding in front of each row; the rest of it is at the end.
+      prompt_b: how many of these are the prompt, which the model did not generate.
+      padding_b: left padding of each row; the rest of its padding is on the right.
     """
 
     token_bt: Array
@@ -26,7 +26,7 @@ class Batch:
 
     @classmethod
     def of(cls, token_bt: Array, length_b: Array, prompt_b: Array | None = None) -> Self:
-        """Right-padded traces, with prompts of these lengths, or without any."""
+        """Right-padded traces, with prompts of these lengths or none."""
         none = np.zeros(np.shape(length_b), np.int32)
         return cls(token_bt, length_b, none if prompt_b is None else prompt_b, none)
 
@@ -40,8 +40,8 @@ class Batch:
     def counted_bt(self, first: int = 0) -> Array:
         """Which predictions count, bool [b, t - 1]: entry i is about token i + 1 of the trace.
 
-        Those of tokens that the model wrote, and from token `first` on: with
-        `Cadence.first_evicting_token`, those that an eviction can change.
+        Those of generated tokens from token `first` on: with `Cadence.first_evicting_token`, those
+        that an eviction can change.
         """
         index = np.arange(1, self.token_bt.shape[1])[None]
         begin = self.prompt_b.clip(first)[:, None]

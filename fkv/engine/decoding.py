@@ -1,12 +1,12 @@
 """Generation with eviction: prefill through replay, then decoding on the device.
 
 Decoding is step-outer: unrolled layers with one cache each, an inner `scan` of exactly `L` steps,
-one eviction, and an outer `while_loop` that ends when every row is done. A new token is written at
-the same slot of every row: prompts are left-padded to a multiple of `L`, padding being empty slots
-that nothing attends to and that are the first to be dropped. So what happens to a row depends on
-its own tokens alone, whatever else is in the batch.
+one eviction, and an outer `while_loop` that ends when every row is done. A new token is written to
+the same slot in every row: prompts are left-padded to a multiple of `L`, and padding leaves empty
+slots, which nothing attends to and which are dropped first. So the output of a row depends on its
+own tokens only, whatever else is in the batch.
 
-A policy that does not evict (`full`) has a cache as long as prompt and answer; all else is shared.
+A policy that does not evict (`full`) has a cache for prompt and answer; the rest is shared.
 """
 
 import dataclasses
@@ -32,17 +32,17 @@ from fkv.models import LM
 from fkv.policies.base import Policy
 
 NO_TOKEN = -1
-_NOT_FINITE = -2  # in place of a token where logits are NaN or infinite; ends the row
+_NOT_FINITE = -2  # stands for a token where logits are NaN or infinite; ends the row
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling(kinds.Settings):
-    """How the next token is drawn; in this order, as in `transformers`.
+    """How the next token is sampled; applied in this order, as in `transformers`.
 
     Attributes:
-      temperature: divides the logits; 0 takes the likeliest token.
-      top_k: only the `k` likeliest tokens can be drawn; 0 for all.
-      top_p: of these, the smallest set of likeliest tokens with at least this much of their
+      temperature: divides the logits; 0 is greedy.
+      top_k: only the `k` likeliest tokens can be sampled; 0 for all.
+      top_p: of these, the smallest set of likeliest tokens with at least this share of the
         probability; 1 for all.
     """
 
@@ -53,11 +53,11 @@ class Sampling(kinds.Settings):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What every step of decoding goes by; static under `jit`.
+    """Settings of decoding; static under `jit`.
 
     Attributes:
-      cadence: of evictions; of a policy that evicts nothing, only the interval is used.
-      sampling: how tokens are drawn.
+      cadence: of evictions; for a policy that does not evict, only the interval is used.
+      sampling: of the tokens.
       stop: tokens that end a row.
     """
 
@@ -67,7 +67,7 @@ class Plan:
 
 
 def sample(logits_bv: Array, key_b: Array, sampling: Sampling) -> Array:
-    """Draws one token per row [b], int32, each with its own key.
+    """Samples one token per row [b], int32, each with its own key.
 
     The vocabulary is never sorted when `top_k` is given.
     """
@@ -82,7 +82,7 @@ def sample(logits_bv: Array, key_b: Array, sampling: Sampling) -> Array:
         x = jnp.take_along_axis(x, token, axis=-1)
     if sampling.top_p < 1:
         p = jax.nn.softmax(x, axis=-1)
-        before = jnp.cumsum(p, axis=-1) - p  # of the likelier ones: the first always stays
+        before = jnp.cumsum(p, axis=-1) - p  # of likelier tokens: the first always stays
         x = jnp.where(before < sampling.top_p, x, -jnp.inf)
     drawn = jax.vmap(jax.random.categorical)(key_b, x)
     if token is not None:
@@ -91,11 +91,11 @@ def sample(logits_bv: Array, key_b: Array, sampling: Sampling) -> Array:
 
 
 def left_pad(prompts: Sequence[np.ndarray], multiple: int = 1, width: int = 0) -> Batch:
-    """Aligns prompts at their ends.
+    """Left-pads prompts.
 
     Args:
       multiple: the width is rounded up to a multiple of this.
-      width: of the batch, at least.
+      width: least width of the batch.
     """
     length = np.array([len(prompt) for prompt in prompts], np.int32)
     width = -(-max(width, *length) // multiple) * multiple
@@ -107,14 +107,14 @@ def left_pad(prompts: Sequence[np.ndarray], multiple: int = 1, width: int = 0) -
 
 @flax.struct.dataclass
 class State:
-    """Everything that changes while decoding.
+    """The state of decoding.
 
     Attributes:
       caches: one per layer.
-      token_b: the newest token of each row, drawn but not yet in the cache.
+      token_b: the newest token of each row, sampled but not yet in the cache.
       position_b: its absolute position.
-      left_b: how many more tokens each row may add after `token_b`; 0 when it is done.
-      key_b: one PRNG key per row; a draw depends on it and on the position alone.
+      left_b: how many more tokens each row may add after `token_b`; 0 when done.
+      key_b: one PRNG key per row; a draw depends only on it and on the position.
       chunk: chunks processed, prompt included, int32.
     """
 
@@ -134,7 +134,7 @@ def _next(lm, hidden_bm, key_b, position_b, sampling):
 
 
 def _left(token_b, left_b, stop):
-    """Tokens left after drawing `token_b`: none after a stop token, or if it is none."""
+    """Tokens left after `token_b`: none if it is a stop token or not a token."""
     stopped = (token_b == _NOT_FINITE) | (
         token_b[:, None] == jnp.asarray(stop, jnp.int32).reshape(1, -1)
     ).any(-1)
@@ -150,10 +150,10 @@ def prefill(
     limit_b: Array,
     new_tokens: int,
 ) -> State:
-    """Runs the prompts and draws the first token of each row.
+    """Runs the prompts and samples the first token of each row.
 
-    One program runs layer after layer: each leaves its cache where decoding will have it, so that
-    no cache is there twice.
+    One program runs layer after layer; each leaves its cache where decoding uses it, so that no
+    cache exists twice.
 
     Args:
       prompts: from `left_pad`; with a policy that evicts, `t` is a multiple of `L`.
@@ -169,7 +169,7 @@ def prefill(
         caches.append(cache)
     token, position_b, left = _first_token(lm, plan, hidden, position, key_b, limit_b)
     chunk = jnp.asarray(-(-position.shape[1] // plan.cadence.interval), jnp.int32)
-    # Decoding takes the state's place in memory, and the keys are the caller's.
+    # Copied, as decoding donates the state and the keys are the caller's.
     return State(tuple(caches), token, position_b, left, jnp.copy(key_b), chunk)
 
 
@@ -187,11 +187,11 @@ def prefill_layer(
     position_bt: Array,
     room: int,
 ) -> tuple[Array, kv.Cache]:
-    """One layer of `prefill`: its output, which takes the place of its input, and its cache.
+    """One layer of `prefill`: its output, in the buffer of its input, and its cache.
 
     Args:
-      layers, policy: of all layers, of which `site.layer` says which one it is.
-      room: slots that a full cache has for new tokens.
+      layers, policy: of all layers; `site.layer` selects one.
+      room: slots of a full cache for new tokens.
     """
     (b, t), config = position_bt.shape, site.config
     weights, policy = jax.tree.map(lambda x: x[site.layer], (layers, policy))
@@ -216,14 +216,14 @@ def _first_token(lm, plan, hidden, position, key_b, limit_b):
 def decode_chunk(
     lm: LM, policy: Policy, plan: Plan, state: State, prompt_width: int
 ) -> tuple[State, Array]:
-    """`L` decoding steps and the eviction after them.
+    """`L` decoding steps and the eviction that follows.
 
     Args:
-      prompt_width: padded width of the prompts, which a full cache holds in front.
+      prompt_width: padded width of the prompts, the first slots of a full cache.
 
     Returns:
-      The state, and the tokens [b, L] that were put into the cache, `NO_TOKEN` for rows that were
-      done: the first is the one drawn last time.
+      The state, and the tokens [b, L] that entered the cache, `NO_TOKEN` for rows that were done;
+      the first was sampled in the previous call.
     """
     config, interval = lm.config, plan.cadence.interval
     weights = models.unstack(lm)
@@ -247,7 +247,7 @@ def decode_chunk(
             queries.append((q[:, 0], lse[..., 0]))
         drawn = _next(lm, hidden[:, 0], state.key_b, position + 1, plan.sampling)
         emitted = jnp.where(done, NO_TOKEN, token)
-        done = left == 0  # the token just put in was the last one
+        done = left == 0  # the token just cached was the last one
         left = jnp.where(done, 0, _left(drawn, left, plan.stop))
         held = jax.tree.map(lambda x: jnp.squeeze(x, axes), tuple(held))
         carry = (held, drawn, position + 1, left, done)
@@ -273,10 +273,10 @@ def decode_chunk(
 def evict(
     policy: Policy, caches: Sequence[kv.Cache], chunks: Sequence[Chunk], site: Site
 ) -> tuple[kv.Cache, ...]:
-    """The eviction of every layer, when the staging rings are full.
+    """Evicts in every layer, when the staging rings are full.
 
     Args:
-      chunks: the last `L` tokens in each layer; positions are -1 for rows that were done.
+      chunks: the last `L` tokens in each layer; positions are -1 for finished rows.
       site: of any layer.
     """
     held = []
@@ -300,8 +300,8 @@ def decode(
     """Decodes until every row is done, in one program on the device.
 
     Returns:
-      Tokens [b, n], `NO_TOKEN` after a row's last one, `n` being `new_tokens` rounded up to a
-      multiple of `L`; and the last state, whose caches took the place of those given.
+      Tokens [b, n], `NO_TOKEN` after a row's last one, with `n` being `new_tokens` rounded up to a
+      multiple of `L`; and the last state, whose caches reuse the buffers of those given.
     """
     interval = plan.cadence.interval
     chunks = -(-new_tokens // interval)
@@ -350,19 +350,19 @@ def generate(
     limit: Sequence[int],
     width: int = 0,
 ) -> list[np.ndarray]:
-    """Continues prompts of any lengths under a policy.
+    """Continues prompts of any length under a policy.
 
     Args:
-      prompts: token ids of each row; longer ones than `B + L` are evicted from as they are read.
+      prompts: token ids of each row; prefill evicts from those longer than `B + L`.
       key_b: one PRNG key per row: equal rows with different keys are different samples.
-      limit: of each row, at most this many tokens are added; 0 leaves a row out.
-      width: pad prompts to at least this width, so that batches share a program.
+      limit: largest number of new tokens for each row; 0 leaves a row out.
+      width: least padded width of the prompts, so that batches share a program.
 
     Returns:
       The new tokens of each row, the stop token included.
 
     Raises:
-      UserError: a prompt is empty or has a token that the model does not know, or sizes are wrong.
+      UserError: a prompt is empty or has an id outside the vocabulary, or sizes are wrong.
     """
     state, width = _start(lm, policy, plan, prompts, key_b, limit, width)
     out, _ = decode(lm, policy, plan, state, width, max(limit))
@@ -375,7 +375,7 @@ def generate(
 
 
 def _check_finite(rows: Sequence[np.ndarray], lm: LM) -> None:
-    """Refuses rows in which a token could not be drawn."""
+    """Refuses rows in which a token could not be sampled."""
     if bad := [i for i, row in enumerate(rows) if (row == _NOT_FINITE).any()]:
         dtype = lm.params["embed_vm"].dtype
         other = "float32" if dtype == jnp.bfloat16 else "bfloat16 or float32"
@@ -394,7 +394,7 @@ def stream(
     key_b: Array,
     limit: Sequence[int],
 ) -> Iterator[list[np.ndarray]]:
-    """As `generate`, but yields the new tokens of every row after each `L` steps."""
+    """`generate`, but yields the new tokens of every row after every `L` steps."""
     state, width = _start(lm, policy, plan, prompts, key_b, limit)
     for _ in range(-(-max(limit) // plan.cadence.interval)):
         state, tokens = _decode_chunk(lm, policy, plan, state, width)
@@ -406,13 +406,13 @@ def stream(
 
 
 def evictions(prompt: int, generated: int, cadence: Cadence) -> int:
-    """How many evictions of a row of generation dropped an entry that a later token missed.
+    """How many evictions of a generated row a later token attends after.
 
-    Counted for heads that keep B entries; where budgets are shared unevenly, some drop earlier.
+    Counted for heads that keep B entries; with uneven budgets some evict earlier.
 
     Args:
       prompt, generated: tokens of the row. The last generated token never enters attention.
     """
     cached = prompt + generated - 1
-    first = (prompt - 1) % cadence.interval + 1  # the prompt's first chunk is the incomplete one
+    first = (prompt - 1) % cadence.interval + 1  # the prompt's first chunk is the partial one
     return sum(end > cadence.budget for end in range(first, cached, cadence.interval))

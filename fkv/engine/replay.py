@@ -1,10 +1,10 @@
-"""A whole trace through the model under an eviction policy, chunk by chunk.
+"""Replay: whole traces through the model under an eviction policy, chunk by chunk.
 
 The tokens are known, so replay is layer-outer: a layer projects all `T` tokens at once, then scans
-over chunks of `L` for attention and eviction alone, and only one layer's cache is alive. Every
-chunk attends to the survivors plus itself, so hidden states are those of an evicted cache.
+over chunks of `L` for attention and eviction alone, and only one layer's cache is live. Every
+chunk attends to the survivors and itself, so hidden states are those of an evicted cache.
 
-What happens to a row depends on its own tokens and key alone.
+The result of a row depends on its own tokens and key only.
 """
 
 from collections.abc import Callable
@@ -28,8 +28,8 @@ from fkv.policies.base import Policy, View, check_given
 
 DECAY = 0.9
 
-# From accumulator, policy, view and evicted slots [b, k, l] of an eviction to the new accumulator
-# and something to stack over chunks.
+# (accumulator, policy, view, evicted slots [b, k, l]) of an eviction -> the new accumulator, and
+# outputs to stack over chunks.
 Observer = Callable[[Any, Policy, View, Array], tuple[Any, Any]]
 Projections = tuple[Array, Array, Array]  # q [b, t, h, d], k and v [b, t, k, d] of one layer
 
@@ -46,7 +46,7 @@ class Chunk:
       query_blhd: their queries, rotated.
       lse_bkgl: log-sum-exps of their attention, as `attention.attend` returns them.
       position_bl: their positions, -1 for padding.
-      index: chunks before this one, int32.
+      index: number of chunks before this one, int32.
     """
 
     query_blhd: Array
@@ -75,7 +75,7 @@ class Site:
 def _accumulate(
     cache: kv.Cache, stats: attention.Statistics, newest_b: Array, cadence: Cadence
 ) -> kv.Cache:
-    """Adds an interval's attention to the sums that travel with the entries."""
+    """Adds an interval's attention to the sums stored with the entries."""
     # Nothing decays while the first B tokens fill the cache.
     decay = jnp.where(newest_b >= cadence.budget, DECAY, 1.0)[:, None, None, None]
     slots = cache.position_bks.shape[-1]
@@ -91,7 +91,7 @@ def _accumulate(
 def init_cache(
     policy: Policy, batch: int, config: ModelConfig, cadence: Cadence, dtype: jnp.dtype
 ) -> kv.Cache:
-    """An empty cache of one layer, in the model's `cache_dtype` or else in `dtype`."""
+    """An empty cache of one layer, in the model's `cache_dtype` if set, else in `dtype`."""
     entry = ()
     if policy.statistics:
         sums = jax.ShapeDtypeStruct((config.group_size,), jnp.float32)
@@ -104,7 +104,7 @@ def init_cache(
 def evict(
     policy: Policy, cache: kv.Cache, chunk: Chunk, site: Site
 ) -> tuple[View, Array, kv.Cache]:
-    """One layer's eviction, when its staging ring is full: replay and decoding both come here.
+    """One layer's eviction, when its staging ring is full; shared by replay and decoding.
 
     Args:
       policy: with its arrays sliced to this layer.
@@ -121,7 +121,7 @@ def evict(
         cache = _accumulate(cache, stats, newest_b, site.cadence)
 
     def draw_key(key, newest):
-        # By position, not by chunk: a row draws the same however the batch is padded.
+        # By position, not by chunk: draws of a row do not depend on the padding of the batch.
         return key_of(key, Purpose.EVICTION, site.layer, newest)
 
     random_b = jax.vmap(draw_key)(site.key_b, newest_b)
@@ -134,8 +134,8 @@ def evict(
     if view.capacity == view.budget:
         slots = policy.evict(view)
         check_given(policy, "evict", slots, (*lead, view.interval), jnp.integer)
-        slots = slots.astype(jnp.int32)  # others may be too small to count in
-    else:  # what is dropped leaves empty slots, and those are freed
+        slots = slots.astype(jnp.int32)  # narrower types may overflow
+    else:  # dropped entries leave empty slots, which are freed
         drop = policy.drop(view)
         check_given(policy, "drop", drop, cache.position_bks.shape, jnp.bool_)
         position = jnp.where(drop, -1, cache.position_bks)
@@ -147,11 +147,11 @@ def evict(
 def check(policy: Policy, config: ModelConfig, cadence: Cadence, rows: int = 2) -> None:
     """Refuses a policy that does not fit the model or the sizes, before anything is run.
 
-    Beside what the policy says itself, one eviction is traced on shapes alone.
+    Besides the policy's own check, one eviction is traced on shapes alone.
 
     Args:
-      policy: what was given as such, be it one or not.
-      rows: of the batch, for policies that know them.
+      policy: what the user gave as one.
+      rows: of the batch, for policies made for a certain batch.
 
     Raises:
       UserError: one line that names the policy and both sides.
@@ -187,14 +187,14 @@ def layer_pass(
 
     Args:
       policy: with its arrays sliced to this layer.
-      qkv: what `models.project` gives.
+      qkv: from `models.project`.
       position_bt: absolute positions, -1 for padding.
-      observe: called at every eviction; the first `B / L` only take the first `B` tokens in.
-      acc: where its accumulator starts.
+      observe: called after every chunk; the first `B / L` only fill the cache.
+      acc: initial value of its accumulator.
 
     Returns:
-      Attended values [b, t, h, d], the cache in the end, the accumulator, and what was stacked
-      over `ceil(T / L)` chunks.
+      Attended values [b, t, h, d], the final cache, the accumulator, and the outputs of `observe`
+      stacked over `ceil(T / L)` chunks.
     """
     (b, t, h, d), interval = qkv[0].shape, site.cadence.interval
     chunks = -(-t // interval)
@@ -232,7 +232,7 @@ def full_pass(
 
 
 def row_keys(key: Array, batch: int) -> Array:
-    """One PRNG key per row of a batch, the same whatever the number of rows."""
+    """One PRNG key per row of a batch; those of a row do not depend on the number of rows."""
     return keys_of(key, batch)
 
 
@@ -249,12 +249,12 @@ def replay(
 
     Args:
       policy: any policy; `full` runs one pass over the whole sequence.
-      key_b: one PRNG key per row, for policies that draw; those of seed 0 if not given.
+      key_b: one PRNG key per row, for policies that sample; by default those of seed 0.
       observe, acc: see `layer_pass`; not called by `full`.
 
     Returns:
-      Hidden states after the last layer [b, t, m], accumulators [layers, ...], and what was
-      observed [layers, chunks, ...].
+      Hidden states after the last layer [b, t, m], accumulators [layers, ...], and outputs of
+      `observe` [layers, chunks, ...].
     """
     base.check(policy, lm.config, cadence)
     position = batch.position_bt

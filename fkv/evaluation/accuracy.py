@@ -1,9 +1,9 @@
-"""pass@1 of each policy, and how sure that figure is.
+"""pass@1 of each policy, with confidence intervals.
 
-Intervals are over problems: samples of one problem are no independent evidence. One sample a
-problem has the exact (Clopper-Pearson) interval, several have the bootstrap's. Differences are
-paired by problem; their Wald intervals, after a problem won and one lost have been added (Bonett
-and Price, J. Educ. Behav. Stat. 37, 2012), keep their coverage for few differences, too.
+Intervals are over problems, as samples of one problem are not independent. They are exact
+(Clopper-Pearson) for one sample per problem, and bootstrapped for several. Differences are paired
+by problem; their intervals are Wald's after adding one problem won and one lost (Bonett and Price,
+J. Educ. Behav. Stat. 37, 2012), which keeps the coverage when few problems differ.
 """
 
 import dataclasses
@@ -15,11 +15,11 @@ from scipy import special
 from fkv.evaluation import answers, tables
 from fkv.evaluation.math_answers import FAILED, NO_ANSWER, TIMEOUT
 
-Cell = tuple[str, int]  # policy and budget; budget 0 is the full cache
+Cell = tuple[str, int]  # policy and budget, 0 for the full cache
 
 
 def exact_interval(right: float, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Clopper-Pearson interval of a share, seen as `right` in `n`."""
+    """Clopper-Pearson interval of a share, observed as `right` of `n`."""
     tail = (1 - level) / 2
     low = special.betaincinv(right, n - right + 1, tail) if right > 0 else 0.0
     high = special.betaincinv(right + 1, n - right, 1 - tail) if right < n else 1.0
@@ -40,7 +40,7 @@ class Difference:
 
 
 def difference(ours_p: np.ndarray, theirs_p: np.ndarray, level: float = 0.95) -> Difference:
-    """Our accuracy minus theirs, from the share of right answers to each problem."""
+    """Our accuracy minus theirs, from the share of right answers per problem."""
     gain_p = np.subtract(ours_p, theirs_p, dtype=float)
     shrunk_p = np.append(gain_p, [1.0, -1.0])
     half = special.ndtri((1 + level) / 2) * shrunk_p.std() / len(shrunk_p) ** 0.5
@@ -50,20 +50,20 @@ def difference(ours_p: np.ndarray, theirs_p: np.ndarray, level: float = 0.95) ->
 
 @dataclasses.dataclass(frozen=True)
 class Accuracy:
-    """One policy at one budget; shares and means are over all its answers."""
+    """One policy at one budget; shares and means are over all of its answers."""
 
     policy: str
     budget: int  # 0 is the full cache
     right_pn: np.ndarray  # verdicts, [problems, samples] bool
     tokens: float  # mean length
-    truncated: float  # share cut off by the limit on new tokens
-    evictions: float  # mean number that a later token attends after
-    lost: int | None = None  # samples that only the full cache answers right, where it ran
-    gained: int | None = None  # that only this policy does
-    no_answer: float = 0.0  # share without one
-    undecided: tuple[int, int] = (0, 0)  # wrong as the deadline was exceeded, math-verify failed
-    difference: Difference | None = None  # to the full cache, where it ran
-    trained: str = ""  # the budget of the scorers' training, see `Trained.at`
+    truncated: float  # share that hit the limit on new tokens
+    evictions: float  # mean number of those that a later token attends after
+    lost: int | None = None  # samples that only the full cache answers right, if it ran
+    gained: int | None = None  # samples that only this policy answers right
+    no_answer: float = 0.0  # share without an answer
+    undecided: tuple[int, int] = (0, 0)  # counted as wrong: deadline exceeded, math-verify failed
+    difference: Difference | None = None  # to the full cache, if it ran
+    trained: str = ""  # the scorers' budget in training, see `Trained.at`
 
     @property
     def pass_at_1(self) -> float:
@@ -73,7 +73,7 @@ class Accuracy:
     def interval(self, resamples: int = 2000, level: float = 0.95) -> tuple[float, float]:
         """Confidence interval of `pass_at_1` over problems, deterministic.
 
-        If all have the same share, where a bootstrap says nothing, it is that of one sample each.
+        Where a bootstrap is degenerate, as all problems have one share, it is `exact_interval`.
         """
         per_problem = self.right_pn.mean(1)
         n = len(per_problem)
@@ -90,7 +90,7 @@ def verdicts(rows: Iterable[Mapping]) -> dict[tuple[str, int], bool]:
 
 
 def by_cell(rows: Iterable[Mapping]) -> dict[Cell, list[Mapping]]:
-    """Rows of `samples.jsonl` of each policy and budget."""
+    """Rows of `samples.jsonl`, by policy and budget."""
     found = {}
     for row in rows:
         found.setdefault((row["policy"], row["budget"]), []).append(row)
@@ -100,11 +100,11 @@ def by_cell(rows: Iterable[Mapping]) -> dict[Cell, list[Mapping]]:
 def paired(
     ours: Mapping[tuple[str, int], bool], theirs: Mapping[tuple[str, int], bool]
 ) -> tuple[int, int, Difference | None]:
-    """Compares `verdicts` on the samples that both have.
+    """Compares `verdicts` on common samples.
 
     Returns:
-      How many only they answer right, how many only we do, and the difference paired by problem,
-      None without a common sample.
+      How many only they answer right, how many only we do, and the difference paired by problem;
+      None without common samples.
     """
     common = [key for key in ours if key in theirs]
     pairs, both = [(ours[key], theirs[key]) for key in common], {}
@@ -130,7 +130,7 @@ def _summary(cell: Cell, rows: Sequence[Mapping], full: Sequence[Mapping] | None
     samples = sorted({sample for _, sample in own})
     lost, gained, against = (None,) * 3 if full is None else paired(own, verdicts(full))
     says = [row["verdict"] for row in rows]
-    # The embedded task calls a missing answer wrong.
+    # The embedded task counts a missing answer as wrong.
     mute = [r["verdict"] == NO_ANSWER or r.get("answer", "") is None for r in rows]
     means = ([row[name] for row in rows] for name in ("tokens", "truncated", "evictions"))
     return Accuracy(
@@ -169,7 +169,7 @@ def cells(result: Accuracy) -> list[str]:
 
 
 def csv(results: Sequence[Accuracy]) -> str:
-    """The same as comma-separated values, with shares instead of points."""
+    """CSV, with shares instead of points."""
     head = (
         "policy,budget,answers,pass_at_1,low,high,tokens,cut off,no answer,evictions,difference,"
         "difference_low,difference_high,lost,gained,trained_at"
@@ -184,7 +184,7 @@ def csv(results: Sequence[Accuracy]) -> str:
 
 
 def warnings(results: Sequence[Accuracy], deadline: float) -> list[str]:
-    """Reasons to doubt the results, a line each."""
+    """Reasons to doubt the results, one line each."""
     lines = []
     mute = [r for r in results if r.no_answer == 1]
     if mute:

@@ -1,4 +1,4 @@
-"""`samples.jsonl` of an evaluation: one answer a line, checked when it is read."""
+"""`samples.jsonl` of an evaluation: one answer per line, validated on reading."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -39,10 +39,10 @@ def right(row: dict) -> bool:
 
 
 def read(path: Path, interval: int | None = None) -> tuple[list[dict], int]:
-    """The rows of a file, and the number of bytes of an unfinished last line, as of a killed run.
+    """The rows of a file, and the bytes of an incomplete last line (of a killed run).
 
     Args:
-      interval: that all rows must be of, if it is given.
+      interval: required of all rows, if given.
 
     Raises:
       UserError: the file can't be read, or a line is not JSON, lacks a field, has a wrong one, or
@@ -63,7 +63,7 @@ def read(path: Path, interval: int | None = None) -> tuple[list[dict], int]:
                 "--workdir"
             )
         if not wrong and key(row) in lines:
-            wrong = f"it answers what line {lines[key(row)]} does"
+            wrong = f"it repeats the answer of line {lines[key(row)]}"
         if wrong:
             raise UserError(f"{path}, line {number} is not a sample: delete that line ({wrong})")
         lines[key(row)] = number
@@ -74,7 +74,7 @@ def read(path: Path, interval: int | None = None) -> tuple[list[dict], int]:
 def _wrong(row: Any) -> str:
     """What is wrong with a row; empty if nothing is."""
     if not isinstance(row, dict):
-        return "it is no JSON object"
+        return "it is not a JSON object"
     for name, kind in FIELDS.items():
         if name not in row:
             return f"it has no field {name!r}"
@@ -84,9 +84,9 @@ def _wrong(row: Any) -> str:
 
 
 class Samples:
-    """The answers of an evaluation: a line each in `samples.jsonl`, written batch by batch.
+    """The answers of an evaluation, one per line of `samples.jsonl`, appended batch by batch.
 
-    Every process holds the same; the first writes.
+    Every process holds all of them; process 0 writes.
 
     Attributes:
       rows: by their `key`.
@@ -96,7 +96,7 @@ class Samples:
         self.path, found = path, []
         if path.exists():
             found, unfinished = read(path, interval)
-            # A line that a killed run left unfinished is dropped, and answered again.
+            # An incomplete last line of a killed run is dropped, and answered again.
             if unfinished and parallel.first():
                 files.write_text(path, _lines(found))
         self.rows = {key(row): row for row in found}
@@ -108,7 +108,7 @@ class Samples:
         self.rows |= {key(row): row for row in rows}
 
     def check_references(self, references: Mapping[str, str]) -> None:
-        """Refuses answers to other problems; runs that recorded no digests are noticed here.
+        """Refuses answers to other problems, also in runs that recorded no digests.
 
         Args:
           references: right answers by problem.
@@ -127,12 +127,12 @@ def _lines(rows: Sequence[dict]) -> str:
 
 
 def forget(path: Path, names: Sequence[str], inputs: Mapping[str, Any]) -> list[str]:
-    """Drops the answers of scorers that have changed since, and returns their names.
+    """Drops the answers of scorers that have changed, and returns the names of these.
 
     Args:
       path: the run directory.
-      names: of the scorers that may have.
-      inputs: today's digests.
+      names: of scorers that may have changed.
+      inputs: current digests.
     """
     keys = {rundir.answers_of(name): name for name in names}
     old = rundir.read_inputs(path)
@@ -144,7 +144,7 @@ def forget(path: Path, names: Sequence[str], inputs: Mapping[str, Any]) -> list[
         try:
             return json.loads(line)["policy"] not in changed
         except (ValueError, TypeError, KeyError):
-            return True  # to be refused by number
+            return True  # refused later, with its line number
 
     file = path / "samples.jsonl"
     lines = files.read_text(file).splitlines(keepends=True) if file.exists() else []

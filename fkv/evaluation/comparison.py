@@ -1,4 +1,4 @@
-"""Two evaluations of the same problems and traces: differences, paired by problem and by trace."""
+"""Comparison of two evaluations on the same problems and traces, paired by problem and by trace."""
 
 import dataclasses
 import itertools
@@ -24,20 +24,20 @@ class Other:
     """Another evaluation."""
 
     path: Path
-    rows: Mapping[tuple, dict]  # its answers, by `answers.key`
-    losses: Mapping[Cell, Losses]  # of its traces
-    traces: Sequence[str]  # `Traces.digests` of these
+    rows: Mapping[tuple, dict]  # answers, by `answers.key`
+    losses: Mapping[Cell, Losses]  # on its traces
+    traces: Sequence[str]  # their `Traces.digests`
 
 
 @dataclasses.dataclass(frozen=True)
 class Compared:
-    """One policy at one budget, there and here; None where not both have answers, or losses."""
+    """One policy at one budget, there and here; None unless both have answers, or losses."""
 
     policy: str
     budget: int
     there: Accuracy | None = None
     here: Accuracy | None = None
-    lost: int | None = None  # and so on, see `accuracy.paired`
+    lost: int | None = None  # these three: see `accuracy.paired`
     gained: int | None = None
     difference: accuracy.Difference | None = None
     losses_there: Losses | None = None
@@ -45,10 +45,10 @@ class Compared:
 
 
 def load(name: str, workdir: str | Path) -> Other:
-    """The evaluation in a directory, to compare with the one in `workdir`.
+    """Loads another evaluation, to compare with the one in `workdir`.
 
     Raises:
-      UserError: there is none, it is damaged, or it is the same.
+      UserError: it is missing, damaged, or the same one.
     """
     path = files.expand(name)
     if path.resolve() == files.expand(workdir).resolve():
@@ -70,15 +70,15 @@ def load(name: str, workdir: str | Path) -> Other:
 def shared(
     other: Other, cells: Sequence[Cell], references: Mapping[str, str], samples: int
 ) -> list[Cell]:
-    """The policies and budgets that the other evaluation has, too.
+    """The policies and budgets that both evaluations have.
 
     Args:
       cells: those of this one.
       references: the right answer to each problem.
-      samples: of each.
+      samples: answers per problem.
 
     Raises:
-      UserError: there is none, or the other lacks some of their answers, or has other references.
+      UserError: none is shared, or the other lacks some of their answers or has other references.
     """
     there = {key[:2] for key in other.rows}
     found = [cell for cell in cells if cell in there]
@@ -108,7 +108,7 @@ def shared(
 def compare(
     other: Other, cells: Sequence[Cell], rows: Sequence[dict], losses: Sequence[Losses]
 ) -> list[Compared]:
-    """Both evaluations side by side.
+    """Puts both evaluations side by side.
 
     Args:
       cells: whose answers are compared, from `shared`.
@@ -125,7 +125,7 @@ def compare(
     for one in losses:
         cell = one.policy, one.budget
         theirs = other.losses.get(cell)
-        # Another interval counts other tokens, another `grpo.high_fraction` splits them otherwise.
+        # The interval decides which tokens count, and `grpo.high_fraction` how they are split.
         if one.policy != "full" and theirs and np.array_equal(theirs.tokens, one.tokens):
             before = found.get(cell, Compared(*cell))
             found[cell] = dataclasses.replace(before, losses_there=theirs, losses_here=one)
@@ -133,7 +133,7 @@ def compare(
 
 
 def label(cell: Cell) -> str:
-    """A policy and its budget in words."""
+    """A policy and its budget, for messages."""
     return f"{cell[0]} at {cell[1]}" if cell[1] else cell[0]
 
 
@@ -187,9 +187,9 @@ def csv(results: Sequence[Compared]) -> str:
 def check_questions(
     other: Other, settings: Mapping[str, Any], ids: Sequence[str], inputs: Mapping[str, Any]
 ) -> None:
-    """Refuses to compare with answers to other questions, though the right answers are the same.
+    """Refuses to compare answers to other questions, even if the right answers are the same.
 
-    Where prompts are made in another way, or nobody recorded of what, there is no telling.
+    Passes if prompts were made with another setting or tokenizer, or digests are missing.
 
     Args:
       settings: the `evaluate` group of this evaluation's config.

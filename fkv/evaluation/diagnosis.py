@@ -1,6 +1,6 @@
-"""Why a policy costs what it costs: regret and recall per head, what is held when, who is attended.
+"""Diagnosis of a policy: regret and recall per head, retention over time, attention patterns.
 
-Regret and recall are measured by `loss_ratio.measure`, in the states of the golden cache.
+Regret and recall are measured by `loss_ratio.measure`, in states of the golden cache.
 """
 
 from collections.abc import Mapping, Sequence
@@ -46,7 +46,7 @@ def retention(
 
     Returns:
       For each name, bool [layers, KV heads, chunks, t]: held when the chunk's queries ran. The
-      full cache holds all that has come.
+      full cache holds all tokens so far.
     """
     rows, t = trace.token_bt.shape
     if rows != 1:
@@ -55,7 +55,7 @@ def retention(
         replay.check(policy, lm.config, cadence, rows=1)
 
     forced, _, _ = jax.jit(golden.policy, static_argnums=2)(lm, trace, cadence)
-    # Those that need no more room than B share one program.
+    # Policies that need no more than B slots share one program.
     evicting = {"golden": forced, **{name: p for name, p in policies.items() if p.evicts}}
     even = [name for name, p in evicting.items() if p.capacity(cadence.budget) == cadence.budget]
     choices = tuple(evicting[name] for name in even)
@@ -68,7 +68,7 @@ def retention(
             position = view.cache.position_bks
             row = jnp.zeros((*position.shape[:2], t + 1), bool)
             row = jnp.put_along_axis(row, position, True, axis=-1, inplace=False)
-            return acc, row[0, :, :t]  # position -1 is the last index, which is cut
+            return acc, row[0, :, :t]  # position -1 sets the last index, which is cut off
 
         return replay.replay(lm, trace, policy, cadence, observe=observe)[2]
 
@@ -85,14 +85,14 @@ def retention(
 
 
 def lookups(score_tq: np.ndarray, interval: int, share: float = 0.3) -> np.ndarray:
-    """Where a head reads one token from afar: these are what eviction can break.
+    """Where a head attends to a single distant token, which eviction can break.
 
     Args:
       score_tq: full-cache attention of one head from every query, of `block_scores` at interval 1.
-      share: of the attention of the query, at least this much is on the one key.
+      share: least attention of the query on the one key.
 
     Returns:
-      Queries and keys [n, 2], the key being more than `2 * interval` tokens older.
+      Queries and keys [n, 2], with keys more than `2 * interval` tokens older.
     """
     key, query = np.nonzero(score_tq >= share)
     far = query - key > 2 * interval
@@ -101,12 +101,12 @@ def lookups(score_tq: np.ndarray, interval: int, share: float = 0.3) -> np.ndarr
 
 
 def block_scores(lm: LM, trace: Batch, interval: int) -> np.ndarray:
-    """Mean full-cache attention of every token from each block of `L` queries.
+    """Mean full-cache attention to every token from each block of `L` queries.
 
     Memory is `layers * KV heads * t * t / L` floats; meant for a trace or two.
 
     Returns:
-      [layers, KV heads, t, blocks] of the one trace given.
+      [layers, KV heads, t, blocks] of the single trace given.
     """
     t = trace.token_bt.shape[1]
     blocks = -(-t // interval)
@@ -138,14 +138,14 @@ def block_scores(lm: LM, trace: Batch, interval: int) -> np.ndarray:
 
 
 def patterns(score_yktj: np.ndarray, share: float = 0.5) -> dict[str, np.ndarray]:
-    """Three ways in which tokens are attended to over time, each by its clearest tokens.
+    """Three patterns of attention to a token over time, each with its clearest tokens.
 
-    A token is attended to in a block when its score is at least `share` of its largest. `steady`:
-    in most blocks after its own; `local`: in its own block and the next alone; `recalled`: silent
-    for at least four blocks after its own, then attended to.
+    A token is attended to in a block if its score there is at least `share` of its largest.
+    `steady`: in most blocks after its own; `local`: only in its own block and the next; `recalled`:
+    not for at least four blocks after its own, then again.
 
     Returns:
-      For each pattern, the scores [tokens, blocks] of the tokens that show it best, at most six.
+      For each pattern, the scores [tokens, blocks] of its clearest tokens, at most six.
     """
     *_, t, blocks = score_yktj.shape
     rows = score_yktj.reshape(-1, blocks)
@@ -156,7 +156,7 @@ def patterns(score_yktj: np.ndarray, share: float = 0.5) -> dict[str, np.ndarray
     strong = (rows >= share * rows.max(1, keepdims=True)) & alive & (rows > 0)
     later = np.where(after > 1, rows, 0.0)
     best = rows.max(1)
-    enough = blocks - own > 4  # there is a future to speak of
+    enough = blocks - own > 4  # with enough blocks to follow
     first_later = np.where((after > 4) & strong, after, blocks).min(1)
     quiet = np.where((after >= 1) & (after < first_later[:, None]), rows, 0.0).max(1)
     clear = {

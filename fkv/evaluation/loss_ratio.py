@@ -1,9 +1,8 @@
-"""What a policy costs on given traces: its loss against the full cache's, and golden overlap.
+"""The cost of a policy on given traces: its loss relative to the full cache's, and golden overlap.
 
-The tokens that count are those after the prompt, which the model did not write, and after the first
-`B + L`: no eviction changes an earlier one.
-Low-entropy tokens are the share of them with the lowest full-cache entropy, per trace, as in the
-rewards of the reinforcement stage.
+Tokens count if they are generated (after the prompt) and come after the first `B + L`: no eviction
+changes earlier ones. Low-entropy tokens are those of lowest full-cache entropy, per trace, as in
+the rewards of the reinforcement stage.
 """
 
 import csv as csv_module
@@ -33,7 +32,7 @@ from fkv.runs import parallel
 
 @flax.struct.dataclass
 class Watched(Policy):
-    """Runs `actor`, while `watchers` say what they would have done in its place."""
+    """Runs `actor`, while `watchers` report what they would have dropped instead."""
 
     actor: Policy
     watchers: tuple[Policy, ...]
@@ -48,7 +47,7 @@ class Watched(Policy):
 
 @flax.struct.dataclass
 class OneOf(Policy):
-    """Runs `choices[index]`, chosen at run time: one compilation serves all of them."""
+    """Runs `choices[index]`, chosen at run time: one compilation serves them all."""
 
     choices: tuple[Policy, ...]
     index_y: Array
@@ -66,16 +65,16 @@ class Losses:
     """One policy at one budget on n traces.
 
     Attributes:
-      policy, budget, interval: what ran.
-      trained: at which budget its scorers were trained, as `Trained.at` says it; else empty.
-      evicted, full: summed loss per trace over the counted tokens, nats, each [n, 3]: of all,
+      policy, budget, interval: of the run.
+      trained: the budget of its scorers in training, by `Trained.at`; else empty.
+      evicted, full: loss per trace, summed over the counted tokens, nats, each [n, 3]: all,
         low-entropy and high-entropy tokens.
-      tokens: how many tokens each of these sums is over, [n, 3].
-      recall_nyk: share of the golden evictions that the policy would choose too, given the golden
-        cache, mean over evictions, for every trace, layer and KV head; None for the full cache and
-        where budgets are shared unevenly.
-      regret_nyk: likewise, by how much the future scores of what the policy would drop exceed in
-        sum those of what golden eviction drops (attention probability per eviction).
+      tokens: number of tokens in each of these sums, [n, 3].
+      recall_nyk: share of the golden evictions that the policy, given the golden cache, would
+        choose too; mean over evictions, per trace, layer and KV head; None for the full cache and
+        uneven budgets.
+      regret_nyk: summed future scores of what the policy would drop, minus those of what golden
+        eviction drops (attention probability per eviction); mean and shape as above.
       excess_nt: evicted minus full loss of every counted token, nats, NaN elsewhere.
     """
 
@@ -96,7 +95,7 @@ class Losses:
         return None if self.recall_nyk is None else self.recall_nyk.mean((1, 2))
 
     def ratio(self, kind: int = 0) -> tuple[float, float]:
-        """Loss over the full cache's loss, and its standard error (delta method, over traces)."""
+        """Loss over the full cache's, and its standard error (delta method, over traces)."""
         evicted, full = self.evicted[:, kind], self.full[:, kind]
         ratio = evicted.sum() / full.sum()
         n = len(full)
@@ -119,7 +118,7 @@ class Losses:
 
 
 def difference(ours: Losses, theirs: Losses, kind: int = 0) -> tuple[float, float]:
-    """What our loss ratio has over theirs on the same traces, and its standard error (likewise)."""
+    """Our loss ratio minus theirs on the same traces, and its standard error (delta method)."""
     ratios, parts = [], []
     for one in (ours, theirs):
         ratios.append(one.ratio(kind)[0])
@@ -131,14 +130,14 @@ def difference(ours: Losses, theirs: Losses, kind: int = 0) -> tuple[float, floa
 
 @dataclasses.dataclass(frozen=True)
 class Traces:
-    """What losses are measured on.
+    """The traces that losses are measured on.
 
     Attributes:
       batch: right-padded traces, each longer than `B + L`.
-      key_b: one PRNG key per trace, for policies that draw.
-      width_b: width that each trace is run at; those of a width run together.
+      key_b: one PRNG key per trace, for policies that sample.
+      width_b: padded width of each trace; those of equal width run together.
       high_fraction: see `tokens.low_entropy`.
-      at_once: traces of a pass.
+      at_once: traces per pass.
     """
 
     batch: Batch
@@ -153,10 +152,10 @@ def measure(
 ) -> list[Losses]:
     """Runs every policy and golden eviction over the traces at one budget.
 
-    Several processes take turns, and all get the results.
+    Processes share the work, and all get the results.
 
     Args:
-      policies: by the name to report; `full` and `golden` are always added.
+      policies: by reported name; `full` and `golden` are always added.
 
     Returns:
       One `Losses` per policy: full, golden, then `policies` in their order.
@@ -166,7 +165,7 @@ def measure(
         replay.check(policy, config, cadence, traces.at_once)
     replay.check_lengths(batch.length_b, cadence)
     n, t = batch.token_bt.shape
-    # Those that need more room than B can share neither a pass nor a golden cache with others.
+    # Policies that need more than B slots can share neither a pass nor the golden cache.
     even = {name: p for name, p in policies.items() if p.capacity(cadence.budget) == cadence.budget}
     names, several = list(even), tuple(even.values())
     uneven = {name: p for name, p in policies.items() if name not in even}
@@ -209,7 +208,7 @@ def measure(
     shape = (1 + len(names), n, config.layers, config.kv_heads)
     recalls, regrets = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
     turns = enumerate(_batches(traces.width_b, traces.at_once))
-    for turn, (rows, wanted) in turns:  # what is left at zero is filled in by others
+    for turn, (rows, wanted) in turns:  # other rows stay zero: other processes fill them in
         if turn % jax.process_count() != jax.process_index():
             continue
         width, key_b = traces.width_b[rows[0]], traces.key_b[rows]
@@ -260,9 +259,9 @@ def measure(
 
 
 def _batches(width_b: np.ndarray, batch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Rows of one width, `batch` at a time, and which of them are new.
+    """Rows of equal width, `batch` at a time, and which of them are new.
 
-    The last of a width are followed by others again: one shape for all of them.
+    The last batch of a width is filled up with repeated rows, so that all have one shape.
     """
     for width in np.unique(width_b):
         ids = np.flatnonzero(width_b == width)
@@ -298,12 +297,12 @@ def table(results: Sequence[Losses]) -> str:
 
 
 def markdown(results: Sequence[Losses]) -> str:
-    """The same in Markdown."""
+    """The table in Markdown."""
     return tables.markdown(HEAD, [_cells(r) for r in results])
 
 
 def csv(results: Sequence[Losses]) -> str:
-    """The same as comma-separated values, with a header."""
+    """The table as CSV, with a header."""
     head = (
         "policy,budget,interval,traces,ratio,ratio_se,ratio_low,ratio_low_se,ratio_high,"
         "ratio_high_se,added_low,added_low_se,overlap,overlap_se,"
@@ -324,7 +323,7 @@ TRACE_HEAD = (
 
 
 def traces_csv(results: Sequence[Losses], names: Sequence[str]) -> str:
-    """Losses and tokens of every trace as comma-separated values; `names` say which each is."""
+    """Losses and tokens of every trace, identified by `names`, as CSV."""
     rows = []
     for r in results:
         sums_nk3 = np.stack([r.tokens, r.evicted, r.full], axis=-1)  # [n, kinds, 3]
@@ -337,10 +336,10 @@ def read_traces(path: Path) -> tuple[list[Losses], list[str]]:
     """Reads what `traces_csv` wrote.
 
     Returns:
-      The losses, and the names of the traces, which all of them share.
+      The losses, and the names of their traces.
 
     Raises:
-      UserError: the file is something else.
+      UserError: the file is not of this form.
     """
     text = files.read_text(path)
     lines = list(csv_module.reader(io.StringIO(text)))
@@ -356,10 +355,10 @@ def read_traces(path: Path) -> tuple[list[Losses], list[str]]:
                 raise ValueError(f"trace {name} twice")
             cell[name] = np.array(sums, float).reshape(3, 3)
             if not np.isfinite(cell[name]).all():
-                raise ValueError(f"{policy!r} has NaN or infinity of trace {name}")
+                raise ValueError(f"{policy!r} has NaN or infinity for trace {name}")
         names = [list(cell) for cell in found.values()]
         if not names or any(one != names[0] for one in names):
-            raise ValueError("policies of different traces, or none")
+            raise ValueError("its policies have different traces, or none")
     except ValueError as error:
         raise UserError(f"{path} is not what an evaluation writes ({error}): delete it") from None
     results = []

@@ -1,7 +1,7 @@
-"""Whether the answer to a mathematics problem is right, by math-verify.
+"""Checks answers to mathematics problems, by math-verify.
 
-Text written by a language model is untrusted and can make a parser run for ever, so math-verify
-runs in a process of its own that is killed at a deadline and started anew.
+Text written by a language model is untrusted and can make a parser hang, so math-verify runs in its
+own process, which is killed at a deadline and restarted.
 """
 
 import contextlib
@@ -18,16 +18,16 @@ from collections.abc import Sequence
 from fkv.errors import UserError
 
 RIGHT, WRONG, NO_ANSWER, TIMEOUT, FAILED = "right", "wrong", "no answer", "timeout", "failed"
-# A tag; a run of backslashes, with the box or the brace that it belongs to; or a brace alone.
+# A tag; a run of backslashes with the box or brace that follows; or a brace alone.
 _TOKEN = re.compile(r"(</?think>)|(\\++)(?:(boxed\s*+\{)|([{}]))?|([{}])")
 
 
 def opens_thought(prompt: str, question: str = "") -> bool:
-    """Whether a prompt ends inside a thought, which the answer continues.
+    """Whether the prompt ends inside a thought, which the answer continues.
 
     Args:
       prompt: all of it, special tokens included.
-      question: the user's part of it, in which tags are words.
+      question: the user's part of it, in which tags are plain text.
     """
     after = prompt[prompt.rfind(question) + len(question) :] if question in prompt else ""
     opened, ended = after.rfind("<think>"), after.rfind("</think>")
@@ -35,21 +35,21 @@ def opens_thought(prompt: str, question: str = "") -> bool:
 
 
 def last_boxed(text: str, opened: bool = False) -> str | None:
-    r"""Contents of the last complete `\boxed{...}` outside of thoughts; None without one.
+    r"""Contents of the last complete `\boxed{...}` outside of thoughts, or None.
 
     A thought lasts from `<think>`, or from the start, to `</think>` or the end of the text. Of
-    nested boxes the inner one counts. `\{` and `\}` are no braces, `\\}` is one; `\boxed 5` and
-    `\fbox{5}` are no boxes. Takes time linear in the length of the text.
+    nested boxes the inner one counts. `\{` and `\}` are not braces, `\\}` is; `\boxed 5` and
+    `\fbox{5}` are not boxes. Takes linear time.
 
     Args:
       opened: whether the prompt has opened a thought, see `opens_thought`.
     """
-    # Starts of what the open braces enclose, -1 where they are no box's.
+    # Where the contents of open braces start, -1 if they are not a box's.
     starts, last = [], None
     for token in _TOKEN.finditer(text):
         tag, slashes, box, escaped, brace = token.groups()
         if tag:
-            if tag == "</think>" and not opened:  # all before it is a thought
+            if tag == "</think>" and not opened:  # everything before it is a thought
                 last = None
             opened, starts = tag == "<think>", []
             continue
@@ -64,7 +64,7 @@ def last_boxed(text: str, opened: bool = False) -> str | None:
     return None if last is None else text[slice(*last)].strip()
 
 
-# What dresses a letter up: commands with and without an argument, blanks, mathematics, Markdown.
+# Decoration of a letter: commands with and without an argument, spaces, math mode, Markdown.
 _DRESS = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:bf|it|rm|sf|tt)|boldsymbol|bm|pmb|mbox|hbox|fbox"
     r"|operatorname|emph|underline|left|right|[Bb]igg?[lr]?|bf|it|rm|sf|tt|displaystyle|large|Large"
@@ -81,7 +81,7 @@ _LETTER = re.compile(
     r"|([A-Za-z])(?: ?\)|[.:](?= |$)|(?=[ .,;:!]*$)))"  # C), C. and C
     r" ?(.*)"
 )
-# What makes the letter a part of a list or of a formula, if it comes next.
+# What makes the letter part of a list or a formula, if it follows.
 _MORE = re.compile(
     r"[,;/&|^_'=*]|\+(?!\d)|-(?! ?\d)|\\(?:cdot|times|land|lor|wedge|vee|to|[Rr]ightarrow)\b"
     r"|(?:and|or)\b|[(\[]? ?[A-Za-z] ?[)\]]*$",
@@ -90,10 +90,10 @@ _MORE = re.compile(
 
 
 def chosen(answer: str) -> str | None:
-    r"""The letter, upper case, of the choice that an answer names; None unless it names just one.
+    r"""The upper-case letter of the choice that an answer names; None unless it names exactly one.
 
-    `C`, `(C)`, `C.`, `C) 4 J`, `\text{C}`, `**C**`, `$C$` and `Option C` do; what only begins with
-    a letter, such as a formula (`C_2H_4`), a word or a list (`A, B`), does not.
+    `C`, `(C)`, `C.`, `C) 4 J`, `\text{C}`, `**C**`, `$C$` and `Option C` do; formulas (`C_2H_4`),
+    words and lists (`A, B`), which only begin with a letter, do not.
     """
     text = unicodedata.normalize("NFKC", answer).replace(r"\{", "[").replace(r"\}", "]")
     text = _BLANK.sub(" ", _DRESS.sub("", text)).strip()
@@ -109,7 +109,7 @@ def chosen(answer: str) -> str | None:
 
 
 def check_choice(text: str, reference: str, opened: bool = False) -> tuple[str, str | None]:
-    """As `Checker.check`, where the answer is the letter of a choice; see `chosen`."""
+    """`Checker.check` for multiple choice, by the letter; see `chosen`."""
     answer = last_boxed(text, opened)
     if answer is None:
         return NO_ANSWER, None
@@ -128,7 +128,7 @@ _CLOSE = decimal.Decimal("1e-5")
 
 
 def _number(text: str) -> decimal.Decimal | None:
-    """The value of a text that is a number and nothing else."""
+    """The value of a text that is just a number, else None."""
     found = _NUMBER.fullmatch(re.sub(r"\s+", " ", _THOUSANDS.sub("", text)))
     if found is None:
         return None
@@ -142,9 +142,9 @@ def _number(text: str) -> decimal.Decimal | None:
 
 
 def _far_apart(pair: Sequence[str]) -> bool | None:
-    """Whether two numbers differ by more than rounding; None if math-verify is to say.
+    """Whether two numbers differ by more than rounding; None to leave it to math-verify.
 
-    To it decimals are equal if six places are, and so are all small powers of ten.
+    It compares decimals to six places, so that all small powers of ten are equal.
     """
     one, two = map(_number, pair)
     if one is None or two is None:
@@ -158,7 +158,7 @@ def _far_apart(pair: Sequence[str]) -> bool | None:
 def _tidy(text: str) -> str:
     r"""The text in a form that math-verify reads correctly.
 
-    To it `1e-5` is e - 5, decimals are equal if six places are, `42\\` and `42.` no numbers.
+    It reads `1e-5` as e - 5, and `42\\` and `42.` not as numbers, and compares six decimals.
     """
     text = text.strip().strip("$").rstrip("\\").strip()
     if text.endswith(".") and not text.endswith(r"\right."):
@@ -173,20 +173,20 @@ def _tidy(text: str) -> str:
 
 
 def _serve(connection, deadline: float) -> None:
-    """Answers (answer, reference) with whether they are equal, until the pipe is closed."""
-    os.setsid()  # Ctrl-C is for the parent
+    """Reads (answer, reference) and replies whether they are equal, until the pipe is closed."""
+    os.setsid()  # leaves Ctrl-C to the parent
     import math_verify
 
-    # It warns that its timeouts, which rest on signals, are off: the parent has its own.
+    # It warns that its own signal-based timeouts are off: the parent has a deadline.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
-    # JSON, since unpickling the messages of a process that reads untrusted text would trust it.
+    # JSON, as unpickling would trust a process that reads untrusted text.
     connection.send_bytes(b"ready")
     while True:
         try:
             answer, reference = json.loads(connection.recv_bytes())
         except EOFError:
             return
-        # Should the parent be killed meanwhile, nobody else ends this.
+        # Otherwise this process would outlive a parent that is killed meanwhile.
         signal.setitimer(signal.ITIMER_REAL, deadline + 10)
         try:
             gold = math_verify.parse(f"\\boxed{{{reference}}}", parsing_timeout=None)
@@ -199,7 +199,7 @@ def _serve(connection, deadline: float) -> None:
 
 
 class Checker(contextlib.AbstractContextManager):
-    """Checks answers in a process that is killed at the deadline (seconds); close it in the end."""
+    """Checks answers in a process that is killed at the deadline (seconds); close it after use."""
 
     def __init__(self, deadline: float = 10.0):
         self.deadline = deadline
@@ -247,11 +247,11 @@ class Checker(contextlib.AbstractContextManager):
         far = False if pair[0] == pair[1] else _far_apart(pair)
         if far is not None:
             return (WRONG if far else RIGHT), answer
-        # A scheduler's SIGTERM ends the process, too: only what crashes it twice has failed.
+        # A scheduler's SIGTERM ends the process, too: only a second crash counts as failed.
         return self._ask(pair) or self._ask(pair) or FAILED, answer
 
     def _ask(self, pair: Sequence[str]) -> str | None:
-        """The verdict of the process; None if it crashes."""
+        """The process's verdict; None if it crashes."""
         if self._process is None or not self._process.is_alive():
             self.close()
             self._start()

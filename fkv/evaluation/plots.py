@@ -1,4 +1,4 @@
-"""Figures of results, each written atomically in the format of its file name."""
+"""Figures of results, written atomically in the format of their file name."""
 
 import collections
 import contextlib
@@ -23,7 +23,7 @@ COLOURS = {
     "lagkv": "gold", "knorm": "darkseagreen", "expected_attention": "slateblue",
     "pyramid": "navy", "ada": "skyblue", "random": "silver",
 }  # fmt: skip
-# Scorers may have any name.
+# Scorers have names of the user's choice.
 LEARNED = {"foresight": "crimson", "supervised": "crimson", "grpo": "darkviolet"}
 OTHERS = ("crimson", "darkviolet", "deeppink", "maroon", "indigo")
 _BUDGET = "budget (KV pairs per head)"
@@ -36,8 +36,8 @@ _STYLE = {
 
 @contextlib.contextmanager
 def _figure(path: Name, size, grid=(1, 1), title="", x="", y="") -> Iterator[np.ndarray]:
-    """Axes of a figure with these labels, which is saved with its legend in the end."""
-    # Without pyplot, a notebook keeps its backend; the import takes a second.
+    """Axes of a figure with these labels, saved with its legend on exit."""
+    # Not pyplot, so that a notebook keeps its backend; the import takes a second.
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -68,7 +68,7 @@ def _log2(axis, both: bool) -> None:
 
 
 def _held(axis, held_ct, top: float, colours: str) -> int:
-    """Maps what is held, position to the right and queries downwards; returns the interval."""
+    """Draws what is held, positions to the right, queries downwards; returns the interval."""
     chunks, t = held_ct.shape
     interval = -(-t // chunks)
     axis.imshow(held_ct, vmin=0, vmax=top, cmap=colours, extent=(0, t, chunks * interval, 0))
@@ -83,7 +83,7 @@ def _curve(axis, points: Iterable[tuple], label: str, **style) -> None:
 
 
 def _styles(names: Sequence[str]) -> dict[str, dict]:
-    """A colour and line for each policy: golden dashed, scorers bold."""
+    """Colour and line style of each policy: golden dashed, scorers bold."""
     styles, lines = {}, collections.defaultdict(lambda: itertools.cycle(("-", "--", "-.", ":")))
     free = [c for c in OTHERS if c not in {LEARNED.get(name) for name in names}]
     for name in names:
@@ -96,7 +96,7 @@ def _styles(names: Sequence[str]) -> dict[str, dict]:
 
 
 def loss_ratios(results: Sequence[Losses], path: Name, title: str) -> None:
-    """Loss ratio against budget, a line per policy with two standard errors."""
+    """Loss ratio against budget, a line per policy, ± 2 standard errors."""
     names = dict.fromkeys(r.policy for r in results if r.policy != "full")
     with _figure(path, (14, 4.2), (1, 3), title, _BUDGET) as axes:
         for axis, (label, kind) in zip(axes[0], PANELS, strict=True):
@@ -149,11 +149,11 @@ def loss_by_position(results: Sequence[Losses], path: Name, bins: int = 16) -> N
 def regret(results: Sequence[Losses], path: Name) -> None:
     """Regret against golden per layer and KV head, a panel per policy and budget."""
     shown = [r for r in results if r.regret_nyk is not None and r.policy != "golden"]
-    if not shown:  # golden has no uneven budgets
+    if not shown:  # golden eviction has even budgets only
         return
     names, budgets = list(dict.fromkeys(r.policy for r in shown)), sorted({r.budget for r in shown})
     size = (max(1.7 * len(names) + 1, 5.5), 1.9 * len(budgets) + 0.6)
-    title = "attention lost per eviction, beyond what golden loses"
+    title = "attention lost per eviction, beyond golden"
     top = max(r.regret_nyk.mean(0).max() for r in shown)
     with _figure(path, size, (len(budgets), len(names)), title, "KV head", "layer") as axes:
         for r in shown:
@@ -187,7 +187,7 @@ def lookups(
     """The entries that one head holds over time, and which of its look-ups find their token.
 
     Args:
-      held: for each policy, bool [chunks, t], as `diagnosis.retention` has it for each head.
+      held: for each policy, bool [chunks, t], of one head from `diagnosis.retention`.
       lookup_n2: queries and keys of the head, from `diagnosis.lookups`.
       prompt: tokens of the prompt, whose end is marked by a dotted line.
     """
@@ -211,8 +211,8 @@ def lookups(
 
 
 def attention_patterns(patterns: Mapping[str, np.ndarray], interval: int, path: Name) -> None:
-    """Attention that single tokens receive over time, a panel per pattern."""
-    title = "attention that single tokens receive, the clearest of a pattern dark"
+    """Attention to single tokens over time, a panel per pattern."""
+    title = "attention to single tokens, the clearest of a pattern dark"
     labels = "position of the queries (tokens)", "attention, mean over a chunk"
     with _figure(path, (13, 4), (1, len(patterns)), title, *labels) as axes:
         for axis, (name, rows) in zip(axes[0], patterns.items(), strict=True):
@@ -223,7 +223,7 @@ def attention_patterns(patterns: Mapping[str, np.ndarray], interval: int, path: 
 
 
 def sweep(summary: Sequence[Mapping], path: Name) -> None:
-    """Figures of a sweep against budget, a panel per figure and a line per group and policy.
+    """Metrics of a sweep against budget, a panel per metric, a line per group and policy.
 
     Args:
       summary: from `fkv.evaluation.sweeps.summarise`; policies with the same values in every
@@ -267,7 +267,7 @@ def cache_memory(bytes_per_token: int, slots: int, tokens: int, path: Name, titl
 
 
 def costs(found: Mapping[str, Sequence[Mapping]], directory: Path) -> list[str]:
-    """Figures of a benchmark, of the sections that it has; returns their file names.
+    """Figures of a benchmark's sections; returns their file names.
 
     Args:
       found: records by section, from `fkv.jobs.benchmark.run`.
@@ -287,7 +287,7 @@ def costs(found: Mapping[str, Sequence[Mapping]], directory: Path) -> list[str]:
 
 
 def _decode_cost(records: Sequence[Mapping], path: Path) -> None:
-    """Time per token against the length of the context, a panel per batch."""
+    """Time per token against context length, a panel per batch size."""
     batches = sorted({r["batch"] for r in records})
     several = len({r["kernel"] for r in records}) > 1
     lines = list(dict.fromkeys((r["policy"], r["budget"], r["kernel"]) for r in records))
@@ -311,7 +311,7 @@ def _decode_cost(records: Sequence[Mapping], path: Path) -> None:
 
 
 def _growth_cost(records: Sequence[Mapping], path: Path) -> None:
-    """Time per token, evictions included, against the tokens generated."""
+    """Time per token, evictions included, against tokens generated."""
     title = f"batch {records[0]['batch']}"
     with _figure(path, (7.5, 4.2), (1, 1), title, "tokens generated", "ms per token") as axes:
         for record in records:
@@ -322,7 +322,7 @@ def _growth_cost(records: Sequence[Mapping], path: Path) -> None:
 
 
 def _label_cost(records: Sequence[Mapping], path: Path) -> None:
-    """Seconds and memory of golden labels against the length of the trace, with slopes 1 and 2."""
+    """Seconds and memory of golden labels against trace length, with slopes 1 and 2."""
     rows = sorted(records, key=lambda r: r["length"])
     length = np.array([r["length"] for r in rows], float)
     guides = {1: ("linear", ":"), 2: ("quadratic", "--")}

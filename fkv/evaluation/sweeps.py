@@ -1,4 +1,4 @@
-"""Results of a sweep: every figure, and a summary over the points of each group."""
+"""Results of a sweep: all metrics, and a summary over the points of each group."""
 
 import csv
 import io
@@ -22,7 +22,7 @@ _CELL = ("group", "policy", "budget", "figure")
 
 
 def collect(points: Sequence[Point], root: str | os.PathLike) -> list[dict[str, Any]]:
-    """All figures of the finished points: a row per point, policy, budget and figure."""
+    """All metrics of the finished points: a row per point, policy, budget and metric."""
     rows = []
     for point in points:
         path = files.expand(root) / point.name
@@ -37,7 +37,7 @@ def collect(points: Sequence[Point], root: str | os.PathLike) -> list[dict[str, 
 def _figures(path: Path, figures: Sequence[str]) -> Iterator[dict[str, Any]]:
     def refuse(reason):
         return UserError(
-            f"{path} is damaged ({reason}): delete it and {DONE} beside it, and rerun the sweep"
+            f"{path} is damaged ({reason}): delete it and {DONE} next to it, and rerun the sweep"
         )
 
     try:
@@ -53,7 +53,7 @@ def _figures(path: Path, figures: Sequence[str]) -> Iterator[dict[str, Any]]:
             raise refuse(f"no column {missing[0]!r}")
         for number, line in enumerate(lines, 1):
             if None in line or None in line.values():
-                raise refuse(f"row {number} has not as many fields as there are columns")
+                raise refuse(f"row {number} does not have one field per column")
             about = {"policy": line["policy"], "budget": int(line["budget"])}
             for figure in figures:
                 yield {**about, "figure": figure, "value": float(line[figure])}
@@ -64,7 +64,7 @@ def _figures(path: Path, figures: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 
 def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Mean over the points of a group, and its standard error; nan for one point."""
+    """Mean over the points of a group, and its standard error; NaN for one point."""
     cells: dict[tuple, list[float]] = {}
     for row in rows:
         cells.setdefault(tuple(row[name] for name in _CELL), []).append(row["value"])
@@ -78,7 +78,7 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table(summary: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows: a row per group, policy and budget, a column per figure."""
+    """Head and rows: a row per group, policy and budget, a column per metric."""
     figures = list(dict.fromkeys(row["figure"] for row in summary))
     lines: dict[tuple, dict[str, str]] = {}
     for row in summary:
@@ -91,12 +91,12 @@ def table(summary: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[st
 
 
 def write_summary(points: Sequence[Point], root: str | os.PathLike) -> str:
-    """Writes `results.csv` (every figure), `summary.csv`, `summary.txt`, `summary.md` and
-    `summary.png`; returns the table as text, and its place."""
+    """Writes `results.csv` (all metrics) and `summary.{csv,txt,md,png}`; returns the table as text,
+    and where it is."""
     root = files.expand(root)
     rows = collect(points, root)
     if not rows:
-        return f"no point in {root} has figures yet"
+        return f"no point in {root} has results yet"
     summary = summarise(rows)
     for name, part in (("results", rows), ("summary", summary)):
         body = [list(row.values()) for row in part]

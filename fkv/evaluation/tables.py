@@ -1,4 +1,4 @@
-"""Tables as aligned text, Markdown and comma-separated values."""
+"""Tables as aligned text, Markdown and CSV."""
 
 import csv
 import io
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def text(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns, the first to the left."""
+    """Aligned columns, the first left-aligned."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
 
     def line(cells):

@@ -1,1 +1,1 @@
-"""What scorers learn from and how: Golden Eviction, the supervised stage, GRPO, pretraining."""
+"""Training: Golden Eviction, the supervised stage, GRPO, and pretraining of the reasoner."""

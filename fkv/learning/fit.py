@@ -1,4 +1,4 @@
-"""The training loop of every stage: updates, metrics, checkpoints, and an end on request."""
+"""The training loop of every stage: updates, metrics, checkpoints and preemption."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +19,7 @@ from fkv.runs.rundir import Run
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fit(kinds.Settings):
-    """What `fit` knows of a stage's plan, which also has `steps`; `group` names the stage.
+    """What `fit` needs of a stage's plan, besides `steps`; `group` names the stage.
 
     Attributes:
       log_every, checkpoint_every: steps.
@@ -34,7 +34,7 @@ class TrainState:
     """Everything a training step changes.
 
     Attributes:
-      step: updates made, int32.
+      step: number of updates made, int32.
       params: scorer parameters of all layers, stacked.
       opt_state: the optimiser's.
     """
@@ -49,10 +49,10 @@ class TrainState:
         return cls(jnp.zeros((), jnp.int32), params, optimiser.init(params), **fields)
 
 
-# From a state and the index of a step to the new state, metrics of each micro-batch (on the
-# device), and the ids of the step's traces.
+# (state, index of the step) -> the new state, metrics of each micro-batch (on the device), and the
+# ids of the step's traces.
 Update = Callable[[Any, int], tuple[Any, Sequence[Mapping], Sequence[int]]]
-# From a step's metrics (on the host) to what is logged and what the progress bar shows.
+# A step's metrics (on the host) -> what is logged, and what the progress bar shows.
 Report = Callable[[Mapping[str, Any]], tuple[Mapping[str, Any], Mapping[str, str]]]
 
 
@@ -65,19 +65,19 @@ def fit(
     report: Report,
     place: Callable[[], Any] = lambda: None,
 ) -> Any:
-    """Trains from step `start` to `plan.steps`; resumed runs end as uninterrupted ones.
+    """Trains from step `start` to `plan.steps`; a resumed run gives the same result.
 
     Metrics of a step are read while the next one runs.
 
     Args:
-      place: gives the place in the data, kept in checkpoints.
+      place: returns the state of the data iterator, kept in checkpoints.
 
     Returns:
       The last state.
 
     Raises:
       DivergedError: a metric is NaN or infinite.
-      Preempted: the process was asked to end; the last step is saved.
+      Preempted: on SIGTERM or the like, after saving the last step.
     """
     bar = console.progress(
         range(start, plan.steps), initial=start, total=plan.steps, desc=plan.group
@@ -122,7 +122,7 @@ def micro_batches(batch: Any, count: int) -> list:
 def merged(found: Sequence[Mapping]) -> dict:
     """Metrics of a step from those of its equal micro-batches, on the host.
 
-    Means, but for the largest `ratio_off` and the last `grad_norm`, which is of all.
+    Means, except the largest `ratio_off` and the last `grad_norm`, which covers them all.
     """
     found = jax.device_get(list(found))
     reduce = {"ratio_off": lambda x: np.max(x, axis=0), "grad_norm": lambda x: x[-1]}
@@ -131,7 +131,7 @@ def merged(found: Sequence[Mapping]) -> dict:
 
 
 def check_finite(stage: str, metrics: Mapping, step: int, run: Run, ids: Sequence[int]) -> None:
-    """Stops a run in which a metric of a step, with these traces, is NaN or infinite."""
+    """Stops the run if a metric of a step, on these traces, is NaN or infinite."""
     bad = [name for name, value in metrics.items() if not np.all(np.isfinite(value))]
     if bad:
         of = f" (traces {np.asarray(ids).tolist()})" if len(ids) else ""
@@ -149,17 +149,17 @@ def check_finite(stage: str, metrics: Mapping, step: int, run: Run, ids: Sequenc
 def accumulated(
     optimiser: optax.GradientTransformation, micro_batches: int
 ) -> optax.GradientTransformation:
-    """Updates once in so many calls, by the mean of their gradients; clipping sees the mean."""
+    """Updates once every `micro_batches` calls, by the mean of their gradients, then clipped."""
     if micro_batches == 1:
         return optimiser
     return optax.MultiSteps(optimiser, micro_batches).gradient_transformation()
 
 
 def mean_so_far(grads: dict, opt_state: optax.OptState) -> dict:
-    """The mean of these gradients and those of a step's earlier micro-batches.
+    """The mean of these gradients and those of the step's earlier micro-batches.
 
     Args:
-      opt_state: before `grads` came; with the last micro-batch this is what clipping sees.
+      opt_state: before `grads`; with the last micro-batch the mean is what is clipped.
     """
     if not isinstance(opt_state, optax.MultiStepsState):
         return grads
@@ -168,7 +168,7 @@ def mean_so_far(grads: dict, opt_state: optax.OptState) -> dict:
 
 
 def updates_made(step: Array, opt_state: optax.OptState) -> Array:
-    """Updates after a call that had made `step` of them before."""
+    """Number of updates after a call, of which `step` were made before it."""
     if isinstance(opt_state, optax.MultiStepsState):
         return opt_state.gradient_step
     return step + 1

@@ -2,14 +2,13 @@
 
 The future score of a cached entry after a chunk is the largest block score it will get from any
 later chunk of `L` queries; a block score is the mean full-cache attention probability over the
-block's queries and the group's heads. At every eviction the `L` candidates of lowest future score
-go (ForesightKV, arXiv 2602.03203, section 3).
+block's queries and the group's heads. Every eviction drops the `L` candidates of lowest future
+score (ForesightKV, arXiv 2602.03203, section 3).
 
-The search keeps, for each of the `B + L` cached entries, its future scores after every chunk: a
-row that is computed when the entry arrives, from the keys of its chunk against all later queries,
-and that is dropped with the entry. So memory is `(B + L) * T / L` floats a group plus one chunk of
-keys against the queries: linear in T, where the table of all block scores is `T * T / L` and the
-attention matrix `T * T`.
+The search keeps, for each of the `B + L` cached entries, a row of its future scores after every
+chunk, computed when the entry arrives from the keys of its chunk and all later queries, and dropped
+with it. So memory is `(B + L) * T / L` floats per group plus one chunk of keys against the queries:
+linear in T, where the table of all block scores is `T * T / L` and the attention matrix `T * T`.
 
 Letters: b batch, e evictions, t tokens, k KV heads, g query heads per KV head, j query blocks,
 l interval (L), n candidates (B).
@@ -37,11 +36,11 @@ class Labels:
 
     Attributes:
       evict_position_ebkl: absolute positions to drop, int32, lowest future score first.
-      candidate_position_ebkn: absolute positions of the candidates, in the slot order in which
-        `fkv.engine.replay` holds them when these evictions are forced.
+      candidate_position_ebkn: absolute positions of the candidates, in the slot order of
+        `fkv.engine.replay` when these evictions are forced.
       future_score_ebkn: their future scores, float32.
-      newest_score_ebkl: future scores of the newest `L`, in the order in which they came.
-      valid_eb: whether the row is long enough to have this eviction and a token after it.
+      newest_score_ebkl: future scores of the newest `L`, in order of arrival.
+      valid_eb: whether the row is long enough for this eviction and a token after it.
     """
 
     evict_position_ebkl: Array
@@ -52,7 +51,7 @@ class Labels:
 
 
 def at(x_e: Array, eviction: Array) -> Array:
-    """The entry of an eviction, along the first axis; zeros before the first and after the last."""
+    """The entry of one eviction along the first axis; zeros before the first and after the last."""
     known = (eviction >= 0) & (eviction < len(x_e))
     one = x_e[jnp.clip(eviction, 0, len(x_e) - 1)]
     return jnp.where(known, one, jnp.zeros_like(one))
@@ -61,10 +60,10 @@ def at(x_e: Array, eviction: Array) -> Array:
 def search(
     future_rows: Callable[[Array], Array], length_b: Array, blocks: int, cadence: Cadence
 ) -> Labels:
-    """The search, by `lax.scan` over chunks, for all rows and heads at once.
+    """The search, a `lax.scan` over chunks for all rows and heads.
 
     Args:
-      future_rows: from a chunk's index c to [b, k, l, j]: for each of the chunk's entries, the
+      future_rows: maps a chunk's index c to [b, k, l, j]: for each of the chunk's entries, the
         largest block score in blocks j and later (only j > c is read).
       length_b: tokens of each row.
       blocks: number of query blocks, `ceil(T / L)`.
@@ -100,7 +99,7 @@ def search(
     )
     filling = jnp.arange(min(first, blocks))
     state, _ = jax.lax.scan(lambda s, c: (step(s, c)[0], None), state, filling)
-    # The last chunk's eviction is seen by no token.
+    # No token attends after the last chunk's eviction.
     return jax.lax.scan(step, state, jnp.arange(first, max(first, blocks - 1)))[1]
 
 
@@ -123,7 +122,7 @@ def from_attention(
       q_bthd, k_btkd: rotated queries and keys of the full-cache pass.
       lse_bkgt: log-sum-exp of every query's logits, from `attention.full_attention`.
       position_bt: `arange(T)` where the row has a token, -1 after its end.
-      queries: how many queries meet a chunk of keys at once; memory is
+      queries: number of queries multiplied with a chunk of keys at a time; memory is
         `b * h * queries * L` floats.
     """
     (b, t, k, _), interval = k_btkd.shape, cadence.interval
@@ -176,7 +175,7 @@ def layer_labels(
 ) -> tuple[Array, Labels]:
     """One layer of the full pass: its output and its golden evictions.
 
-    It holds no cache: its keys and values are the model's own, whatever a cache would make of them.
+    It has no cache: keys and values are in the model's dtype, whatever `cache_dtype` is.
     """
     q, k, v = models.project(config, weights, hidden_btm, position_bt)
     out, lse = attention.full_attention(q, k, v, position_bt)
@@ -188,8 +187,8 @@ def policy(lm: LM, batch: Batch, cadence: Cadence) -> tuple[Forced, Labels, Arra
     """The golden evictions of all layers, from one full pass.
 
     Returns:
-      The policy that forces them, the labels [layers, e, ...], and the full-cache hidden states,
-      which `config.cache_dtype` has no say in.
+      The policy that forces them, the labels [layers, e, ...], and the full-cache hidden states
+      (whatever `config.cache_dtype` is).
     """
     position = batch.position_bt
 

@@ -1,12 +1,12 @@
 """The reinforcement stage: GRPO over eviction traces.
 
 ForesightKV, arXiv 2602.03203, section 3.4. A rollout is the teacher-forced replay of a trace under
-sampled evictions; its reward is what the evictions cost on low-entropy tokens. In the update the
-recorded evictions are replayed, so the states are those of the rollout, and loss and gradient are
-taken inside the scan over chunks, as in `fkv.learning.sft`: no state outlives its eviction.
+sampled evictions; its reward is the negated added loss on low-entropy tokens. The update replays
+the recorded evictions, so the states are those of the rollout, and computes loss and gradient
+inside the scan over chunks, as in `fkv.learning.sft`: no state outlives its eviction.
 
 Letters: r rollouts, t tokens, e chunks, n candidates, l dropped entries; the rows of a batch are
-the rollouts of its traces, those of one trace side by side.
+the rollouts of its traces, those of a trace adjacent.
 """
 
 import dataclasses
@@ -38,19 +38,19 @@ class GRPOConfig(tokens.Split):
     """Rollouts, rewards and the loss.
 
     Attributes:
-      rollouts: of each trace.
-      epochs: updates from one batch of rollouts.
-      temperature: of the draw from the pool of `2L`.
-      reward: what is penalised: the added loss of `all`, `low`- or `high`-entropy tokens, of low
-        ones where it is larger than `eta` (`low_large`), or its square there (the paper's choice).
+      rollouts: per trace.
+      epochs: updates per batch of rollouts.
+      temperature: of sampling from the pool of `2L`.
+      reward: the penalty: the added loss on `all`, `low`- or `high`-entropy tokens, on low-entropy
+        tokens where it exceeds `eta` (`low_large`), or its square there (the paper's choice).
       eta: nats.
-      clip: of the ratio of probabilities.
-      kl_weight, kl_steps: weight of the KL to the supervised scorer, for that many steps.
-      log_prob: `plackett_luce`, the law of the draw, or `independent`, as in the released code.
+      clip: of the probability ratio.
+      kl_weight, kl_steps: weight of the KL to the supervised scorer, for the first `kl_steps`.
+      log_prob: `plackett_luce`, which is exact, or `independent`, as in the released code.
       rollouts_at_once: micro-batch of a device's rollouts; 0 for all.
     """
 
-    rollouts: int = setting(kinds.whole(2), 32)  # a group compares
+    rollouts: int = setting(kinds.whole(2), 32)  # advantages need two
     epochs: int = setting(kinds.whole(1), 1)
     temperature: float = setting(kinds.POSITIVE, 1.0)
     reward: str = setting(kinds.one_of(REWARDS), "low_large_squared")
@@ -67,13 +67,13 @@ class Plan(fit.Fit):
     """The reinforcement stage.
 
     Attributes:
-      traces: of a step, of which `traces_at_once` (0: all) are a micro-batch.
+      traces: per step, `traces_at_once` (0: all) per micro-batch.
       learning_rate, warmup: of Adam: linear warm-up, then constant.
       clip_norm: of the gradient's global norm.
       cadence: of evictions.
       scorer: what is trained.
       grpo: rollouts, rewards and the loss.
-      micro_batches: of a step, see `fit.accumulated`.
+      micro_batches: per step, see `fit.accumulated`.
     """
 
     group: ClassVar[str] = "grpo"
@@ -107,7 +107,7 @@ class Plan(fit.Fit):
 class TrainState(fit.TrainState):
     """Everything a training step changes, and the scorers it started from.
 
-    A checkpoint holds these, too, should the supervised run be gone.
+    A checkpoint holds these, too, so that resuming does not need the supervised run.
     """
 
     reference: dict
@@ -115,11 +115,11 @@ class TrainState(fit.TrainState):
 
 @flax.struct.dataclass
 class Rollouts:
-    """The rows of a step: every trace `rollouts` times, side by side.
+    """The rows of a step: every trace repeated `rollouts` times, adjacently.
 
     Attributes:
       batch: the traces.
-      full_bt, entropy_bt: full-cache losses and entropies by token, [b, t - 1].
+      full_bt, entropy_bt: full-cache losses and entropies per token, [b, t - 1].
       random_b: raw data of one PRNG key per row.
     """
 
@@ -131,13 +131,13 @@ class Rollouts:
 
 def advantages(reward_r: Array) -> Array:
     """Rewards of a group, centred and divided by their (population) standard deviation."""
-    # From the first on, so that equal rewards give zeros and not rounding over rounding.
+    # Relative to the first, so that equal rewards give exact zeros, not amplified rounding errors.
     reward_r = reward_r - reward_r[:1]
     return (reward_r - reward_r.mean()) / (reward_r.std() + 1e-8)
 
 
 def independent_log_prob(score_xn: Array, index_xl: Array) -> Array:
-    """Log-probability of each drop as if drawn alone from a softmax over all candidates.
+    """Log-probability of each drop under an independent softmax over all candidates.
 
     Args:
       score_xn: eviction scores, higher is dropped.
@@ -149,8 +149,8 @@ def independent_log_prob(score_xn: Array, index_xl: Array) -> Array:
 def terms(
     new_x: Array, old_x: Array, reference_x: Array, advantage_x: Array, clip: float
 ) -> tuple[Array, Array, Array]:
-    """Ratio of probabilities, PPO-clip surrogate, and k3 estimate of the KL to the reference policy
-    (nats) of each dropped entry, [x] each.
+    """Probability ratio, PPO-clip surrogate, and k3 estimate of the KL to the reference policy
+    (nats) for each dropped entry, [x] each.
 
     Args:
       new_x, old_x, reference_x: log-probabilities.
@@ -166,7 +166,7 @@ def plackett_luce_log_prob(score_xm: Array, draws: int) -> Array:
     """Log-probability of each of the first `draws` entries, drawn in order without replacement.
 
     Args:
-      score_xm: eviction scores of the pool, in the order in which they were drawn; the rest follow.
+      score_xm: eviction scores of the pool: those drawn, in order, then the rest.
     """
     left = jax.lax.cumlogsumexp(score_xm, axis=score_xm.ndim - 1, reverse=True)
     return (score_xm - left)[..., :draws]
@@ -183,7 +183,7 @@ def rollout_reward(
     Args:
       evicted_bt, full_bt: losses per token with and without eviction, nats.
       entropy_bt: full-cache entropies.
-      counted_bt: which tokens an eviction can change and the model wrote.
+      counted_bt: which tokens count: generated, and after an eviction.
     """
     low = tokens.low_entropy(entropy_bt, counted_bt, config.high_fraction)
     excess = evicted_bt - full_bt
@@ -196,14 +196,14 @@ def rollout_reward(
 
 @flax.struct.dataclass
 class Recorded(Policy):
-    """Drops again what a rollout dropped, for observers that update scorers.
+    """Replays the drops of a rollout, for observers that update scorers.
 
     Attributes:
-      slots_yebkm: the pool of `2L` slots of every layer and chunk, the dropped ones first and in
-        the order in which they were drawn.
+      slots_yebkm: the pool of `2L` slots of every layer and chunk, the dropped ones first, in the
+        order of the draw.
       old_yebkl: log-probabilities of the drops when they were drawn.
-      params, reference: scorers that are trained, and those they started from.
-      config: what the scorers are made of.
+      params, reference: the scorers being trained, and those they started from.
+      config: of the scorers.
     """
 
     slots_yebkm: Array
@@ -228,12 +228,12 @@ def rollout(plan: Plan, params: dict, lm: LM, batch: Batch, key_b: Array) -> tup
     """Samples one eviction trace of every row.
 
     Returns:
-      The pools [layers, chunks, b, k, 2L], see `Recorded`, and the losses by token [b, t - 1].
+      The pools [layers, chunks, b, k, 2L], see `Recorded`, and the losses per token [b, t - 1].
     """
     policy = Foresight(params, plan.scorer, "sample", plan.grpo.temperature)
 
     def observe(acc, policy, view, evict):
-        # What is drawn is what is lowest after the perturbation, so the pool comes in its order.
+        # The draw takes the lowest after perturbation, so sorting gives the pool in its order.
         return acc, jax.lax.top_k(-policy.importance(view), 2 * view.interval)[1]
 
     hidden, _, pools = replay.replay(lm, batch, policy, plan.cadence, key_b, observe)
@@ -245,7 +245,7 @@ def rollout(plan: Plan, params: dict, lm: LM, batch: Batch, key_b: Array) -> tup
 
 @flax.struct.dataclass
 class Sums:
-    """What the replay of a batch adds up, per layer; each a mean over the drops of a row.
+    """Sums over the replay of a batch, per layer, of means over the drops of a row.
 
     Attributes:
       loss, kl, clipped, entropy: of the policy loss, the KL estimate, whether the ratio was
@@ -263,7 +263,7 @@ class Sums:
 
     @classmethod
     def zero(cls, params: dict) -> "Sums":
-        """Nothing yet, for scorers of such parameters (of all layers or of one)."""
+        """Zeros, for scorers of such parameters (of all layers or of one)."""
         lead = params["b2"].shape[:-1]
         zero = jnp.zeros(lead)
         return cls(zero, zero, zero, zero, zero, jax.tree.map(jnp.zeros_like, params))
@@ -276,10 +276,10 @@ class Sums:
 
 @flax.struct.dataclass
 class Step:
-    """What an update goes by beside the rollouts.
+    """What an update needs besides the rollouts.
 
     Attributes:
-      first: whether the parameters are those that drew: then the ratios are exactly 1, and
+      first: whether the parameters are those of the rollouts: then the ratios are exactly 1, and
         `Recorded.old_yebkl` is not read.
       kl_weight: at this step.
       advantage_b: of each rollout.
@@ -299,7 +299,7 @@ def loss_and_grads(
       policy: the recorded evictions and the scorers.
 
     Returns:
-      The sums, and the log-probabilities of the drops now [layers, chunks, b, k, l].
+      The sums, and the current log-probabilities of the drops [layers, chunks, b, k, l].
     """
     cadence, grpo = plan.cadence, plan.grpo
     interval = cadence.interval
@@ -309,7 +309,7 @@ def loss_and_grads(
         live = (view.eviction >= 0) & (batch.length_b > (view.chunk + 1) * interval)
         weight = jnp.where(live, 1 / (events * lm.config.kv_heads * interval), 0.0)[:, None, None]
         pool = policy.pool(view)
-        pool = jnp.minimum(pool, view.budget - 1)  # while the cache fills, of no account
+        pool = jnp.minimum(pool, view.budget - 1)  # ignored while the cache fills
         feature = scorer.features(plan.scorer, view)
         old = jax.lax.dynamic_index_in_dim(policy.old_yebkl, view.chunk, axis=0, keepdims=False)
 
@@ -344,7 +344,7 @@ def loss_and_grads(
 
     start = Sums.zero(jax.tree.map(lambda x: x[0], policy.params))
     _, sums, new = replay.replay(lm, batch, policy, cadence, observe=observe, acc=start)
-    # A shift of all scores changes no probability: what is computed for it is rounding.
+    # A shift of all scores changes no probability: its computed gradient is rounding error.
     grads = {**sums.grads, "b2": jnp.zeros_like(sums.grads["b2"])}
     return sums.replace(grads=grads), new
 
@@ -352,14 +352,14 @@ def loss_and_grads(
 def train_step(
     plan: Plan, state: TrainState, lm: LM, rows: Rollouts, axis: str
 ) -> tuple[TrainState, dict]:
-    """Rollouts and updates on this device's rows; speaks to the others over `axis`.
+    """Rollouts and updates on this device's rows, with collectives over `axis`.
 
     Returns:
-      The new state and metrics, means over the batch: reward, its spread within groups, the share
-      of groups without spread, and of every epoch [epochs] the loss, KL, clip fraction, entropy,
-      largest deviation of a ratio and norm of the gradient (the mean of the micro-batches so far);
-      and summed over the batch, for low- and high-entropy tokens, the loss under eviction and with
-      the full cache, and their number.
+      The new state and metrics. Means over the batch: reward, its spread within groups, the share
+      of groups without spread, and per epoch [epochs] the loss, KL, clip fraction, entropy,
+      largest deviation of a ratio and norm of the gradient (the mean of the micro-batches so far).
+      Sums over the batch, for low- and high-entropy tokens: the loss under eviction and with the
+      full cache, and their number.
     """
     grpo, number = plan.grpo, len(rows.full_bt)
     at_once = grpo.rollouts_at_once or number
@@ -380,7 +380,7 @@ def train_step(
     nll = nll.reshape(rows.full_bt.shape)
     counted = rows.batch.counted_bt(plan.cadence.first_evicting_token)
     reward = rollout_reward(grpo, nll, rows.full_bt, rows.entropy_bt, counted)
-    # A group may lie on several devices.
+    # A group may span several devices.
     everyone = jax.lax.all_gather(reward, axis, tiled=True).reshape(-1, grpo.rollouts)
     advantage = jax.vmap(advantages)(everyone).reshape(-1)
     own = jax.lax.axis_index(axis) * number
@@ -395,7 +395,7 @@ def train_step(
             policy = Recorded(pools, old, state.params, state.reference, plan.scorer)
             step = Step(epoch == 0, kl_weight, advantage)
             more, new = loss_and_grads(plan, policy, step, lm, batch)
-            # Of a single epoch nobody asks again how likely its drops were.
+            # A single epoch never needs the log-probabilities of its drops again.
             return sums.plus(more), new if grpo.epochs > 1 else old
 
         sums, new = jax.lax.scan(gradient, Sums.zero(state.params), (pools, old, advantage, batch))

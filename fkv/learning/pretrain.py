@@ -1,4 +1,4 @@
-"""Training of the embedded reasoner from scratch: next-token loss on the chain of thought."""
+"""Pretraining of the embedded reasoner: next-token loss on the chain of thought."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ from fkv.tasks import ledger
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A part of the curriculum: so many steps, on problems of these sizes."""
+    """A part of the curriculum: `steps` on problems of these sizes."""
 
     steps: int
     batch: int
@@ -30,15 +30,15 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan(fit.Fit):
-    """The training.
+    """The pretraining.
 
     Attributes:
-      qk_gain: where the gains of the QK-norm start, see `models.init`.
-      learning_rate, warmup, cycles: of AdamW; `cycles` are the steps from each linear warm-up to
-        the end of its cosine, a fiftieth of the rate.
+      qk_gain: initial gain of the QK-norm, see `models.init`.
+      learning_rate, warmup, cycles: of AdamW; each of `cycles` counts the steps of a linear
+        warm-up and the cosine decay after it, to a fiftieth of the rate.
       clip: of the gradient's global norm.
       weight_decay: decoupled from the gradient.
-      eval_problems, eval_batch, temperature: of the answers in the end.
+      eval_problems, eval_batch, temperature: of the final evaluation.
       stages: the curriculum.
       config: of the reasoner.
     """
@@ -72,7 +72,7 @@ class Plan(fit.Fit):
 
     @property
     def steps(self) -> int:
-        """Of all stages."""
+        """Steps of all stages."""
         return sum(stage.steps for stage in self.stages)
 
     def stage_at(self, step: int) -> int:
@@ -104,7 +104,7 @@ def logits(lm: LM, batch: Batch) -> Array:
         out, _ = attention.full_attention(q, k, v, position, block=position.shape[1])
         return models.finish(lm.config, weights, hidden, out), None
 
-    # Unrolled: a third faster on a CPU than a loop over three small layers.
+    # Unrolled: on a CPU a third faster than a loop over three small layers.
     inputs = models.embed(lm, batch.token_bt), lm.params["layers"]
     hidden, _ = jax.lax.scan(layer, *inputs, unroll=True)
     return models.unembed(lm, hidden)

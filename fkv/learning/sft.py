@@ -1,9 +1,9 @@
 """The supervised stage: scorers learn the golden order by pairwise ranking.
 
 ForesightKV, arXiv 2602.03203, section 3.3. The language model is frozen and the features carry no
-gradient, so the loss is a sum of independent terms, one an eviction: its value and gradient are
-taken inside the scan over chunks and added up. Golden labels never leave their layer: one scan
-over layers carries the hidden states of the full pass and of the evicted pass side by side.
+gradient, so the loss is a sum of independent terms, one per eviction: value and gradient are
+computed inside the scan over chunks and summed. Golden labels never leave their layer: one scan
+over layers carries the hidden states of both the full and the evicted pass.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ class LossConfig(kinds.Settings):
 
     Attributes:
       margin: of the hinge, in units of the score.
-      weighting: `plain` as in the paper, or `sqrt_gap`: pairs are weighted by the square root of
+      weighting: `plain` as in the paper, or `sqrt_gap`, which weights pairs by the square root of
         the gap between their future scores.
     """
 
@@ -50,13 +50,13 @@ class Plan(Fit):
     """The supervised stage.
 
     Attributes:
-      batch: traces of a step, of which a device takes `at_once` (0: all) as a micro-batch.
+      batch: traces per step, `at_once` (0: all) per micro-batch of a device.
       learning_rate, warmup: of Adam: linear warm-up, then cosine to zero at `steps`.
       clip: of the gradient's global norm.
       cadence: of evictions.
       scorer: what is trained.
       loss: the ranking loss.
-      micro_batches: of a step, see `fit.accumulated`.
+      micro_batches: per step, see `fit.accumulated`.
     """
 
     group: ClassVar[str] = "sft"
@@ -122,12 +122,12 @@ def has_pair(future_xn: Array) -> Array:
 
 @flax.struct.dataclass
 class Sums:
-    """What one pass over a batch adds up, per layer.
+    """Sums over one pass of a batch, per layer.
 
     Attributes:
-      traces: traces long enough to count.
+      traces: number of traces long enough to count.
       loss: ranking loss, mean over the evictions and heads of a trace, summed over traces.
-      overlap: share of the golden `L` among the scorer's top `L`, likewise.
+      overlap: share of the golden `L` among the scorer's top `L`, averaged and summed alike.
       grads: gradient of `loss` in the layer's scorer parameters.
     """
 
@@ -140,13 +140,13 @@ class Sums:
 def loss_and_grads(plan: Plan, params: dict, lm: LM, batch: Batch) -> Sums:
     """Ranking loss, overlap and gradient of a batch of traces, [layers] and [layers, ...].
 
-    Rows too short to have an eviction followed by a token count for nothing.
+    Rows too short for a token after an eviction do not count.
     """
     cadence = plan.cadence
     replay.check_lengths([batch.token_bt.shape[1]], cadence)
     position = batch.position_bt
     counted = (batch.length_b > cadence.first_evicting_token).astype(jnp.float32).sum()
-    # Golden evictions draw nothing and share evenly.
+    # Golden evictions need no PRNG keys and have even budgets.
     unused = replay.row_keys(key_of(0, Purpose.REPLAY), len(position))
     site = replay.Site(lm.config, cadence, 0, unused)
 
@@ -156,7 +156,7 @@ def loss_and_grads(plan: Plan, params: dict, lm: LM, batch: Batch) -> Sums:
         full, labels = golden.layer_labels(lm.config, weights, full, position, cadence)
         policy = Forced(labels.evict_position_ebkl, plan.scorer.statistics)
 
-        # Weights of each eviction's groups, known from the labels: a mean over the trace's groups.
+        # Weights of each eviction's groups, known from the labels: a mean over a trace's groups.
         pairs = has_pair(labels.future_score_ebkn) & labels.valid_eb[..., None]
         loss_weight = pairs / jnp.maximum(pairs.sum((0, 2), keepdims=True), 1)
         valid = jnp.broadcast_to(labels.valid_eb[..., None], pairs.shape)
@@ -172,8 +172,8 @@ def loss_and_grads(plan: Plan, params: dict, lm: LM, batch: Batch) -> Sums:
                 return (loss * golden.at(loss_weight, view.eviction)).sum(), importance
 
             (loss, importance), grads = jax.value_and_grad(objective, has_aux=True)(params)
-            # The loss does not change when all scores of a head shift; the rounding noise that is
-            # computed for that shift would be blown up by Adam.
+            # Shifting all scores of a head does not change the loss; Adam would amplify the
+            # rounding error in the gradient of that shift.
             grads = {**grads, "b2": jnp.zeros_like(grads["b2"])}
             chosen = jax.lax.top_k(-importance, view.interval)[1]
             agree = (chosen[..., :, None] == evict[..., None, :]).any(-1).mean(-1)
@@ -192,7 +192,7 @@ def loss_and_grads(plan: Plan, params: dict, lm: LM, batch: Batch) -> Sums:
 def train_step(
     plan: Plan, state: TrainState, lm: LM, batch: Batch, axis: str
 ) -> tuple[TrainState, dict]:
-    """One update on this device's part of the batch; speaks to the others over `axis`.
+    """One update on this device's part of the batch, with collectives over `axis`.
 
     Returns:
       The new state and metrics: loss [layers], overlap [layers], grad_norm (of the mean of the

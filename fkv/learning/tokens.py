@@ -1,4 +1,4 @@
-"""Losses of single tokens, and the split into low- and high-entropy ones."""
+"""Per-token losses, and the split into low- and high-entropy tokens."""
 
 import dataclasses
 from typing import ClassVar
@@ -17,8 +17,8 @@ class Split(kinds.Settings):
     """The split of the counted tokens.
 
     Attributes:
-      high_fraction: share of a trace's tokens, those with the largest full-cache entropy, that is
-        called high-entropy; below 1, or nothing would be low.
+      high_fraction: share of a trace's tokens that count as high-entropy, by full-cache entropy;
+        below 1, so that some are low.
     """
 
     group: ClassVar[str] = "grpo"
@@ -27,7 +27,7 @@ class Split(kinds.Settings):
 
 @flax.struct.dataclass
 class TokenLosses:
-    """Results of a pass by token: entry i is about predicting token i + 1 from its prefix.
+    """Per-token results of a pass: entry i is about predicting token i + 1 from its prefix.
 
     Attributes:
       nll_bt: negative log-likelihood of the next token, nats, [b, t - 1].
@@ -41,7 +41,7 @@ class TokenLosses:
 def token_losses(
     lm: models.LM, hidden_btm: Array, token_bt: Array, block: int = 512
 ) -> TokenLosses:
-    """Losses of a pass from its last hidden states; logits exist for one block at a time."""
+    """Losses of a pass from its last hidden states; logits are computed a block at a time."""
     b, t, m = hidden_btm.shape
     block = min(block, t - 1)
     blocks = -(-(t - 1) // block)
@@ -64,11 +64,11 @@ def token_losses(
 def low_entropy(entropy_bt: Array, counted_bt: Array, high_fraction: float) -> Array:
     """Which tokens count as low-entropy, bool [b, t].
 
-    Of each row's counted tokens all but the `high_fraction` (rounded down to a whole number) with
-    the largest entropy; among equals the earlier is high. Rewards and tables share this split.
+    All of a row's counted tokens but the `high_fraction` (rounded down to whole tokens) with the
+    largest entropy; of equal ones, earlier tokens are high. Rewards and tables share this split.
     """
     entropy = jnp.where(counted_bt, entropy_bt, -jnp.inf)
     rank = jnp.argsort(jnp.argsort(-entropy, axis=-1, stable=True), axis=-1)
-    # Tabulated in float64, a hair larger, as 0.29 * 100 falls short of 29.
+    # Tabulated in float64 with a small margin, as 0.29 * 100 falls short of 29.
     high = np.floor(np.arange(entropy.shape[-1] + 1) * high_fraction + 1e-9).astype(np.int32)
     return counted_bt & (rank >= jnp.asarray(high)[counted_bt.sum(-1, keepdims=True)])

@@ -17,7 +17,7 @@ CACHE_DTYPES = ("", "int8")
 KERNELS = ("plain", "gpu", "tpu", "interpret")
 # `max_position_embeddings` where a config has none.
 _POSITIONS = {"qwen3": 32_768, "qwen2": 32_768, "llama": 2048}
-# Settings of related families that change the logits, and the value that does not.
+# Settings of related families that would change the logits, and their neutral values.
 _NEUTRAL = {
     **dict.fromkeys((
         "attention_chunk_size", "attention_multiplier", "attn_logit_softcapping", "clip_qkv",
@@ -35,7 +35,7 @@ _NEUTRAL = {
     **dict.fromkeys(("is_causal", "scale_attn_weights"), True),
 }  # fmt: skip
 _LENGTH = "original_max_position_embeddings"
-# The forms of rotary scaling with the fields that each one needs, and the optional ones of YaRN.
+# Rotary scalings with their required fields, and the optional fields of YaRN.
 _SCALINGS = {
     "default": (),
     "linear": ("factor",),
@@ -57,16 +57,16 @@ class ModelConfig:
       vocab_size, width, layers, heads, kv_heads, head_dim, mlp_width: sizes.
       rms_eps: epsilon of every RMSNorm.
       rope_theta: base of the rotary frequencies.
-      rope_scaling: sorted (name, value) pairs of the scaling with its `rope_type`; empty for none.
+      rope_scaling: sorted (name, value) pairs, `rope_type` among them; empty for none.
       qk_norm: RMSNorm on queries and keys per head before the rotation (Qwen3).
       qkv_bias, out_bias, mlp_bias: which projections have biases.
       tied_embeddings: the unembedding is the embedding transposed.
-      max_positions: the length the checkpoint was made for.
-      cache_dtype: of cached keys and values; no checkpoint says it. Empty is the model's own,
-        `int8` makes them `fkv.cache.slots.Int8`.
-      kernel: of attention while decoding; no checkpoint says it. `plain` is `attention.attend`,
-        `gpu` and `tpu` are the Pallas kernels of `fkv.cache.kernels`; `interpret` runs the first of
-        these on any device, slowly, for tests.
+      max_positions: the context length the checkpoint was trained for.
+      cache_dtype: of cached keys and values; not part of a checkpoint. Empty for the model's own,
+        `int8` for `fkv.cache.slots.Int8`.
+      kernel: decode attention; not part of a checkpoint. `plain` is `attention.attend`, `gpu` and
+        `tpu` are the Pallas kernels of `fkv.cache.kernels`; `interpret` runs the GPU's on any
+        device, slowly, for tests.
     """
 
     family: str
@@ -106,14 +106,14 @@ class ModelConfig:
         return self.heads // self.kv_heads
 
     def beyond(self, tokens: int, what: str) -> str:
-        """A warning if these are more tokens than the model was made for; else empty."""
+        """A warning if these are more tokens than the model's context length; else empty."""
         positions = _reach(self.max_positions, self.rope_scaling)
         if tokens <= positions:
             return ""
         scaled = "" if positions == self.max_positions else f", scaled to {positions}"
         return (
             f"{what} = {tokens} tokens, beyond max_position_embeddings = {self.max_positions}"
-            f"{scaled}: expect poor text there"
+            f"{scaled}: expect degraded text there"
         )
 
     def inv_frequencies(self) -> tuple[np.ndarray, float]:
@@ -155,7 +155,7 @@ def _yarn(inv: np.ndarray, rope: dict[str, Any], config: ModelConfig) -> tuple[n
 
 
 def _reach(positions: int, scaling: tuple[tuple[str, float | str], ...]) -> int:
-    """The length that a model of so many positions was made for, its scaling included."""
+    """The context length of a model with `positions`, rotary scaling included."""
     rope = dict(scaling)
     if rope.get("rope_type") == "linear":
         return int(positions * rope["factor"])
@@ -178,7 +178,7 @@ def from_hf(config: Mapping, where: str = "config.json") -> ModelConfig:
     """Reads the dictionary of a Hugging Face `config.json`.
 
     Both spellings of the rotary settings are read: `rope_theta` with `rope_scaling`, and
-    `rope_parameters` (transformers 5). Absent fields have their defaults of transformers.
+    `rope_parameters` (transformers 5). Absent fields take transformers' defaults.
 
     Raises:
       UserError: a field is missing or of the wrong kind, or the architecture is not supported.
@@ -201,7 +201,7 @@ def from_hf(config: Mapping, where: str = "config.json") -> ModelConfig:
     positions = integer("max_position_embeddings", _POSITIONS[family], 2**31 - 1)
     theta, scaling = _rope(config, positions, where)
     if _slides(config, family, layers, flag("use_sliding_window"), where):
-        # A window as wide as the context hides nothing.
+        # A window as wide as the context masks nothing.
         if (config.get("sliding_window") or 0) < _reach(positions, scaling):
             raise UserError(f"{where}: sliding-window attention is not supported")
     below_one = kinds.number(0, 1, below=True)
@@ -226,7 +226,7 @@ def from_hf(config: Mapping, where: str = "config.json") -> ModelConfig:
 
 
 def _checked(where: str, key: str, value: Any, kind: Kind) -> Any:
-    """The value of a field, which must be of this kind."""
+    """The value of a field, checked to be of this kind."""
     kinds.check(f"{where}: {key}", value, kind)
     return value
 
@@ -237,7 +237,7 @@ def _check_neutral(where: str, key: str, value: Any, neutral: Any) -> None:
 
 
 def _family(config: Mapping, where: str) -> str:
-    """The family that `architectures` or else `model_type` names."""
+    """The family, from `architectures` or else `model_type`."""
     names, model_type = config.get("architectures"), config.get("model_type")
     if names is not None:
         _checked(where, "architectures", names, kinds.several(kinds.TEXT, "a list of names"))
@@ -254,7 +254,7 @@ def _family(config: Mapping, where: str) -> str:
 
 
 def _slides(config: Mapping, family: str, layers: int, asked: bool, where: str) -> bool:
-    """Whether any layer has a sliding window, by the rules of transformers."""
+    """Whether any layer has a sliding window, as transformers decides it."""
     window = config.get("sliding_window")
     if window is not None:
         _checked(where, "sliding_window", window, _INTEGER)
@@ -265,7 +265,7 @@ def _slides(config: Mapping, family: str, layers: int, asked: bool, where: str) 
         _checked(where, "layer_types", of_layers, kinds.several(known, what, layers))
         return "sliding_attention" in of_layers
     if family == "llama":
-        # Not a field of Llama: transformers ignores it, other engines do not.
+        # Not a field of Llama: transformers ignores it, other engines may not.
         return asked or (window is not None and "use_sliding_window" not in config)
     return asked and (window is not None or "sliding_window" not in config) and most < layers
 
@@ -277,7 +277,7 @@ def _rope(
     for key in ("rope_scaling", "rope_parameters"):
         if config.get(key) is not None:
             _checked(where, key, config[key], _OBJECT)
-    # As in transformers, `rope_scaling` has precedence and does not mix with `rope_parameters`.
+    # As in transformers, `rope_scaling` takes precedence and does not mix with `rope_parameters`.
     field = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     spelled = config.get(field) or {}
     if any(isinstance(value, Mapping) for value in spelled.values()):
@@ -296,7 +296,7 @@ def _rope(
             raise UserError(f"{where}: {field}.factor needs a rope_type: {', '.join(_SCALINGS)}")
         return theta, ()
 
-    # Others are ignored, as by transformers: DeepSeek-R1-0528-Qwen3-8B has `attn_factor`.
+    # Other fields are ignored, as by transformers: DeepSeek-R1-0528-Qwen3-8B has `attn_factor`.
     needed = _SCALINGS[kind]
     rope = {k: spelled[k] for k in (*needed, *_OPTIONAL) if spelled.get(k) is not None}
 
@@ -304,12 +304,12 @@ def _rope(
         return _checked(where, f"{field}.{key}", rope.get(key), _POSITIVE)
 
     if _LENGTH in needed:
-        outside = config.get(_LENGTH)  # has precedence, as in transformers
+        outside = config.get(_LENGTH)  # takes precedence, as in transformers
         rope[_LENGTH] = rope.get(_LENGTH, positions) if outside is None else outside
         length = positive(_LENGTH)
         if kind == "yarn" and "factor" in spelled:
             rope.setdefault("factor", positions / length)
-    for key in ("mscale", "mscale_all_dim"):  # 0 is none
+    for key in ("mscale", "mscale_all_dim"):  # 0 means none
         if rope.get(key) == 0:
             del rope[key]
     for key in dict.fromkeys((*needed, *rope)):

@@ -2,7 +2,8 @@
 
 The parameters are a dictionary; those of the layers (`_LAYER`, `_OPTIONAL`) are stacked along a
 leading layer axis, over which `lax.scan` runs. The last letters of a name are its axes: v
-vocabulary, m width, h query heads, k KV heads, d head dim, f MLP. Elsewhere, b batch and t tokens.
+vocabulary, m width, h query heads, k KV heads, d head dim, f MLP width. Activations also have b
+batch and t tokens.
 """
 
 import functools
@@ -21,7 +22,7 @@ from fkv.models.config import ModelConfig
 from fkv.models.numerics import einsum, einsum_f32
 
 Params = dict
-MODEL = "model"  # the axis of a mesh over which a copy of the model is split
+MODEL = "model"  # the mesh axis over which a replica of the model is sharded
 _LAYER = (
     "attn_norm_m", "q_mhd", "k_mkd", "v_mkd", "o_hdm", "mlp_norm_m", "gate_mf", "up_mf", "down_fm",
 )  # fmt: skip
@@ -57,13 +58,13 @@ def param_shapes(config: ModelConfig) -> dict:
 
 
 def sharding(name: str, shape: Sequence[int], mesh: Mesh | None) -> NamedSharding | None:
-    """How a parameter is split over the devices of a mesh that share a copy of the model.
+    """How a parameter is sharded over the devices of a mesh that share a replica of the model.
 
     Args:
       name: its last letters name its last axes.
 
     Raises:
-      UserError: the KV heads can't be split evenly.
+      UserError: the KV heads don't divide evenly.
     """
     if mesh is None:
         return None
@@ -86,9 +87,9 @@ def init(key: Array, config: ModelConfig, qk_gain: float = 1.0) -> Params:
 
     Args:
       key: PRNG key.
-      qk_gain: where the gains of the QK-norm start. With RMS-normalised queries and keys the
-        logits can't pass `gain_q * gain_k * sqrt(head_dim)`: small head dims need more than 1
-        to become sharp.
+      qk_gain: initial gain of the QK-norm. With RMS-normalised queries and keys the logits can't
+        exceed `gain_q * gain_k * sqrt(head_dim)`: small head dims need more than 1 for sharp
+        attention.
     """
     inputs = {"o_hdm": config.heads * config.head_dim, "down_fm": config.mlp_width}
     leaves, treedef = jax.tree_util.tree_flatten_with_path(param_shapes(config))
@@ -137,7 +138,7 @@ def embed(lm: LM, token_bt: Array) -> Array:
 def project(
     config: ModelConfig, layer: Params, hidden_btm: Array, position_bt: Array
 ) -> tuple[Array, Array, Array]:
-    """Queries [b, t, h, d], keys and values [b, t, k, d] of one layer; the first two rotated."""
+    """Queries [b, t, h, d], keys and values [b, t, k, d] of a layer; queries and keys rotated."""
     b, t, _ = hidden_btm.shape
     chex.assert_shape(hidden_btm, (b, t, config.width))
     chex.assert_shape(position_bt, ({1, b}, t))
@@ -156,7 +157,7 @@ def project(
 
 
 def finish(config: ModelConfig, layer: Params, hidden_btm: Array, attended_bthd: Array) -> Array:
-    """A layer after its attention: output projection, residuals and the gated MLP."""
+    """The rest of a layer after attention: output projection, residuals and the gated MLP."""
     out = einsum("bthd,hdm->btm", attended_bthd, layer["o_hdm"])
     if config.out_bias:
         out = out + layer["o_bias_m"][None, None]

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints: from a directory or a hub id to our parameters, and back."""
+"""Hugging Face checkpoints: loads a directory or a hub id into our parameters, and saves them."""
 
 import contextlib
 import dataclasses
@@ -28,13 +28,13 @@ from fkv.kinds import said
 from fkv.models.config import ARCHITECTURES, ModelConfig, from_hf, read
 from fkv.models.decoder import LM, Params, param_shapes, sharding
 
-# Our names to Hugging Face's. These arrays are the same on both sides.
+# Our names to Hugging Face's, for arrays that are the same on both sides.
 _TOP = {
     "embed_vm": "model.embed_tokens.weight",
     "final_norm_m": "model.norm.weight",
     "head_vm": "lm_head.weight",
 }
-# Our names to those below `model.layers.N.`, and how many leading axes of ours are inputs: a
+# Our names to those under `model.layers.N.`, and how many of our leading axes are inputs: a
 # Linear's weight is [out, in] there and [*in, *out] here; norms and biases have outputs only.
 _LAYER = {
     "attn_norm_m": ("input_layernorm.weight", 0),
@@ -57,19 +57,19 @@ _LAYER = {
     "down_bias_m": ("mlp.down_proj.bias", 0),
 }
 JUDGE = "model.layers.{}.self_attn.judge_model."
-# What a checkpoint may hold beside the decoder: ForesightKV's released scorers, and the rotary
+# What a checkpoint may hold besides the decoder: ForesightKV's released scorers, and the rotary
 # buffers of old versions of transformers.
 _BESIDE = re.compile(
     r"model\.layers\.\d+\.self_attn\.judge_model\..+|model\..*rotary_emb\.inv_freq"
 )
-# What is downloaded: the weights, the configs, and all that a tokenizer may consist of.
+# Files to download: the weights, the configs, and every file of a tokenizer.
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-_AT_ONCE = 2**23  # numbers of a matrix that are in memory to be compared
+_AT_ONCE = 2**23  # numbers of a matrix held in memory while two are compared
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 class _Tensor(NamedTuple):
-    """A tensor of the decoder: its name and shape in a checkpoint, our name and the layer."""
+    """A tensor of the decoder: its name and shape in the checkpoint, our name and the layer."""
 
     name: str
     shape: tuple[int, ...]
@@ -96,25 +96,25 @@ def load(
 
     Args:
       path_or_hub_id: a directory with `config.json` and `model.safetensors` or its shards, or the
-        id of a model on the Hugging Face hub, which is downloaded to its cache.
-      dtype: float32, bfloat16 or float16; None keeps the stored one (the widest where a
-        checkpoint mixes them).
+        id of a model on the Hugging Face hub, downloaded to the hub's cache.
+      dtype: float32, bfloat16 or float16; None for that of the checkpoint (the widest if it
+        mixes several).
       revision: branch, tag or commit on the hub.
-      mesh: devices of this process, from `parallel.make_mesh`, which share each tensor; without
-        it all goes to the default device.
+      mesh: devices of this process, from `parallel.make_mesh`, over which tensors are sharded;
+        by default all go to the default device.
 
     Returns:
-      The model. `tied_embeddings` is as the tensors are: a stored `lm_head.weight` that
+      The model. `tied_embeddings` follows the tensors, not the config: an `lm_head.weight` that
       differs from the embedding is used.
 
     Raises:
-      UserError: the checkpoint is absent, damaged, not finite, or is not the decoder its config
+      UserError: the checkpoint is missing, damaged, not finite, or not the decoder its config
         describes.
     """
     if dtype is not None and dtype not in map(jnp.dtype, _DTYPES.values()):
         raise UserError(f"dtype {dtype!r} is not supported; use {_some(_DTYPES.values())}")
     if not isinstance(mesh, Mesh | None):
-        raise UserError(f"mesh = {said(mesh)} must be devices, of fkv.runs.parallel.make_mesh()")
+        raise UserError(f"mesh = {said(mesh)} must be devices, from fkv.runs.parallel.make_mesh()")
     directory = find(path_or_hub_id, revision)
     config = read(directory)
     stored = _stored(directory)
@@ -128,7 +128,7 @@ def load(
     _refuse(directory, "tensors that do not belong to this decoder", strangers)
     _check(directory, {t.name: t.shape for t in wanted}, stored)
     if both:
-        # As transformers 5: a head that differs from the embedding is used, whatever is said of it.
+        # As in transformers 5: a head that differs from the embedding is used, tied or not.
         config = dataclasses.replace(config, tied_embeddings=_same(stored[head], stored[embedding]))
         if config.tied_embeddings:
             del tensors[head]
@@ -148,7 +148,7 @@ def load(
             params[t.ours] = tensor.astype(dtype)
         else:
             stack = _insert(layers[t.ours], tensor, t.layer, ours)
-            # Reading runs ahead of the device: without waiting the host fills up.
+            # Reading outruns the device: without waiting, host memory fills up.
             layers[t.ours] = stack.block_until_ready()
     finite = jax.device_get(_finite(params))
     for t in tensors.values():
@@ -171,18 +171,18 @@ def _finite(params: Params) -> dict:
 
 
 def _as_stored(tensor: _Tensor, ours: NamedSharding | None) -> NamedSharding | None:
-    """The sharding of a tensor of a checkpoint that makes its parts those of our parameter."""
+    """The sharding of a checkpoint's tensor whose shards are those of our parameter."""
     if ours is None or tensor.layer is None:
         return ours
     axes, inputs = ours.spec[1:], _LAYER[tensor.ours][1]
-    # Of several axes that are one there, only the first may be sharded.
+    # Of several axes merged in the checkpoint, only the first may be sharded.
     stored = (axes[inputs], axes[0]) if inputs else axes[:1]
     return NamedSharding(ours.mesh, PartitionSpec(*stored))
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnames="place")
 def _insert(stack: Array, tensor: Array, layer: Array, place: NamedSharding | None) -> Array:
-    """Writes one tensor of a checkpoint into its row of the stacked parameter, in place."""
+    """Writes one tensor of a checkpoint into its layer of the stacked parameter, in place."""
     row = tensor.T.reshape(stack.shape[1:]).astype(stack.dtype)
     stack = jax.lax.dynamic_update_index_in_dim(stack, row, layer, 0)
     return stack if place is None else jax.lax.with_sharding_constraint(stack, place)
@@ -218,10 +218,10 @@ def save(directory: str | Path, lm: LM) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, np.ndarray], kind: str) -> None:
-    """Writes a safetensors file; `kind` is who reads it (`pt`, `fkv`).
+    """Writes a safetensors file; `kind` is the format in its metadata (`pt`, `fkv`).
 
     Raises:
-      OSError: the file system refuses.
+      OSError: the file system fails.
     """
     try:
         save_file(tensors, path, metadata={"format": kind})
@@ -232,7 +232,7 @@ def write_tensors(path: Path, tensors: dict[str, np.ndarray], kind: str) -> None
 def load_judges(path_or_hub_id: str | Path, revision: str | None = None) -> dict[str, np.ndarray]:
     """Reads the scorers of a released ForesightKV checkpoint, as released.
 
-    Their output is an *eviction* score (higher is dropped first): negate `w2` and `b2` for ours.
+    Their output is an *eviction* score (higher is evicted first): negate `w2` and `b2` for ours.
 
     Returns:
       float32 arrays `w1 [layers, K, F, 16]`, `b1 [layers, K, 16]`, `w2 [layers, K, 16]` and
@@ -256,7 +256,7 @@ def load_judges(path_or_hub_id: str | Path, revision: str | None = None) -> dict
 
 
 def files_of_tensors(directory: Path) -> tuple[dict[str, str], int]:
-    """The file name of every tensor of a checkpoint, and the bytes of all."""
+    """The file name of every tensor of a checkpoint, and the bytes of all tensors."""
     stored = _stored(directory)
     bits = {"F64": 64, "I64": 64, "F32": 32, "I32": 32, "BF16": 16, "F16": 16}
     size = sum(math.prod(t.shape) * bits.get(t.dtype, 8) // 8 for t in stored.values())
@@ -302,7 +302,7 @@ def find(path_or_hub_id: str | Path, revision: str | None = None, weights: bool 
         reason = "no such directory or model on the Hugging Face hub; check the spelling, or log in"
     except RevisionNotFoundError:
         raise UserError(f"{name}: the hub has no revision {revision!r} of this model") from None
-    # Without a network, the hub's client raises whatever its HTTP library of the day raises.
+    # Offline, the hub's client raises whatever its HTTP library raises.
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
@@ -313,12 +313,12 @@ def find(path_or_hub_id: str | Path, revision: str | None = None, weights: bool 
 
 
 def _stored(directory: Path) -> dict[str, _Stored]:
-    """The tensors of a checkpoint by name, from the headers of its files alone."""
+    """The tensors of a checkpoint by name, from the headers of its files only."""
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     paths, places = [single], {}
     if index.is_file() and not single.is_file():
         places = files.read_json(index).get("weight_map")
-        # In a snapshot of the hub a shard is a link to elsewhere, but its name is a plain one.
+        # In a hub snapshot a shard is a symlink out of the directory, but its name is a plain one.
         if not isinstance(places, dict) or not all(map(_is_plain, places.values())):
             raise UserError(
                 f"{index}: not an index of shards, whose 'weight_map' gives every tensor a file in "
@@ -344,12 +344,12 @@ def _stored(directory: Path) -> dict[str, _Stored]:
 
 
 def _is_plain(name: Any) -> bool:
-    """Whether it is the name of a file, and no path that leads elsewhere."""
+    """Whether this is a plain file name, not a path to elsewhere."""
     return isinstance(name, str) and bool(re.fullmatch(r"(?!\.\.?$)[^/\\\0]{1,255}", name))
 
 
 def _same(one: _Stored, other: _Stored) -> bool:
-    """Whether two stored matrices are equal, with a few rows of each in memory."""
+    """Whether two stored matrices are equal, compared a few rows at a time."""
     count, width = one.shape
     rows = max(1, _AT_ONCE // width)
     with _open(one.path) as first, _open(other.path) as second:
@@ -375,7 +375,7 @@ def _read(tensor: _Stored) -> np.ndarray:
 
 
 def _check(directory: Path, wanted: dict[str, tuple[int, ...]], stored: dict[str, _Stored]):
-    """Refuses a checkpoint in which wanted tensors are missing, misshapen or quantised."""
+    """Refuses a checkpoint in which wanted tensors are missing, of the wrong shape or quantised."""
     _refuse(directory, "missing tensors", [n for n in wanted if n not in stored])
     shapes = [(n, list(stored[n].shape), list(shape)) for n, shape in wanted.items()]
     misshapen = [f"{n} {is_} instead of {shape}" for n, is_, shape in shapes if is_ != shape]
@@ -413,6 +413,6 @@ def _describe(config: ModelConfig, dtype: str) -> dict:
         "attention_bias": c.out_bias, "mlp_bias": c.mlp_bias,
         "tie_word_embeddings": c.tied_embeddings, "max_position_embeddings": c.max_positions,
         "torch_dtype": dtype, "dtype": dtype,
-        # Llama's defaults (1 and 2) would be tokens of another vocabulary.
+        # Llama's defaults (1 and 2) belong to another vocabulary.
         "bos_token_id": None, "eos_token_id": None,
     }  # fmt: skip

@@ -1,6 +1,6 @@
-"""Products of arrays: their precision, and all that differs by platform.
+"""Array products: their precision, and everything that differs by platform.
 
-What differs is chosen when a program is lowered, not when it is traced: one trace compiles for CPU,
+The choice is made when a program is lowered, not when it is traced: one trace compiles for CPU,
 GPU and TPU, with or without the device.
 """
 
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-# Finite, so that a query that sees nothing (padding) gives numbers and not NaN.
+# Finite, so that a query that sees no key (padding) gives numbers, not NaN.
 MASKED = -1e30
 
 
@@ -24,14 +24,14 @@ def precision(x: Array, y: Array) -> jax.lax.Precision | None:
 
 
 def einsum(spec: str, x: Array, y: Array) -> Array:
-    """`einsum` in the dtype of the inputs; every float32 product in this package is one."""
+    """`einsum` in the dtype of the inputs; all float32 products of this package use it."""
     return jnp.einsum(spec, x, y, precision=precision(x, y))
 
 
 def einsum_f32(spec: str, x: Array, y: Array) -> Array:
     """`einsum` accumulated and returned in float32, whatever the inputs are.
 
-    A CPU has no product of two bfloat16 into a float32: there, the inputs are cast.
+    XLA on a CPU has no bfloat16 product accumulated in float32: there, the inputs are cast.
     """
 
     def product(x, y):
@@ -48,8 +48,8 @@ def einsum_f32(spec: str, x: Array, y: Array) -> Array:
 def einsum_int8(spec: str, x_bk: Array, y_bk: Array) -> Array:
     """`einsum_f32` of [b, k, ...] floats with [b, k, ...] int8.
 
-    A CPU multiplies no integers with floats: XLA writes them out as floats first, and copies the
-    whole cache that they are in on the way. One KV head after the other it copies nothing.
+    XLA on a CPU does not multiply integers by floats: it materialises the integers as floats, and
+    copies the whole cache on the way. One KV head at a time, it copies nothing.
     """
 
     def together(x_bk, y_bk):
@@ -66,10 +66,10 @@ def einsum_int8(spec: str, x_bk: Array, y_bk: Array) -> Array:
 
 
 def head_by_head(product: Callable[..., Array], q_bkgqd: Array, k_bksd: Array) -> Array:
-    """`product` of one query a head with the keys.
+    """`product` of one query per head with the keys.
 
     A CPU reads keys twice as fast for a vector as for a matrix of few rows: there, the query heads
-    of a group take turns.
+    of a group are processed one by one.
     """
 
     def in_turn(q_bkgqd, k_bksd):
@@ -82,8 +82,8 @@ def head_by_head(product: Callable[..., Array], q_bkgqd: Array, k_bksd: Array) -
 def row_by_row(function: Callable[..., Any], *arrays_b: Any) -> Any:
     """`function` of pytrees of arrays [b, ...], whose rows are independent.
 
-    What an eviction makes of one row stays in a CPU's cache, of eight rows it does not: there, rows
-    take turns (1.2 to 1.4 times faster with eight rows).
+    An eviction's intermediates for one row fit into a CPU's cache, those for eight rows do not:
+    there, rows are processed one by one (1.2 to 1.4 times faster with eight rows).
     """
 
     def one(row):
@@ -97,6 +97,6 @@ def row_by_row(function: Callable[..., Any], *arrays_b: Any) -> Any:
 
 
 def group_queries(q_bqhd: Array, kv_heads: int) -> Array:
-    """Query heads sorted by the KV head they share: [b, q, h, d] -> [b, q, k, g, d]."""
+    """Query heads grouped by the KV head they share: [b, q, h, d] -> [b, q, k, g, d]."""
     b, q, h, d = q_bqhd.shape
     return q_bqhd.reshape(b, q, kv_heads, h // kv_heads, d)

@@ -10,9 +10,9 @@ from fkv.errors import UserError
 from fkv.kinds import Kind, said
 
 _CONFIG, _TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
-# All are optional, but for one of the first two.
+# All optional, except that one of the first two is needed.
 _FILES = ("tokenizer.json", _CONFIG, "special_tokens_map.json", "added_tokens.json")
-# Llama 3.2's template writes today's date unless given one: prompts must be the same tomorrow.
+# Llama 3.2's template writes today's date unless given one: fixed, for reproducible prompts.
 _DATE = "26 Jul 2024"
 _ANSWER = "The answer is forty-two."
 
@@ -41,7 +41,7 @@ def _are_added_tokens(value: Any) -> bool:
 
 _NULL = type(None)
 _SPECIAL = _instance("a list or an object", list, dict, _NULL)
-# Fields of a tokenizer's files over which transformers fails without naming them.
+# Fields of a tokenizer's files on which transformers fails without naming them.
 _KINDS = {
     r"add_\w+_token": _instance("true or false", bool, _NULL),
     r"(?!add_).*_token": Kind("a token", lambda value: value is None or _is_token(value)),
@@ -73,7 +73,7 @@ def load_tokenizer(directory: Path) -> Any:
         files.read_text(path)
     try:
         return hub.transformers().AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    # Whatever transformers and tokenizers raise over damaged files.
+    # Whatever transformers and tokenizers raise on damaged files.
     except Exception as error:
         reason = f"{', '.join(name for name in found if name != _FILES[0])}: {_reason(error)}"
         if _FILES[0] in found:
@@ -99,15 +99,15 @@ def _reason(error: Exception) -> str:
 
 
 def stop_tokens(directory: Path, tokenizer: Any, vocabulary: int) -> tuple[int, ...]:
-    """Ids that end a text, from the generation config or else the tokenizer.
+    """Ids of the stop tokens, from the generation config or else the tokenizer.
 
-    An empty list in the config means that none does.
+    An empty list in the config means that there are none.
 
     Args:
       vocabulary: ids must be below this.
 
     Raises:
-      UserError: a file is damaged, or names no id of the model.
+      UserError: a file is damaged, or gives an id outside the vocabulary.
     """
 
     def fits(value):
@@ -134,8 +134,8 @@ def tokenize(tokenizer: Any, text: str, continued: bool = True) -> list[int]:
     """Token ids of a text.
 
     Args:
-      continued: the model continues the text: special tokens in front (a BOS) are added unless
-        the text has them, those at the end are not.
+      continued: for a prompt: leading special tokens (a BOS) are added unless the text has them,
+        trailing ones are not.
 
     Raises:
       UserError: the tokenizer fails.
@@ -146,7 +146,7 @@ def tokenize(tokenizer: Any, text: str, continued: bool = True) -> list[int]:
     whole = _ids(tokenizer, text, True)
     starts = range(len(whole) - len(ids) + 1)
     start = next((i for i in starts if whole[i : i + len(ids)] == ids), None)
-    if start is None:  # special tokens change the others
+    if start is None:  # special tokens change how the text is tokenized
         return whole
     front = whole[:start]
     if front:
@@ -157,10 +157,10 @@ def tokenize(tokenizer: Any, text: str, continued: bool = True) -> list[int]:
 
 
 def unknown(tokenizer: Any, text: str, ids: Sequence[int]) -> str:
-    """A warning if words of a text, tokenized as `ids`, became the tokenizer's unknown token."""
+    """A warning if words of a text, tokenized as `ids`, map to the tokenizer's unknown token."""
     inner = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
     token = getattr(tokenizer, "unk_token", None) or getattr(inner, "unk_token", None)
-    # Where it has other uses, the tokenizer knows all text (GPT-2's, byte by byte).
+    # Where it doubles as another token, the tokenizer encodes any text (GPT-2's, by bytes).
     if not token or token in (tokenizer.bos_token, tokenizer.eos_token):
         return ""
     count = list(ids).count(tokenizer.convert_tokens_to_ids(token)) - text.count(token)
@@ -180,13 +180,13 @@ def _ids(tokenizer: Any, text: str, special: bool) -> list[int]:
 
 
 def render(tokenizer: Any, text: str, name: str) -> str:
-    """The text as a user's message in the chat template, ready for the answer.
+    """The text as a user message in the chat template, with the generation prompt.
 
     Args:
-      name: of the model, for errors.
+      name: the model's, for errors.
 
     Raises:
-      UserError: there is no chat template, or it fails.
+      UserError: the tokenizer has no chat template, or it fails.
     """
 
     def ask(text):
@@ -206,7 +206,7 @@ def render(tokenizer: Any, text: str, name: str) -> str:
         if begin and whole.lstrip().startswith(begin) and text.lstrip().startswith(begin):
             text = text.lstrip().removeprefix(begin)
             whole = ask(text)
-        # A template may rewrite the text: escaped, or in upper case.
+        # A template may rewrite the text: escape it, or change its case.
         if text.strip() not in whole and whole == ask(text + _ANSWER):
             raise ValueError("its output does not contain the message")
     except Exception as error:  # a template is a program
@@ -226,17 +226,17 @@ def _apply(tokenizer: Any, messages: list[dict], **settings: bool) -> str:
 
 
 def end_of_answer(tokenizer: Any, stop: tuple[int, ...], chat: bool) -> int | None:
-    """The token among `stop` with which the model ends an answer; None if there is none.
+    """The token of `stop` with which the model ends an answer, or None.
 
-    In a chat it is the one that the template has after an assistant's message (`<|eot_id|>` of
-    Llama 3, which ends texts with another); else, and where no template says, the tokenizer's EOS.
+    In a chat it is the one the template puts after an assistant message (Llama 3's `<|eot_id|>`,
+    which is not its EOS); otherwise, or if no template tells, the tokenizer's EOS.
     """
     if chat and tokenizer.chat_template:
         messages = [*_asked("What is six times seven?"), {"role": "assistant", "content": _ANSWER}]
         try:
             _, found, after = _apply(tokenizer, messages).rpartition(_ANSWER)
             ended = [x for x in _ids(tokenizer, after, False) if x in stop] if found else []
-        except Exception:  # some templates refuse answers
+        except Exception:  # some templates refuse assistant messages
             ended = []
         if ended:
             return ended[0]
@@ -245,7 +245,7 @@ def end_of_answer(tokenizer: Any, stop: tuple[int, ...], chat: bool) -> int | No
 
 
 def continues_thought(before: str, answer: str) -> str:
-    """The answer without the `<think>` that the text before it has already opened."""
+    """The answer without a `<think>` that the preceding text has already opened."""
     opened = re.search(r"<think>(\s*)$", before)
     opens = re.match(r"\s*<think>(\s*)", answer)
     if not opened or not opens:

@@ -1,4 +1,4 @@
-"""AdaKV: the heads of a layer share its budget by need."""
+"""AdaKV: the heads of a layer compete for its budget."""
 
 import jax.numpy as jnp
 from jax import Array
@@ -15,9 +15,9 @@ from fkv.policies.wrapper import Wrapper
 class Ada(Wrapper):
     """Heads compete for the layer's `K B` entries by the scores of `policy` (arXiv 2407.11550).
 
-    Each head is sure of its best `safeguard * B`; the rest goes to the most important entries of
-    the layer, whichever head they are in, up to `room * B` a head: the shape is fixed, so that
-    much memory is allocated. Around `pyramid`, B is what that gives the layer.
+    Each head keeps its best `safeguard * B`; the rest goes to the most important entries of the
+    layer, whichever head they are in, up to `room * B` per head: shapes are fixed, so that much
+    memory is allocated. Around `pyramid`, B is the layer's budget.
     """
 
     safeguard: float = setting(kinds.number(0, 1), 0.2)
@@ -27,7 +27,7 @@ class Ada(Wrapper):
         return super().fits(policy) or isinstance(policy, Pyramid)
 
     def limits(self, config: ModelConfig, cadence: Cadence) -> dict[str, float]:
-        return {"room": max(config.kv_heads, 2)}  # the heads of a layer hold no more together
+        return {"room": max(config.kv_heads, 2)}  # all of the layer's budget
 
     def capacity(self, budget: int) -> int:
         return max(budget + 1, round(self.room * self.policy.capacity(budget)))

@@ -37,19 +37,19 @@ class View:
 
     Attributes:
       cache: the entries; the newest `L` in the last `L` slots, in order of arrival.
-      query_blhd, query_position_bl: the last `L` queries, rotated; position -1 is padding.
+      query_blhd, query_position_bl: the last `L` queries, rotated; position -1 marks padding.
       chunk: index of the chunk of `L` tokens just processed, int32.
       random_b: a PRNG key per row, different in every layer and chunk.
-      statistics: attention statistics, if the policy asks for them, else None.
+      statistics: attention statistics if the policy asks for them, else None.
       cadence: budget and interval, static.
       layer: index of this layer, int32.
       config: of the model.
       budget, interval: B and L.
-      eviction: index of the eviction, int32; negative while the first B tokens fill the cache.
-      capacity: slots before the newest `L`: B, unless the policy asks for more.
-      key_bksd, value_bksd: keys and values of all slots, as numbers whatever the cache's dtype.
-      cumulative_bksg, decayed_bksg: attention that each entry received since it arrived, kept if
-        the policy asks for statistics.
+      eviction: index of the eviction, int32; negative while the cache fills.
+      capacity: slots before the newest `L`: B unless the policy asks for more.
+      key_bksd, value_bksd: keys and values of all slots, as floats whatever the cache's dtype.
+      cumulative_bksg, decayed_bksg: attention that each entry has received, kept if the policy
+        asks for statistics.
     """
 
     cache: kv.Cache
@@ -75,13 +75,13 @@ class View:
         if not self.cache.entry:
             raise UserError(
                 f"view.{name}_bksg is kept for policies that ask for it: write "
-                'statistics = "sums" (without annotation) in the class of yours'
+                'statistics = "sums" (without annotation) in your class'
             )
         return self.cache.entry[name]
 
 
 def setting(kind: kinds.Kind, default: Any = dataclasses.MISSING) -> Any:
-    """A static field of a policy that is checked when the policy is made."""
+    """A static field of a policy, checked on construction."""
     return flax.struct.field(pytree_node=False, default=default, metadata={"kind": kind})
 
 
@@ -94,10 +94,10 @@ class Policy:
         alone), or all of them in the `windowed` or `reference` form of `attention.statistics`.
       evicts: False for the full cache.
       trained: what its parameters were trained for, if known (`foresight.Trained`).
-      kind: the class, as a static field. JAX (0.10 to 0.12) takes the tree structures of two
-        dataclasses for equal when their fields are, whatever their classes, but hashes them apart:
-        one call in some dozens would run a program compiled for another policy. The class, not its
-        name: a notebook's cell that is edited and rerun defines another one of that name.
+      kind: the class, as a static field. JAX (0.10 to 0.12) compares the tree structures of two
+        dataclasses by their fields, whatever their classes, but hashes them differently: once in
+        some dozens of calls, a program compiled for another policy would run. The class, not its
+        name: rerunning an edited notebook cell defines another class of that name.
     """
 
     statistics = None
@@ -120,13 +120,13 @@ class Policy:
                 kinds.check(f"{name_of(self)}: {field.name}", value, field.metadata["kind"])
 
     def limits(self, config: ModelConfig, cadence: Cadence) -> dict[str, float]:
-        """The largest values of settings; a default is cut to them, anything else is refused."""
+        """Upper limits of settings; defaults are clipped to them, other values are refused."""
         return {}
 
     def check(self, config: ModelConfig, cadence: Cadence) -> None:
-        """Refuses a model or a cadence that the policy does not fit; cheap, before any pass.
+        """Refuses a model or cadence that the policy does not fit; cheap, before any pass.
 
-        A subclass that knows more than its `limits` overrides this and calls it.
+        Subclasses with further checks override this and call it.
 
         Raises:
           UserError: one line that names the policy and both sides.
@@ -176,35 +176,35 @@ class Policy:
             )
 
     def score(self, view: View) -> Array:
-        """Importance [b, k, s] of all slots, float32; NaN is the least, empty slots are ignored."""
+        """Importance [b, k, s] of all slots, float32; NaN is lowest, empty slots are ignored."""
         raise NotImplementedError
 
     def protected(self, view: View) -> int:
-        """How many of the newest entries are never dropped; the interval by default."""
+        """Number of newest entries that are never dropped; by default the interval."""
         return view.interval
 
     def importance(self, view: View) -> Array:
-        """`score`, infinite where protected and minus infinity where empty."""
+        """`score`, with infinity where protected and minus infinity where empty."""
         score, position = self.score(view), view.cache.position_bks
         check_given(self, "score", score, position.shape, jnp.floating)
         newest, slots = self.protected(view), position.shape[-1]
         kinds.check(f"{name_of(self)}: protected(view)", newest, kinds.whole(0, view.capacity))
         newest = jnp.arange(slots) >= slots - newest
-        score = jnp.where(jnp.isnan(score), -jnp.inf, score)  # it would go before empty slots
+        score = jnp.where(jnp.isnan(score), -jnp.inf, score)  # NaN would go before empty slots
         return jnp.where(position < 0, -jnp.inf, jnp.where(newest[None, None], jnp.inf, score))
 
     def evict(self, view: View) -> Array:
-        """Slots to drop [b, k, L], empty ones among them while fewer than `B + L` are held."""
+        """Slots to drop [b, k, L], some of them empty while fewer than `B + L` are held."""
         return kv.choose(self.importance(view), view.cache.position_bks, view.interval)
 
     # ---- for policies that share the budget unevenly over layers or heads
 
     def capacity(self, budget: int) -> int:
-        """Entries that one head has room for: the budget, unless it is shared unevenly."""
+        """Slots allocated per head for kept entries: the budget, unless it is shared unevenly."""
         return budget
 
     def keep(self, view: View, importance_bks: Array) -> Array:
-        """How many entries each head keeps at most, [b, k] int32; the budget by default."""
+        """The most entries that each head keeps, [b, k] int32; by default the budget."""
         return jnp.full(importance_bks.shape[:2], view.budget, jnp.int32)
 
     def drop(self, view: View) -> Array:
@@ -217,17 +217,17 @@ class Policy:
 
 
 def check(policy: Any, config: ModelConfig, cadence: Cadence) -> None:
-    """Refuses what is no policy, and a policy that does not fit the model or the cadence."""
+    """Refuses anything but a policy that fits the model and the cadence."""
     if not isinstance(policy, Policy):
         raise UserError(
-            f"{kinds.said(policy)} is no policy: give an object, such as policies.SnapKV() or "
+            f"{kinds.said(policy)} is not a policy: give an object, such as policies.SnapKV() or "
             f"policies.get({policy if isinstance(policy, str) else 'snapkv'!r})"
         )
     policy.check(config, cadence)
 
 
 def name_of(policy: Policy) -> str:
-    """As registered, or else that of the class; no attribute, as a field may be called name."""
+    """The registered name, or else the class's; a function, as a policy may have a field `name`."""
     return vars(type(policy)).get("registered_as", type(policy).__name__)
 
 
@@ -235,7 +235,7 @@ _NUMBERS = {jnp.floating: "float32", jnp.integer: "int32", jnp.bool_: "bool"}
 
 
 def check_given(policy: Policy, method: str, got: Any, shape: Sequence[int], numbers: type) -> None:
-    """Refuses what a method of a policy returns if its shape or kind of number is another."""
+    """Refuses the result of a policy's method unless it has this shape and kind of numbers."""
     is_array = hasattr(got, "shape") and hasattr(got, "dtype")
     if not (is_array and got.shape == tuple(shape) and jnp.issubdtype(got.dtype, numbers)):
         given = f"{got.dtype} {list(got.shape)}" if is_array else kinds.said(got)
@@ -256,12 +256,12 @@ _REGISTRY: dict[str, type[Policy]] = {}
 
 
 def register(name: str) -> Callable[[type[Policy]], type[Policy]]:
-    """Class decorator: makes a policy known under `name`, to `get` and on command lines.
+    """Class decorator: registers a policy under `name`, for `get` and command lines.
 
-    The same class again, as when a notebook's cell is rerun, replaces the old one.
+    Registering the same class again, as rerunning a notebook cell does, replaces it.
 
     Raises:
-      UserError: the name is that of another class, or what is registered is no policy.
+      UserError: the name is taken by another class, or this is not a policy.
     """
     if not isinstance(name, str) or not re.fullmatch(r"[^\s:,=()]+", name):
         raise UserError(
@@ -272,7 +272,7 @@ def register(name: str) -> Callable[[type[Policy]], type[Policy]]:
     def add(policy: type[Policy]) -> type[Policy]:
         if not (isinstance(policy, type) and issubclass(policy, Policy)):
             raise UserError(
-                f"policy {name!r}: {kinds.said(policy)} is no subclass of fkv.policies.Policy"
+                f"policy {name!r}: {kinds.said(policy)} is not a subclass of fkv.policies.Policy"
             )
         both = _REGISTRY.get(name, policy), policy
         old, new = (f"{cls.__module__}.{cls.__qualname__}" for cls in both)
@@ -296,9 +296,9 @@ def get(name: str, **fields: Any) -> Policy:
     """The policy of that name with the given fields.
 
     Args:
-      name: as registered; fields may follow, as in `rkv:mix=0.5,kernel=1`. A wrapper goes around
-        another policy, as in `ada(rkv:mix=0.5):room=1.5`; without one around `snapkv`, whose
-        fields it takes beside its own, as in `ada:window=4,room=1.5`.
+      name: as registered; fields may follow, as in `rkv:mix=0.5,kernel=1`. A wrapper wraps another
+        policy, as in `ada(rkv:mix=0.5):room=1.5`, and by default `snapkv`, whose fields it then
+        takes besides its own, as in `ada:window=4,room=1.5`.
 
     Raises:
       UserError: there is no such policy (the known ones are listed) or field.
@@ -311,12 +311,12 @@ def get(name: str, **fields: Any) -> Policy:
         )
     name, inside, text = parts.groups()
     if name not in _REGISTRY:
-        raise UserError(f"policy {name!r} is not known; known are {', '.join(names())}")
+        raise UserError(f"policy {name!r} is not known; choose from {', '.join(names())}")
     known = _fields(_REGISTRY[name])
     given = _values(name, text or "")
     if inside is not None:
         if "policy" not in known:
-            raise UserError(f"policy {name!r} goes around no other, such as {inside!r:.60}")
+            raise UserError(f"policy {name!r} is not a wrapper: it can't wrap {inside!r:.60}")
         given.append(("policy", get(inside)))
     for field, value in given:
         if field in fields:
@@ -363,7 +363,7 @@ def _values(name: str, text: str) -> list[tuple[str, Any]]:
 
 
 def trained_at(policy: Policy | None, interval: int) -> str:
-    """At which budget a policy's scorers were trained, as tables say it; else empty."""
+    """The budget of a policy's scorers in training, as tables show it; else empty."""
     return policy.trained.at(interval) if policy is not None and policy.trained else ""
 
 
@@ -376,7 +376,7 @@ def common_statistics(*policies: Policy) -> str | None:
     forms = {policy.statistics for policy in policies} - {None}
     exact = forms - {"sums"}
     if len(exact) > 1:
-        raise UserError("windowed and reference scorers can't share a pass; measure them apart")
+        raise UserError("windowed and reference scorers can't share a pass; run each alone")
     return next(iter(exact or forms), None)
 
 

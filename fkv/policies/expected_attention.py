@@ -1,4 +1,4 @@
-"""Expected attention: what queries of the near future attend to, by statistics of recent ones."""
+"""Expected attention: attention of near-future queries, estimated from recent ones."""
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,9 @@ from fkv.policies.base import Policy, View, register, setting
 
 
 def future_queries(view: View, horizon: int) -> Array:
-    """The last `L` queries as they would be at the next `horizon` positions, on average.
+    """The last `L` queries, moved to the next `horizon` positions on average.
 
-    The rotation of each query is replaced by the mean of the rotations ahead.
+    The rotation of each query is replaced by the mean rotation of these positions.
     """
     q = view.query_blhd.astype(jnp.float32)
     _, scale = view.config.inv_frequencies()
@@ -29,12 +29,12 @@ def future_queries(view: View, horizon: int) -> Array:
 
 @register("expected_attention")
 class ExpectedAttention(Policy):
-    """Keeps large expected future attention times the norm of the value (arXiv 2510.00636).
+    """Keeps entries with large expected attention times value norm (arXiv 2510.00636).
 
     Future queries are modelled as normal, with the mean and covariance of the last `L` queries
     before the rotation, at the mean rotation of the next `horizon` positions. The expectation of
     `exp(q k / sqrt(d))` is then `exp(mean + variance / 2)`; softmax over the entries held, mean
-    over the group. The first `sinks` positions stay.
+    over the group. The first `sinks` positions are kept.
     """
 
     horizon: int = setting(kinds.whole(1, 2**20), 512)

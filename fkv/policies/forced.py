@@ -1,4 +1,4 @@
-"""Evictions given beforehand, such as the golden ones."""
+"""Precomputed evictions, such as the golden ones."""
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,9 @@ class Forced(Policy):
 
     Attributes:
       position_yebkl: positions to drop per layer, eviction, row and head (`golden.Labels` stacked
-        over layers); the first eviction is the one after `B + L` tokens. After the last one
-        listed, the lowest slots go.
-      statistics: what an observer wants to see, as in `Policy`.
+        over layers); the first eviction is the one after `B + L` tokens. Evictions after the
+        last one listed drop the lowest slots.
+      statistics: those an observer needs, as in `Policy`.
     """
 
     position_yebkl: Array

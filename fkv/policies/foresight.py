@@ -1,4 +1,4 @@
-"""ForesightKV: the trained scorers choose."""
+"""ForesightKV: eviction by trained scorers."""
 
 import dataclasses
 import os
@@ -19,14 +19,14 @@ ACTIONS = ("top", "sample", "multinomial")
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """Where scorers are from and what they were trained for; empty or 0 where unknown.
+    """The origin of scorers and what they were trained for; empty or 0 where unknown.
 
-    All records are equal, so that programs compiled for scorers of one shape serve all of them.
+    All records compare equal, so that scorers of one shape share compiled programs.
 
     Attributes:
-      source: the directory or hub id that they were loaded from.
+      source: the directory or hub id they were loaded from.
       model, revision: of the language model.
-      budget, interval: B and L of the training.
+      budget, interval: B and L in training.
     """
 
     source: str = dataclasses.field(default="", compare=False)
@@ -40,13 +40,13 @@ class Trained:
         kinds.check_fields("", self, budget=kinds.whole(0), interval=kinds.whole(0))
 
     def at(self, interval: int) -> str:
-        """The budget of the training, and its interval if another, as tables say it."""
+        """The budget in training, and its interval if it differs, as tables show it."""
         if self.budget and self.interval not in (0, interval):
             return f"{self.budget}, L = {self.interval}"
         return str(self.budget or "")
 
     def other_model(self, model: str, revision: str | None) -> str:
-        """A warning that names both models if the one to run is another; else empty."""
+        """A warning that names both models if they differ; else empty."""
         ours, theirs = _place(self.model, self.revision), _place(model, revision)
         if not self.model or ours == theirs:
             return ""
@@ -67,7 +67,7 @@ def _is_a(cls: type) -> kinds.Kind:
 
 @register("foresight")
 class Foresight(Policy):
-    """Drops the candidates to which the scorers give the least importance (arXiv 2602.03203).
+    """Drops the candidates that the scorers find least important (arXiv 2602.03203).
 
     Attributes:
       params: scorer parameters of all layers, stacked.
@@ -77,7 +77,7 @@ class Foresight(Policy):
         softmax(-importance / temperature); `multinomial` draws from all candidates.
       temperature: of the draw.
       trained: what the scorers were trained for.
-      any_interval: allows an interval other than that of the training.
+      any_interval: allows an interval other than that in training.
     """
 
     params: dict
@@ -90,7 +90,7 @@ class Foresight(Policy):
     statistics = property(lambda self: self.config.statistics)
 
     def check(self, config: ModelConfig, cadence: Cadence) -> None:
-        """Refuses scorers of another shape or interval, or with numbers that are not finite."""
+        """Refuses scorers of another shape or interval, and numbers that are not finite."""
         where = self.trained.source or name_of(self)
         scorer.check_params(f"{where}: params", self.params, self.config.hidden)
         ours, theirs = (
@@ -107,7 +107,7 @@ class Foresight(Policy):
             )
         super().check(config, cadence)
         trained, interval = self.trained.interval, cadence.interval
-        if trained and trained != interval and not self.any_interval:  # another budget is normal
+        if trained and trained != interval and not self.any_interval:  # the budget may differ
             raise UserError(
                 f"{where}: trained at interval = {trained}, not {interval}: set interval to "
                 f"{trained}, or any_interval to True (of load_scorer, evaluate or generate)"
@@ -125,9 +125,9 @@ class Foresight(Policy):
 
 
 def perturb(importance_bkn: Array, view: View, pool: int) -> Array:
-    """Importances whose `L` lowest are a sample of the `pool` lowest (Gumbel top-k)."""
+    """Perturbed importances, whose `L` lowest sample the `pool` lowest (Gumbel top-k)."""
     held = view.cache.position_bks[..., : view.capacity] >= 0
-    score = jnp.where(held, -importance_bkn, -jnp.inf)  # for eviction
+    score = jnp.where(held, -importance_bkn, -jnp.inf)  # an eviction score
     border = jax.lax.top_k(score, min(pool, score.shape[-1]))[0][..., -1:]
     gumbel = jax.vmap(lambda key: jax.random.gumbel(key, score.shape[1:]))(view.random_b)
     return jnp.where(score >= border, -(score + gumbel), jnp.inf)

@@ -1,4 +1,4 @@
-"""H2O: heavy hitters, by all the attention an entry has received."""
+"""H2O: heavy hitters, by the total attention an entry has received."""
 
 from jax import Array
 
@@ -7,7 +7,7 @@ from fkv.policies.base import Policy, View, register
 
 @register("h2o")
 class H2O(Policy):
-    """Keeps large cumulative attention, mean over the group (arXiv 2306.14048)."""
+    """Keeps entries with large cumulative attention, mean over the group (arXiv 2306.14048)."""
 
     statistics = "sums"
 

@@ -1,4 +1,4 @@
-"""KeyDiff: keys unlike the others are the important ones."""
+"""KeyDiff: distinctive keys are important."""
 
 import jax.numpy as jnp
 from jax import Array

@@ -1,4 +1,4 @@
-"""Knorm: small keys are the important ones."""
+"""Knorm: keys with a small norm are important."""
 
 import jax.numpy as jnp
 from jax import Array

@@ -1,4 +1,4 @@
-"""LagKV: entries that stand out against those that come after them."""
+"""LagKV: entries that stand out from those that follow them."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from fkv.policies.base import Policy, View, register, setting
 
 
 def lag_scores(x_bkpld: Array) -> Array:
-    """Score of each entry in all partitions but the last, [b, k, p - 1, l].
+    """Scores of the entries in all partitions but the last, [b, k, p - 1, l].
 
     Every channel is scaled by its range over the next partition; the score is the standard
     deviation over channels, softmax over the partition.
@@ -24,11 +24,12 @@ def lag_scores(x_bkpld: Array) -> Array:
 
 @register("lagkv")
 class LagKV(Policy):
-    """Keeps, of each partition, the entries least like the partition after it (arXiv 2504.04704).
+    """Keeps the entries of each partition least like the next partition (arXiv 2504.04704).
 
     The entries held, in order of position and without the first `sinks`, are cut into partitions
-    of `lag`; the last complete one and what follows it stay. Entries compete by their rank within
-    their partition, so that each gives up equally many; among equals the older goes first.
+    of `lag`; the last complete one and what follows it are kept. Entries compete by their rank
+    within their partition, so that all partitions lose equally many; of equal ranks the older goes
+    first.
 
     Attributes:
       lag: size of a partition; 0 for the interval.
@@ -65,7 +66,7 @@ class LagKV(Policy):
         compete = (index >= sinks) & (index < sinks + (complete - 1) * lag)
         pads = ((0, 0), (0, 0), (sinks, slots - sinks - rank.shape[-1]))
         rank = jnp.pad(rank, pads, constant_values=jnp.inf)
-        # If fewer compete than must go, the oldest of the rest follow, and the sinks last.
+        # If fewer compete than must be dropped, the oldest of the rest follow, and sinks go last.
         rest = jnp.where(index < sinks, slots, lag) + index / slots
         importance = jnp.where(compete, rank + index / slots, rest.astype(jnp.float32))
         return jnp.take_along_axis(importance, jnp.argsort(order, axis=-1), axis=-1)

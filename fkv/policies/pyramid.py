@@ -12,8 +12,8 @@ from fkv.policies.wrapper import Wrapper
 class Pyramid(Wrapper):
     """A budget that falls linearly over the layers, B on average (arXiv 2406.02069).
 
-    The last layer keeps `B / beta` entries (what `policy` protects at least), the first `2 B` less
-    that. The shape is fixed, so every layer has room for as many as the first: up to `2 B`.
+    The last layer keeps `B / beta` entries (at least those that `policy` protects), the first `2 B`
+    minus that. Shapes are fixed, so every layer allocates as many as the first: up to `2 B`.
     """
 
     beta: float = setting(kinds.number(1), 20.0)

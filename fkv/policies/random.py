@@ -8,7 +8,7 @@ from fkv.policies.base import Policy, View, register
 
 @register("random")
 class Random(Policy):
-    """Keeps a uniform draw, which depends on the row's key alone."""
+    """Keeps a uniform sample, which depends only on the row's key."""
 
     def score(self, view: View) -> Array:
         shape = view.cache.position_bks.shape[1:]

@@ -1,4 +1,4 @@
-"""R-KV: importance against redundancy."""
+"""R-KV: importance traded off against redundancy."""
 
 import jax
 import jax.numpy as jnp
@@ -9,22 +9,22 @@ from fkv.models.numerics import einsum_f32
 from fkv.policies.base import View, register, row_by_row, setting
 from fkv.policies.snapkv import SnapKV, by_position
 
-# Keys compared with all others at a time: their similarities stay in a processor's cache, and no
-# S x S matrix is ever held (three times faster on a CPU).
+# Keys compared with all others at a time: their similarities fit into a CPU's cache, and no S x S
+# matrix is held (three times faster on a CPU).
 _BLOCK = 128
 
 
 def redundancy(threshold: float, key_bksd: Array, position_bks: Array) -> Array:
-    """How much each key repeats the others, [b, k, s]; sums to one over the slots.
+    """Redundancy of each key with the others, [b, k, s]; sums to one over the slots.
 
-    Cosine similarities with the diagonal at zero; in each row the newest key more similar than
-    the threshold is spared (the oldest where there is none); mean over rows, softmax over slots.
+    Cosine similarities with a zero diagonal; in each row the newest key more similar than the
+    threshold is spared (the oldest if there is none); mean over rows, softmax over slots.
     """
-    order, age = by_position(position_bks)  # age grows with the position; empty slots come first
+    order, age = by_position(position_bks)  # grows with the position; empty slots come first
     held = position_bks >= 0
     key = key_bksd.astype(jnp.float32)
     norm = jnp.linalg.norm(key, axis=-1)
-    key = jnp.where(held[..., None], key / (norm[..., None] + 1e-8), 0.0)  # similar to nothing
+    key = jnp.where(held[..., None], key / (norm[..., None] + 1e-8), 0.0)  # 0 if empty
     slots = key.shape[-2]
     index = jnp.arange(slots)
     block = min(_BLOCK, slots)
@@ -54,8 +54,8 @@ def redundancy(threshold: float, key_bksd: Array, position_bks: Array) -> Array:
     value = jnp.where(newest < 0, einsum_f32("bkid,bkd->bki", key, oldest), value)
     value = jnp.where(spared == index[None, None], 0.0, value)
     less = jax.vmap(jax.vmap(lambda at, x: jnp.zeros(slots).at[at].add(x)))(spared, value)
-    # A key's similarities sum to its product with the sum of all keys, less that with itself, and
-    # less those spared, one in each row.
+    # A key's similarities sum to its product with the sum of all keys, minus that with itself and
+    # those spared, one in each row.
     own = jnp.where(held, norm / (norm + 1e-8), 0.0) ** 2
     total = einsum_f32("bkid,bkd->bki", key, key.sum(-2)) - own
     mean = (total - less) / jnp.maximum(number, 1)
@@ -64,9 +64,9 @@ def redundancy(threshold: float, key_bksd: Array, position_bks: Array) -> Array:
 
 @register("rkv")
 class RKV(SnapKV):
-    """Keeps large `mix * importance - (1 - mix) * redundancy` (arXiv 2505.24133).
+    """Keeps the largest `mix * importance - (1 - mix) * redundancy` (arXiv 2505.24133).
 
-    Importance is SnapKV's pooled attention; the last `window` entries stay.
+    Importance is SnapKV's pooled attention; the last `window` entries are kept.
     """
 
     mix: float = setting(kinds.number(0, 1), 0.1)

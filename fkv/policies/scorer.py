@@ -1,8 +1,8 @@
 """The scorer: a tiny MLP per layer and KV head that predicts the importance of an entry.
 
 Its input is the entry's rotated key, its value, and eight attention features per query head of the
-group; its output an importance, higher is kept (paper section 3.2). The released scorers give the
-opposite, an eviction score: their output weights are negated on import.
+group; its output is an importance, higher is kept (paper section 3.2). The released scorers give an
+eviction score instead: their output weights are negated on import.
 """
 
 import dataclasses
@@ -29,13 +29,13 @@ FORMS = ("windowed", "reference")
 
 @dataclasses.dataclass(frozen=True)
 class ScorerConfig(kinds.Settings):
-    """Architecture and features of a scorer; part of every scorer checkpoint.
+    """Architecture and features of a scorer; stored in every scorer checkpoint.
 
     Attributes:
       hidden: width of the hidden layer.
-      inputs: `both`, or `attention` or `kv` alone.
+      inputs: `both`, or only `attention` or `kv`.
       norm: `none` as released, or `rms`: key, value and each of the eight attention features are
-        divided by their root mean square over the candidates at this eviction.
+        divided by their root mean square over the candidates of an eviction.
       form: `windowed` or `reference` attention statistics.
     """
 
@@ -80,7 +80,7 @@ def init(key: Array, model: ModelConfig, scorer: ScorerConfig) -> dict:
     """Random parameters of all layers, stacked, as in `shapes`."""
     example = jnp.zeros((1, model.kv_heads, 1, feature_size(model, scorer)))
 
-    @jax.jit  # one program, where running it op by op compiles dozens
+    @jax.jit  # one program; op by op it would compile dozens
     @jax.vmap
     def layers(key):
         return Scorer(scorer).init(key, example)["params"]
@@ -96,10 +96,10 @@ def shapes(model: ModelConfig, scorer: ScorerConfig) -> dict[str, tuple[int, ...
 
 
 def check_params(where: str, params: Any, hidden: int) -> None:
-    """Refuses anything but finite parameters of scorers with a hidden layer of that width.
+    """Refuses anything but finite parameters of scorers of this hidden width.
 
     Args:
-      where: what the message begins with.
+      where: prefix of the error.
       params: a dict of arrays, or of their shapes.
     """
     found = params if isinstance(params, Mapping) else {"params": params}
@@ -134,7 +134,7 @@ def features(config: ScorerConfig, view: View) -> Array:
     """
     group = view.query_blhd.shape[2] // view.cache.position_bks.shape[1]
     if config.statistics == "reference" and group > 8:
-        raise UserError("scorer.form = 'reference' is defined for at most 8 query heads a group")
+        raise UserError("scorer.form = 'reference' is defined for at most 8 query heads per group")
     parts = []
     if config.inputs != "attention":
         parts += [view.key_bksd, view.value_bksd]

@@ -1,4 +1,4 @@
-"""SnapKV: what the newest queries attend to, pooled along the sequence."""
+"""SnapKV: attention of the newest queries, pooled along the sequence."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ def window_attention(view: View, window: int) -> Array:
     """Attention of the last `window` queries on the entries before them, [b, k, s].
 
     Max over the group's heads before the softmax, which is over the keys before the window; mean
-    over the window's queries that aren't padding. Zero inside the window.
+    over the window's queries except padding. Zero inside the window.
     """
     slots = view.cache.position_bks.shape[-1]
     before = (jnp.arange(slots) < slots - window)[None, None, None]
@@ -31,7 +31,7 @@ def window_attention(view: View, window: int) -> Array:
 
 
 def pooled_attention(view: View, window: int, kernel: int) -> Array:
-    """`window_attention`, max-pooled over neighbours in the order of positions, [b, k, s]."""
+    """`window_attention`, max-pooled over neighbouring positions, [b, k, s]."""
     score = window_attention(view, window)
     kernel = min(kernel, widest(score.shape[-1]))
     order, inverse = by_position(view.cache.position_bks)
@@ -40,16 +40,16 @@ def pooled_attention(view: View, window: int, kernel: int) -> Array:
 
 
 def widest(slots: int) -> int:
-    """The largest kernel that doesn't pool over all slots wherever it stands."""
+    """The largest kernel that does not always pool over all slots."""
     return 2 * slots - 3
 
 
 def by_position(position_bks: Array) -> tuple[Array, Array]:
-    """Permutation of the slots into the order of positions, and its inverse, [b, k, s] each."""
+    """The permutation that sorts slots by position, and its inverse, [b, k, s] each."""
     order = jnp.argsort(position_bks, axis=-1)
     slot = jnp.arange(order.shape[-1])
 
-    def inverse(order):  # half the time of sorting again
+    def inverse(order):  # takes half the time of another sort
         return jnp.zeros_like(order).at[order].set(slot, unique_indices=True)
 
     return order, jax.vmap(jax.vmap(inverse))(order)

@@ -13,7 +13,7 @@ from fkv.policies.base import Policy, View, register
 class TOVA(Policy):
     """Keeps what the last query attends to, mean over all heads (arXiv 2401.06104).
 
-    One choice for the whole layer, so all its heads hold the same positions.
+    All heads of a layer keep the same positions.
     """
 
     def score(self, view: View) -> Array:
@@ -24,7 +24,7 @@ class TOVA(Policy):
         return jnp.broadcast_to(mean, view.cache.position_bks.shape)
 
     def evict(self, view: View) -> Array:
-        # Chosen once, as two heads may round the same mean differently.
+        # Chosen once per layer, as heads may round the same mean differently.
         importance, position = self.importance(view)[:, :1], view.cache.position_bks
         slots = kv.choose(importance, position[:, :1], view.interval)
         return jnp.broadcast_to(slots, (*position.shape[:2], view.interval))

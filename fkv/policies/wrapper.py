@@ -10,17 +10,17 @@ AROUND = "a policy that scores each head by itself and shares the budget evenly"
 
 
 class Wrapper(Policy):
-    """Scores as `policy` does; a subclass says by `capacity` and `keep` how many entries stay."""
+    """Scores as `policy` does; subclasses define by `capacity` and `keep` how many entries stay."""
 
     policy: Policy = SnapKV()
 
     def __post_init__(self):
         super().__post_init__()
-        kind = kinds.Kind(f"{AROUND} (only ada goes around pyramid)", self.fits)
+        kind = kinds.Kind(f"{AROUND} (only ada wraps pyramid)", self.fits)
         kinds.check(f"{name_of(self)}: policy", self.policy, kind)
 
     def fits(self, policy: Policy) -> bool:
-        """Whether it goes around this policy."""
+        """Whether this can wrap the policy."""
         chooses = isinstance(policy, Policy) and defines(policy, "evict", "drop", "keep")
         return isinstance(policy, Policy) and policy.evicts and not chooses
 

@@ -27,7 +27,7 @@ from fkv.runs import parallel
 
 
 class Checkpoint(NamedTuple):
-    """What was saved at `step`: a pytree of host arrays, and JSON data such as the run's config."""
+    """A checkpoint at `step`: a pytree of host arrays, and JSON data such as the run's config."""
 
     step: int
     state: Any
@@ -44,7 +44,7 @@ def save(
     Args:
       state: any pytree of non-empty arrays and numbers, the same on every device. PRNG keys are
         saved as their data (`jax.random.key_data`).
-      info: JSON data, such as `{"config": ...}` or the position in the data.
+      info: JSON data, such as `{"config": ...}` or the state of the data iterator.
     """
     if keep < 1:
         raise UserError(f"cannot keep {keep} checkpoints: keep at least 1")
@@ -55,7 +55,7 @@ def save(
 def _write(run_dir: str | os.PathLike, step: int, state: Any, info: dict, keep: int) -> None:
     root, leaves = _root(run_dir), _flatten(state)
     with files.writing(root):
-        files.delete(*root.glob("*.tmp"))  # of saves that were killed
+        files.delete(*root.glob("*.tmp"))  # left by killed saves
         with files.whole(root / str(step), directory=True) as folder:
             # Orbax writes some files around the arrays.
             size = sum(x.nbytes for x in leaves.values()) + 4096 * (16 + len(leaves))
@@ -73,7 +73,7 @@ def _write(run_dir: str | os.PathLike, step: int, state: Any, info: dict, keep: 
 
 
 def latest_step(run_dir: str | os.PathLike) -> int | None:
-    """The newest step that was saved, or None."""
+    """The newest saved step, or None."""
     return max(_steps(run_dir), default=None)
 
 
@@ -84,11 +84,11 @@ def newest_info(run_dir: str | os.PathLike) -> dict[str, Any]:
 
 
 def load(run_dir: str | os.PathLike, step: int | None = None) -> Checkpoint:
-    """Reads the checkpoint of `step`, by default the newest, as it was saved.
+    """Reads the checkpoint of `step`, by default the newest, without a target structure.
 
     Containers become nested dicts: the fields of a dataclass or NamedTuple under their names, the
-    entries of a list or tuple under "0", "1", ... A damaged checkpoint is refused, since an older
-    one is not what was asked for.
+    entries of a list or tuple under "0", "1", ... A damaged checkpoint is refused: there is no
+    fallback to an older one.
     """
     root, steps = _root(run_dir), _steps(run_dir)
     if not steps:
@@ -116,14 +116,14 @@ def load(run_dir: str | os.PathLike, step: int | None = None) -> Checkpoint:
 def restore(run_dir: str | os.PathLike, target: Any, step: int | None = None) -> Checkpoint:
     """Reads the checkpoint of `step`, by default the newest intact, into the structure of `target`.
 
-    Every process calls this; process 0 chooses, and warns of damaged checkpoints that it skips.
+    Every process calls this; process 0 chooses the step, and warns of skipped damaged ones.
 
     Args:
-      target: a pytree of arrays, `jax.ShapeDtypeStruct`s or Python numbers, of which the
-        structure, shapes and dtypes matter. Where it holds a Python number, so does the result.
+      target: a pytree of arrays, `jax.ShapeDtypeStruct`s or Python numbers, which gives the
+        structure, shapes and dtypes. Where it has a Python number, so does the result.
 
     Raises:
-      UserError: no checkpoint is intact, or it differs from `target`; names the first such leaf.
+      UserError: no checkpoint is intact, or it differs from `target` (names the first such leaf).
     """
     if step is None and latest_step(run_dir) is not None:
         found = [_newest_intact(run_dir)] if parallel.first() else []
@@ -151,7 +151,7 @@ def restore(run_dir: str | os.PathLike, target: Any, step: int | None = None) ->
 
 
 def _newest_intact(run_dir: str | os.PathLike) -> tuple[int, list[str]]:
-    """The newest intact step, or -1; and what is wrong with newer ones."""
+    """The newest intact step, or -1, and the damage of newer ones."""
     damaged = []
     for step in reversed(_steps(run_dir)):
         path = _root(run_dir) / str(step)
@@ -166,7 +166,7 @@ def _root(run_dir: str | os.PathLike) -> Path:
 
 
 def _steps(run_dir: str | os.PathLike) -> list[int]:
-    """Sorted steps of the folders that `save` made; anything else there is not ours."""
+    """Sorted steps of the folders made by `save`; other entries are ignored."""
     root = _root(run_dir)
     found = root.glob("*") if root.is_dir() else ()
     found = [p for p in found if re.fullmatch("0|[1-9][0-9]*", p.name)]
@@ -185,7 +185,7 @@ def _flatten(tree: Any) -> dict[tuple[str, ...], np.ndarray]:
 def _describe(leaf: Any) -> str:
     if leaf is None:
         return "absent"
-    # Python numbers are saved in 64 bits, where JAX has 32.
+    # Python numbers are saved with 64 bits, where JAX has 32.
     return f"{jax.dtypes.canonicalize_dtype(jnp.result_type(leaf))}{list(np.shape(leaf))}"
 
 
@@ -200,7 +200,7 @@ def _damage(path: Path) -> str:
     Orbax does not notice a flipped bit in an array, so checksums are compared before it reads.
     """
     try:
-        for file in path.rglob("*"):  # a pipe or a device would never end
+        for file in path.rglob("*"):  # reading a pipe or device may never end
             if not file.is_file() and not file.is_dir():
                 return f"{file.relative_to(path)}: not a regular file"
         checksums = files.read_json(path / "sha256.json")
@@ -208,11 +208,11 @@ def _damage(path: Path) -> str:
             return "sha256.json does not name info.json"
         for name, sha in checksums.items():
             if ".." in Path(name).parts or Path(name).is_absolute():
-                return f"sha256.json names {name!r}, which is outside"
+                return f"sha256.json names {name!r}, which is outside the checkpoint"
             if not (path / name).is_file():
                 return f"{name!r}: no such file"
             if _sha256(path / name) != sha:
-                return f"{name}: not what was written"
+                return f"{name}: does not match its checksum"
         files.read_json(path / "info.json")
     except (UserError, OSError) as error:
         return str(error)
@@ -237,7 +237,7 @@ def _check_space(path: Path, size: int) -> None:
 
 @contextlib.contextmanager
 def _checkpointer() -> Iterator[ocp.StandardCheckpointer]:
-    """Orbax for this process alone, without its log of hundreds of lines per error."""
+    """Orbax for this process alone, without the hundreds of lines it logs per error."""
     index = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(
         primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"process_{index}"
@@ -248,7 +248,7 @@ def _checkpointer() -> Iterator[ocp.StandardCheckpointer]:
         with ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer:
             yield checkpointer
     except Exception as error:
-        # Of the file system's errors only the text is left.
+        # Of the file system's error only its text survives.
         if code := re.search(r"os_error_code='(\d+)'", str(error)):
             raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
         raise

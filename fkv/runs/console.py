@@ -1,4 +1,4 @@
-"""What the person who watches sees: of several processes, the first speaks."""
+"""Console output; of several processes only process 0 prints."""
 
 from typing import Any
 

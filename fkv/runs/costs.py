@@ -1,7 +1,7 @@
-"""The cost of a model by its shape, before anything runs: parameters, bytes, FLOPs.
+"""The cost of a model, from its shape alone: parameters, bytes, FLOPs.
 
-A multiply-add is two FLOPs. Only matrix products count, and of causal attention only the unmasked
-half, so wasted work never flatters a share of the peak.
+A multiply-add is two FLOPs. Only matrix products count, and only the unmasked half of causal
+attention, so wasted work never inflates utilisation.
 """
 
 import dataclasses
@@ -38,9 +38,9 @@ DEVICES = {
     "H100": Device(80e9, 989e12, 3.35e12),
     "H200": Device(141e9, 989e12, 4.8e12),
 }
-USABLE = 0.9  # of a device's memory, beside the runtime and fragmentation
+USABLE = 0.9  # of a device's memory, after runtime and fragmentation
 
-# Shapes of models in the recipes, so that they can be timed without their weights.
+# Model shapes of the recipes, to time them without weights.
 _QWEN3 = {"family": "qwen3", "qk_norm": True, "tied_embeddings": True, "rope_theta": 1e6}
 SHAPES = {
     "Qwen/Qwen3-4B": ModelConfig(
@@ -72,7 +72,7 @@ SHAPES = {
 
 
 def shape_of(model: str | Path, layers: int = 0) -> ModelConfig:
-    """The shape of a model, from a directory with `config.json` or `SHAPES`; 0 `layers` are all."""
+    """The shape of a model, from a directory with `config.json` or `SHAPES`; 0 `layers` for all."""
     if (files.expand(model) / "config.json").is_file():
         config = read(files.expand(model))
     elif model in SHAPES:
@@ -91,12 +91,12 @@ def shape_of(model: str | Path, layers: int = 0) -> ModelConfig:
 
 
 def parameters(config: ModelConfig) -> int:
-    """All parameters of the model."""
+    """Number of parameters of the model."""
     return sum(math.prod(x.shape) for x in jax.tree.leaves(param_shapes(config)))
 
 
 def layer_weights(config: ModelConfig) -> int:
-    """Entries of all layers' matrices: half the FLOPs per token."""
+    """Number of entries in all layers' matrices: half the FLOPs per token."""
     shapes = param_shapes(config)["layers"]
     matrices = [name for name in shapes if "norm" not in name and "bias" not in name]
     return sum(math.prod(shapes[name].shape) for name in matrices)
@@ -108,7 +108,7 @@ def parameter_bytes(config: ModelConfig, dtype: str) -> int:
 
 
 def cache_bytes(config: ModelConfig, slots: int, dtype: str, statistics: bool = False) -> int:
-    """Keys, values and positions of one row in all layers, and sums of attention if it has them.
+    """Bytes of one row's keys, values, positions and (if kept) attention sums in all layers.
 
     The config's `cache_dtype` takes precedence over the model's `dtype`.
     """
@@ -139,7 +139,7 @@ def decode_flops(config: ModelConfig, batch: int, slots: int) -> int:
 def pass_flops(config: ModelConfig, length: int, slots: int = 0) -> int:
     """FLOPs of a trace through all layers, without the unembedding.
 
-    Under eviction a token attends to `slots` entries (B + L); with the full cache, 0, to half the
+    Under eviction a token attends to `slots` entries (B + L); with a full cache (0), to half the
     trace on average.
     """
     seen = min(slots, length / 2) if slots else length / 2
@@ -153,7 +153,7 @@ def unembedding_flops(config: ModelConfig, tokens: int) -> int:
 
 
 def label_flops(config: ModelConfig, length: int) -> int:
-    """FLOPs of golden labels: a full pass, then every query against every earlier key again."""
+    """FLOPs of golden labels: a full pass, then every query against all earlier keys again."""
     again = config.layers * config.heads * config.head_dim * length**2
     return pass_flops(config, length) + again
 
@@ -161,7 +161,7 @@ def label_flops(config: ModelConfig, length: int) -> int:
 def sft_flops(config: ModelConfig, scorers: ScorerConfig, length: int, cadence: Cadence) -> int:
     """FLOPs per trace of a supervised step: labels, and a pass under eviction with the scorers.
 
-    Scorers take two passes, forward and their weights' gradient: features carry no gradient.
+    Scorers take two passes, forward and weight gradient: features carry no gradient.
     """
     evicted = _evicted_flops(config, scorers, length, cadence, 2)
     return int(label_flops(config, length) + evicted)
@@ -170,9 +170,9 @@ def sft_flops(config: ModelConfig, scorers: ScorerConfig, length: int, cadence: 
 def grpo_flops(
     config: ModelConfig, scorers: ScorerConfig, length: int, cadence: Cadence, epochs: int = 1
 ) -> int:
-    """FLOPs per rollout: it is replayed and its losses measured, then replayed in every epoch.
+    """FLOPs per rollout: sampled and its losses measured, then replayed in every epoch.
 
-    In an epoch scorers take three passes: two as above, and that of the reference.
+    In an epoch scorers take three passes: two as above, and one of the reference.
     """
     drawn = _evicted_flops(config, scorers, length, cadence, 1)
     updated = _evicted_flops(config, scorers, length, cadence, 3)
@@ -180,7 +180,7 @@ def grpo_flops(
 
 
 def _evicted_flops(config, scorers, length, cadence: Cadence, passes) -> float:
-    """A trace under eviction, with its statistics and `passes` over the scorers."""
+    """FLOPs of a trace under eviction, with statistics and `passes` over the scorers."""
     events = max(0, length // cadence.interval - cadence.fill_chunks)
     weights = scorers.hidden * (feature_size(config, scorers) + 1)
     heads = config.layers * config.kv_heads
@@ -195,7 +195,7 @@ def _evicted_flops(config, scorers, length, cadence: Cadence, passes) -> float:
 
 
 def temporaries(step: Callable, *arguments) -> int:
-    """Bytes that a step needs beside its arguments (shapes) and results, as it is compiled here."""
+    """Bytes that a step needs besides its arguments (shapes) and results, as compiled here."""
     compiled = jax.jit(step).lower(*arguments).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
@@ -206,7 +206,7 @@ def size(tree) -> int:
 
 
 def largest(points: Sequence[tuple[int, float]], memory: float, multiple: int = 1) -> int:
-    """The largest x that fits, by the line through two points (x, bytes), rounded down; or 0."""
+    """The largest x that fits, by the line through two points (x, bytes), rounded down; else 0."""
     (x, low), (y, high) = points
     slope = (high - low) / (y - x)
     most = (memory * USABLE - low) / slope + x

@@ -1,8 +1,8 @@
 """Devices and processes; the only module that names them.
 
-A mesh of devices has two axes. Along `data` the rows of a batch are split; steps communicate over
-it with collectives such as `lax.pmean`. The devices along `model` share one copy of the language
-model, split by heads, MLP width and vocabulary; XLA derives the rest. A copy never spans processes.
+A mesh of devices has two axes. The rows of a batch are sharded over `data`; steps communicate over
+it with collectives such as `lax.pmean`. The language model is sharded over `model`, by heads, MLP
+width and vocabulary; XLA derives the rest. A replica of the model never spans processes.
 """
 
 import json
@@ -19,18 +19,18 @@ from fkv.errors import UserError
 from fkv.models.decoder import MODEL
 
 AXIS = "data"
-DEADLINE = 1800.0  # seconds that a process waits for the others by default
+DEADLINE = 1800.0  # seconds that a process waits for others by default
 
 # ---- devices
 
 
 def platform() -> str:
-    """What programs are compiled for: `cpu`, `gpu` or `tpu`."""
+    """The platform that programs are compiled for: `cpu`, `gpu` or `tpu`."""
     return jax.default_backend()
 
 
 def describe() -> str:
-    """The devices in words, and over how many processes."""
+    """The devices, and the number of processes, as text."""
     count, processes = jax.device_count(), jax.process_count()
     kind = jax.devices()[0].device_kind
     devices = f"{count} {'CPU' if kind == 'cpu' else kind} device{'s' * (count > 1)}"
@@ -38,9 +38,9 @@ def describe() -> str:
 
 
 def make_mesh(model_axis: int = 1, span: str = "all") -> Mesh:
-    """Devices as [data, model], with `model_axis` devices to a copy of the language model.
+    """Devices as [data, model], with `model_axis` devices per replica of the language model.
 
-    `span` is `all` devices, those of this `process`, or those of its first `copy` of the model.
+    `span`: `all` devices, those of this `process`, or those of its first `copy` of the model.
     """
     each = jax.local_device_count()
     if model_axis < 1 or each % model_axis:
@@ -56,7 +56,7 @@ def make_mesh(model_axis: int = 1, span: str = "all") -> Mesh:
 
 
 def device_count(mesh: Mesh) -> int:
-    """Copies of the language model: the parts a batch is split into."""
+    """Replicas of the language model: the number of shards of a batch."""
     return mesh.shape[AXIS]
 
 
@@ -66,7 +66,7 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 
 
 def view(params: Any, mesh: Mesh) -> Any:
-    """A language model on all devices of this process as arrays of another mesh, without a copy."""
+    """Views a language model on all devices of this process as arrays of another mesh; no copy."""
 
     def one(x):
         shards = [part.data for part in x.addressable_shards if part.device in mesh.local_devices]
@@ -79,12 +79,12 @@ def view(params: Any, mesh: Mesh) -> Any:
 def pmap(step: Callable[..., tuple[Any, Any]], mesh: Mesh, constants: int, batched: int):
     """Maps a per-device step over the axis `data`; takes batches [devices * b, ...].
 
-    The step takes `constants` arguments that every device gets whole (or its part of a language
-    model), then `batched` ones that are split along their first axis. Its results must be the same
-    on every device, by collectives over `AXIS`.
+    The step takes `constants` arguments, replicated (or a language model, sharded over `model`),
+    then `batched` ones, sharded along their first axis. Its results must be the same on every
+    device, by collectives over `AXIS`.
     """
     alone = device_count(mesh) == 1 and mesh.size > 1
-    if alone:  # XLA can't map a `data` axis of one device beside a `model` axis of several
+    if alone:  # XLA can't map a `data` axis of one device next to a `model` axis of several
         in_axes = (*[None] * constants, *[0] * batched)
         mapped = jax.vmap(step, in_axes, out_axes=None, axis_name=AXIS)
     else:
@@ -93,7 +93,7 @@ def pmap(step: Callable[..., tuple[Any, Any]], mesh: Mesh, constants: int, batch
             mesh=mesh,
             in_specs=(*[PartitionSpec()] * constants, *[PartitionSpec(AXIS)] * batched),
             out_specs=PartitionSpec(),
-            # An axis left out is XLA's: it follows how the weights are split.
+            # XLA handles the other axis, following the sharding of the weights.
             axis_names={AXIS} if mesh.shape[MODEL] > 1 else {AXIS, MODEL},
             check_vma=False,
         )
@@ -112,7 +112,7 @@ def gather(tree: Any) -> Any:
 
 
 def check_batch(batch: int, mesh: Mesh) -> None:
-    """Refuses a batch that can't be split evenly."""
+    """Refuses a batch that does not divide evenly over the devices."""
     if batch % device_count(mesh):
         shared = f", {mesh.shape[MODEL]} to a copy of the model" if mesh.shape[MODEL] > 1 else ""
         raise UserError(
@@ -131,7 +131,7 @@ def parts_of(batch: int, at_once: int, field: str, mesh: Mesh) -> int:
 
 
 def _put(x: Any, where: NamedSharding) -> jax.Array:
-    """A host array on devices; each process fills its own."""
+    """Puts a host array on devices; each process fills its own."""
     x = np.asarray(x)
     return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
 
@@ -145,9 +145,9 @@ def first() -> bool:
 
 
 def on_first(act: Callable[[], Any], what: str) -> Any:
-    """What `act` returns on process 0, None on others; if it refuses, all processes do.
+    """The result of `act` on process 0, None on others; if it raises, all processes do.
 
-    Errors name the action by `what`, such as `open runs/x`.
+    Errors name the action as `what`, such as `open runs/x`.
     """
     found = wrong = None
     if first():
@@ -176,7 +176,7 @@ def total(tree: Any) -> Any:
 
 
 def share(rows: list) -> list:
-    """The lists of all processes, concatenated; they hold JSON data."""
+    """The lists (of JSON data) of all processes, concatenated."""
     if jax.process_count() == 1:
         return rows
     text = np.frombuffer(json.dumps(rows).encode(), np.uint8)
@@ -188,7 +188,7 @@ def share(rows: list) -> list:
 
 
 def barrier(name: str, seconds: float = DEADLINE) -> None:
-    """Waits for all processes; if the deadline is exceeded, the error names those missing."""
+    """Waits for all processes; when the deadline is exceeded, the error names the missing ones."""
     if jax.process_count() == 1:
         return
     from jax._src import distributed  # the public barrier has no deadline

@@ -1,8 +1,9 @@
 """Sweeps on TPU pods: as `xpk` commands, as Kubernetes manifests, or for `gcloud`.
 
-Only `submit` talks to a cluster, by xpk, Google's tool for GKE. Points that depend on each other
-form one workload, which runs them as `launch.sweep` does on a laptop; workloads run in parallel.
-The clone is in `/fkv` of the image and the bucket at `/fkv/runs`, so paths are the same everywhere.
+Only `submit` talks to a cluster, through xpk, Google's tool for GKE. Points that depend on each
+other form one workload, which runs them as `launch.sweep` does on a laptop; workloads run in
+parallel. The clone is in `/fkv` of the image and the bucket at `/fkv/runs`, so paths are the same
+everywhere.
 """
 
 import dataclasses
@@ -25,22 +26,22 @@ RUNS = "runs"
 TOPOLOGIES = {  # chips of a slice
     1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16",
 }  # fmt: skip
-FAMILIES = {  # GKE's name of the chip, the runtime of its TPU VMs, the smallest slice for xpk
+FAMILIES = {  # GKE's name of the chip, the runtime of its TPU VMs, xpk's smallest slice
     "v5litepod": ("tpu-v5-lite-podslice", "v2-alpha-tpuv5-lite", 8),
     "v6e": ("tpu-v6e-slice", "v2-alpha-tpuv6e", 1),
 }
 RESTARTS = 3  # of a preempted workload, which resumes
 RESTART_ON = (42, *range(127, 256))  # exit codes, as in xpk
-LONGEST = 40  # name that xpk takes
+LONGEST = 40  # longest name that xpk accepts
 
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """Where to run; an empty project or zone is that of `gcloud config`."""
+    """Where to run; project and zone default to those of `gcloud config`."""
 
-    tpu_type: str  # of a slice, named by its chips: `v5litepod-16` (v5e), `v6e-4`
+    tpu_type: str  # of a slice, by its chips: `v5litepod-16` (v5e), `v6e-4`
     image: str  # Docker image with the clone in /fkv
-    bucket: str = ""  # of Cloud Storage; empty if `--workdir` is on a disk that all pods share
+    bucket: str = ""  # of Cloud Storage; empty if `--workdir` is on a disk shared by all pods
     name: str = ""  # of the GKE cluster, for xpk
     project: str = ""
     zone: str = ""
@@ -60,27 +61,27 @@ class Cluster:
         return max(1, self.chips // 4)
 
     def where(self) -> list[str]:
-        """Options of both xpk and gcloud."""
+        """Options shared by xpk and gcloud."""
         found = {"project": self.project, "zone": self.zone}
         return [f"--{name}={value}" for name, value in found.items() if value]
 
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """Points that one slice, or several together, run one after the other, in /fkv."""
+    """Points that one slice, or several together, run in sequence, in /fkv."""
 
-    name: str  # unique in a cluster, and the same whenever the sweep is submitted again
+    name: str  # unique in a cluster, and the same when the sweep is resubmitted
     points: tuple[sweep.Point, ...]
     arguments: tuple[str, ...]
 
     @property
     def command(self) -> str:
-        """For a shell in any directory."""
-        return f"cd {HOME} && exec {shlex.join(self.arguments)}"  # signals are for Python
+        """The shell command, for any directory."""
+        return f"cd {HOME} && exec {shlex.join(self.arguments)}"  # so that Python gets the signals
 
 
 def check(cluster: Cluster, backend: str, root: str) -> None:
-    """Refuses options that can't work with a backend, `xpk` or `tpu-vm`; names the option.
+    """Refuses options that don't work with a backend, `xpk` or `tpu-vm`; errors name the option.
 
     Args:
       root: directory of the sweep.
@@ -102,7 +103,7 @@ def check(cluster: Cluster, backend: str, root: str) -> None:
     if missing := [name for name in needed if not words[name]]:
         raise UserError(f"--backend={backend} needs --{' and --'.join(missing)}")
     if slices < 1 or (slices > 1 and not on_gke):
-        raise UserError(f"--num_slices={slices}: 1 or, with --backend=xpk, more")
+        raise UserError(f"--num_slices={slices} must be 1, or more with --backend=xpk")
     path = PurePosixPath(root)
     if not cluster.bucket:
         if not path.is_absolute():
@@ -112,14 +113,14 @@ def check(cluster: Cluster, backend: str, root: str) -> None:
             )
         return
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]+[a-z0-9]", cluster.bucket):
-        raise UserError(f"--bucket={cluster.bucket}: give its name alone, without gs://")
+        raise UserError(f"--bucket={cluster.bucket}: give its name only, without gs://")
     if path.is_absolute() or ".." in path.parts or path.parts[:1] != (RUNS,):
         mount = HOME / RUNS
         raise UserError(f"--workdir={root}: --bucket is mounted at {mount}: use {RUNS}/<name>")
 
 
 def _is_control(char: str) -> bool:
-    """Whether a character may break a line, which ends a comment, or is not allowed in YAML."""
+    """Whether a character may break a line (ending a comment), or is not allowed in YAML."""
     return unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") or char in "\ufffe\uffff"
 
 
@@ -129,7 +130,7 @@ def _check_printable(name: str, value: str) -> None:
 
 
 def _comment(text: str) -> str:
-    """The text as one line of a comment, with control characters escaped."""
+    """The text as a one-line comment, with control characters escaped."""
     return "# " + "".join(ascii(char)[1:-1] if _is_control(char) else char for char in text)
 
 
@@ -145,7 +146,7 @@ def workloads(
       points: as `sweep.check` returns them.
       root: directory of the sweep, on the pods.
       common: options of `launch.sweep` for all points, with `--config=...`.
-      label: of the sweep, such as its config's name.
+      label: the sweep's, such as the name of its config.
       bucket: distinguishes sweeps in different buckets.
     """
     groups: list[list[sweep.Point]] = []
@@ -177,7 +178,7 @@ def _described(workload: Workload, root: str, common: Sequence[str]) -> list[str
 
 
 def _fill(template: str, cluster: Cluster, **values: Any) -> str:
-    """A template beside this file, without its first line, filled in for a cluster."""
+    """A template next to this file, without its first line, filled in for a cluster."""
     text = Path(__file__).with_name(template).read_text(encoding="utf-8")
     lines = [line.partition("  # bucket") for line in text.splitlines()[1:]]
     text = "\n".join(line for line, mark, _ in lines if cluster.bucket or not mark)
@@ -189,7 +190,7 @@ def _fill(template: str, cluster: Cluster, **values: Any) -> str:
 
 
 def attach_command(cluster: Cluster) -> list[str]:
-    """Attaches the bucket to the cluster, once and for all."""
+    """The command that attaches the bucket to the cluster, needed once."""
     return [
         *("xpk", "storage", "attach", _slug(cluster.bucket), f"--cluster={cluster.name}"),
         *cluster.where(),
@@ -199,7 +200,7 @@ def attach_command(cluster: Cluster) -> list[str]:
 
 
 def xpk_command(workload: Workload, cluster: Cluster) -> list[str]:
-    """`xpk workload create`, as of xpk 1.16."""
+    """The `xpk workload create` command, for xpk 1.16."""
     return [
         *("xpk", "workload", "create", f"--workload={workload.name}", f"--cluster={cluster.name}"),
         *cluster.where(),
@@ -229,7 +230,7 @@ def manifest(workload: Workload, cluster: Cluster) -> str:
 
 
 def render(found: Sequence[Workload], root: str, common: Sequence[str], cluster: Cluster) -> str:
-    """Everything for xpk as one YAML stream: the manifests, with the commands as comments."""
+    """Everything for xpk as one YAML stream: manifests, with the commands as comments."""
     lines = [_comment(f"directory of the sweep: {root}")]
     if cluster.bucket:
         lines += ["# once for the cluster:", _comment(shlex.join(attach_command(cluster)))]
@@ -263,10 +264,10 @@ def submit(found: Sequence[Workload], cluster: Cluster) -> None:
 def render_gcloud(
     found: Sequence[Workload], root: str, common: Sequence[str], cluster: Cluster
 ) -> str:
-    """The same for TPU VMs, as a shell script.
+    """The workloads for TPU VMs, as a shell script.
 
-    It creates a VM, starts the workload on all its machines, follows it, and deletes the VM
-    whatever happens.
+    It creates a VM, starts the workload on all its machines, follows its log, and deletes the VM in
+    any case.
     """
     volume = f"/mnt/{RUNS}:{HOME / RUNS}" if cluster.bucket else f"{root}:{root}"
     docker = f"sudo docker run --detach --name=fkv --privileged --net=host --workdir={HOME}"

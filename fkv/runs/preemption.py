@@ -1,7 +1,7 @@
-"""Preemption: a signal is noted, and obeyed where work can be saved.
+"""Preemption: signals are recorded, and handled where work can be saved.
 
-Schedulers (Slurm, Kubernetes, spot machines) send SIGTERM some seconds before they kill, Ctrl-C
-sends SIGINT, and a terminal or an ssh connection that closes sends SIGHUP.
+Schedulers (Slurm, Kubernetes, spot machines) send SIGTERM some seconds before SIGKILL, Ctrl-C sends
+SIGINT, and closing a terminal or ssh connection sends SIGHUP.
 """
 
 import contextlib
@@ -15,10 +15,10 @@ ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Preempted(SystemExit):
-    """A job ended early, with everything saved, as the message says.
+    """A job that ended early, with everything saved; the message says how to resume.
 
     The exit code is that of a process killed by the signal, 143 for SIGTERM: with 0 a scheduler
-    would take the job for done.
+    would consider the job done.
     """
 
     def __init__(self, message: str):
@@ -28,10 +28,10 @@ class Preempted(SystemExit):
 
 @contextlib.contextmanager
 def noticed() -> Iterator[Callable[[], bool]]:
-    """Notes the signals above; yields a function that says whether one came to this process.
+    """Records the signals above; yields a function that tells whether this process received one.
 
-    A second Ctrl-C ends the process at once. Signals ignored before, as under `nohup`, and all
-    outside the main thread stay ignored. A signal not obeyed within is raised again afterwards.
+    A second Ctrl-C ends the process at once. Signals that were ignored, as under `nohup`, stay so,
+    as do all outside the main thread. A signal not handled inside is raised again on exit.
     """
     came: list[int] = []
 
@@ -44,7 +44,7 @@ def noticed() -> Iterator[Callable[[], bool]]:
         with handled(note):
             yield lambda: bool(came)
     except Preempted as ended:
-        number = came[0] if came else signal.SIGTERM  # it may have come to another process
+        number = came[0] if came else signal.SIGTERM  # another process may have received it
         say(number, f"{ended.message}; ")
         ended.code = 128 + number
         raise
@@ -53,7 +53,7 @@ def noticed() -> Iterator[Callable[[], bool]]:
 
 
 def say(number: int, done: str = "") -> None:
-    """Prints what ended this process, unless the terminal is gone."""
+    """Prints which signal ended this process, unless the terminal is gone."""
     with contextlib.suppress(OSError):
         name = signal.Signals(number).name
         print(f"ended by {name}: {done}rerun the same command to resume", flush=True)
@@ -61,7 +61,7 @@ def say(number: int, done: str = "") -> None:
 
 @contextlib.contextmanager
 def handled(handler: Callable) -> Iterator[None]:
-    """Installs a handler (number, frame) of the signals above that are not ignored."""
+    """Installs a handler (number, frame) for those of the signals above that are not ignored."""
     before = {}
     if threading.current_thread() is threading.main_thread():
         before = {number: signal.getsignal(number) for number in ASKING}
@@ -75,20 +75,20 @@ def handled(handler: Callable) -> Iterator[None]:
             signal.signal(number, old or signal.SIG_DFL)
 
 
-# Not by `preexec_fn`, which forks: JAX has threads, and warns of deadlocks.
+# Not `preexec_fn`, which forks: JAX has threads, and warns of deadlocks.
 _FOLLOW = """\
 import ctypes, os, signal, sys
-ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG, which stays over execv
-if os.getppid() != int(sys.argv[1]):  # it died before
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG, kept across execv
+if os.getppid() != int(sys.argv[1]):  # the parent died already
     sys.exit(128 + signal.SIGTERM)
 os.execv(sys.argv[2], sys.argv[2:])
 """
 
 
 def following(command: Sequence[str]) -> list[str]:
-    """The command of a child that gets SIGTERM when this process dies, even of SIGKILL.
+    """Wraps the command of a child so that it gets SIGTERM when this process dies, even by SIGKILL.
 
-    Only Linux can do this; elsewhere it is the command itself.
+    On Linux only; elsewhere the command is unchanged.
     """
     if sys.platform != "linux":
         return [*command]

@@ -1,6 +1,6 @@
-"""Digests of what results depend on and no config holds: weights, traces, questions, code.
+"""Digests of what results depend on besides the config: weights, traces, questions, code.
 
-`rundir.open_run` records them, and refuses to resume a run where they have changed.
+`rundir.open_run` records them, and refuses to resume a run if they have changed.
 """
 
 import dataclasses
@@ -33,13 +33,13 @@ _TOKENIZER = re.compile(
 
 
 def of_arrays(tree: Any) -> str:
-    """Of the values of a pytree's arrays, in its order."""
+    """Digest of the arrays of a pytree, in its order."""
     leaves = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
     return hashlib.sha256(b"".join(leaves)).hexdigest()
 
 
 def of_traces(found: Traces) -> str:
-    """Of the tokens and prompt lengths of traces, however they are padded."""
+    """Digest of the tokens and prompt lengths of traces, whatever their padding."""
     sha = hashlib.sha256()
     for token, length, prompt in zip(found.token_nt, found.length_n, found.prompt_n, strict=True):
         sha.update(struct.pack("<qq", length, prompt))
@@ -48,7 +48,7 @@ def of_traces(found: Traces) -> str:
 
 
 def of_questions(questions: Iterable[tuple]) -> list[str]:
-    """One digest per question: of its prompt's ids and whatever else belongs to it."""
+    """Digests of questions, one each: of the prompt's ids and whatever else belongs to it."""
     found = []
     for prompt, *rest in questions:
         text = json.dumps([np.asarray(prompt), *rest], default=np.ndarray.tolist)
@@ -57,9 +57,9 @@ def of_questions(questions: Iterable[tuple]) -> list[str]:
 
 
 def of_weights(directory: Path) -> str:
-    """Of a checkpoint's `config.json` and tensors.
+    """Digest of a checkpoint's `config.json` and tensors.
 
-    Of files above 256 MiB it reads the header and 16 evenly spaced blocks of 4 KiB per tensor:
+    From files above 256 MiB it reads the header and 16 evenly spaced blocks of 4 KiB per tensor:
     20 MB of the 16 GB of an 8 B model.
     """
     sha = hashlib.sha256((directory / "config.json").read_bytes())
@@ -85,7 +85,7 @@ def of_weights(directory: Path) -> str:
 
 
 def of_tokenizer(directory: Path) -> str:
-    """Of the files that define how text becomes tokens, and which tokens end an answer."""
+    """Digest of the files that define tokenization and stop tokens."""
     sha = hashlib.sha256()
     for path in sorted(directory.iterdir()):
         if path.is_file() and _TOKENIZER.fullmatch(path.name):
@@ -94,15 +94,15 @@ def of_tokenizer(directory: Path) -> str:
 
 
 def of_settings(policy: Policy) -> str:
-    """Of the name of a policy's class and the values of its fields."""
+    """Digest of the name of a policy's class and the values of its fields."""
     return _Digest(None).of(policy)
 
 
 def of_policy(policy: Policy) -> str:
-    """Of a policy's settings, the code of its class and all code that it calls.
+    """Digest of a policy's settings, the code of its class and all code that it calls.
 
-    Code is what Python runs: comments, docstrings and layout do not count, and a notebook's code
-    does. Of libraries, and of fkv outside `fkv.policies`, only names count.
+    Code means bytecode: comments, docstrings and layout do not count, code in notebooks does. Of
+    libraries, and of fkv outside `fkv.policies`, only names count.
     """
     fields = [getattr(policy, field.name) for field in dataclasses.fields(policy)]
     inner = jax.tree.leaves(fields, is_leaf=lambda x: isinstance(x, Policy))
@@ -114,22 +114,22 @@ def of_policy(policy: Policy) -> str:
 _PLAIN = (bool, int, float, complex, str, bytes)
 _LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
 _NAMED = {*dis.hasconst, *dis.hasname}  # opcodes whose argument is an object, not a number
-# What wrappers of libraries hold: jax.jit, functools.partial and cached_property, property ...
+# What library wrappers hold: jax.jit, functools.partial and cached_property, property ...
 _HELD = ("__wrapped__", "__func__", "fget", "fset", "func", "args", "keywords")
 _CODE = (types.FunctionType, classmethod, staticmethod, property)
 
 
 def _entries(x: Iterable) -> list:
-    """Of a container, in an order that every process gives it."""
+    """The entries of a container, in the same order in every process."""
     if isinstance(x, Mapping):
         return [*x.items()]
     return sorted(x, key=repr) if isinstance(x, set | frozenset) else [*x]
 
 
 class _Digest:
-    """Walks through an object and the code it leads to.
+    """Walks through an object and the code reachable from it.
 
-    The code of the top-level modules `ours` is followed even where they are installed as libraries;
+    The code of the top-level modules `ours` is followed even if they are installed as libraries;
     with None no code is.
     """
 
@@ -155,20 +155,20 @@ class _Digest:
         try:
             spec = importlib.util.find_spec(module if module in sys.modules else top)
             return not (spec.origin or "").startswith(_LIBRARIES)
-        except (AttributeError, ValueError):  # code of no file
+        except (AttributeError, ValueError):  # code without a file
             return True
 
     def _walk(self, *objects: Any) -> None:
         for x in objects:
             if x is None or x is ... or type(x) in _PLAIN:
                 self._say(type(x).__name__, x)
-            elif type(x) in (tuple, frozenset):  # Python may or may not share equal ones
+            elif type(x) in (tuple, frozenset):  # Python may or may not intern equal ones
                 self._say(type(x).__name__, len(x))
                 self._walk(*_entries(x))
             elif id(x) in self._seen:
                 self._say("again", self._seen[id(x)][0])
             else:
-                self._seen[id(x)] = len(self._seen), x  # held, so that its id stays its own
+                self._seen[id(x)] = len(self._seen), x  # kept alive, so that its id stays unique
                 self._object(x)
 
     def _object(self, x: Any) -> None:
@@ -204,7 +204,7 @@ class _Digest:
                     self._walk(name, value)
 
     def _function(self, x: types.FunctionType) -> None:
-        # The globals, since decorators name what they make after the module of what they are given.
+        # By globals, as decorators copy the module name of the function they wrap.
         module = x.__globals__.get("__name__")
         self._say(module, x.__name__)
         if self._ours is None:
@@ -215,7 +215,7 @@ class _Digest:
                 value = cell.cell_contents
             except ValueError:  # still empty
                 continue
-            # Of what libraries make, such as jax.vmap, only what they were given.
+            # Of library closures, such as jax.vmap's, only the arguments.
             if follows or isinstance(value, (*_PLAIN, tuple, types.FunctionType)):
                 self._walk(value)
         self._walk(getattr(x, "__wrapped__", None), getattr(x, "registry", None))  # singledispatch
@@ -227,16 +227,16 @@ class _Digest:
                 try:
                     name = importlib.util.resolve_name(name, x.__globals__.get("__package__"))
                     module = importlib.import_module(name) if self._follows(name) else None
-                except Exception:  # the policy will raise it, too
+                except Exception:  # the policy will raise the same
                     continue
                 self._look_up(module or {}, names)
 
     def _code(self, x: types.CodeType) -> tuple[set[str], set[str]]:
-        """Walks through code; returns the names that it looks up and the modules it imports."""
+        """Walks through code; returns the names it looks up and the modules it imports."""
         arguments = x.co_varnames[: x.co_argcount + x.co_kwonlyargcount]
         self._say(x.co_argcount, x.co_posonlyargcount, arguments, x.co_flags, x.co_exceptiontable)
         names, imports, steps = set(x.co_names), set(), list(dis.get_instructions(x))
-        for i, step in enumerate(steps):  # a docstring is a constant that no step loads
+        for i, step in enumerate(steps):  # no step loads the docstring
             value = step.argval if step.opcode in _NAMED else step.arg
             self._walk(step.opname, None if isinstance(value, types.CodeType) else value)
             if isinstance(value, types.CodeType):
@@ -247,14 +247,14 @@ class _Digest:
         return names, imports
 
     def _look_up(self, scope: Mapping[str, Any] | types.ModuleType, names: set[str]) -> None:
-        """Walks through what names stand for, in modules that they stand for, too."""
+        """Walks through the objects behind names, those in referenced modules, too."""
         if isinstance(scope, types.ModuleType):
             key = scope.__name__, frozenset(names)
             if key in self._searched or not self._follows(scope.__name__):
                 return
             self._searched.add(key)
             scope = vars(scope)
-        for name in sorted(names & scope.keys() - {"_REGISTRY"}):  # not of other policies
+        for name in sorted(names & scope.keys() - {"_REGISTRY"}):  # not other policies
             self._walk(name, scope[name])
             if isinstance(scope[name], types.ModuleType):
                 self._look_up(scope[name], names)

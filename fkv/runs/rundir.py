@@ -40,7 +40,7 @@ class Run:
     def resume(self, target: Any) -> checkpoint.Checkpoint | None:
         """Restores the newest intact checkpoint, if any, into the structure of `target`.
 
-        Metrics of later steps are dropped, since those steps will run again.
+        Metrics of later steps are dropped, as those steps run again.
         """
         restored = None
         if checkpoint.latest_step(self.path) is not None:
@@ -48,7 +48,7 @@ class Run:
         if parallel.first():
             last_step = -1 if restored is None else restored.step
             _trim_metrics(self.path / "metrics.jsonl", last_step)
-            # TensorBoard reads the old event files too, and hides steps from this one on.
+            # TensorBoard also reads the old event files, and hides their steps from this one on.
             self._write_events([{"step": last_step + 1, "session_log": {"status": 1}}])
         return restored
 
@@ -59,7 +59,7 @@ class Run:
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Appends a line to `metrics.jsonl`, and the scalars among `metrics` to TensorBoard.
 
-        Values are numbers, arrays, strings, or lists and dicts of them; NaN and infinity become
+        Values are numbers, arrays, strings, or lists and dicts of these; NaN and infinity become
         null.
         """
         if not parallel.first():
@@ -75,8 +75,8 @@ class Run:
         )
 
     def _write_events(self, events: Sequence[Mapping[str, Any]]) -> None:
-        """Writes to TensorBoard, synchronously: `SummaryWriter`'s thread dies on a full disk."""
-        # Slow where torch is installed, which tensorboardX imports.
+        """Writes to TensorBoard synchronously: `SummaryWriter`'s thread dies on a full disk."""
+        # A slow import where torch is installed, which tensorboardX imports.
         from tensorboardX import event_file_writer
         from tensorboardX.proto import event_pb2
 
@@ -84,7 +84,7 @@ class Run:
         with files.writing(path):
             if self._board is None:
                 path.mkdir(exist_ok=True)
-                own = f".{time.time_ns()}"  # two openings within a second would share a file
+                own = f".{time.time_ns()}"  # two within a second would share a file
                 self._board = event_file_writer.EventsWriter(str(path / "events"), own)
             for event in events:
                 self._board.write_event(event_pb2.Event(wall_time=time.time(), **event))
@@ -103,17 +103,17 @@ def open_run(
     may_differ: Sequence[str] = (),
     inputs: Inputs | None = None,
 ) -> Run:
-    """Creates the run directory `workdir`, or opens it to resume a run of the same config.
+    """Creates the run directory `workdir`, or opens it to resume a run with the same config.
 
     Args:
-      may_differ: dotted names of fields, or of groups of fields, that may change between openings
-        because no result depends on them; `config.json` holds their newest values.
-      inputs: digests (see `fkv.runs.provenance`) of what results depend on beside the config.
-        `provenance.json` holds all that were ever given.
+      may_differ: dotted names of fields, or of groups of fields, that may change on resuming, as no
+        result depends on them; `config.json` holds their newest values.
+      inputs: digests (see `fkv.runs.provenance`) of what results depend on besides the config.
+        `provenance.json` accumulates them.
 
     Raises:
       UserError: `workdir` can't be written, is in use by another process, or holds a run or
-        checkpoints of another config or of other inputs.
+        checkpoints with another config or other inputs.
     """
     path, data = check_path(workdir), _json_data(config)
     held = parallel.on_first(lambda: _create(path, data, may_differ, inputs or {}), f"open {path}")
@@ -126,19 +126,19 @@ def check_run(
     may_differ: Sequence[str] = (),
     inputs: Inputs | None = None,
 ) -> None:
-    """Refuses what `open_run` would refuse of a config and inputs, and writes nothing."""
+    """Refuses a config and inputs that `open_run` would refuse; writes nothing."""
     path, data = check_path(workdir), _json_data(config)
     parallel.on_first(lambda: _check(path, data, may_differ, inputs or {}), f"open {path}")
 
 
 def check_path(workdir: str | os.PathLike) -> Path:
-    """The path with `~` expanded; refuses `gs://...`, and the empty string of an unset variable."""
+    """The path with `~` expanded; refuses `gs://...` and the empty string (an unset variable)."""
     if not os.fspath(workdir).strip():
         raise UserError("--workdir is empty: name a directory")
     if match := re.match(r"(\w+)://", os.fspath(workdir)):
         raise UserError(
-            f"{workdir}: {match[1]}:// is no file system: mount the bucket (gcsfuse; --bucket of "
-            "launch.sweep does) and give its local directory"
+            f"{workdir}: {match[1]}:// is not a file system: mount the bucket (by gcsfuse, or "
+            "--bucket of launch.sweep) and give its local directory"
         )
     return files.expand(workdir)
 
@@ -158,7 +158,7 @@ def lock(path: Path, shared: bool = False) -> IO:
 
 def read_inputs(path: Path) -> dict[str, str | list[str]]:
     """The inputs recorded in a run directory; refuses a damaged record."""
-    older = path / "scorers.json"  # of evaluations before anything else was recorded
+    older = path / "scorers.json"  # of older evaluations, which recorded nothing else
     record = older if older.exists() and not (path / PROVENANCE).exists() else path / PROVENANCE
     try:
         found = files.read_json(record) if record.exists() else {}
@@ -174,17 +174,17 @@ def read_inputs(path: Path) -> dict[str, str | list[str]]:
 
 
 def answers_of(name: str) -> str:
-    """The input that answers under this name come from: scorers, or a policy and its settings."""
+    """The name of the input behind these answers: scorers, or a policy and its settings."""
     return f"evaluate.scorers or .policies: {name!r}"
 
 
 def write_inputs(path: Path, inputs: Inputs) -> None:
-    """Writes the record that `read_inputs` reads."""
+    """Writes the record read by `read_inputs`."""
     files.write_text(path / PROVENANCE, json.dumps(dict(inputs), indent=1) + "\n")
 
 
 def source_version() -> str:
-    """The git commit of fkv's source, with "-dirty" if it was changed since, or fkv's version."""
+    """The git commit of fkv's source, with "-dirty" if modified, or else fkv's version."""
     here = Path(__file__)
     try:
         for command in (
@@ -208,7 +208,7 @@ def _create(path: Path, data: dict[str, Any], may_differ: Sequence[str], inputs:
         files.write_text(path / "config.json", json.dumps(data, indent=1) + "\n")
         if new := old | {n: max(x, old.get(n, x), key=len) for n, x in inputs.items()}:
             write_inputs(path, new)
-        record = path / "commit.txt"  # one line per version that the run was opened with
+        record = path / "commit.txt"  # one line per version that opened the run
         text = files.read_bytes(record).decode(errors="backslashreplace") if record.exists() else ""
         if (commit := source_version()) not in text.splitlines()[-1:]:
             files.write_text(record, "\n".join([*text.splitlines(), commit, ""]))
@@ -217,13 +217,13 @@ def _create(path: Path, data: dict[str, Any], may_differ: Sequence[str], inputs:
 
 
 def _check(path: Path, data: dict[str, Any], may_differ: Sequence[str], inputs: Inputs) -> dict:
-    """Refuses another config or other inputs than before; returns the inputs from before."""
+    """Refuses a config or inputs other than those recorded; returns the recorded inputs."""
     old, before, wrong = read_inputs(path), _old_config(path), []
     if before is not None and (differing := _changed_fields(before, data, may_differ)):
         wrong.append(f"with another config ({'; '.join(differing)})")
     conflicts = {n: _conflict(old[n], x) for n, x in inputs.items() if n in old}
     if named := [name + where for name, where in conflicts.items() if where is not None]:
-        wrong.append(f"of other inputs, which have changed since ({'; '.join(named)})")
+        wrong.append(f"with other inputs, which have changed since ({'; '.join(named)})")
     if wrong:
         raise UserError(f"{path} holds a run {' and '.join(wrong)}: use another --workdir")
     return old
@@ -253,7 +253,7 @@ def _changed_fields(old: dict, new: dict, may_differ: Sequence[str]) -> list[str
 
 
 def _conflict(old: Any, new: Any) -> str | None:
-    """Where an input differs from before; None if it is the same, or one list begins the other."""
+    """Where an input differs; None if it is the same, or one list is a prefix of the other."""
     if not (isinstance(old, list) and isinstance(new, list)):
         return None if old == new else ""
     changed = [i for i, (a, b) in enumerate(zip(old, new, strict=False), 1) if a != b]
@@ -262,7 +262,7 @@ def _conflict(old: Any, new: Any) -> str | None:
 
 
 def _trim_metrics(path: Path, last_step: float = math.inf) -> None:
-    """Drops the records of later steps, and a last line that a killed run left unfinished."""
+    """Drops the records of later steps, and an incomplete last line of a killed run."""
     lines = files.read_bytes(path).decode(errors="replace").splitlines() if path.exists() else []
     kept = []
     for number, line in enumerate(lines, 1):

@@ -1,4 +1,4 @@
-"""Sharing scorers: as a directory of safetensors with a card, or in ForesightKV's own layout.
+"""Sharing scorers: as safetensors with a model card, or in the layout of the released code.
 
 A shared directory holds `scorer.safetensors` (w1, b1, w2, b2, stacked over layers), `scorer.json`
 (their `ScorerConfig`, and the model, budget and interval of their training) and `README.md` (a
@@ -36,7 +36,7 @@ _FILES = (".json", ".safetensors", ".jinja", ".model", ".txt")
 
 
 def load(source: str | os.PathLike, revision: str | None = None) -> tuple[Foresight, dict]:
-    """Loads scorers as a policy, and what is known of them (`model`, `budget`, `interval`...).
+    """Loads scorers as a policy, with their metadata (`model`, `budget`, `interval`...).
 
     Args:
       source: the workdir of an sft or grpo run, a shared directory, a checkpoint of the released
@@ -44,7 +44,7 @@ def load(source: str | os.PathLike, revision: str | None = None) -> tuple[Foresi
       revision: branch, tag or commit of a hub id.
     """
     path = files.expand(source)
-    # A hub id looks like a path of two parts; a run that does not exist is no hub id.
+    # A hub id looks like a path of two parts; a missing run is not taken for a hub id.
     local = path.exists() or path.parent.is_dir() or path.parts[0] == "runs"
     if on_hub := str(source).count("/") == 1 and not local:
         path = models.find(str(source), revision)
@@ -58,7 +58,7 @@ def load(source: str | os.PathLike, revision: str | None = None) -> tuple[Foresi
 def _of_directory(path: Path, source: str | os.PathLike) -> tuple[Foresight, dict]:
     try:
         about = files.read_json(path / ABOUT)
-        if not (path / WEIGHTS).is_file():  # a pipe would never end
+        if not (path / WEIGHTS).is_file():  # reading a pipe may never end
             raise UserError(f"{path / WEIGHTS}: no such file, or not a regular one")
         if not isinstance(rules := about.get("scorer"), dict):
             raise UserError(f"{ABOUT} does not describe the scorers: scorer is {rules!r:.40}")
@@ -83,19 +83,19 @@ def _of_run(path: Path, source: str | os.PathLike) -> tuple[Foresight, dict]:
 
 def _of_released(path: Path, source: str | os.PathLike) -> tuple[Foresight, dict]:
     judges, about = models.load_judges(path), {"model": str(source)}
-    # Theirs are eviction scores, ours importances.
+    # Theirs are eviction scores, ours are importances.
     params = judges | {"w2": -judges["w2"], "b2": -judges["b2"]}
     rules = dataclasses.asdict(ScorerConfig(form="reference"))
     return _policy(path, source, params, rules, about), about
 
 
 def _policy(where: Any, source: Any, params: Any, rules: dict, about: Mapping) -> Foresight:
-    """The policy; `where` is the place of the record, for errors."""
+    """The policy; `where` names the record in errors."""
     names = {field.name for field in dataclasses.fields(ScorerConfig)}
     if wrong := sorted(map(str, names ^ rules.keys())):
         is_in = "has an unknown" if wrong[0] in rules else "lacks"
         raise UserError(f"{where}: scorer {is_in} {wrong[0]!r}: it has {', '.join(sorted(names))}")
-    # Older directories lack some of it, for which null stands, too.
+    # Older directories lack some fields, or have null.
     known = {name: about[name] for name in KNOWN if about.get(name) is not None}
     try:
         config, trained = ScorerConfig(**rules), Trained(str(source), **known)
@@ -108,14 +108,14 @@ def _policy(where: Any, source: Any, params: Any, rules: dict, about: Mapping) -
 
 
 def check_directory(directory: str | os.PathLike, released: bool = False) -> Path:
-    """The directory, if it is new or empty or, unless `released`, holds shared scorers."""
+    """The directory; refused unless new, empty or, if not `released`, with shared scorers."""
     path = files.expand(directory)
     with files.writing(path):
         kept = [file.name for file in path.iterdir()] if os.path.lexists(path) else []
     if released and kept:
         raise UserError(f"{path} exists already: give another directory")
     ours = (WEIGHTS, ABOUT, CARD, *(f"{name}.tmp" for name in (WEIGHTS, ABOUT, CARD)))
-    ours += ("log.txt", "sweep_point.json")  # a sweep keeps them beside what its points write
+    ours += ("log.txt", "sweep_point.json")  # a sweep keeps them in its points' directories
     others = sorted(name for name in kept if name not in ours and not name.startswith("."))
     if others and ABOUT not in kept:
         raise UserError(f"{path} holds other files ({others[0]}): give another directory")
@@ -125,10 +125,10 @@ def check_directory(directory: str | os.PathLike, released: bool = False) -> Pat
 def export(
     policy: Foresight, directory: str | os.PathLike, about: Mapping[str, Any], metrics: str = ""
 ) -> None:
-    """Writes a shared directory.
+    """Writes a directory to share.
 
     Args:
-      about: JSON data: `model`, `revision`, `budget`, `interval`, and what else should be known.
+      about: JSON data: `model`, `revision`, `budget`, `interval`, and other metadata.
       metrics: a Markdown table for the card.
     """
     path = check_directory(directory)
@@ -136,7 +136,7 @@ def export(
         path.mkdir(parents=True, exist_ok=True)
     params = {name: np.ascontiguousarray(x, np.float32) for name, x in policy.params.items()}
     data = {"fkv": fkv.__version__, "scorer": dataclasses.asdict(policy.config), **about}
-    # All three or none: weights beside another record would be misread.
+    # All three or none: weights with another record would be misread.
     with (
         files.whole(path / WEIGHTS) as weights,
         files.whole(path / ABOUT) as record,
@@ -169,7 +169,7 @@ def export_released(policy: Foresight, model: str | os.PathLike, directory: str 
     """Writes a checkpoint that the released PyTorch code loads: the base model with the scorers.
 
     `model` is the directory of the base model, whose files are linked if possible, else copied.
-    Scorers that the released code does not have (see `ScorerConfig`) are refused.
+    Scorers that the released code can't run (see `ScorerConfig`) are refused.
     """
     config = policy.config
     if (config.inputs, config.norm, config.hidden) != ("both", "none", 16):
@@ -179,7 +179,7 @@ def export_released(policy: Foresight, model: str | os.PathLike, directory: str 
     places, size = loading.files_of_tensors(source)
     if theirs := [name for name in places if ".judge_model." in name]:
         raise UserError(f"{source} has scorers of its own ({theirs[0]}): give the base model")
-    shapes = Cadence(2, 1)  # only shapes count here
+    shapes = Cadence(2, 1)  # only shapes matter here
     policies.check(policy.replace(any_interval=True), models.read(source), shapes)
     params = {name: np.asarray(x, np.float32) for name, x in policy.params.items()}
     features, tensors = params["w1"].shape[2], {}
@@ -189,7 +189,7 @@ def export_released(policy: Foresight, model: str | os.PathLike, directory: str 
             "fc1.bias": params["b1"][layer],
             "fc2.weight": -params["w2"][layer][..., None],  # theirs are eviction scores
             "fc2.bias": -params["b2"][layer][..., None],
-            # Declared there and never applied; without them loading complains.
+            # Declared there but never applied; loading complains without them.
             "feature_norm.weight": np.ones(features, np.float32),
             "feature_norm.bias": np.zeros(features, np.float32),
         }.items():
@@ -201,7 +201,7 @@ def export_released(policy: Foresight, model: str | os.PathLike, directory: str 
     with files.whole(target, directory=True) as temporary:
         for file in sorted(source.iterdir()):
             if file.is_file() and file.suffix in _FILES and file.name != _INDEX:
-                # A file named model.safetensors would be taken for the whole.
+                # A file named model.safetensors would be taken for all weights.
                 _link(file, temporary / (_BASE if file.name == "model.safetensors" else file.name))
         loading.write_tensors(temporary / _JUDGES, tensors, "pt")
         (temporary / _INDEX).write_text(json.dumps(data, indent=1) + "\n")

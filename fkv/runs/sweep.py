@@ -1,8 +1,8 @@
 """Sweeps: many runs of one recipe.
 
-A config file lists the points of its sweep in a pure `sweep()`; each is a job with some values set,
-in a directory of its own. A value that mentions `{sweep}/NAME` refers to the directory of the point
-NAME, which then runs before.
+A config file lists the points of its sweep in a pure `sweep()`; each is a job with some fields set,
+in its own directory. A value that mentions `{sweep}/NAME` refers to the directory of point NAME,
+which then runs first.
 """
 
 import contextlib
@@ -34,12 +34,12 @@ class Point:
     """One run of a sweep."""
 
     job: str  # to launch: `sft`, `grpo`, `evaluate`...
-    name: str  # of its directory, unique in the sweep
+    name: str  # of its directory; unique in the sweep
     values: Mapping[str, Any]  # of the config's fields, by dotted names
-    group: str = ""  # of points that differ only in their seed, which the summary averages over
+    group: str = ""  # points that differ only in their seed; the summary averages over them
 
     def needs(self) -> list[str]:
-        """Names of the points that have to run before."""
+        """Names of the points that have to run first."""
         return _MENTION.findall(" ".join(map(repr, self.values.values())))
 
     def arguments(self, root: str, common: Sequence[str]) -> list[str]:
@@ -48,18 +48,18 @@ class Point:
         return [f"launch.{self.job}", *common, f"--workdir={root}/{self.name}", *values]
 
     def command(self, root: str, common: Sequence[str]) -> str:
-        """The same for a shell."""
+        """The command line, for a shell."""
         return f"python -m {shlex.join(self.arguments(root, common))}"
 
 
 def grid(**values: Sequence[Any]) -> list[dict[str, Any]]:
-    """Every combination, the last name changing fastest; `a__b` stands for `a.b`."""
+    """All combinations, the last name varying fastest; `a__b` stands for `a.b`."""
     names = [name.replace("__", ".") for name in values]
     return [dict(zip(names, row, strict=True)) for row in itertools.product(*values.values())]
 
 
 def check(points: Iterable[Point], jobs: Sequence[str]) -> list[Point]:
-    """The points in their order, except that each comes after those it needs."""
+    """The points in their order, but each after those it needs."""
     points = list(points)
     if not points:
         raise UserError("the sweep has no points")
@@ -73,7 +73,7 @@ def check(points: Iterable[Point], jobs: Sequence[str]) -> list[Point]:
             raise UserError(f"sweep point {point.name!r}: use only letters, digits and _ . + -")
         if point.job not in jobs:
             raise UserError(
-                f"sweep point {point.name!r}: no job {point.job!r}: there are {', '.join(jobs)}"
+                f"sweep point {point.name!r}: no job {point.job!r}: choose from {', '.join(jobs)}"
             )
 
     def put(point, needed_by=()):
@@ -82,7 +82,7 @@ def check(points: Iterable[Point], jobs: Sequence[str]) -> list[Point]:
             raise UserError(f"sweep points need each other in a circle: {circle}")
         for name in point.needs():
             if name not in by_name:
-                raise UserError(f"sweep point {point.name!r} needs {name!r}, which is no point")
+                raise UserError(f"sweep point {point.name!r} needs {name!r}, which is not a point")
             put(by_name[name], (*needed_by, point.name))
         ordered.setdefault(point.name, point)
 
@@ -92,7 +92,7 @@ def check(points: Iterable[Point], jobs: Sequence[str]) -> list[Point]:
 
 
 def choose(points: Sequence[Point], names: Sequence[str], root: str | os.PathLike) -> list[Point]:
-    """The points of these names, in their order; what they need must be among them, or done."""
+    """The points of these names, in their order; those they need must be included, or done."""
     by_name = {point.name: point for point in points}
     if unknown := [name for name in names if name not in by_name]:
         known = ", ".join(by_name)
@@ -115,13 +115,13 @@ def run_local(
     show: bool = False,
     alone: bool = True,
 ) -> list[Point]:
-    """Runs the points one after the other, each in its own process; returns those that failed.
+    """Runs the points in sequence, each in its own process; returns those that failed.
 
-    Points that are done are skipped, interrupted ones resume, and points that need a failed one are
-    left out. The output of a point goes to `log.txt` in its directory.
+    Finished points are skipped, interrupted ones resume, and points that need a failed one are not
+    run. The output of a point goes to `log.txt` in its directory.
 
     Args:
-      show: print the output instead, as the machines of a pod can't share a file.
+      show: print the output instead, for pods, whose machines can't share a file.
       alone: no other sweep may run in `root`; otherwise others with `alone=False` may, on other
         points.
     """
@@ -132,20 +132,20 @@ def run_local(
     try:
         return _run(points, str(root), common, show)
     finally:
-        with contextlib.suppress(OSError):  # on a mounted bucket where others made the file, too
+        with contextlib.suppress(OSError):  # on a mounted bucket, if others created the file, too
             held.close()
 
 
 def _run(points, root, common, show):
     failed, paths = [], {point.name: Path(root, point.name) for point in points}
     done = {p.name for p in points if is_done(paths[p.name], p)}
-    for point in points:  # a point that runs again may give another result to those that need it
+    for point in points:  # a rerun point may change the result of those that need it
         if set(point.needs()) & paths.keys() - done:
             done.discard(point.name)
     for i, point in enumerate(points, 1):
         path, label = paths[point.name], f"[{i}/{len(points)}] {point.name}"
         if point.name in done:
-            print(f"{label}: done before", flush=True)
+            print(f"{label}: already done", flush=True)
             continue
         if set(point.needs()) & {p.name for p in failed}:
             print(f"{label}: skipped, as a point it needs failed", flush=True)
@@ -153,7 +153,7 @@ def _run(points, root, common, show):
             continue
         with files.writing(path):
             path.mkdir(parents=True, exist_ok=True)
-            for left in path.glob(f"{DONE}.*"):  # by a process that was killed
+            for left in path.glob(f"{DONE}.*"):  # left by a killed process
                 left.unlink(missing_ok=True)
         start, log = time.monotonic(), path / "log.txt"
         print(f"{label}: {point.command(root, common)}", flush=True)
@@ -170,17 +170,17 @@ def _run(points, root, common, show):
             continue
         print(f"{label}: {seconds:.0f} s", flush=True)
         record = {"values": _plain(point.values), "job": point.job, "seconds": round(seconds, 1)}
-        # All machines of a pod write this, each by a file of its own.
+        # All machines of a pod write this, each through its own file.
         with files.whole(path / DONE, uuid.uuid4().hex) as mine:
             mine.write_text(json.dumps(record, indent=1) + "\n")
     return failed
 
 
 def _run_job(arguments: Sequence[str], log: IO | None) -> int:
-    """Exit code of a job; a signal to this process ends the job, and then the sweep.
+    """Runs a job, returns its exit code; a signal to this process ends the job, then the sweep.
 
-    Whatever the signal, the job gets SIGTERM, on which it saves; a second Ctrl-C kills it. On Linux
-    the job also gets SIGTERM when this process is killed.
+    On any signal the job gets SIGTERM, so that it saves; a second Ctrl-C kills it. On Linux the job
+    also gets SIGTERM when this process is killed.
     """
     came, jobs = [], []
 
@@ -193,7 +193,7 @@ def _run_job(arguments: Sequence[str], log: IO | None) -> int:
     streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log and subprocess.STDOUT}
     with preemption.handled(pass_on), subprocess.Popen(command, **streams) as job:
         jobs.append(job)
-        if came:  # before there was a job
+        if came:  # before the job started
             job.terminate()
         code = job.wait()
     if came:
@@ -207,7 +207,7 @@ def _plain(values: Mapping[str, Any]) -> Any:
 
 
 def is_done(path: Path, point: Point) -> bool:
-    """Whether the point is done in this directory; refuses another point, or a damaged record."""
+    """Whether the point is done in this directory; refuses another point or a damaged record."""
     record = path / DONE
     if not record.exists():
         return False

@@ -1,4 +1,4 @@
-"""The embedded reasoning task, and where its reasoner lies."""
+"""The embedded reasoning task, and the path of its reasoner."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The role of each word of a ledger walk, and a page that shows it."""
+"""The role of each word of a ledger walk, shown as HTML."""
 
 import itertools
 from collections.abc import Iterable, Sequence
@@ -6,7 +6,7 @@ from html import escape
 
 from fkv.tasks.ledger import DIGITS, FILLERS, MARKS, Problem
 
-# Roles, with their colours on a page.
+# Roles and their colours.
 COLOURS = {
     "fact": "#9ecae1",
     "idle fact": "#dddddd",
@@ -23,7 +23,7 @@ COLOURS = {
 def roles(problem: Problem) -> tuple[str, ...]:
     """The role of each word of prompt, thought and answer: a key of `COLOURS`.
 
-    A `fact` is on the path, an `idle fact` isn't; a `mark` is one that the thought writes down,
+    A `fact` is on the path, an `idle fact` is not; a `mark` is one that the thought writes down,
     with its sum.
     """
     role = ["frame"]
@@ -40,13 +40,13 @@ def roles(problem: Problem) -> tuple[str, ...]:
 
 
 def first_error(words: Sequence[str], problem: Problem) -> int | None:
-    """Where the words that a model wrote after the prompt first leave the right path.
+    """Where the words that a model generated first deviate from the right path.
 
-    Any fillers may stand anywhere in the thought.
+    Fillers may be anywhere in the thought.
 
     Returns:
       Index of the first wrong word, the number of words if they only end too early, or None if
-      all is right.
+      everything is right.
     """
     right = [w for w in problem.thought if w not in FILLERS] + list(problem.answer)
     done = 0
@@ -60,7 +60,7 @@ def first_error(words: Sequence[str], problem: Problem) -> int | None:
 
 
 def html(words: Iterable[str], colours: Iterable[str]) -> str:
-    """Words as HTML, each on a ground of its CSS colour."""
+    """Words as HTML, each on a background of its CSS colour."""
     spans = (
         f'<span style="background:{colour};color:black;padding:1px 3px">{escape(word)}</span>'
         for word, colour in zip(words, colours, strict=True)

@@ -7,8 +7,8 @@ walks from there until it is `home`: before each hop one to three unpredictable 
 the fact restated, the fee, and the running sum of the fees modulo 10; if the fact has a mark, the
 mark and the sum follow. The answer recalls the marks and gives the total.
 
-So what a KV cache must keep is known. A fact is needed once, at an unpredictable time; fees all the
-time; remarks never; marks, which the trace itself writes, at the very end. Nothing attends to a
+So it is known what a KV cache must keep. A fact is needed once, at an unpredictable time; fees all
+the time; remarks never; marks, which the trace itself writes, at the very end. Nothing attends to a
 fact before it is needed: the task is deliberately hard for policies that keep what past queries
 attended to (H2O, SnapKV).
 """
@@ -44,7 +44,7 @@ class Spec(kinds.Settings):
 
     group: ClassVar[str] = "task"
     facts: tuple[int, int] = setting(RANGE, (20, 28))  # entries of the ledger, at most 36
-    hops: tuple[int, int] = setting(RANGE, (12, 18))  # of the path, cut to the facts
+    hops: tuple[int, int] = setting(RANGE, (12, 18))  # of the path, at most the facts
     remarks: tuple[int, int] = setting(RANGE, (2, 6))  # entries that never matter
     marks: tuple[int, int] = setting(RANGE, (2, 3))  # facts whose sum is recalled, at most 3
     fillers: tuple[int, int] = setting(RANGE, (1, 3))  # filler words before a hop
@@ -96,7 +96,7 @@ def decode(ids: Sequence[int]) -> list[str]:
 
 
 def tokenizer():
-    """The vocabulary as a tokenizer of `transformers`: words between blanks."""
+    """The vocabulary as a tokenizer of `transformers`: words separated by spaces."""
     import tokenizers  # takes seconds
 
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(ID, unk_token="<pad>"))
@@ -107,7 +107,7 @@ def tokenizer():
 
 
 def problem(seed: int, split: str, index: int, spec: Spec) -> Problem:
-    """Problem `index` of a split; the same arguments give the same problem anywhere."""
+    """Problem `index` of a split; the same arguments give the same problem everywhere."""
     rng = np.random.default_rng([seed, *split.encode(), index])
 
     def draw(bounds):
@@ -123,7 +123,7 @@ def problem(seed: int, split: str, index: int, spec: Spec) -> Problem:
     mark = [[marked[i]] if i in marked else [] for i in range(facts)]
     fees = dict(zip(CARRIERS, rng.integers(0, 10, len(CARRIERS)).tolist(), strict=True))
 
-    # Every node is at most one fact's source and one fact's target, so a look-up has one answer.
+    # Every node is the source and target of at most one fact each, so a look-up has one answer.
     others = [node for node in nodes if node not in path[1:]]
     targets = path[1:] + [others[i] for i in rng.permutation(len(others))]
 

@@ -264,7 +264,7 @@ def test_one_of_several_answers_is_chosen_by_its_letter(monkeypatch):
     found, again = load("gpqa"), load("gpqa")
     assert found == again
     assert found.unusable == [
-        (3, "Incorrect Answer 2 is ''"), (5, "Incorrect Answer 3 is the right one, too"),
+        (3, "Incorrect Answer 2 is ''"), (5, "Incorrect Answer 3 is also the right one"),
     ]  # fmt: skip
     for question in found.questions:
         asked, blank, *choices, other, last = question.text.split("\n")

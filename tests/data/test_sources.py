@@ -85,15 +85,15 @@ BROKEN = {
     "no JSON later": (LINES + b"oops\n", "line 3: Expecting value"),
     "cut": (LINES[:-8], "line 2: "),
     "zeros": (bytes(100), "line 1: "),
-    "lists": (b"[1, 2]\n[3]\n", "line 1 is no JSON object"),
-    "numbers": (b"1\n2\n", "line 1 is no JSON object"),
-    "null": (b"null\n", "no JSON object"),
-    "null later": (LINES + b"null\n", "line 3 is no JSON object"),
-    "array of numbers": (b"[1,\n2]", "entry 0 is no JSON object"),
-    "text": (b'"a"\n', "no JSON object"),
+    "lists": (b"[1, 2]\n[3]\n", "line 1 is not a JSON object"),
+    "numbers": (b"1\n2\n", "line 1 is not a JSON object"),
+    "null": (b"null\n", "not a JSON object"),
+    "null later": (LINES + b"null\n", "line 3 is not a JSON object"),
+    "array of numbers": (b"[1,\n2]", "entry 0 is not a JSON object"),
+    "text": (b'"a"\n', "not a JSON object"),
     "deep": (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n", "line 1: nested too deeply"),
     "half a character": (b'{"a": "\\ud800"}\n', "line 1: half of a surrogate pair"),
-    "one name twice": (b'{"a": 1, "a": 2}\n', "line 1: one name twice"),
+    "one name twice": (b'{"a": 1, "a": 2}\n', "line 1: an object repeats a name"),
     "number too long": (b'{"a": ' + b"9" * 5000 + b"}\n", "line 1: .*digits"),
     "nothing": (b"", "empty"),
     "blanks": (b" \n\n", "empty"),
@@ -156,7 +156,9 @@ def test_text_of_parquet_that_is_not_utf8(tmp_path):
 def test_files_of_a_directory_are_named(tmp_path):
     parquet(tmp_path / "a.parquet", {"a": [1]})
     data = parquet(tmp_path / "b.parquet", {"b": [1]})
-    with pytest.raises(UserError, match=r"b\.parquet: .* \(other columns than in .*a\.parquet\)$"):
+    with pytest.raises(
+        UserError, match=r"b\.parquet: .* \(its columns differ from .*a\.parquet\)$"
+    ):
         sources.open_file(str(tmp_path))
     (tmp_path / "b.parquet").write_bytes(data[:-9])
     with pytest.raises(UserError, match=r"b\.parquet: can't be read as parquet"):

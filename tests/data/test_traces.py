@@ -83,10 +83,10 @@ def test_rows_whose_prompt_does_not_fit_are_named_and_left_out(tmp_path, suffix)
     sequences, prompts = traces.read(str(path), prompt_column="n", corrupt=corrupt)
     assert [x.tolist() for x in sequences] == [[5, 6, 7], [], [5]] and prompts == [2, 0, 0]
     assert corrupt == [
-        (i, f"row {i} of 'n' is {n}, no prompt of a trace of {length} tokens")
+        (i, f"row {i} of 'n' is {n}, not a prompt length for {length} tokens")
         for i, n, length in ((1, -1, 3), (2, 3, 3), (3, 99, 3), (5, 1, 0))
     ]
-    with pytest.raises(UserError, match=r"traces\.\w+: row 1 of 'n' is -1, no prompt of"):
+    with pytest.raises(UserError, match=r"traces\.\w+: row 1 of 'n' is -1, not a prompt length"):
         traces.read(str(path), prompt_column="n")
     # What is left can be collected.
     assert traces.collect(sequences, 2, 1, "here", prompts).prompt_n.tolist() == [2]
@@ -143,7 +143,7 @@ def test_a_bad_prompt_ends_a_strict_run_alone(tmp_path, capsys):
     said = capsys.readouterr().out
     assert [f"left out, row {i} of" in said for i in range(5)] == [False, *[True] * 4]
     config.data.strict = True
-    with pytest.raises(UserError, match="row 1 of 'n' is 40, no prompt of"):
+    with pytest.raises(UserError, match="row 1 of 'n' is 40, not a prompt length"):
         common.load_traces(config, "train", 9, 16, 72)
 
 

@@ -364,7 +364,7 @@ def test_samples_without_a_field_are_named(finished_copy, name):
         (dict(problem=3), "its field 'problem' is 3"),
         (dict(truncated=0), "its field 'truncated' is 0"),
         (dict(text=["x" * 999]), "its field 'text' is [\"xxxxx"),
-        (dict(policy="full", budget=0, problem="0", sample=1), "it answers what line 2 does"),
+        (dict(policy="full", budget=0, problem="0", sample=1), "it repeats the answer of line 2"),
     ],
 )
 def test_samples_with_a_wrong_field_are_named(finished_copy, fields, why):
@@ -383,7 +383,7 @@ def test_samples_with_a_wrong_field_are_named(finished_copy, fields, why):
     [
         ("{not json", "line 2 is not a sample: delete that line"),
         ("", "line 2 is not a sample: delete that line"),
-        ("[3]", r"line 2 is not a sample: delete that line \(it is no JSON object"),
+        ("[3]", r"line 2 is not a sample: delete that line \(it is not a JSON object"),
         ("[" * 100_000, r"line 2 is not a sample: delete that line \(it is not JSON in UTF-8"),
         (
             '{"policy": "\xff"}',
@@ -447,7 +447,7 @@ def test_all_that_has_changed_is_named_before_the_model_is_loaded(
     )
     assert str(refused.value) == (
         f"{finished_copy} holds a run with another config (evaluate.temperature: 0.6 -> 1.0) and "
-        f"of other inputs, which have changed since ({names}): use another --workdir"
+        f"with other inputs, which have changed since ({names}): use another --workdir"
     )
     assert samples(finished_copy) == before and not fake_model
     assert (finished_copy / "provenance.json").read_text() == kept
@@ -615,7 +615,7 @@ def test_another_evaluation_is_compared_with(finished, scorer_dir, tmp_path, cap
     [
         (dict(evaluate__budgets=(16, 20)), r"evaluate\.budgets: budget = 20 must be a multiple"),
         (dict(evaluate__budgets=(8,)), r"evaluate\.budgets: budget = 8 must be larger"),
-        (dict(evaluate__policies=("full", "snapkw")), "known are .*snapkv"),
+        (dict(evaluate__policies=("full", "snapkw")), "choose from .*snapkv"),
         (dict(evaluate__policies=("foresight",)), "'foresight' needs"),
         (dict(evaluate__scorers=("nowhere/at/all",)), "must be of the form name=workdir"),
         (dict(evaluate__scorers=("mine=nowhere/at/all",)), "nowhere/at/all"),
@@ -942,7 +942,7 @@ def test_generate_warns_of_more_than_the_model_was_made_for_once(
     "change, message",
     [
         (dict(generate__policy="foresight"), "'foresight' needs"),
-        (dict(generate__policy="snapkw"), "known are"),
+        (dict(generate__policy="snapkw"), "choose from"),
         (dict(generate__scorer="runs/x"), "generate.scorer is for generate.policy=foresight"),
         (dict(generate__scorer="no/run", generate__policy="foresight"), "no/run"),
         (dict(generate__prompt="hi", generate__chat=True), "no chat template"),

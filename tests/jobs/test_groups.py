@@ -149,12 +149,12 @@ def test_missing_fields_are_named(job, tmp_path):
 
 UNKNOWN = {
     "sft.stpes": "config.sft has no field 'stpes': did you mean steps?",
-    "grpo.colour": "config.grpo has no field 'colour': there are scorer,",
-    "scorer.colour": "config.scorer has no field 'colour': there are hidden, inputs",
-    "task.colour": "config.task has no field 'colour': there are facts, hops",
+    "grpo.colour": "config.grpo has no field 'colour': choose from scorer,",
+    "scorer.colour": "config.scorer has no field 'colour': choose from hidden, inputs",
+    "task.colour": "config.task has no field 'colour': choose from facts, hops",
     "evaluate.policy": "config.evaluate has no field 'policy': did you mean policies?",
     "bugdet": "config has no field 'bugdet': did you mean budget?",
-    "mine": "config has no field 'mine': there are seed",
+    "mine": "config has no field 'mine': choose from seed",
     "pretrain.model.widht": "config.pretrain.model has no field 'widht': did you mean width?",
     "pretrain.stages.b.colour": "config.pretrain.stages.b has no field 'colour'",
     "benchmark.peers.vllm": "config.benchmark.peers has no field 'vllm'",

@@ -243,7 +243,7 @@ def test_short_traces_are_skipped_and_counted(capsys):
         (dict(budget=20), "budget = 20 must be a multiple of interval = 8"),
         (dict(eval__budgets=(16, 20)), "eval.budgets: budget = 20 must be a multiple"),
         (dict(budget=4096), "longer than budget"),
-        (dict(eval__policies=("snapkw",)), "known are ada, expected_attention, forced,"),
+        (dict(eval__policies=("snapkw",)), "choose from ada, expected_attention, forced,"),
         (dict(eval__policies=("forced",)), "policy 'forced' needs position_yebkl"),
         (dict(scorer__norm="layer"), "scorer.norm = 'layer' must be one of none, rms"),
         (dict(sft__weighting="no"), "weighting = 'no' must be one of plain, sqrt_gap"),

@@ -134,7 +134,7 @@ def test_scorers_of_another_shape_are_refused(policy, message):
 def test_groups_that_reference_statistics_do_not_know_are_refused_before_a_pass():
     wide, _ = oracles.make_model(heads=9, kv_heads=1)
     policy = scorers(scorer.ScorerConfig(form="reference"), heads=9, kv_heads=1)
-    with pytest.raises(UserError, match="at most 8 query heads a group"):
+    with pytest.raises(UserError, match="at most 8 query heads per group"):
         replay.check(policy, wide, CADENCE)
 
 
@@ -503,13 +503,13 @@ def scoring(function, **methods):
 
 @entries
 def test_what_is_no_policy_is_refused_everywhere(entry):
-    with pytest.raises(UserError, match=r"Knorm'> is no policy: give an object, such as"):
+    with pytest.raises(UserError, match=r"Knorm'> is not a policy: give an object, such as"):
         entry(policies.Knorm)
     if entry is not run_generate:
-        with pytest.raises(UserError, match=r"'h2o' is no policy: .* or policies.get\('h2o'\)"):
+        with pytest.raises(UserError, match=r"'h2o' is not a policy: .* or policies.get\('h2o'\)"):
             entry("h2o")
     for wrong in (None, lambda view: 0, np.zeros((3, 3))):
-        with pytest.raises(UserError, match=r"is no policy: give an object, such as") as error:
+        with pytest.raises(UserError, match=r"is not a policy: give an object, such as") as error:
             entry(wrong)
         one_line(error)
 
@@ -785,7 +785,9 @@ def test_a_name_is_of_one_class_alone(registry):
     one_line(e)
     assert type(policies.get("h2o")) is policies.H2O
     for wrong in (dict, define, 3):
-        with pytest.raises(UserError, match=r"'other': .* is no subclass of fkv.policies.Policy"):
+        with pytest.raises(
+            UserError, match=r"'other': .* is not a subclass of fkv.policies.Policy"
+        ):
             policies.register("other")(wrong)
     for name in (mine, None, "", "a:b", "a b", "a\n", "a,b", "a(b)"):
         with pytest.raises(UserError, match=r'takes a name without spaces.*@register\("mine"\)'):

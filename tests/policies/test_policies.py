@@ -585,7 +585,7 @@ def test_the_registry_knows_the_names():
     assert not policies.get("full").evicts
     assert all(policies.get(n).evicts for n in ("h2o", "rkv", "snapkv", "streaming_llm", "random"))
     with pytest.raises(
-        UserError, match=re.escape(f"'h3o' is not known; known are {', '.join(policies.names())}")
+        UserError, match=re.escape(f"'h3o' is not known; choose from {', '.join(policies.names())}")
     ):
         policies.get("h3o")
     with pytest.raises(UserError, match=r"'snapkv' has no field widow; it has window, kernel"):
@@ -610,7 +610,7 @@ def test_fields_may_be_given_as_text():
         policies.get("rkv:kernel=1,mix=x")
     with pytest.raises(UserError, match="'rkv' has no field mixx; it has window, kernel, mix"):
         policies.get("rkv:mixx=1")
-    with pytest.raises(UserError, match="'r-kv' is not known; known are"):
+    with pytest.raises(UserError, match="'r-kv' is not known; choose from"):
         policies.get("r-kv:mix=1")
 
 

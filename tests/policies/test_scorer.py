@@ -168,6 +168,6 @@ def test_refuses_the_reference_form_for_large_groups():
         return jax.eval_shape(functools.partial(scorer.features, config), view)
 
     shapes(config, view_of("reference", 8, 1))
-    with pytest.raises(UserError, match="at most 8 query heads a group"):
+    with pytest.raises(UserError, match="at most 8 query heads per group"):
         shapes(config, view_of("reference", 9, 1))
     shapes(scorer.ScorerConfig(), view_of("windowed", 9, 1))

@@ -248,7 +248,7 @@ def test_fields_may_be_given_beside_a_name():
     [
         *((x, r"of the form name:field=number,\.\.\. or wrapper\(name:\.\.\.\):field=number")
           for x in ("ada(", "ada(h2o", "ada(h2o))", "ada()", "ada(h2o)x", "(h2o)", "ada(h2o),rkv")),
-        ("h2o(rkv)", "policy 'h2o' goes around no other, such as 'rkv'"),
+        ("h2o(rkv)", "policy 'h2o' is not a wrapper: it can't wrap 'rkv'"),
         ("ada(h3o)", "policy 'h3o' is not known"),
         ("ada(h2o:x=1)", "policy 'h2o' has no field x"),
         ("ada(rkv):mix=1", "policy 'ada' has no field mix; it has policy, safeguard, room"),

@@ -230,8 +230,8 @@ def cut_short(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "told"),
     [
-        (flip_a_bit, "/d/.*: not what was written"),
-        (cut_short, "/d/.*: not what was written"),
+        (flip_a_bit, "/d/.*: does not match its checksum"),
+        (cut_short, "/d/.*: does not match its checksum"),
         (lambda folder: (folder / "sha256.json").unlink(), "sha256.json: no such file"),
     ],
 )
@@ -299,7 +299,7 @@ def odd_file(make, name="odd"):
         (rewritten(lambda c: c | {"state": "a"}), "'state': no such file"),
         (rewritten(lambda c: c | {"a\0b": "a"}), "no such file"),
         (rewritten(lambda c: c | {"x" * 300: "a"}), "File name too long"),
-        (rewritten(lambda c: c | {"info.json": None}), "info.json: not what was written"),
+        (rewritten(lambda c: c | {"info.json": None}), "info.json: does not match its checksum"),
         (rewritten(lambda c: {k: v for k, v in c.items() if k != "info.json"}), "does not name"),
         (rewritten(lambda c: {}), "does not name info.json"),
         (rewritten(lambda c: [["info.json", "a"]]), "sha256.json: not a JSON object"),

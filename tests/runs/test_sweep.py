@@ -62,8 +62,8 @@ def test_points_come_after_what_they_need():
         ([Point("sft", "../a", {})], "point '../a': use only letters"),
         ([Point("sft", "..", {})], "point '..': use only letters"),
         ([Point("sft", "a\n", {})], r"point 'a\\n': use only letters"),
-        ([Point("stf", "a", {})], "point 'a': no job 'stf': there are pretrain, traces, sft"),
-        ([Point("sft", "a", {"x": "{sweep}/b"})], "point 'a' needs 'b', which is no point"),
+        ([Point("stf", "a", {})], "point 'a': no job 'stf': choose from pretrain, traces, sft"),
+        ([Point("sft", "a", {"x": "{sweep}/b"})], "point 'a' needs 'b', which is not a point"),
         (
             [Point("sft", "a", {"x": "{sweep}/b"}), Point("sft", "b", {"x": "{sweep}/a"})],
             "in a circle: a -> b -> a",
@@ -130,7 +130,7 @@ def test_what_is_done_is_not_run_again_and_failures_stop_what_needs_them(
 
 
 def test_the_summary_is_the_mean_over_seeds(fake_jobs, tmp_path):
-    assert "has figures yet" in sweeps.write_summary(list(points()), tmp_path)
+    assert "has results yet" in sweeps.write_summary(list(points()), tmp_path)
     sweep.run_local(list(points()), tmp_path, ["--config=x"])
     text = sweeps.write_summary(list(points()), tmp_path)
     ratios = np.array([1.1, 1.2, 1.3])
@@ -382,8 +382,8 @@ TABLE = "policy,budget,ratio,ratio_low,added_low,overlap\nfull,16,1,1,0,nan\n"
         (TABLE.partition("full")[0].encode(), "no rows"),
         (TABLE.replace("overlap", "ratio").encode(), "no column 'overlap'"),
         (TABLE.replace("policy", "who").encode(), "no column 'policy'"),
-        (TABLE.replace("full,16", "full").encode(), "row 1 has not as many fields"),
-        (TABLE.replace("nan", "nan,3").encode(), "row 1 has not as many fields"),
+        (TABLE.replace("full,16", "full").encode(), "row 1 does not have one field per column"),
+        (TABLE.replace("nan", "nan,3").encode(), "row 1 does not have one field per column"),
         (TABLE.replace("nan", "x").encode(), "row 1: could not convert"),
         (TABLE.replace("16", "1.5").encode(), "row 1: invalid literal"),
         (b"\xff" + TABLE.encode(), "can't decode byte 0xff"),
@@ -403,7 +403,7 @@ def test_a_damaged_table_is_named(fake_jobs, tmp_path, data, reason, file):
         sweeps.write_summary(list(points()), tmp_path)
     told = str(error.value)
     assert told.startswith(f"{tmp_path}/a2/{file} is damaged (") and reason in told
-    assert "delete it and sweep_point.json beside it, and rerun the sweep" in told
+    assert "delete it and sweep_point.json next to it, and rerun the sweep" in told
     assert not (tmp_path / "summary.txt").exists()
 
 
@@ -572,11 +572,11 @@ def test_a_dry_run_needs_no_cluster(command):
         ("--cluster=", "--backend=xpk needs --cluster"),
         ("--backend=tpu-vm --image=", "--backend=tpu-vm needs --image"),
         ("--bucket=", "xpk needs --bucket, or a --workdir=/on/a/disk"),
-        ("--bucket=gs://b", "--bucket=gs://b: give its name alone, without gs://"),
+        ("--bucket=gs://b", "--bucket=gs://b: give its name only, without gs://"),
         ("--workdir=elsewhere", "--workdir=elsewhere: --bucket is mounted"),
         ("--workdir=runs/../x", "--workdir=runs/../x: --bucket is mounted"),
-        ("--workdir=gs://b/x", "gs://b/x/sft: gs:// is no file system: mount the bucket"),
-        ("--num_slices=0", "--num_slices=0: 1 or"),
+        ("--workdir=gs://b/x", "gs://b/x/sft: gs:// is not a file system: mount the bucket"),
+        ("--num_slices=0", "--num_slices=0 must be 1, or"),
         ("--num_slices=a", "argument --num_slices: invalid int value"),
         ("--backend=slurm", "argument --backend: invalid choice"),
         ("--claster=x", "unknown option --claster: did you mean --cluster?"),
@@ -662,9 +662,9 @@ def test_submitting_runs_xpk_and_says_how_far_it_came(command, monkeypatch, caps
 
 def test_buckets_are_no_run_directories(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="gs:// is no file system: mount the bucket"):
+    with pytest.raises(UserError, match="gs:// is not a file system: mount the bucket"):
         rundir.open_run("gs://b/x", ml_collections.ConfigDict())
-    with pytest.raises(UserError, match="gs:// is no file system: mount the bucket"):
+    with pytest.raises(UserError, match="gs:// is not a file system: mount the bucket"):
         sweep.run_local([Point("sft", "a", {})], "gs://b/x", [])
     assert list(tmp_path.iterdir()) == []
 
