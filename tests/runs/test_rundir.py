@@ -294,9 +294,9 @@ def test_other_inputs_are_refused_by_name(tmp_path):
         with pytest.raises(UserError) as error:
             attempt(tmp_path, make_config(seed=1), (), other)
         assert str(error.value) == (
-            f"{tmp_path} holds a run with another config (seed: absent -> 1) and with other inputs, "
-            "which have changed since (data.path: traces; questions, number 2 and 1 more): use "
-            "another --workdir"
+            f"{tmp_path} holds a run with another config (seed: absent -> 1) and with other "
+            "inputs, which have changed since (data.path: traces; questions, number 2 and 1 more): "
+            "use another --workdir"
         )
     assert (tmp_path / "provenance.json").read_bytes() == before
     assert "seed" not in json.loads((tmp_path / "config.json").read_text())
