@@ -1,8 +1,8 @@
 """Every field of every job, with its default and what it means. Not a recipe itself.
 
-A recipe takes the groups of fields that it needs from `recipe`, and says what differs. Defaults are
+A recipe gets the groups of fields that it needs from `recipe`, and says what differs. Defaults are
 the paper's hyper-parameters (arXiv 2602.03203) and sizes that suit the embedded model on a laptop.
-`python -m launch.<job> --help` shows the comments: each field has one, behind it or above it.
+`python -m launch.<job> --help` shows the comments: each field has one, on its line or above it.
 """
 
 from ml_collections import ConfigDict
@@ -30,7 +30,7 @@ def recipe(*groups: str) -> ConfigDict:
 
 
 def shared() -> ConfigDict:
-    """The model and the cadence of evictions, of all jobs."""
+    """The model and the cadence of evictions, for all jobs."""
     config = ConfigDict()
     config.seed = 0  # of all random numbers
     config.model = "embedded"  # or a Hugging Face directory or hub id
@@ -38,10 +38,10 @@ def shared() -> ConfigDict:
     config.dtype = "float32"  # of the language model
     config.cache_dtype = ""  # of cached keys and values: '' (the model's) or int8
     config.attention_kernel = "plain"  # while decoding; or pallas, one kernel for GPUs and TPUs
-    config.model_axis = 1  # devices that share one copy of the language model
-    config.budget = 1024  # B: entries that every KV head keeps at an eviction
+    config.model_axis = 1  # devices that share one replica of the language model
+    config.budget = 1024  # B: entries that every KV head keeps after an eviction
     config.interval = 256  # L: tokens between two evictions
-    config.dry_run = False  # only compute what the job would take: memory, operations, time
+    config.dry_run = False  # only estimate what the job would take: memory, operations, time
     return config
 
 
@@ -51,13 +51,13 @@ def task() -> ConfigDict:
     config.facts = (16, 28)  # entries of the ledger, at most 36
     config.hops = (12, 20)  # length of the path through them
     config.remarks = (2, 6)  # entries that never matter
-    config.marks = (2, 3)  # facts on the path to be recalled at the end, at most 3
+    config.marks = (2, 3)  # facts on the path recalled at the end, at most 3
     config.fillers = (1, 3)  # filler words before a hop
     return config
 
 
 def pretrain() -> ConfigDict:
-    """Training of the embedded reasoner."""
+    """Pretraining of the embedded reasoner."""
     config = ConfigDict()
     config.model = ConfigDict()
     config.model.width = 128  # of the residual stream
@@ -67,7 +67,7 @@ def pretrain() -> ConfigDict:
     config.model.head_dim = 32  # of queries, keys and values
     config.model.mlp_width = 256  # of the MLP's hidden layer
     config.model.max_positions = 2048  # tokens of the longest context
-    # initial gain of normalised queries and keys; with 1, 32 dimensions can't attend sharply
+    # initial gain of the QK-norm; with 1, 32 dimensions can't attend sharply
     config.qk_gain = 2.0
     config.learning_rate = 3e-3  # peak
     config.warmup = 100  # steps, in every cycle
@@ -78,22 +78,22 @@ def pretrain() -> ConfigDict:
     config.checkpoint_every = 200  # steps
     config.eval_problems = 512  # held-out problems answered at the end
     config.eval_batch = 128  # problems
-    config.temperature = 0.6  # of these answers; the paper's
-    # the curriculum, in order of names: steps and batch of a stage, and its sizes of the task
+    config.temperature = 0.6  # of these answers, as in the paper
+    # the curriculum, in order of names: a stage's steps, batch and task sizes
     config.stages = ConfigDict()
     return config
 
 
 def data() -> ConfigDict:
-    """Traces that scorers learn from and are measured on."""
+    """Traces to train and evaluate scorers on."""
     config = ConfigDict()
     config.path = ""  # .parquet or .jsonl file, or directory of Parquet files; '' for embedded ones
-    config.eval_path = ""  # held-out traces, likewise
+    config.eval_path = ""  # held-out traces, in the same form
     config.column = "input_ids"  # of token ids
-    config.prompt_column = ""  # of prompt lengths, whose tokens no loss counts
+    config.prompt_column = ""  # of prompt lengths; losses do not count these tokens
     config.traces = 2048  # at most
     config.buckets = 1  # padded lengths: the longest, half of it, ...
-    config.strict = False  # unusable rows end the run; otherwise they are only reported
+    config.strict = False  # unusable rows are errors; otherwise they are reported and skipped
     return config
 
 
@@ -121,7 +121,7 @@ def scorer() -> ConfigDict:
     """The scorers: one MLP per layer and KV head."""
     config = ConfigDict()
     config.hidden = 16  # width of the hidden layer
-    config.inputs = "both"  # or attention or kv alone
+    config.inputs = "both"  # or only attention or kv
     config.norm = "none"  # as released; or rms, of keys, values and attention features
     config.form = "windowed"  # attention features of the last window; or reference, as released
     return config
@@ -131,13 +131,13 @@ def sft() -> ConfigDict:
     """The supervised stage: ranking loss against golden evictions."""
     config = ConfigDict()
     config.steps = 1000  # optimiser steps
-    config.batch = 4  # traces a step
+    config.batch = 4  # traces per step
     config.at_once = 0  # traces in a micro-batch, 0 for the whole batch; the gradient is the same
     config.learning_rate = 1e-2  # peak
     config.warmup = 10  # steps
     config.clip = 1.0  # of the gradient's global norm
     config.margin = 0.01  # of the hinge, in units of the score
-    config.weighting = "plain"  # of pairs; or sqrt_gap, by the root of the gap in future scores
+    config.weighting = "plain"  # of pairs; or sqrt_gap, by the square root of the future-score gap
     config.log_every = 10  # steps
     config.checkpoint_every = 50  # steps
     return config
@@ -147,23 +147,23 @@ def grpo() -> ConfigDict:
     """The reinforcement stage: GRPO over eviction traces."""
     config = ConfigDict()
     config.scorer = ""  # workdir of the supervised run to start from
-    config.steps = 250  # optimiser steps; a finished run can be given more
-    config.traces = 32  # a step
+    config.steps = 250  # optimiser steps; a finished run can be extended
+    config.traces = 32  # per step
     config.traces_at_once = 0  # traces in a micro-batch, 0 for all; the gradient is the same
-    config.rollouts = 32  # of each trace
-    config.rollouts_at_once = 0  # rollouts that a device replays at a time, 0 for all
-    config.epochs = 1  # updates from one batch of rollouts
+    config.rollouts = 32  # per trace
+    config.rollouts_at_once = 0  # rollouts in a micro-batch of a device, 0 for all
+    config.epochs = 1  # updates per batch of rollouts
     config.learning_rate = 3e-4  # peak
     config.warmup = 10  # steps
     config.clip_norm = 1.0  # of the gradient's global norm
-    config.temperature = 1.0  # of the draw of evictions
+    config.temperature = 1.0  # of sampling evictions
     config.reward = "low_large_squared"  # or all, low, high, low_large: which added loss counts
-    config.eta = 1.5  # nats; the added loss of a token counts above it
-    config.high_fraction = 0.2  # share of tokens called high-entropy; in tables of losses, too
-    config.clip = 0.2  # of the ratio of probabilities
+    config.eta = 1.5  # nats; added loss of a token counts above this
+    config.high_fraction = 0.2  # share of high-entropy tokens; also in tables of losses
+    config.clip = 0.2  # of the probability ratio
     config.kl_weight = 0.05  # of the KL to the supervised scorers
-    config.kl_steps = 100  # steps that have this KL
-    config.log_prob = "plackett_luce"  # the law of the draw; or independent, as released
+    config.kl_steps = 100  # steps with this KL, from the first
+    config.log_prob = "plackett_luce"  # exact; or independent, as released
     config.log_every = 1  # steps
     config.checkpoint_every = 10  # steps
     config.answers = 0  # problems that both scorers answer at the end, 0 for none
@@ -176,7 +176,7 @@ def eval() -> ConfigDict:
     config.budgets = (1024, 2048)  # B
     config.traces = 64  # held-out traces, at most
     config.batch = 32  # traces at a time
-    config.policies = BASELINES  # beside the scorers
+    config.policies = BASELINES  # besides the scorers
     return config
 
 
@@ -185,13 +185,13 @@ def evaluate() -> ConfigDict:
     config = ConfigDict()
     config.scorers = ()  # name=workdir of sft or grpo runs
     config.any_interval = False  # accept scorers trained at another interval
-    config.action = "sample"  # how scorers evict, the paper's; or multinomial, or top
-    config.action_temperature = 1.0  # of the first two; what the scorers were trained with
-    config.policies = ("full", *BASELINES)  # beside the scorers
+    config.action = "sample"  # how scorers evict, as in the paper; or multinomial, or top
+    config.action_temperature = 1.0  # of sample and multinomial; should be that of training
+    config.policies = ("full", *BASELINES)  # besides the scorers
     config.budgets = (1024, 2048, 4096)  # B
     # or aime24, aime25, math500, gsm8k, gpqa; or a .jsonl or .parquet file, or a hub id
     config.benchmark = "embedded"
-    config.split = "test"  # of a benchmark by file or hub id, as the next fields
+    config.split = "test"  # of a file or hub id, as the next three fields
     config.subset = ""  # of a data set on the hub
     config.question = "problem"  # column of questions
     config.answer = "answer"  # column of reference answers
@@ -211,7 +211,7 @@ def evaluate() -> ConfigDict:
 
 
 def pipeline() -> ConfigDict:
-    """Several stages in one directory."""
+    """Several stages in one run directory."""
     config = ConfigDict()
     config.stages = ("sft", "grpo", "evaluate")  # in order; pretrain may come before them
     config.changes = ConfigDict()  # fields that a stage changes, by its name
@@ -221,38 +221,38 @@ def pipeline() -> ConfigDict:
 def benchmark() -> ConfigDict:
     """Time and memory."""
     config = ConfigDict()
-    # in order; largest_batch and peers, too, which take minutes
+    # in order; also largest_batch and peers, which take minutes
     config.sections = ("decode", "growth", "prefill", "labels", "steps")
-    config.random_weights = False  # needs the shape of a model only, no checkpoint
+    config.random_weights = False  # needs only the shape of a model, no checkpoint
     config.layers = 0  # of random weights, 0 for all
-    config.peaks = "measured"  # peak FLOP/s and bandwidth; or a device, for those of its data sheet
-    config.memory_gib = 0.0  # that a program may use, 0 for the device's
-    config.minutes = 0.0  # after which no measurement begins, 0 for no limit
-    config.repeats = 3  # of which medians are reported
-    config.compile_threads = 1  # programs compiled at a time; with several, compile times mislead
-    config.kernels = ()  # of attention, side by side in decode; () for attention_kernel alone
-    config.policies = ("full", "snapkv", "h2o")  # foresight is one, with random scorers
+    config.peaks = "measured"  # peak FLOP/s and bandwidth; or a device name, for its data sheet
+    config.memory_gib = 0.0  # memory of a program, 0 for the device's
+    config.minutes = 0.0  # after which no measurement starts, 0 for no limit
+    config.repeats = 3  # medians are reported
+    config.compile_threads = 1  # parallel compilations; with several, compile times mislead
+    config.kernels = ()  # of attention, compared in decode; () for attention_kernel only
+    config.policies = ("full", "snapkv", "h2o")  # foresight has random scorers
     config.budgets = (64,)  # B
     config.batches = (1, 8)  # rows
-    config.lengths = (512, 2048)  # tokens of a context in the end
-    config.new_tokens = 128  # decoded in every repeat
+    config.lengths = (512, 2048)  # final tokens of context
+    config.new_tokens = 128  # decoded per repeat
     config.temperature = 0.6  # 0 for greedy decoding
     config.top_k = 20  # most likely tokens to draw from, 0 for all
     config.top_p = 0.95  # probability mass to draw from
-    config.growth_tokens = 4096  # generated in one go
+    config.growth_tokens = 4096  # generated in one run
     config.growth_batch = 1  # rows
     config.prefill_batches = (1,)  # rows
     config.prefill_lengths = (2048,)  # tokens
     config.label_lengths = (512, 1024, 2048)  # tokens
     config.step_length = 512  # tokens of the traces of a training step
-    config.step_traces = 1  # traces a step
-    config.step_rollouts = 4  # of each trace
-    config.largest_limit = 64  # rows, above which the search for the largest batch ends
+    config.step_traces = 1  # traces per step
+    config.step_rollouts = 4  # per trace
+    config.largest_limit = 64  # rows; upper end of the search for the largest batch
     config.largest_within = 0.125  # relative precision of that search
     config.peers = ConfigDict()
-    config.peers.transformers = ""  # Python of an environment that has it and torch; '' for none
-    config.peers.kvpress = ""  # likewise
-    config.peer_policies = ("snapkv", "knorm", "full")  # the first that evicts is the comparison
+    config.peers.transformers = ""  # Python of an environment with it and torch; '' for none
+    config.peers.kvpress = ""  # Python of an environment with it
+    config.peer_policies = ("snapkv", "knorm", "full")  # the first that evicts is compared
     config.peer_batches = (1, 8)  # rows
     config.peer_prompt = 64  # tokens
     config.peer_tokens = 512  # new tokens
@@ -260,7 +260,7 @@ def benchmark() -> ConfigDict:
 
 
 def export() -> ConfigDict:
-    """Scorers in a form to share."""
+    """Scorers to share."""
     config = ConfigDict()
     config.scorer = ""  # workdir of an sft or grpo run
     config.layout = "fkv"  # or released, which needs scorer.norm = none

@@ -21,7 +21,7 @@ def recipe(name: str, model: str, revision: str, arg: str) -> ConfigDict:
       arg: one of `SIZES`, by default `1k`.
 
     Raises:
-      UserError: there is no such variant.
+      UserError: no such variant.
     """
     if (arg or "1k") not in SIZES:
         raise UserError(f"--config=configs/{name}.py:{arg}: use one of {', '.join(SIZES)}")
@@ -33,7 +33,7 @@ def recipe(name: str, model: str, revision: str, arg: str) -> ConfigDict:
     config.model, config.revision, config.dtype = model, revision, "bfloat16"
     config.budget, config.interval = SIZES[arg or "1k"]
 
-    # Traces: the model's own long answers to math questions.
+    # Traces: the model's own long answers to math problems.
     config.traces.questions = "RUC-AIBOX/STILL-3-Preview-RL-Data"
     config.traces.question = "question"
     config.traces.count = config.data.traces = 4000

@@ -1,11 +1,11 @@
 """Qwen3-4B with the paper's hyper-parameters.
 
-Not run at full size yet. Times are those of one H100 at 40 % of its peak for traces of 32,768
-tokens, as --config.dry_run=True computes them; several devices divide them.
-python -m launch.traces --config=qwen3_4b --workdir=data/qwen3_4b_train   likewise _eval
+Not run at full size yet. Times are for one H100 at 40 % of its peak and traces of 32,768 tokens,
+as --config.dry_run=True estimates them; more devices divide them.
+python -m launch.traces --config=qwen3_4b --workdir=data/qwen3_4b_train   and _eval
 python -m launch.sft --config=qwen3_4b       scorers; 2.8 h, 10 s a step, 15.6 GB
 python -m launch.grpo --config=qwen3_4b      better scorers; 107 h, 26 min a step, 27.6 GB
-python -m launch.evaluate --config=qwen3_4b  AIME 2024, 32 samples a problem
+python -m launch.evaluate --config=qwen3_4b  AIME 2024, 32 samples per problem
 
 `--config=qwen3_4b:2k` and `:4k` set the budget, `:long` is for traces beyond 12,000 tokens.
 """

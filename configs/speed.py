@@ -4,8 +4,8 @@ python -m launch.benchmark --config=speed   10 minutes; not run on an accelerato
 
 Random weights in bfloat16, so no checkpoint is needed. Time per token of the full cache and of the
 scorers at B = 1024, 2048 and 4096 for 8K, 16K and 32K tokens, at batches 1 and 64 and at the
-largest that fits, beside the roofline; seconds of labels up to 32K. After nine minutes no
-measurement begins; the tables say which are missing.
+largest that fits, against the roofline; seconds of labels up to 32K. After nine minutes no
+measurement starts; the tables name the missing ones.
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +14,7 @@ from configs import qwen3_4b
 
 
 def get_config() -> ConfigDict:
-    """The recipe of `configs.qwen3_4b`, decoding and labels alone, with random weights."""
+    """The recipe of `configs.qwen3_4b`, decoding and labels only, with random weights."""
     config = qwen3_4b.get_config()
     config.benchmark.random_weights = True
     config.benchmark.minutes = 9.0

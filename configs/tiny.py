@@ -1,15 +1,15 @@
 """The embedded reasoner: 0.45 M parameters, the ledger walk, everything on a laptop.
 
-Commands, what comes out, and how long it takes on two CPU cores:
-python -m launch.sft --config=tiny       scorers; loss ratio 1.055 at B = 64, of the best rule-based
-                                         policy 1.688; 2 minutes
+Commands, results, and times on two CPU cores:
+python -m launch.sft --config=tiny       scorers; loss ratio 1.055 at B = 64, best rule-based policy
+                                         1.688; 2 minutes
 python -m launch.grpo --config=tiny --config.budget=48   better scorers; 8 minutes
 python -m launch.evaluate --config=tiny  answers of every policy; at B = 64 the scorers of sft get
                                          81 % of 512 right, those of grpo 87 %, baselines below 1 %
 python -m launch.pipeline --config=tiny  these three in one directory, with fewer problems
 python -m launch.traces --config=tiny    the reasoner's own answers, as traces
 python -m launch.generate --config=tiny  one answer, streamed
-python -m launch.export --config=tiny    the scorers in a form to share
+python -m launch.export --config=tiny    the scorers, to share
 python -m launch.benchmark --config=tiny time and memory; 3 minutes
 python -m launch.pretrain --config=tiny  the reasoner itself, which is shipped: 512 of 512 right
                                          with the full cache; 36 minutes
@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from configs import base
 
-# R-KV with the best of 20 settings, tried on separate traces of this task.
+# R-KV with the best of 20 settings, tuned on separate traces of this task.
 TUNED_RKV = "rkv:mix=0.05,kernel=1"
 BASELINES = (
     "rkv", TUNED_RKV, "snapkv", "h2o", "tova", "streaming_llm", "knorm", "keydiff",
@@ -35,8 +35,8 @@ def get_config() -> ConfigDict:
     )  # fmt: skip
     config.budget, config.interval = 64, 16
 
-    # The look-up is not learned from large ledgers; the last two stages mix all sizes. The third
-    # mark is rare until the last stage.
+    # The look-up is not learned from large ledgers alone; the last two stages mix all sizes. Third
+    # marks are rare before the last stage.
     config.pretrain.cycles = (1700, 900, 600)
     config.pretrain.stages = dict(
         a=dict(steps=400, batch=32, facts=(4, 8), hops=(3, 6), remarks=(0, 1), marks=(0, 1)),
@@ -50,7 +50,7 @@ def get_config() -> ConfigDict:
     config.sft.batch = 8
     config.sft.learning_rate = 3e-3
     config.sft.margin = 1.0
-    config.sft.weighting = "sqrt_gap"  # does better here than the paper's plain pairs
+    config.sft.weighting = "sqrt_gap"  # better here than the paper's plain pairs
     config.sft.checkpoint_every = 100
 
     config.grpo.scorer = config.export.scorer = "runs/sft_tiny"

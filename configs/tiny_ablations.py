@@ -3,8 +3,8 @@
 python -m launch.sweep --config=tiny_ablations   an hour and a half on two CPU cores
 
 Supervised stage: inputs and hidden size of the scorers. Reinforcement stage: the main recipe, and
-every reward at a fifth of its rollouts. All are evaluated by loss and by answers, the main recipe
-also under the three actions. The summary has the mean over seeds of each group, policy and budget.
+every reward with a fifth of its rollouts. All are evaluated by loss and by answers, the main recipe
+also under the three actions. The summary has means over seeds per group, policy and budget.
 """
 
 from configs import tiny
@@ -23,7 +23,7 @@ TIGHT = 48
 
 
 def get_config():
-    """The recipe `tiny` without the baselines, which no seed changes."""
+    """The recipe `tiny` without the baselines, which do not depend on the seed."""
     config = tiny.get_config()
     config.eval.policies = ()
     config.grpo.answers = 0  # the sweep has points for them
@@ -34,7 +34,7 @@ def get_config():
 
 
 def sweep():
-    """The points, the most important first."""
+    """The points, most important first."""
     for seed in SEEDS:
         yield Point("sft", f"sft_both16_{seed}", {"seed": seed}, "sft_both16")
         yield Point("grpo", f"grpo_{seed}", _grpo(seed), "grpo")
