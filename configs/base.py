@@ -33,11 +33,11 @@ def shared() -> ConfigDict:
     """The model and the cadence of evictions, for all jobs."""
     config = ConfigDict()
     config.seed = 0  # of all random numbers
-    config.model = "embedded"  # or a Hugging Face directory or hub id
+    config.model = "embedded"  # embedded, a Hugging Face directory or a hub id
     config.revision = ""  # branch, tag or commit of a hub id
     config.dtype = "float32"  # of the language model
     config.cache_dtype = ""  # of cached keys and values: '' (the model's) or int8
-    config.attention_kernel = "plain"  # while decoding; or pallas, one kernel for GPUs and TPUs
+    config.attention_kernel = "plain"  # of decoding: plain, or pallas for GPUs and TPUs
     config.model_axis = 1  # devices that share one replica of the language model
     config.budget = 1024  # B: entries that every KV head keeps after an eviction
     config.interval = 256  # L: tokens between two evictions
@@ -100,7 +100,7 @@ def data() -> ConfigDict:
 def traces() -> ConfigDict:
     """Sampling of traces: questions, and how the model answers them."""
     config = ConfigDict()
-    config.questions = "embedded"  # or a .jsonl or .parquet file, or a hub id
+    config.questions = "embedded"  # embedded, a .jsonl or .parquet file, or a hub id
     config.split = "train"  # of a data set on the hub, or of the embedded task
     config.subset = ""  # of a data set on the hub
     config.question = "problem"  # column of questions
@@ -121,9 +121,9 @@ def scorer() -> ConfigDict:
     """The scorers: one MLP per layer and KV head."""
     config = ConfigDict()
     config.hidden = 16  # width of the hidden layer
-    config.inputs = "both"  # or only attention or kv
-    config.norm = "none"  # as released; or rms, of keys, values and attention features
-    config.form = "windowed"  # attention features of the last window; or reference, as released
+    config.inputs = "both"  # both, attention or kv
+    config.norm = "none"  # none as released, or rms of keys, values and attention features
+    config.form = "windowed"  # attention features: windowed, or reference as released
     return config
 
 
@@ -137,7 +137,9 @@ def sft() -> ConfigDict:
     config.warmup = 10  # steps
     config.clip = 1.0  # of the gradient's global norm
     config.margin = 0.01  # of the hinge, in units of the score
-    config.weighting = "plain"  # of pairs; or sqrt_gap, by the square root of the future-score gap
+    config.weighting = (
+        "plain"  # of pairs: plain, or sqrt_gap, the square root of the future-score gap
+    )
     config.log_every = 10  # steps
     config.checkpoint_every = 50  # steps
     return config
@@ -157,13 +159,13 @@ def grpo() -> ConfigDict:
     config.warmup = 10  # steps
     config.clip_norm = 1.0  # of the gradient's global norm
     config.temperature = 1.0  # of sampling evictions
-    config.reward = "low_large_squared"  # or all, low, high, low_large: which added loss counts
+    config.reward = "low_large_squared"  # all, low, high, low_large or low_large_squared
     config.eta = 1.5  # nats; added loss of a token counts above this
     config.high_fraction = 0.2  # share of high-entropy tokens; also in tables of losses
     config.clip = 0.2  # of the probability ratio
     config.kl_weight = 0.05  # of the KL to the supervised scorers
     config.kl_steps = 100  # steps with this KL, from the first
-    config.log_prob = "plackett_luce"  # exact; or independent, as released
+    config.log_prob = "plackett_luce"  # plackett_luce (exact), or independent as released
     config.log_every = 1  # steps
     config.checkpoint_every = 10  # steps
     config.answers = 0  # problems that both scorers answer at the end, 0 for none
@@ -185,11 +187,11 @@ def evaluate() -> ConfigDict:
     config = ConfigDict()
     config.scorers = ()  # name=workdir of sft or grpo runs
     config.any_interval = False  # accept scorers trained at another interval
-    config.action = "sample"  # how scorers evict, as in the paper; or multinomial, or top
+    config.action = "sample"  # of scorers: sample as in the paper, multinomial or top
     config.action_temperature = 1.0  # of sample and multinomial; should be that of training
     config.policies = ("full", *BASELINES)  # besides the scorers
     config.budgets = (1024, 2048, 4096)  # B
-    # or aime24, aime25, math500, gsm8k, gpqa; or a .jsonl or .parquet file, or a hub id
+    # embedded, aime24, aime25, math500, gsm8k, gpqa, a .jsonl or .parquet file, or a hub id
     config.benchmark = "embedded"
     config.split = "test"  # of a file or hub id, as the next three fields
     config.subset = ""  # of a data set on the hub
@@ -225,7 +227,9 @@ def benchmark() -> ConfigDict:
     config.sections = ("decode", "growth", "prefill", "labels", "steps")
     config.random_weights = False  # needs only the shape of a model, no checkpoint
     config.layers = 0  # of random weights, 0 for all
-    config.peaks = "measured"  # peak FLOP/s and bandwidth; or a device name, for its data sheet
+    config.peaks = (
+        "measured"  # peak FLOP/s and bandwidth: measured, or of a named device's data sheet
+    )
     config.memory_gib = 0.0  # memory of a program, 0 for the device's
     config.minutes = 0.0  # after which no measurement starts, 0 for no limit
     config.repeats = 3  # medians are reported
@@ -263,7 +267,7 @@ def export() -> ConfigDict:
     """Scorers to share."""
     config = ConfigDict()
     config.scorer = ""  # workdir of an sft or grpo run
-    config.layout = "fkv"  # or released, which needs scorer.norm = none
+    config.layout = "fkv"  # fkv, or released, which needs scorer.norm = none
     return config
 
 
