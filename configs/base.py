@@ -137,9 +137,7 @@ def sft() -> ConfigDict:
     config.warmup = 10  # steps
     config.clip = 1.0  # of the gradient's global norm
     config.margin = 0.01  # of the hinge, in units of the score
-    config.weighting = (
-        "plain"  # of pairs: plain, or sqrt_gap, the square root of the future-score gap
-    )
+    config.weighting = "plain"  # of pairs: plain, or sqrt_gap of the future-score gap
     config.log_every = 10  # steps
     config.checkpoint_every = 50  # steps
     return config
@@ -227,9 +225,7 @@ def benchmark() -> ConfigDict:
     config.sections = ("decode", "growth", "prefill", "labels", "steps")
     config.random_weights = False  # needs only the shape of a model, no checkpoint
     config.layers = 0  # of random weights, 0 for all
-    config.peaks = (
-        "measured"  # peak FLOP/s and bandwidth: measured, or of a named device's data sheet
-    )
+    config.peaks = "measured"  # of the device: measured, or a name, for its data sheet
     config.memory_gib = 0.0  # memory of a program, 0 for the device's
     config.minutes = 0.0  # after which no measurement starts, 0 for no limit
     config.repeats = 3  # medians are reported
