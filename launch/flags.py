@@ -98,7 +98,7 @@ def find_config(given: str) -> tuple[Path, str]:
     """The file and the argument of `--config=NAME[:ARGUMENT]`.
 
     `tiny` is `tiny.py` or `configs/tiny.py` in the current directory, else the packaged recipe;
-    likewise `configs/tiny.py`.
+    the same holds for `configs/tiny.py`.
 
     Raises:
       UserError: no such file.

@@ -118,7 +118,7 @@ def _refuse_copies(parts: Sequence[Path]) -> None:
         for key, said in keys:
             if key in seen:
                 raise UserError(
-                    f"{part}: {said} is in {seen[key].name}, too, and would count twice: move one "
+                    f"{part}: {said} is also in {seen[key].name}, and would count twice: move one "
                     "of them out of the directory"
                 )
             seen[key] = part

@@ -173,7 +173,7 @@ def test_copies_in_a_directory_are_named(tmp_path):
     with pytest.raises(UserError) as error:
         traces.read(str(tmp_path))
     assert str(error.value) == (
-        f"{tmp_path}/f.parquet: trace '0', sample 0, is in a.parquet, too, and would count twice: "
+        f"{tmp_path}/f.parquet: trace '0', sample 0, is also in a.parquet, and would count twice: "
         "move one of them out of the directory"
     )
     twice = {"input_ids": [[1], [1]], "id": ["0", "0"], "sample": [0, 0]}

@@ -107,7 +107,7 @@ def test_a_copied_file_is_named(finished, tmp_path, name):
         UserError, match=re.escape(f"{name} is none of this run's files, or a copy")
     ):
         traces.run(recipe(), str(directory))
-    with pytest.raises(UserError, match=r"trace '0', sample 0, is in .*, too, and would count twi"):
+    with pytest.raises(UserError, match=r"trace '0', sample 0, is also in .*, and would count twi"):
         data.read(str(directory))
     (directory / name).unlink()
     assert traces.run(recipe(), str(directory)) == 0
