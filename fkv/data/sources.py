@@ -112,7 +112,7 @@ def _refuse_copies(parts: Sequence[Path]) -> None:
             keys = [(str(r), f"trace {r['id']!r}, sample {r['sample']!r},") for r in rows]
         elif sizes[part.stat().st_size] > 1:
             with part.open("rb") as file:
-                keys = [(hashlib.file_digest(file, "sha256").hexdigest(), "the same")]
+                keys = [(hashlib.file_digest(file, "sha256").hexdigest(), "its content")]
         else:
             keys = []
         for key, said in keys:

@@ -179,14 +179,14 @@ def test_copies_in_a_directory_are_named(tmp_path):
     twice = {"input_ids": [[1], [1]], "id": ["0", "0"], "sample": [0, 0]}
     (tmp_path / "one").mkdir()
     datasets.Dataset.from_dict(twice).to_parquet(str(tmp_path / "one" / "a.parquet"))
-    with pytest.raises(UserError, match=r"trace '0', sample 0, is in a\.parquet, too"):
+    with pytest.raises(UserError, match=r"trace '0', sample 0, is also in a\.parquet"):
         traces.read(str(tmp_path / "one"))
 
     (tmp_path / "bare").mkdir()
     for name in "ab":
         rows = {"input_ids": [[1, 2], [1, 2]]}
         datasets.Dataset.from_dict(rows).to_parquet(str(tmp_path / "bare" / f"{name}.parquet"))
-    with pytest.raises(UserError, match=r"bare/b.parquet: the same is in a.parquet, too"):
+    with pytest.raises(UserError, match=r"bare/b.parquet: its content is also in a.parquet"):
         traces.read(str(tmp_path / "bare"))
 
 
