@@ -116,5 +116,5 @@ class Settings:
         for name in cls.kinds():
             if name not in config:
                 where = f"{cls.group}.{name}".lstrip(".")
-                raise UserError(f"config has no field {where}: configs/tiny.py has all of them")
+                raise UserError(f"config has no field {where}: configs/base.py has all of them")
         return cls(**{name: config[name] for name in cls.kinds()}, **more)

@@ -271,34 +271,19 @@ def _batches(width_b: np.ndarray, batch: int) -> Iterator[tuple[np.ndarray, np.n
 
 
 HEAD = (
-    "policy",
-    "budget",
-    "loss ratio",
-    "low-entropy",
-    "high-entropy",
-    "added nats, low",
-    "overlap",
+    "policy", "budget", "loss ratio", "low-entropy", "high-entropy", "added nats, low", "overlap",
     "trained at",
-)
+)  # fmt: skip
 
 
-def _cells(result: Losses) -> list[str]:
+def cells(result: Losses) -> list[str]:
+    """One row of the table, as text: figures ± one standard error."""
     ratios = [f"{value:.3f} ± {error:.3f}" for value, error in map(result.ratio, range(3))]
     value, error = result.added(1)
     mean, spread = result.mean_overlap()
     overlap = "" if result.overlap is None else f"{mean:.3f} ± {spread:.3f}"
     added = f"{value:.4f} ± {error:.4f}"
     return [result.policy, str(result.budget), *ratios, added, overlap, result.trained]
-
-
-def table(results: Sequence[Losses]) -> str:
-    """A text table, one line per policy and budget, ± one standard error."""
-    return tables.text(HEAD, [_cells(r) for r in results])
-
-
-def markdown(results: Sequence[Losses]) -> str:
-    """The table in Markdown."""
-    return tables.markdown(HEAD, [_cells(r) for r in results])
 
 
 def csv(results: Sequence[Losses]) -> str:

@@ -98,12 +98,11 @@ def write_summary(points: Sequence[Point], root: str | os.PathLike) -> str:
     if not rows:
         return f"no point in {root} has results yet"
     summary = summarise(rows)
-    for name, part in (("results", rows), ("summary", summary)):
-        body = [list(row.values()) for row in part]
-        files.write_text(Path(root, f"{name}.csv"), tables.comma_separated(list(part[0]), body))
-    head, body = table(summary)
-    text = tables.text(head, body)
-    files.write_text(Path(root, "summary.txt"), text + "\n")
-    files.write_text(Path(root, "summary.md"), tables.markdown(head, body) + "\n")
+    every, means = (
+        tables.comma_separated(list(part[0]), [list(row.values()) for row in part])
+        for part in (rows, summary)
+    )
+    files.write_text(Path(root, "results.csv"), every)
+    text = tables.write(Path(root, "summary"), *table(summary), means)
     plots.sweep(summary, Path(root, "summary.png"))
     return f"{text}\n\nwritten to {root}: results.csv, summary.(csv txt md png)"

@@ -3,6 +3,9 @@
 import csv
 import io
 from collections.abc import Sequence
+from pathlib import Path
+
+from fkv.files import write_text
 
 
 def text(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -27,3 +30,17 @@ def comma_separated(head: Sequence[str], rows: Sequence[Sequence]) -> str:
     out = io.StringIO()
     csv.writer(out, lineterminator="\n").writerows([head, *rows])
     return out.getvalue()
+
+
+def write(path: Path, head: Sequence[str], rows: Sequence[Sequence[str]], csv: str, note="") -> str:
+    """Writes `path`.txt, .md and .csv; returns the text.
+
+    Args:
+      csv: content of the last, see `comma_separated`.
+      note: put below the table in the other two.
+    """
+    shown, below = text(head, rows), f"\n\n{note}\n" if note else "\n"
+    found = {"txt": shown + below, "md": markdown(head, rows) + below, "csv": csv}
+    for suffix, content in found.items():
+        write_text(Path(f"{path}.{suffix}"), content)
+    return shown

@@ -1,4 +1,4 @@
-"""What several jobs do alike: read their parts of the config, with errors before work starts."""
+"""What several jobs share: models, traces and policies of a config, refused before work starts."""
 
 import contextlib
 import dataclasses
@@ -14,14 +14,12 @@ from fkv.data import traces
 from fkv.engine import replay
 from fkv.engine.batch import Batch
 from fkv.errors import UserError
-from fkv.evaluation import loss_ratio, plots
-from fkv.files import write_text
+from fkv.evaluation import loss_ratio, plots, tables
 from fkv.jobs import READS
 from fkv.keys import Purpose, key_of
 from fkv.learning import tokens
 from fkv.models import LM, ModelConfig, texts
 from fkv.policies.base import Policy
-from fkv.policies.foresight import Trained
 from fkv.runs import costs, parallel, provenance
 from fkv.runs.console import progress, say
 from fkv.runs.rundir import Run
@@ -31,7 +29,7 @@ JOBS = tuple(READS)
 
 
 def other_jobs(job: str) -> tuple[str, ...]:
-    """Parts of the config that have no say in this job: they may change when it goes on."""
+    """Parts of the config that do not affect this job: they may change when it resumes."""
     return ("model_axis", "attention_kernel", *(name for name in JOBS if name != job))
 
 
@@ -41,16 +39,11 @@ def spec(config: ConfigDict) -> ledger.Spec:
 
 
 def announce(
-    job: str,
-    config: ConfigDict,
-    workdir: str | Path,
-    model: ModelConfig | None = None,
-    what: str | None = None,
+    job: str, config: ConfigDict, workdir: str | Path, model: ModelConfig | None = None, what=""
 ) -> None:
-    """Says what a job starts to do, in one line.
+    """Prints what a job starts to do, with the language model that it runs, if any.
 
     Args:
-      model: the language model, if the job runs one.
       what: the policies or the stage; by default the cadence.
     """
     parts = [parallel.describe()]
@@ -61,16 +54,16 @@ def announce(
 
 
 def size_of(model: ModelConfig) -> str:
-    """How many parameters a language model has, in words."""
+    """The number of parameters, in words."""
     count = costs.parameters(model)
     return f"{count / 1e6:.2f} M parameters" if count < 1e9 else f"{count / 1e9:.2f} B parameters"
 
 
 def load_model(config: ConfigDict, span: str = "copy") -> LM:
-    """The frozen language model, the embedded one by its name.
+    """The frozen language model.
 
     Args:
-      span: the devices it lies on, see `parallel.make_mesh`: one copy, or those of this process.
+      span: the devices that hold it, see `parallel.make_mesh`: one copy, or those of this process.
     """
     check_kernel(config, config.attention_kernel)
     mesh = parallel.make_mesh(config.model_axis, span)
@@ -78,42 +71,50 @@ def load_model(config: ConfigDict, span: str = "copy") -> LM:
     return lm.replace(config=as_configured(config, lm.config))
 
 
+def load_language_model(config: ConfigDict) -> api.Model:
+    """One copy with its tokenizer."""
+    check_kernel(config, config.attention_kernel)
+    mesh = parallel.make_mesh(config.model_axis, "copy")
+    model = api.load(config.model, config.dtype, revision(config), mesh)
+    lm = model.lm.replace(config=as_configured(config, model.config))
+    return dataclasses.replace(model, lm=lm)
+
+
 def as_configured(config: ConfigDict, model: ModelConfig) -> ModelConfig:
-    """The model with what no checkpoint knows of: what its caches hold, and what reads them."""
+    """The model with the cache's dtype and the kernel, which no checkpoint has."""
     kernel = kernel_here(config.attention_kernel)
     return dataclasses.replace(model, cache_dtype=config.cache_dtype, kernel=kernel)
 
 
 def kernel_here(name: str) -> str:
-    """The kernel of a `ModelConfig`: `pallas` is that of this platform."""
+    """The kernel of a `ModelConfig`: `pallas` stands for that of this platform."""
     return parallel.platform() if name == "pallas" else name
 
 
 def check_kernel(config: ConfigDict, name: str, where: str = "attention_kernel") -> None:
-    """Refuses an attention kernel that can't be used here; `where` names the field."""
+    """Refuses an attention kernel that does not run here; `where` names the field."""
     if name not in ("plain", "pallas"):
         raise UserError(f"{where}: {name!r} must be 'plain' or 'pallas'")
-    if name == "pallas":
-        if config.model_axis > 1:
-            raise UserError(
-                f"{where}: 'pallas' can't be split over model_axis = {config.model_axis} devices: "
-                "set it to 'plain', or model_axis to 1"
-            )
-        if config.cache_dtype:
-            raise UserError(
-                f"{where}: 'pallas' reads caches in the model's dtype only: set it to 'plain', or "
-                "cache_dtype to ''"
-            )
-        from fkv.cache import kernels
+    if name == "plain":
+        return
+    if config.model_axis > 1:
+        raise UserError(
+            f"{where}: 'pallas' can't be split over model_axis = {config.model_axis} devices: set "
+            "it to 'plain', or model_axis to 1"
+        )
+    if config.cache_dtype:
+        raise UserError(
+            f"{where}: 'pallas' reads caches in the model's dtype only: set it to 'plain', or "
+            "cache_dtype to ''"
+        )
+    from fkv.cache import kernels
 
-        try:
-            kernels.for_platform(parallel.platform())
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
+    with of_field(where):
+        kernels.for_platform(parallel.platform())
 
 
 def model_config(config: ConfigDict) -> ModelConfig:
-    """What `config.json` says, or a known shape; no weights are read or downloaded."""
+    """From `config.json`, or a known shape; no weights are read or downloaded."""
     if config.model in costs.SHAPES and not files.expand(config.model).is_dir():
         return as_configured(config, costs.SHAPES[config.model])
     model = models.read(models.find(model_path(config), revision(config), weights=False))
@@ -129,38 +130,19 @@ def language_inputs(model: api.Model) -> dict[str, str]:
     """Digests of a language model's weights and tokenizer, for `open_run`."""
     if model.directory is None:  # it is not from files
         return {}
-    tokenizer = {"model: its tokenizer": provenance.of_tokenizer(model.directory)}
-    return {"model: its weights": provenance.of_weights(model.directory), **tokenizer}
-
-
-def training_inputs(
-    config: ConfigDict, train: traces.Traces, held_out: traces.Traces
-) -> dict[str, str]:
-    """Digests of the model and the traces that scorers learn from, for `open_run`."""
-    directory = models.find(model_path(config), revision(config))
     return {
-        "model: its weights": provenance.of_weights(directory),
-        "data.path: traces": provenance.of_traces(train),
-        "data.eval_path: held-out traces": provenance.of_traces(held_out),
+        "model: its weights": provenance.of_weights(model.directory),
+        "model: its tokenizer": provenance.of_tokenizer(model.directory),
     }
 
 
-def load_language_model(config: ConfigDict) -> api.Model:
-    """One copy with its tokenizer."""
-    check_kernel(config, config.attention_kernel)
-    mesh = parallel.make_mesh(config.model_axis, "copy")
-    model = api.load(config.model, config.dtype, revision(config), mesh)
-    lm = model.lm.replace(config=as_configured(config, model.config))
-    return dataclasses.replace(model, lm=lm)
-
-
 def revision(config: ConfigDict) -> str | None:
-    """Of a hub id; a directory that took its place has none."""
+    """Of a hub id; a directory has none."""
     return None if files.expand(config.model).is_dir() else config.revision or None
 
 
 def check_vocabulary(config: ConfigDict, vocabulary: int) -> None:
-    """Refuses the embedded task for a model that does not speak it."""
+    """Refuses the embedded task for a model of another vocabulary."""
     if vocabulary != len(ledger.VOCABULARY):
         raise UserError(
             f"model {config.model} has {vocabulary} words, the embedded task "
@@ -171,7 +153,7 @@ def check_vocabulary(config: ConfigDict, vocabulary: int) -> None:
 
 @contextlib.contextmanager
 def of_field(name: str) -> Iterator[None]:
-    """Names the field of the config that a refusal within is about."""
+    """Puts a field of the config in front of the errors raised within."""
     try:
         yield
     except UserError as error:
@@ -180,17 +162,17 @@ def of_field(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def scorers_of(field: str, source: str, job: str = "") -> Iterator[None]:
-    """Names the field whose scorers are loaded within, and the command that makes them.
+    """Names the field whose scorers are loaded within, and the command that makes missing ones.
 
     Args:
-      field: what the config says, `grpo.scorer = 'runs/sft_tiny'`.
-      source: where they are to be.
-      job: that makes them; by default what the name of the place says.
+      field: with its value, `grpo.scorer = 'runs/sft_tiny'`.
+      source: their run directory.
+      job: that makes them; by default guessed from the directory's name.
     """
     try:
         yield
     except UserError as error:
-        if files.expand(source).exists():  # they are damaged, or others
+        if files.expand(source).exists():  # damaged, or for another model
             raise UserError(f"{field}: {error}") from error
         job = job or ("grpo" if "grpo" in Path(source).name else "sft")
         raise UserError(
@@ -205,10 +187,10 @@ def load_traces(
     """Traces of a split (`train` or `eval`), from the config's file or the embedded task.
 
     Args:
-      count: how many to take at most.
-      budget: traces not longer than this plus the interval are skipped, and counted.
+      count: the most to take.
+      budget: traces of at most this many tokens plus the interval are skipped.
       vocabulary: ids must be below this.
-      at_least: how many must share a length, as a batch does.
+      at_least: the least that must share a padded length, as those of a batch do.
     """
     field = "path" if split == "train" else "eval_path"
     if path := config.data[field]:
@@ -223,44 +205,26 @@ def load_traces(
                 path, config.data.column, config.data.prompt_column, corrupt, vocabulary
             )
         sequences, prompts = sequences[:count], prompts[:count] if prompts else None
-        for _, wrong in corrupt or ():
-            say(f"{path}: left out, {wrong}")
+        for _, why in corrupt or ():
+            say(f"{path}: left out, {why}")
     else:
         where = f"embedded task, {split}"
         check_vocabulary(config, vocabulary)
         sequences, prompts = traces.embedded(config.seed, split, count, spec(config))
+    slots = budget + config.interval
     found = traces.collect(
-        sequences,
-        budget + config.interval,
-        config.interval,
-        where,
-        prompts,
-        config.data.buckets,
-        at_least,
+        sequences, slots, config.interval, where, prompts, config.data.buckets, at_least
     )
     if found.skipped:
         say(
             f"{where}: skipped {found.skipped} of {len(sequences)} traces, not longer than "
-            f"budget + interval = {budget + config.interval} tokens"
+            f"budget + interval = {slots} tokens"
         )
     return found
 
 
-def load_both_traces(
-    config: ConfigDict, model: ModelConfig, batch: int
-) -> tuple[traces.Traces, traces.Traces]:
-    """Traces to train on, in batches of that many, and held-out ones to measure on."""
-    train = load_traces(config, "train", config.data.traces, config.budget, model.vocab_size, batch)
-    held_out = load_traces(
-        config, "eval", config.eval.traces, max(config.eval.budgets), model.vocab_size
-    )
-    longest = max(train.length_n.max(), held_out.length_n.max())
-    warn_of_length(model, longest, "the longest trace")
-    return train, held_out
-
-
 def warn_of_length(model: ModelConfig, tokens: int, what: str) -> None:
-    """Says so if the longest sequence of a job is beyond what the model was made for."""
+    """Warns of sequences longer than the model was trained for."""
     if warning := model.beyond(int(tokens), what):
         say(f"warning: {warning}")
 
@@ -268,16 +232,16 @@ def warn_of_length(model: ModelConfig, tokens: int, what: str) -> None:
 def warn_of_unknown(
     model: api.Model, encoded: Iterable[tuple[str, str, Sequence[int]]], kind: str = "texts"
 ) -> None:
-    """Says so, in a line, if there are words that the tokenizer does not know.
+    """Warns, in one line, of words that the tokenizer does not know.
 
     Args:
-      encoded: of each text its name, itself and its token ids.
-      kind: of texts they are.
+      encoded: the name of each text, the text, and its token ids.
+      kind: of texts.
     """
     found = [(name, texts.unknown(model.tokenizer, text, ids)) for name, text, ids in encoded]
     warned = [(name, warning) for name, warning in found if warning]
     if warned:
-        others = f" (so it is with {len(warned)} of {len(found)} {kind})" if len(found) > 1 else ""
+        others = f" (likewise in {len(warned)} of {len(found)} {kind})" if len(found) > 1 else ""
         say("warning: {}: {}".format(*warned[0]) + others)
 
 
@@ -290,9 +254,9 @@ def cadences(budgets: Sequence[int], interval: int, where: str) -> list[Cadence]
 def check_policies(
     config: ConfigDict, model: ModelConfig, named: Mapping[str, Policy], at: Sequence[Cadence]
 ) -> None:
-    """Refuses policies that do not fit the model at all of these cadences, before any is run.
+    """Refuses policies that do not fit the model at one of these cadences.
 
-    Says of which scorers the language model is another one.
+    Warns of scorers that were trained with another language model.
 
     Args:
       named: policies by the name that they are reported under.
@@ -307,12 +271,6 @@ def check_policies(
             say(f"{name}: {other}")
 
 
-def trained_for(config: ConfigDict, workdir: str | Path) -> Trained:
-    """What is known of the scorers that a run of this config trains in `workdir`."""
-    where = (config.model, config.revision, config.budget, config.interval)
-    return Trained(str(workdir), *where)
-
-
 def measure_losses(
     config: ConfigDict,
     lm: LM,
@@ -320,9 +278,9 @@ def measure_losses(
     held_out: traces.Traces,
     budgets: Sequence[int] | None = None,
 ) -> list[loss_ratio.Losses]:
-    """Loss ratios of policies on held-out traces, at `eval.budgets` unless said.
+    """Loss ratios of policies on held-out traces, by default at `eval.budgets`.
 
-    Tokens are low- and high-entropy as in rewards: by `grpo.high_fraction`.
+    Tokens are split by entropy as in rewards: by `grpo.high_fraction`.
     """
     say(f"measuring on {len(held_out)} held-out traces")
     split = tokens.Split.of(config.grpo) if "grpo" in config else tokens.Split()
@@ -346,14 +304,12 @@ def measure_losses(
     return results
 
 
-def write_losses(run: Run, results: Sequence[loss_ratio.Losses], measured: int) -> None:
-    """Loss ratios as text, Markdown, CSV and picture; prints the table."""
+def write_losses(run: Run, results: Sequence[loss_ratio.Losses]) -> None:
+    """Writes loss ratios as text, Markdown, CSV and picture; prints the table."""
     if not parallel.first():
         return
-    table = loss_ratio.table(results)
-    write_text(run.path / "loss_ratio.txt", table + "\n")
-    write_text(run.path / "loss_ratio.md", loss_ratio.markdown(results) + "\n")
-    write_text(run.path / "loss_ratio.csv", loss_ratio.csv(results))
-    title = f"loss under eviction, {measured} held-out traces, ± 2 standard errors"
+    path, rows = run.path / "loss_ratio", [loss_ratio.cells(result) for result in results]
+    table = tables.write(path, loss_ratio.HEAD, rows, loss_ratio.csv(results))
+    title = f"loss under eviction, {len(results[0].full)} held-out traces, ± 2 standard errors"
     plots.loss_ratios(results, run.path / "loss_ratio.png", title)
     say(f"\n{table}\n\nwritten to {run.path}: loss_ratio.(txt md csv png)")

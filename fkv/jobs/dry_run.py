@@ -13,7 +13,7 @@ from fkv.engine import decoding
 from fkv.engine.batch import Batch
 from fkv.errors import UserError
 from fkv.evaluation import tables
-from fkv.jobs import common, groups, programs
+from fkv.jobs import answering, common, groups, programs
 from fkv.keys import Purpose, key_of, keys_of
 from fkv.models import LM, ModelConfig
 from fkv.models.decoder import param_shapes
@@ -21,8 +21,7 @@ from fkv.policies.base import Policy
 from fkv.runs import costs, parallel
 from fkv.tasks import ledger
 
-# A typical share of the peak FLOP/s; the real one depends on the device and the compiler.
-SHARE = 0.4
+SHARE = 0.4  # of the peak FLOP/s, as is typical
 SHOWN = ("TPU v5e", "TPU v6e", "H100", "H200")  # 16, 32, 80 and 141 GB
 DEVICES = {name: costs.DEVICES[name] for name in SHOWN}
 
@@ -60,7 +59,7 @@ def _training(config: ConfigDict, model: ModelConfig, job: str) -> list[str]:
     rows, state = stage.device_rows(mesh), jax.eval_shape(stage.init)
     tokens, why = _trace_length(config, model)
     half = tokens // 2 // interval * interval
-    # Nothing is evicted from one that is too short.
+    # A shorter one would have no eviction.
     other = half if half > stage.plan.cadence.slots else 2 * tokens
     shorter, longer = sorted((tokens, other))
     common.say(f"compiling for traces of {shorter:,} and {longer:,} tokens")
@@ -132,7 +131,12 @@ def _trace_length(config: ConfigDict, model: ModelConfig) -> tuple[int, str]:
 
 def _generation(config: ConfigDict, model: ModelConfig, job: str) -> list[str]:
     settings, batch = config[job], config[job].batch
-    prompt, new_tokens = _answer_length(config, model, settings)
+    embedded, prompt = config.model == api.EMBEDDED, 512
+    if embedded:
+        problems = ledger.problems(config.seed, "eval", 0, 64, common.spec(config))
+        prompt = max(len(p.prompt) for p in problems)
+    prompt = _up(prompt, config.interval)
+    new_tokens = answering.new_tokens(config, job, embedded)
     cells = [("full", FULL, policies.get("full"))] if job == "traces" else _cells(config, model)
     weights = costs.parameter_bytes(model, config.dtype) // config.model_axis
     common.say(f"compiling for {len(cells)} kinds of cache and two batches")
@@ -153,7 +157,7 @@ def _generation(config: ConfigDict, model: ModelConfig, job: str) -> list[str]:
         memory.append([label, f"{slots:,}", _gb(batch * row), _gb(points[0][1]), *largest])
         moved = costs.decode_bytes(model, batch, slots, config.dtype)
         done = costs.decode_flops(model, batch, slots)
-        best = [max(moved / d.bandwidth, done / d.flops) for d in DEVICES.values()]
+        best = (max(moved / d.bandwidth, done / d.flops) for d in DEVICES.values())
         speed.append([label, f"{moved / 1e9:.2f}", *(f"{batch / s:,.0f}" for s in best)])
     return [
         f"batches of {batch} answers, prompts of {prompt} and up to {new_tokens:,} new tokens; "
@@ -172,28 +176,15 @@ def _cells(config: ConfigDict, model: ModelConfig) -> list[tuple[str, int, Polic
     """The full cache if asked for, and one policy at every budget: scorers, which need most."""
     settings, cells = config.evaluate, []
     at = common.cadences(settings.budgets, config.interval, "evaluate.budgets")
-    if "full" in settings.policies:
-        cells.append(("full", FULL, policies.get("full")))
-    rules = [name for name in settings.policies if name != "full"]
-    named = {name: policies.get(name) for name in rules}
+    named = {name: policies.get(name) for name in settings.policies}
+    if full := named.pop("full", None):
+        cells.append(("full", FULL, full))
     common.check_policies(config, model, named, at)
     if settings.scorers:
-        name = "foresight"
-        policy = jax.eval_shape(lambda: programs.new_scorers(config, model))
-    elif rules:
-        name, policy = next(iter(named.items()))
-    else:
-        return cells
-    return cells + [(name, budget, policy) for budget in settings.budgets]
-
-
-def _answer_length(config: ConfigDict, model: ModelConfig, settings) -> tuple[int, int]:
-    """Padded length of prompts, and the most new tokens."""
-    if config.model == api.EMBEDDED:
-        spec = common.spec(config)
-        longest = max(len(p.prompt) for p in ledger.problems(config.seed, "eval", 0, 64, spec))
-        return _up(longest, config.interval), settings.new_tokens or spec.max_new_tokens()
-    return _up(512, config.interval), settings.new_tokens or 32_768
+        named = {"foresight": jax.eval_shape(lambda: programs.new_scorers(config, model))}
+    for name, policy in list(named.items())[:1]:
+        cells += [(name, budget, policy) for budget in settings.budgets]
+    return cells
 
 
 def _prefill_layer(
@@ -208,11 +199,6 @@ def _prefill_layer(
     return lower().compile().memory_analysis().temp_size_in_bytes + hidden
 
 
-def _compiling(config: ConfigDict) -> str:
-    """CPUs multiply bfloat16 as float32, in copies of all weights that no accelerator needs."""
-    return "float32" if parallel.platform() == "cpu" else config.dtype
-
-
 def _compiled(config: ConfigDict) -> str:
     where = parallel.platform()
     if where == "cpu" and config.dtype != "float32":
@@ -221,14 +207,16 @@ def _compiled(config: ConfigDict) -> str:
 
 
 def _lm(config: ConfigDict, model: ModelConfig) -> LM:
-    """Shapes of the language model, as they are compiled."""
-    dtype = jnp.dtype(_compiling(config))
+    """Shapes of the language model.
+
+    CPUs multiply bfloat16 as float32, in copies of all weights that no accelerator needs.
+    """
+    dtype = jnp.dtype("float32" if parallel.platform() == "cpu" else config.dtype)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), param_shapes(model))
     return LM(shapes, model)
 
 
 def _devices(mesh: Mesh) -> str:
-    """Devices that share a copy of the model count as one."""
     count, shared = parallel.device_count(mesh), mesh.size // parallel.device_count(mesh)
     each = f" group{'s' * (count > 1)} of {shared}" if shared > 1 else ""
     return f"{count}{each} device{'s' * (mesh.size > 1)}"

@@ -6,7 +6,6 @@ import platform
 from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -18,18 +17,10 @@ from fkv.data.traces import Traces
 from fkv.engine import decoding
 from fkv.engine.batch import Batch
 from fkv.errors import UserError
-from fkv.evaluation import (
-    accuracy,
-    answers,
-    comparison,
-    diagnosis,
-    loss_ratio,
-    math_answers,
-    plots,
-    tables,
-)
+from fkv.evaluation import accuracy, answers, comparison, diagnosis, loss_ratio, plots, tables
+from fkv.evaluation import math_answers as judge
 from fkv.files import write_text
-from fkv.jobs import common, groups
+from fkv.jobs import answering, common, groups
 from fkv.policies.base import Policy, trained_at
 from fkv.runs import parallel, preemption, provenance, rundir
 from fkv.runs.rundir import Run, open_run
@@ -37,21 +28,17 @@ from fkv.tasks import ledger
 
 # What a run may be asked for more of; everything else must stay as it was.
 _MORE = "scorers any_interval policies budgets problems samples batch traces compare"
-MAY_DIFFER = (
-    *common.other_jobs("evaluate"),
-    *(f"evaluate.{name}" for name in _MORE.split()),
-)
-
+MAY_DIFFER = (*common.other_jobs("evaluate"), *(f"evaluate.{x}" for x in _MORE.split()))
 
 Cell = tuple[str, int, Policy]  # a policy by its name, at a budget (or `FULL`)
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A prompt, and how an answer to it is judged.
+    """A prompt, and how answers to it are judged.
 
     Attributes:
-      id: names it in `samples.jsonl`.
+      id: its name in `samples.jsonl`.
       prompt: token ids.
       reference: the right answer, as text.
       check: from (token ids, text) to the verdict and the answer found.
@@ -65,17 +52,13 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is to be answered, by whom.
+    """An evaluation, checked and loaded.
 
     Attributes:
       named: the policies, by the name they are reported under; the full cache is not among them.
       inputs: digests for `open_run`.
-      model: the language model.
-      held_out: traces to measure losses on, if any are.
-      problems: to be answered.
-      new_tokens: how many an answer may have.
-      sampling: how they are drawn.
-      other: another evaluation to compare with, if any is.
+      held_out: traces to measure losses on, if any.
+      other: another evaluation to compare with, if any.
       shared: policies and budgets that both have.
     """
 
@@ -84,7 +67,7 @@ class Plan:
     model: Model
     held_out: Traces | None
     problems: list[Problem]
-    new_tokens: int
+    shape: answering.Shape
     sampling: decoding.Sampling
     other: comparison.Other | None
     shared: list[comparison.Cell]
@@ -94,38 +77,38 @@ def check(config: ConfigDict, workdir: str, later: Sequence[str] = ()) -> None:
     """Refuses what `run` would refuse; nothing is written.
 
     Args:
-      later: names in `evaluate.scorers` of scorers that are still to be trained.
+      later: names in `evaluate.scorers` of scorers that are not trained yet.
     """
     scorers = [entry for entry in config.evaluate.scorers if entry.partition("=")[0] not in later]
     part = ConfigDict(config).copy_and_resolve_references()
     part.evaluate.scorers = tuple(scorers)
-    plan = _plan(part, workdir, math_answers.Checker(part.evaluate.deadline))
+    plan = _plan(part, workdir, judge.Checker(part.evaluate.deadline))
     rundir.check_run(workdir, config, MAY_DIFFER, plan.inputs)
 
 
 def run(config: ConfigDict, workdir: str, anew: Sequence[str] = ()) -> list[accuracy.Accuracy]:
     """Answers with every policy at every budget, and measures losses on held-out traces.
 
-    Goes on where it stopped; adds to what is there when asked for more policies, budgets, problems
-    or samples. Several processes take a batch each, and all of them know all answers. Writes
+    Resumes, and adds to earlier answers when asked for more policies, budgets, problems or samples.
+    Each of several processes takes a batch at a time; all of them get all answers. Writes
     `samples.jsonl`, `accuracy.{txt,md,csv}`, `regressions.csv`, from the traces `loss_ratio.*`,
     `trace_losses.csv`, `diagnosis.csv` and pictures, and `compared.{txt,md,csv}` with another
     evaluation.
 
     Args:
-      anew: names of scorers that may have been trained on since they answered: those answers are
-        dropped and given anew; of all others, what has changed since is refused.
+      anew: names of scorers that may have been trained further: then their earlier answers are
+        replaced. Any other change of what answered is refused.
     """
     groups.check(config, "evaluate")
     settings = config.evaluate
-    checker = math_answers.Checker(settings.deadline)
+    checker = judge.Checker(settings.deadline)
     budgets, count = settings.budgets, len(settings.policies) + len(settings.scorers)
     what = f"{count} policies, B = {', '.join(map(str, budgets))}, L = {config.interval}"
     common.announce("evaluate", config, workdir, common.model_config(config), what)
     plan = _plan(config, workdir, checker, anew)
     named, model, problems = plan.named, plan.model, plan.problems
-    longest = max(len(p.prompt) for p in problems)
-    common.warn_of_length(model.config, longest + plan.new_tokens, "prompt + new_tokens")
+    longest = plan.shape.width + plan.shape.new_tokens
+    common.warn_of_length(model.config, longest, "prompt + new_tokens")
     if plan.held_out is not None:
         common.warn_of_length(model.config, plan.held_out.length_n.max(), "the longest trace")
 
@@ -133,7 +116,7 @@ def run(config: ConfigDict, workdir: str, anew: Sequence[str] = ()) -> list[accu
     path = rundir.check_path(workdir)
     forget = functools.partial(answers.forget, path, anew, plan.inputs)
     if changed := parallel.on_first(forget, f"open {path}"):
-        common.say(f"{path}: {', '.join(changed)} has been trained on and answers anew")
+        common.say(f"{path}: {', '.join(changed)} has been trained further and answers anew")
     run = open_run(workdir, config, MAY_DIFFER, plan.inputs)
     samples = answers.Samples(run.path / "samples.jsonl", config.interval)
     samples.check_references({problem.id: problem.reference for problem in problems})
@@ -155,8 +138,7 @@ def run(config: ConfigDict, workdir: str, anew: Sequence[str] = ()) -> list[accu
             for start in range(0, len(todo), several):
                 at = start + settings.batch * jax.process_index()
                 part = todo[at : at + settings.batch]
-                rows = _answer(config, plan, (name, budget, policy), part, longest)
-                rows = parallel.share(rows)
+                rows = parallel.share(_answer(config, plan, (name, budget, policy), part))
                 samples.add({"policy": name, "budget": budget, **row} for row in rows)
                 bar.update(len(rows))
                 if parallel.anywhere(asked_to_end()):
@@ -192,9 +174,9 @@ def run(config: ConfigDict, workdir: str, anew: Sequence[str] = ()) -> list[accu
 
 
 def _plan(
-    config: ConfigDict, workdir: str, checker: math_answers.Checker, anew: Sequence[str] = ()
+    config: ConfigDict, workdir: str, checker: judge.Checker, anew: Sequence[str] = ()
 ) -> Plan:
-    """What is to be answered; refuses what is wrong with it, the cheapest first."""
+    """Checks and loads what is needed, the cheapest first."""
     at = common.cadences(config.evaluate.budgets, config.interval, "evaluate.budgets")
     named, inputs = _policies(config)
     free = {rundir.answers_of(name) for name in anew}
@@ -205,21 +187,23 @@ def _plan(
     common.check_policies(config, common.model_config(config), named, at)
     model = common.load_language_model(config)
     held_out = _traces(config, model)
-    problems, new_tokens = _problems(config, model, checker)
+    problems = _problems(config, model, checker)
+    embedded, prompts = config.evaluate.benchmark == api.EMBEDDED, [p.prompt for p in problems]
+    shape = answering.Shape.of(config, "evaluate", embedded, prompts)
     inputs |= common.language_inputs(model)
     asked = ((problem.prompt, problem.id, problem.reference) for problem in problems)
     inputs["evaluate.benchmark: questions"] = provenance.of_questions(asked)
-    shared = _shared(
-        config, other, [cell[:2] for cell in _cells(config, named)], problems, held_out
-    )
+    shared = []
     if other is not None:
+        cells = [cell[:2] for cell in _cells(config, named)]
+        shared = _shared(config, other, cells, problems, held_out)
         comparison.check_questions(other, config.evaluate, [p.id for p in problems], inputs)
     sampling = decoding.Sampling.of(config.evaluate)
-    return Plan(named, inputs, model, held_out, problems, new_tokens, sampling, other, shared)
+    return Plan(named, inputs, model, held_out, problems, shape, sampling, other, shared)
 
 
 def _cells(config: ConfigDict, named: dict[str, Policy]) -> list[Cell]:
-    """Policies at their budgets, in the order in which they answer."""
+    """Policies at their budgets, in the order of answering."""
     settings = config.evaluate
     cells = [("full", FULL, policies.get("full"))] if "full" in settings.policies else []
     for budget in settings.budgets:
@@ -228,14 +212,14 @@ def _cells(config: ConfigDict, named: dict[str, Policy]) -> list[Cell]:
 
 
 def _policies(config: ConfigDict) -> tuple[dict[str, Policy], dict[str, str]]:
-    """The policies to run, by the name they are reported under, and digests of all there are."""
+    """The policies to run, by the name they are reported under, and the digests of all."""
     scorers, inputs = {}, {}
     for entry in config.evaluate.scorers:
         name, equals, workdir = entry.partition("=")
         if not equals:
             raise UserError(f"evaluate.scorers: {entry!r} must be of the form name=workdir")
         if name in policies.names() and name != "foresight":
-            raise UserError(f"evaluate.scorers: {name!r} is the name of a rule; take another")
+            raise UserError(f"evaluate.scorers: {name!r} names a rule-based policy; use another")
         with common.scorers_of(f"evaluate.scorers = {entry!r}", workdir):
             policy = api.load_scorer(workdir, any_interval=config.evaluate.any_interval)
         policy = scorers[name] = policy.replace(
@@ -243,36 +227,31 @@ def _policies(config: ConfigDict) -> tuple[dict[str, Policy], dict[str, str]]:
         )
         inputs[rundir.answers_of(name)] = provenance.of_arrays(policy.params)
         inputs[f"settings of the scorers {name!r}"] = str(policy.config)
-    rules = {name: policies.get(name) for name in config.evaluate.policies}
-    for name, policy in rules.items():
+    baselines = {name: policies.get(name) for name in config.evaluate.policies}
+    for name, policy in baselines.items():
         inputs[rundir.answers_of(name)] = provenance.of_settings(policy)
         # Another Python compiles the same code to other instructions.
         code = f"code of {name!r} (Python {'.'.join(platform.python_version_tuple()[:2])})"
         inputs[code] = provenance.of_policy(policy)
-    if not rules and not scorers:
+    if not baselines and not scorers:
         raise UserError("evaluate.policies and evaluate.scorers are empty: nothing to evaluate")
-    rules.pop("full", None)
-    if not config.evaluate.budgets and (rules or scorers):
+    baselines.pop("full", None)
+    if not config.evaluate.budgets and (baselines or scorers):
         raise UserError("evaluate.budgets is empty: give at least one")
-    return {**scorers, **rules}, inputs
+    return {**scorers, **baselines}, inputs
 
 
-def _problems(
-    config: ConfigDict, model: Model, checker: math_answers.Checker
-) -> tuple[list[Problem], int]:
-    """The problems, and how many tokens an answer may have."""
+def _problems(config: ConfigDict, model: Model, checker: judge.Checker) -> list[Problem]:
     settings = config.evaluate
-    if settings.benchmark == "embedded":
+    if settings.benchmark == api.EMBEDDED:
         if not settings.problems:
             raise UserError("evaluate.problems must be at least 1: the embedded task has no end")
         common.check_vocabulary(config, model.config.vocab_size)
-        spec = common.spec(config)
-        found = ledger.problems(config.seed, "eval", 0, settings.problems, spec)
+        found = ledger.problems(config.seed, "eval", 0, settings.problems, common.spec(config))
         return [
             Problem(str(i), ledger.encode(p.prompt), " ".join(p.answer[1:-1]), _exact(p))
             for i, p in enumerate(found)
-        ], settings.new_tokens or spec.max_new_tokens()
-
+        ]
     source = benchmarks.known(
         settings.benchmark, settings.split, settings.subset, settings.question, settings.answer
     )
@@ -289,22 +268,22 @@ def _problems(
         for question, problem in zip(asked, found, strict=True)
     ]
     common.warn_of_unknown(model, encoded, "questions")
-    return found, settings.new_tokens or 32_768
+    return found
 
 
 def _question(
-    config: ConfigDict, model: Model, checker: math_answers.Checker, question: benchmarks.Question
+    config: ConfigDict, model: Model, checker: judge.Checker, question: benchmarks.Question
 ) -> Problem:
-    # Of an answer that is a whole solution, what it puts in its last box.
-    reference = math_answers.last_boxed(question.answer) or question.answer
+    # A whole solution has its answer in the last box.
+    reference = judge.last_boxed(question.answer) or question.answer
     what = f"{config.evaluate.benchmark}: the question {question.id}"
     prompt = api.encode(model, question.text, config.evaluate.chat, what)
-    # There are tokenizers to which the tags of a thought are special tokens.
-    opened = math_answers.opens_thought(api.decode(model, prompt, special=True), question.text)
-    judge = math_answers.check_choice if question.choice else checker.check
+    # To some tokenizers the tags of a thought are special tokens.
+    opened = judge.opens_thought(api.decode(model, prompt, special=True), question.text)
+    verdict = judge.check_choice if question.choice else checker.check
 
     def check(tokens, text):
-        return judge(api.decode(model, tokens, special=True), reference, opened)
+        return verdict(api.decode(model, tokens, special=True), reference, opened)
 
     return Problem(question.id, prompt, reference, check)
 
@@ -313,13 +292,13 @@ def _exact(problem: ledger.Problem):
     def check(tokens, text):
         right = ledger.correct(tokens, problem)
         answer = text.partition("</think>")[2].strip()
-        return (math_answers.RIGHT if right else math_answers.WRONG), answer or None
+        return (judge.RIGHT if right else judge.WRONG), answer or None
 
     return check
 
 
 def _answer(
-    config: ConfigDict, plan: Plan, cell: Cell, part: Sequence[tuple[int, int]], width: int
+    config: ConfigDict, plan: Plan, cell: Cell, part: Sequence[tuple[int, int]]
 ) -> list[dict]:
     """Answers one batch; rows of `samples.jsonl`, without policy and budget.
 
@@ -329,15 +308,12 @@ def _answer(
     if not part:
         return []
     _, budget, policy = cell
-    empty = config.evaluate.batch - len(part)  # all batches have one shape, and one program
-    rows = [*part, *[part[0]] * empty]
     how = decoding.Plan(Cadence.of(budget, config.interval), plan.sampling, plan.model.stop)
-    prompts = [plan.problems[i].prompt for i, _ in rows]
-    key_b = jnp.stack([api.sample_key(config.seed, i, j) for i, j in rows])
-    limit = [plan.new_tokens] * len(part) + [0] * empty
-    out = decoding.generate(plan.model.lm, policy, how, prompts, key_b, limit, width)
+    prompts = [plan.problems[i].prompt for i, _ in part]
+    keys = [api.sample_key(config.seed, i, j) for i, j in part]
+    out = answering.answer(plan.model.lm, policy, how, plan.shape, prompts, keys)
     found = []
-    for (i, j), tokens in zip(part, out, strict=False):
+    for (i, j), tokens in zip(part, out, strict=True):
         problem = plan.problems[i]
         one = api.finished(plan.model, policy, len(problem.prompt), tokens, how.cadence)
         verdict, answer = problem.check(tokens, one.text)
@@ -362,44 +338,36 @@ def _write_answers(run: Run, found: Sequence[accuracy.Accuracy], rows: Sequence[
     if not parallel.first():
         return
     body = [accuracy.cells(result) for result in found]
-    table = tables.text(accuracy.HEAD, body)
-    write_text(run.path / "accuracy.txt", table + "\n")
-    write_text(run.path / "accuracy.md", tables.markdown(accuracy.HEAD, body) + "\n")
-    write_text(run.path / "accuracy.csv", accuracy.csv(found))
+    table = tables.write(run.path / "accuracy", accuracy.HEAD, body, accuracy.csv(found))
 
-    right = {(r["problem"], r["sample"]) for r in rows if _is(r, "full") and answers.right(r)}
+    right, head = set(), ("policy", "budget", "problem", "sample", "verdict", "answer", "reference")
+    for row in rows:
+        if row["policy"] == "full" and answers.right(row):
+            right.add((row["problem"], row["sample"]))
     worse = [
-        [r["policy"], r["budget"], r["problem"], r["sample"], r["verdict"], r["answer"],
-         r["reference"]]
-        for r in rows
-        if not _is(r, "full") and not answers.right(r) and (r["problem"], r["sample"]) in right
-    ]  # fmt: skip
-    head = ["policy", "budget", "problem", "sample", "verdict", "answer", "reference"]
+        [row[name] for name in head]
+        for row in rows
+        if (row["problem"], row["sample"]) in right and not answers.right(row)
+    ]
     write_text(run.path / "regressions.csv", tables.comma_separated(head, worse))
     plots.accuracy(found, run.path / "accuracy.png")
     common.say(f"\n{table}\n")
     idle = sorted({r.budget for r in found if r.budget and not r.evictions})
     if idle:
-        common.say(f"nothing was evicted at budget {', '.join(map(str, idle))}: answers are short")
+        common.say(f"no evictions at budget {', '.join(map(str, idle))}: answers are short")
     for line in accuracy.warnings(found, run.config["evaluate"]["deadline"]):
         common.say(f"warning: {line}")
     common.say(f"written to {run.path}: samples.jsonl, accuracy.(txt md csv png), regressions.csv")
 
 
-def _is(row, policy) -> bool:
-    return row["policy"] == policy
-
-
 def _shared(
     config: ConfigDict,
-    other: comparison.Other | None,
+    other: comparison.Other,
     cells: Sequence[comparison.Cell],
     problems: Sequence[Problem],
     held_out: Traces | None,
 ) -> list[comparison.Cell]:
-    """Of which policies and budgets answers can be compared; says what can't be."""
-    if other is None:
-        return []
+    """The policies and budgets whose answers can be compared; says which can't."""
     references = {problem.id: problem.reference for problem in problems}
     found = comparison.shared(other, cells, references, config.evaluate.samples)
     if left_out := [comparison.label(cell) for cell in cells if cell not in found]:
@@ -413,25 +381,21 @@ def _shared(
 def _write_comparison(run: Run, other: comparison.Other, found: Sequence) -> None:
     if not parallel.first():
         return
-    body = [comparison.cells(one) for one in found]
-    table = tables.text(comparison.HEAD, body)
+    body, csv = [comparison.cells(one) for one in found], comparison.csv(found)
     about = (
         f"here: {run.path}; there: {other.path}; pass@1 in % and points with 95 % intervals, "
         "paired by problem; loss ratios ± one standard error, paired by trace"
     )
-    write_text(run.path / "compared.txt", f"{table}\n\n{about}\n")
-    marked = tables.markdown(comparison.HEAD, body)
-    write_text(run.path / "compared.md", f"{marked}\n\n{about}\n")
-    write_text(run.path / "compared.csv", comparison.csv(found))
+    table = tables.write(run.path / "compared", comparison.HEAD, body, csv, about)
     common.say(f"\n{table}\n\n{about}\nwritten to {run.path}: compared.(txt md csv)")
 
 
 def _traces(config: ConfigDict, model: Model) -> Traces | None:
-    """Held-out traces to measure losses on, if any are asked for and there are some."""
+    """Held-out traces to measure losses on, if any are asked for."""
     settings = config.evaluate
     if not settings.traces or not settings.budgets:
         return None
-    if settings.benchmark != "embedded" and not config.data.eval_path:
+    if settings.benchmark != api.EMBEDDED and not config.data.eval_path:
         common.say("no loss ratios: set data.eval_path to held-out traces for them")
         return None
     return common.load_traces(
@@ -443,7 +407,7 @@ def _measure_traces(config, model, named, run, held_out) -> list[loss_ratio.Loss
     """Loss ratios, diagnosis and pictures on held-out traces."""
     settings = config.evaluate
     results = common.measure_losses(config, model.lm, named, held_out, settings.budgets)
-    common.write_losses(run, results, len(held_out))
+    common.write_losses(run, results)
     if not parallel.first():
         return results
     path = run.path

@@ -1,4 +1,4 @@
-"""Scorers of a run in a form that can be shared, with a card."""
+"""Scorers of a run, exported to be shared, with a model card."""
 
 from ml_collections import ConfigDict
 

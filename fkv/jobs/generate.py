@@ -1,4 +1,4 @@
-"""One answer, streamed to the terminal and kept in the run directory."""
+"""One answer, streamed to the terminal and written to the run directory."""
 
 import time
 import warnings
@@ -21,16 +21,16 @@ def run(config: ConfigDict, workdir: str) -> str:
     groups.check(config, "generate")
     settings = config.generate
     cadence = Cadence(config.budget, config.interval)
+    if settings.scorer and settings.policy != "foresight":
+        raise UserError("generate.scorer is for generate.policy=foresight")
     if settings.scorer:
-        if settings.policy != "foresight":
-            raise UserError("generate.scorer is for generate.policy=foresight")
         with common.scorers_of(f"generate.scorer = {settings.scorer!r}", settings.scorer):
             policy = api.load_scorer(settings.scorer, any_interval=settings.any_interval)
     else:
         policy = policies.get(settings.policy)
     shape = common.model_config(config)
-    what = f"{settings.policy}, B = {config.budget}, L = {config.interval}"
-    common.announce("generate", config, workdir, shape, what)
+    label = f"{settings.policy}, B = {config.budget}, L = {config.interval}"
+    common.announce("generate", config, workdir, shape, label)
     common.check_policies(config, shape, {settings.policy: policy}, [cadence])
     model = common.load_language_model(config)
     problem, prompt = None, settings.prompt
@@ -38,11 +38,11 @@ def run(config: ConfigDict, workdir: str) -> str:
         problem = ledger.problem(config.seed, "eval", 0, common.spec(config))
         prompt = " ".join(problem.prompt)
     if not prompt.strip():
-        raise UserError("generate.prompt is empty: give some text")
+        raise UserError("generate.prompt is empty: give a text")
     ids = api.encode(model, prompt, settings.chat, "generate.prompt")
     common.warn_of_unknown(model, [("generate.prompt", prompt, ids)])
-    longest = len(ids) + settings.new_tokens
-    common.warn_of_length(model.config, longest, "prompt + generate.new_tokens")
+    longest, what = len(ids) + settings.new_tokens, "prompt + generate.new_tokens"
+    common.warn_of_length(model.config, longest, what)
 
     may_differ = ("generate", "budget", "interval", "seed", *common.other_jobs("generate"))
     run = open_run(workdir, config, may_differ)
@@ -65,9 +65,8 @@ def run(config: ConfigDict, workdir: str) -> str:
         write_text(run.path / "answer.txt", one.text + "\n")
     trained = trained_at(policy, config.interval)
     common.say(
-        f"\n\n{settings.policy}, B = {config.budget}, L = {config.interval}: {len(ids)} + "
-        f"{len(one.tokens)} tokens{', cut off' if one.truncated else ''}, {one.evictions} "
-        f"evictions, {seconds:.1f} s with compilation"
+        f"\n\n{label}: {len(ids)} + {len(one.tokens)} tokens{', cut off' * one.truncated}, "
+        f"{one.evictions} evictions, {seconds:.1f} s with compilation"
         f"{trained and f', scorers trained at B = {trained}'}"
     )
     if problem is not None:

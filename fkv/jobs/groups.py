@@ -1,9 +1,9 @@
 """The groups of a config as dataclasses, and the check that every job makes before it loads.
 
 Stages, policies and the task own theirs (`sft.Plan`, `grpo.GRPOConfig`, `scorer.ScorerConfig`,
-`ledger.Spec`, `decoding.Sampling`); those of the jobs themselves are here. What fields mean is said
-in `configs/base.py`. How they must fit one another (a budget and its interval, a batch and the
-devices) is checked where they are used.
+`ledger.Spec`, `decoding.Sampling`); those of jobs are here. `configs/base.py` documents all fields.
+How they must fit one another (a budget and its interval, a batch and the devices) is checked where
+they are used.
 """
 
 import dataclasses
@@ -229,11 +229,10 @@ _TREE["pipeline"]["changes"] = {stage: {} for stage in STAGES}  # see `_check_ch
 
 
 def check(config: ConfigDict, job: str) -> None:
-    """Refuses a config that has a field nobody knows, or in which one of the job's is missing or
-    is not what it may be.
+    """Refuses a config with an unknown field, or in which one of the job's is missing or invalid.
 
     Raises:
-      UserError: the message names the first such field.
+      UserError: names the first such field.
     """
     if not isinstance(config, ConfigDict):
         raise UserError(
@@ -243,9 +242,9 @@ def check(config: ConfigDict, job: str) -> None:
     _check_names("config", config, _TREE)
     for used in READS[job]:
         if used == "task" and "task" not in config:
-            continue  # traces and questions are from files
+            continue  # with traces and questions from files
         if used == "grpo.high_fraction" and "grpo" not in config:
-            continue  # the paper's then, in tables
+            continue  # tables then have the paper's
         for name, kind in FIELDS.items():
             if name == used or name.startswith(f"{used}."):
                 kinds.check(name, _value(config, name), kind)
@@ -260,10 +259,10 @@ def check(config: ConfigDict, job: str) -> None:
 
 
 def _check_names(where: str, group: Any, known: Mapping[str, Any]) -> None:
-    """Refuses fields that are not known, at any depth, and values in place of groups."""
+    """Refuses unknown fields, at any depth, and values in place of groups."""
     if not isinstance(group, Mapping | ConfigDict):
         raise UserError(
-            f"{where} = {reprlib.repr(group)} must be a group of fields, as in configs/tiny.py"
+            f"{where} = {reprlib.repr(group)} must be a group of fields, as in configs/base.py"
         )
     for name, value in group.items():
         if name not in known and _ANY not in known:
@@ -279,7 +278,7 @@ def _check_names(where: str, group: Any, known: Mapping[str, Any]) -> None:
 
 
 def _check_changes(stage: str, changes: Any) -> None:
-    """Refuses what a stage of the pipeline can't be told to do otherwise."""
+    """Refuses changes of fields that a stage of the pipeline does not have."""
     where = f"{_CHANGES.removeprefix('config.')}.{stage}"
     read = {name: _TREE[name] for name in READS[stage] if name in _TREE}
     if isinstance(changes, Mapping | ConfigDict):
@@ -296,6 +295,6 @@ def _value(config: ConfigDict, name: str) -> Any:
     value = config
     for part in name.split("."):
         if not isinstance(value, ConfigDict) or part not in value:
-            raise UserError(f"config has no field {name}: configs/tiny.py has all there are")
+            raise UserError(f"config has no field {name}: configs/base.py has all of them")
         value = value[part]
     return value

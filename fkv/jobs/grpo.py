@@ -1,7 +1,6 @@
 """The reinforcement stage, from a config to a table: improve scorers, save them, measure them."""
 
 import dataclasses
-import functools
 
 import jax
 import numpy as np
@@ -10,22 +9,20 @@ from ml_collections import ConfigDict
 
 from fkv import api, policies
 from fkv.cache.cadence import Cadence
-from fkv.data import traces
 from fkv.data.traces import Traces
 from fkv.engine import replay
 from fkv.engine.batch import Batch
 from fkv.errors import UserError
 from fkv.evaluation import loss_ratio
-from fkv.jobs import common, evaluate, groups
+from fkv.jobs import common, evaluate, groups, training
 from fkv.keys import Purpose, key_of
-from fkv.learning import fit, grpo, tokens
+from fkv.learning import grpo, tokens
 from fkv.models import LM, ModelConfig
 from fkv.policies import scorer
 from fkv.runs import parallel, provenance
-from fkv.runs.rundir import open_run
 from fkv.tasks import ledger
 
-# What a run may be asked for more of, and what no result depends on.
+# More of these may be asked for, or no result depends on them.
 MAY_DIFFER = ("grpo.log_every", "grpo.steps", "grpo.answers", *common.other_jobs("grpo"))
 
 
@@ -49,64 +46,35 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
 
     Writes what the supervised job writes, with both scorers in the table, and what they answer.
     """
-    # ---- bad input is found before anything is loaded
     groups.check(config, "grpo")
     mesh = parallel.make_mesh(config.model_axis)
-    plan = plan_of(config, mesh)
-    at = common.cadences(config.eval.budgets, config.interval, "eval.budgets")
-    rules = {name: policies.get(name) for name in config.eval.policies}
-    supervised = _supervised(config)
-    shape = common.model_config(config)
-    common.announce("grpo", config, workdir, shape)
-    common.check_policies(config, shape, {"grpo.scorer": supervised}, [plan.cadence])
-    common.check_policies(config, shape, rules, at)
-    lm = common.load_model(config, "process")
-    if answering := _can_answer(config, lm.config):
-        _check_answers(config, workdir)
-    train, held_out = common.load_both_traces(config, lm.config, plan.traces)
-    batches = traces.batches(train, plan.traces, config.seed)
-
-    # ---- state, new or from the newest checkpoint
-    inputs = common.training_inputs(config, train, held_out)
-    inputs["grpo.scorer: scorers to start from"] = provenance.of_arrays(supervised.params)
-    run = open_run(workdir, config, MAY_DIFFER, inputs)
-    params, place = supervised.params, None
+    plan, supervised = plan_of(config, mesh), _supervised(config)
+    stage = training.prepare(config, workdir, plan, mesh, ("grpo.scorer", supervised), plan.traces)
+    answers = _evaluation(config, workdir)
+    if answering := _can_answer(config, stage.lm.config):
+        try:
+            evaluate.check(*answers, later=("grpo",))
+        except UserError as error:
+            raise UserError(f"{error}; or set grpo.answers to 0 for no answers") from error
+    params = supervised.params
+    inputs = {"grpo.scorer: scorers to start from": provenance.of_arrays(params)}
     state = grpo.TrainState.init(params, plan.optimiser, reference=params)
-    if (saved := run.resume(state)) is not None:
-        state, place = saved.state, saved.info["data"]
-        common.say(f"resuming from step {saved.step} in {workdir}")
+    opened = stage.open(state, MAY_DIFFER, inputs)
+    full = FullCache(plan, stage.lm_on(mesh), stage.train, mesh)
 
-    # ---- training
-    start, order = int(state.step), traces.iterate(batches, place)
-    everywhere = lm.replace(params=parallel.view(lm.params, mesh))
-    step_fn = functools.partial(grpo.train_step, plan, axis=parallel.AXIS)
-    step_fn = parallel.pmap(step_fn, mesh, constants=2, batched=1)
-    full = FullCache(plan, everywhere, train, mesh)
-
-    def update(state, step):
-        ids, found = next(order), []
+    def rows_of(ids, step):
         key = key_of(config.seed, Purpose.ROLLOUT, step)
-        for part in fit.micro_batches(_rollouts(plan, train, full, ids, key), plan.micro_batches):
-            state, metrics = step_fn(state, everywhere, part)
-            found.append(metrics)
-        return state, found, ids
+        return _rollouts(plan, stage.train, full, ids, key)
 
-    state = parallel.replicate(state, mesh)
-    state = fit.fit(run, plan, state, start, update, _report, order.get_state)
-
-    # ---- measuring
-    trained = common.trained_for(config, workdir)
+    state = stage.fit(opened, grpo.train_step, rows_of, _report)
+    trained = training.trained_for(config, workdir)
     learned = {
         "supervised": supervised.replace(params=jax.device_get(state.reference)),
         "grpo": supervised.replace(params=jax.device_get(state.params), trained=trained),
     }
-    copy = parallel.view(lm.params, parallel.make_mesh(config.model_axis, "copy"))
-    lm = lm.replace(params=copy)
-    results = common.measure_losses(config, lm, {**learned, **rules}, held_out)
-    common.write_losses(run, results, len(held_out))
-    run.close()
-    if answering:
-        _answers(config, workdir)
+    results = stage.measure(opened[0], learned)
+    if answering:  # scorers that have been trained on since answer anew
+        evaluate.run(*answers, anew=("grpo",))
     return results
 
 
@@ -114,35 +82,19 @@ def _can_answer(config: ConfigDict, model: ModelConfig) -> bool:
     """Whether answers are asked for, and there are questions for this model."""
     if not config.grpo.answers:
         return False
-    if config.evaluate.benchmark == "embedded" and model.vocab_size != len(ledger.VOCABULARY):
+    if config.evaluate.benchmark == api.EMBEDDED and model.vocab_size != len(ledger.VOCABULARY):
         common.say("no answers: set evaluate.benchmark to questions for this model")
         return False
     return True
 
 
-def _check_answers(config: ConfigDict, workdir: str) -> None:
-    """Finds out now what would be wrong in the end, such as a tokenizer that is missing."""
-    part, path = _evaluation(config, workdir)
-    try:
-        evaluate.check(part, path, later=("grpo",))
-    except UserError as error:
-        raise UserError(f"{error}; or set grpo.answers to 0, for no answers in the end") from error
-
-
-def _answers(config: ConfigDict, workdir: str) -> None:
-    """What both scorers answer; the reinforced ones anew if they have been trained on since."""
-    evaluate.run(*_evaluation(config, workdir), anew=("grpo",))
-
-
 def _evaluation(config: ConfigDict, workdir: str) -> tuple[ConfigDict, str]:
-    """What `launch.evaluate` is to do, and where."""
+    """The config and the directory of the evaluation in the end."""
     part = ConfigDict(config).copy_and_resolve_references()
-    part.evaluate.scorers = (f"supervised={config.grpo.scorer}", f"grpo={workdir}")
-    part.evaluate.policies = ("full",)
-    part.evaluate.budgets = config.eval.budgets
-    part.evaluate.problems = config.grpo.answers
-    part.evaluate.traces = 0
-    part.evaluate.compare = ""
+    part.evaluate.update(
+        scorers=(f"supervised={config.grpo.scorer}", f"grpo={workdir}"), policies=("full",),
+        budgets=config.eval.budgets, problems=config.grpo.answers, traces=0, compare="",
+    )  # fmt: skip
     return part, f"{workdir}/answers"
 
 
@@ -154,21 +106,20 @@ def _supervised(config: ConfigDict) -> policies.Foresight:
     wanted = scorer.ScorerConfig(**config.scorer)
     if policy.config != wanted:
         raise UserError(
-            f"grpo.scorer = {config.grpo.scorer!r} holds scorers of {policy.config}, but "
-            f"config.scorer says {wanted}"
+            f"grpo.scorer = {source!r} holds scorers of {policy.config}, but config.scorer is "
+            f"{wanted}"
         )
     return policy
 
 
 class FullCache:
-    """Losses and entropies of the full cache, computed once a trace and kept on the host.
-
-    What rewards compare with is the model itself: nothing is quantised here.
+    """Losses and entropies under the full cache, unquantised, computed once a trace and kept on the
+    host.
     """
 
     def __init__(self, plan: grpo.Plan, lm: LM, found: Traces, mesh: Mesh):
         self.found = found
-        # Always as many rows, a multiple of the devices, so that one program serves.
+        # A fixed number of rows, a multiple of the devices, needs one program.
         rows, each = plan.traces_at_once or plan.traces, parallel.device_count(mesh)
         self.rows = -(-rows // each) * each
         self._known: dict[int, tuple[np.ndarray, np.ndarray]] = {}
@@ -194,7 +145,7 @@ class FullCache:
 
 
 def _rollouts(plan: grpo.Plan, found: Traces, full: FullCache, ids, key) -> grpo.Rollouts:
-    """The rows of a step: every trace as often as it has rollouts."""
+    """The rows of a step: every trace, repeated for each of its rollouts."""
     rows = (Batch.of(*found.rows(ids), found.prompt_n[ids]), *full(ids))
     rows = jax.tree.map(lambda x: np.repeat(x, plan.grpo.rollouts, axis=0), rows)
     random = replay.row_keys(key, len(ids) * plan.grpo.rollouts)
@@ -212,7 +163,7 @@ def _report(metrics):
 
 
 def _with_ratios(metrics: dict) -> dict:
-    """With the loss ratio and the added loss per token in place of the sums that they are from."""
+    """With loss ratios and added losses per token in place of the sums behind them."""
     metrics = dict(metrics)
     for name in ("low", "high"):
         evicted, full, tokens = (
@@ -225,7 +176,7 @@ def _with_ratios(metrics: dict) -> dict:
 
 
 def _flat(metrics) -> dict:
-    """Per-epoch metrics under the name of their epoch; the last also under its own."""
+    """Metrics of every epoch by name and epoch; those of the last also by name alone."""
     flat = {}
     for name, value in metrics.items():
         value = np.asarray(value)

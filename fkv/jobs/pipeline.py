@@ -1,4 +1,4 @@
-"""Several stages in one directory, from training a reasoner to its answers."""
+"""Several stages in one directory, from pretraining a reasoner to evaluating it."""
 
 import functools
 
@@ -10,7 +10,7 @@ from fkv.jobs import common, evaluate, groups, grpo, pretrain, sft
 from fkv.runs import rundir
 
 JOBS = {"pretrain": pretrain, "sft": sft, "grpo": grpo, "evaluate": evaluate}
-# When the reinforcement stage has been asked for more steps, its scorers answer anew.
+# Scorers that the reinforcement stage has trained further answer anew.
 STAGES = {name: job.run for name, job in JOBS.items()} | {
     "evaluate": functools.partial(evaluate.run, anew=("grpo",))
 }
@@ -19,15 +19,15 @@ STAGES = {name: job.run for name, job in JOBS.items()} | {
 def run(config: ConfigDict, workdir: str) -> None:
     """Runs `pipeline.stages`, each in `workdir/<stage>`.
 
-    A stage takes the model and the scorers of those before it, and the values that
-    `pipeline.changes.<stage>` changes. Done stages are not repeated, an interrupted one resumes.
+    A stage gets the model and the scorers of those before it, and `pipeline.changes.<stage>` sets
+    fields for it alone. Finished stages are not repeated, an interrupted one resumes.
     """
     stages = plan(config, workdir)
-    for stage, part in stages.items():  # all are refused before the first starts
+    for stage, part in stages.items():  # all are checked before the first starts
         groups.check(part, stage)
     for stage, part in stages.items():
         rundir.check_run(f"{workdir}/{stage}", part, JOBS[stage].MAY_DIFFER)
-    if "evaluate" in stages and "pretrain" not in stages:  # which makes the model
+    if "evaluate" in stages and "pretrain" not in stages:  # else there is no model yet
         own = {str(files.expand(workdir) / stage) for stage in stages}
         entries = [x.partition("=") for x in stages["evaluate"].evaluate.scorers]
         later = [name for name, _, place in entries if place in own]
@@ -39,7 +39,7 @@ def run(config: ConfigDict, workdir: str) -> None:
 
 
 def plan(config: ConfigDict, workdir: str) -> dict[str, ConfigDict]:
-    """The config of every stage, in order; UserError if stages or their changes are wrong."""
+    """The config of every stage, in order; UserError for bad stages or changes."""
     groups.check(config, "pipeline")
     stages = config.pipeline.stages
     if list(stages) != [name for name in STAGES if name in stages]:

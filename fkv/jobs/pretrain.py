@@ -1,4 +1,4 @@
-"""Training of the embedded reasoner, from a config to a Hugging Face directory."""
+"""Pretraining of the embedded reasoner, from a config to a Hugging Face directory."""
 
 import jax
 import jax.numpy as jnp
@@ -44,12 +44,12 @@ def plan_of(config: ConfigDict) -> pretrain.Plan:
 
 
 def run(config: ConfigDict, workdir: str) -> float:
-    """Trains the reasoner in `workdir`, writes it to `workdir/model`, and has it answer.
+    """Trains the reasoner, writes it to `workdir/model`, and measures its accuracy.
 
-    It is small: one device trains it, and several processes do the same.
+    It is small: one device trains it, and several processes repeat the work.
 
     Returns:
-      The share of held-out problems that it answers right with the full cache.
+      The share of held-out problems answered right with the full cache.
     """
     plan = plan_of(config)
     what = f"{common.size_of(plan.config)} from scratch, {plan.steps:,} steps"

@@ -83,7 +83,7 @@ def stage(job: str, config: ConfigDict, model: ModelConfig, mesh: Mesh) -> Stage
 
 
 def new_scorers(config: ConfigDict, model: ModelConfig) -> policies.Foresight:
-    """Untrained scorers: they cost what trained ones do."""
+    """Untrained scorers, which cost what trained ones do."""
     how = scorer.ScorerConfig(**config.scorer)
     return policies.Foresight(scorer.init(key_of(config.seed, Purpose.SCORER), model, how), how)
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,7 +19,7 @@ from fkv.cache.cadence import FULL, Cadence
 from fkv.data import benchmarks, sources
 from fkv.engine import decoding
 from fkv.errors import UserError
-from fkv.jobs import common, groups
+from fkv.jobs import answering, common, groups
 from fkv.keys import Purpose, key_of
 from fkv.models import texts
 from fkv.runs import parallel, preemption, provenance
@@ -49,8 +48,7 @@ class Question:
 
     Attributes:
       id: its row.
-      prompt: token ids.
-      response: token ids of an answer that is there already.
+      prompt, response: token ids; the response is given where a column has it.
     """
 
     id: str
@@ -59,22 +57,23 @@ class Question:
 
 
 def run(config: ConfigDict, workdir: str) -> int:
-    """Samples answers with the full cache, or takes those of a column, and writes them as traces.
+    """Samples answers with the full cache, or reads those of a column, and writes them as traces.
 
-    `workdir` gets Parquet files, one a batch, each whole or not there, of `SCHEMA`: set `data.path`
-    to it and `data.prompt_column` to `prompt_tokens`. Goes on where it stopped; several processes
-    take turns and write files of their own.
+    `workdir` gets a Parquet file of `SCHEMA` a batch, each written atomically: set `data.path` to
+    it and `data.prompt_column` to `prompt_tokens`. Resumes. Several processes take turns, and write
+    files of their own.
 
     Returns:
-      How many traces this process wrote.
+      The number of traces that this process wrote.
     """
     groups.check(config, "traces")
     settings = config.traces
     common.announce("traces", config, workdir, common.model_config(config), "full cache")
     model = common.load_language_model(config)
-    questions, new_tokens = _questions(config, model)
-    width = max(len(q.prompt) for q in questions)
-    longest = width + new_tokens
+    questions = _questions(config, model)
+    embedded, prompts = settings.questions == api.EMBEDDED, [q.prompt for q in questions]
+    shape = answering.Shape.of(config, "traces", embedded, prompts)
+    longest = shape.width + shape.new_tokens
     if settings.response:
         longest = max(len(q.prompt) + len(q.response) for q in questions)
     common.warn_of_length(model.config, longest, "the longest prompt and answer")
@@ -84,7 +83,7 @@ def run(config: ConfigDict, workdir: str) -> int:
     run = open_run(workdir, config, MAY_DIFFER, inputs)
 
     done, first = _done(run.path)
-    parallel.barrier("traces, before the first is written")  # what is done is the same to all
+    parallel.barrier("traces, before the first is written")  # so that all find the same done
     samples = 1 if settings.response else settings.samples
     todo = [
         (question, i, j)
@@ -103,7 +102,7 @@ def run(config: ConfigDict, workdir: str) -> int:
                 if settings.response:
                     answers = [question.response for question, _, _ in part]
                 else:
-                    answers = _sample(config, model, part, new_tokens, width)
+                    answers = _sample(config, model, part, shape)
                 rows = [
                     _row(config, model, question, sample, answer)
                     for (question, _, sample), answer in zip(part, answers, strict=True)
@@ -113,33 +112,31 @@ def run(config: ConfigDict, workdir: str) -> int:
                 truncated += sum(row["truncated"] for row in rows)
                 tokens += sum(row["tokens"] for row in rows)
             bar.update(len(part))
-            # Hosts need not agree: each has written what it has answered.
+            # Processes need not agree: each has written its answers.
             if asked_to_end() and n + 1 < len(batches):
                 bar.close()
                 run.close()
                 raise preemption.Preempted(f"{len(done) + written} traces are in {workdir}")
     bar.close()
-    # One may have more to say than the others.
+    # One may have longer answers than the others.
     parallel.barrier("traces, after the last is written", seconds=12 * parallel.DEADLINE)
     counts = parallel.share([[written, truncated, tokens]])
     all_written, truncated, tokens = map(sum, zip(*counts, strict=True))
     common.say(
         f"{all_written} traces of {tokens / max(all_written, 1):.0f} tokens written to {workdir}, "
-        f"{truncated} of them cut off; {len(done)} were there"
+        f"{truncated} of them cut off; {len(done)} were done before"
     )
     run.close()
     return written
 
 
-def _questions(config: ConfigDict, model: Model) -> tuple[list[Question], int]:
-    """The questions, and how many tokens an answer may have."""
+def _questions(config: ConfigDict, model: Model) -> list[Question]:
     settings = config.traces
-    if settings.questions == "embedded":
+    if settings.questions == api.EMBEDDED:
         common.check_vocabulary(config, model.config.vocab_size)
-        spec = common.spec(config)
-        found = ledger.problems(config.seed, settings.split, 0, settings.count or 256, spec)
-        questions = [Question(str(i), ledger.encode(p.prompt)) for i, p in enumerate(found)]
-        return questions, settings.new_tokens or spec.max_new_tokens()
+        count, spec = settings.count or 256, common.spec(config)
+        found = ledger.problems(config.seed, settings.split, 0, count, spec)
+        return [Question(str(i), ledger.encode(p.prompt)) for i, p in enumerate(found)]
 
     where = settings.questions
     with common.of_field("traces.questions"):
@@ -153,14 +150,13 @@ def _questions(config: ConfigDict, model: Model) -> tuple[list[Question], int]:
     for i, values in enumerate(zip(asked, given, strict=True)):
         if settings.count and len(questions) == settings.count:
             break
-        found = [benchmarks.words(value) for value in values]
+        text, response = found = [benchmarks.words(value) for value in values]
         if None in found:
             j = found.index(None)
             name = (settings.question, settings.response)[j]
             common.say(f"{where}: row {i} left out, {name} is {reprlib.repr(values[j])}")
             unusable += 1
             continue
-        text, response = found
         asked_for = f"{settings.instruction} {text}".strip()
         prompt = api.encode(model, asked_for, settings.chat, f"{where}: row {i}")
         encoded.append((f"{where}: row {i}", asked_for, prompt))
@@ -174,11 +170,11 @@ def _questions(config: ConfigDict, model: Model) -> tuple[list[Question], int]:
     if not questions:
         raise UserError(f"{where}: none of its {len(rows)} rows can be used")
     common.warn_of_unknown(model, encoded)
-    return questions, settings.new_tokens or 32_768
+    return questions
 
 
 def _answer(model: Model, prompt: np.ndarray, text: str, end: int | None, what: str) -> np.ndarray:
-    """Token ids of an answer that is there, begun and ended as the model would.
+    """Token ids of a given answer, begun and ended as the model would.
 
     Args:
       end: the token that ends it; None for none.
@@ -197,18 +193,14 @@ def _answer(model: Model, prompt: np.ndarray, text: str, end: int | None, what: 
 
 
 def _sample(
-    config: ConfigDict, model: Model, part: Sequence, new_tokens: int, width: int
+    config: ConfigDict, model: Model, part: Sequence, shape: answering.Shape
 ) -> list[np.ndarray]:
-    """Answers to one batch; every batch has one shape, and one program."""
-    empty = config.traces.batch - len(part)
-    rows = [*part, *[part[0]] * empty]
+    """Answers to one batch."""
     sampling, cadence = decoding.Sampling.of(config.traces), Cadence.of(FULL, config.interval)
     plan = decoding.Plan(cadence, sampling, model.stop)
-    prompts = [question.prompt for question, _, _ in rows]
-    key_b = jnp.stack([key_of(config.seed, Purpose.TRACE, i, j) for _, i, j in rows])
-    limit = [new_tokens] * len(part) + [0] * empty
-    full = policies.get("full")
-    return decoding.generate(model.lm, full, plan, prompts, key_b, limit, width)[: len(part)]
+    prompts = [question.prompt for question, _, _ in part]
+    keys = [key_of(config.seed, Purpose.TRACE, i, j) for _, i, j in part]
+    return answering.answer(model.lm, policies.get("full"), plan, shape, prompts, keys)
 
 
 def _row(config, model, question: Question, sample: int, answer: np.ndarray) -> dict:
@@ -233,7 +225,7 @@ def _write(path: Path, rows: Sequence[dict], settings: dict) -> None:
 
 
 def _done(path: Path) -> tuple[set[tuple[str, int]], int]:
-    """(id, sample) of the traces that are there, and a number beyond those of the files."""
+    """(id, sample) of the traces written before, and the next number for a file."""
     done, last = set(), -1
     for file in sorted(path.glob("traces-*.parquet")):
         try:
@@ -243,7 +235,7 @@ def _done(path: Path) -> tuple[set[tuple[str, int]], int]:
                 raise pa.ArrowInvalid("rows without id or sample")
         except (OSError, pa.ArrowException) as error:
             reason = str(error).strip().split("\n")[0]
-            raise UserError(f"{file} can't be read ({reason}): delete it, and run again") from error
+            raise UserError(f"{file} can't be read ({reason}): delete it, and rerun") from error
         ids, samples = table.column("id").to_pylist(), table.column("sample").to_pylist()
         keys = set(zip(ids, samples, strict=True))
         number = re.fullmatch(r"traces-[0-9]+-([0-9]+)", file.stem)

@@ -15,7 +15,7 @@ from fkv.cache.cadence import Cadence
 from fkv.engine import replay
 from fkv.engine.batch import Batch
 from fkv.errors import UserError
-from fkv.evaluation import loss_ratio, plots
+from fkv.evaluation import loss_ratio, plots, tables
 from fkv.learning.tokens import token_losses
 from tests import oracles
 from tests.policies.test_policies import h2o, snapkv
@@ -252,7 +252,7 @@ def test_budgets_shared_unevenly_have_losses_and_no_recall(model):
             want = row[BUDGET + INTERVAL - 1 : n - 1].sum()
             assert evicted[0] == pytest.approx(float(want), rel=1e-5)
         assert (abs(r.evicted - r.full)[[0, 2], 0] > 0.1).all()
-    assert "pyramid" in loss_ratio.table(results)
+    assert "pyramid" in [loss_ratio.cells(r)[0] for r in results]
 
 
 def test_rows_do_not_depend_on_the_batch(measured):
@@ -347,7 +347,8 @@ def several():
 
 
 def test_table_has_a_line_for_every_policy_and_budget(several):
-    head, rule, *lines = loss_ratio.table(several).splitlines()
+    rows = [loss_ratio.cells(r) for r in several]
+    head, rule, *lines = tables.text(loss_ratio.HEAD, rows).splitlines()
     assert head.startswith("policy") and set(rule) == {"-"}
     assert len(lines) == len(several)
     for line, r in zip(lines, several, strict=True):

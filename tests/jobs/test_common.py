@@ -11,7 +11,18 @@ from fkv import models, policies
 from fkv.data import traces
 from fkv.errors import DivergedError, UserError
 from fkv.evaluation import loss_ratio
-from fkv.jobs import benchmark, common, evaluate, export, generate, grpo, pipeline, pretrain, sft
+from fkv.jobs import (
+    benchmark,
+    common,
+    evaluate,
+    export,
+    generate,
+    grpo,
+    pipeline,
+    pretrain,
+    sft,
+    training,
+)
 from fkv.jobs import traces as traces_job
 from fkv.learning import fit
 from fkv.policies import scorer
@@ -152,7 +163,7 @@ def test_traces_longer_than_the_model_was_made_for_are_warned_of(
     def stop(*_, **__):
         raise Warned
 
-    monkeypatch.setattr(job, "open_run", stop)
+    monkeypatch.setattr(evaluate if job is evaluate else training, "open_run", stop)
     with pytest.raises(Warned):
         job.run(config, str(tmp_path / "run"))
     said = [x for x in capsys.readouterr().out.splitlines() if x.startswith("warning: ")]

@@ -461,7 +461,7 @@ def test_scorers_that_have_been_trained_on_are_refused_or_answer_anew(
     with pytest.raises(UserError, match=message):
         evaluate.run(recipe(scorer_dir), str(finished_copy))
     evaluate.run(recipe(scorer_dir), str(finished_copy), anew=("foresight", "other"))
-    assert "foresight has been trained on and answers anew" in capsys.readouterr().out
+    assert "foresight has been trained further and answers anew" in capsys.readouterr().out
     old, new = (by_key(samples(path)) for path in (finished[0], finished_copy))
     assert old.keys() == new.keys()
     assert {key[0] for key in old if old[key] != new[key]} == {"foresight"}
@@ -619,7 +619,7 @@ def test_another_evaluation_is_compared_with(finished, scorer_dir, tmp_path, cap
         (dict(evaluate__policies=("foresight",)), "'foresight' needs"),
         (dict(evaluate__scorers=("nowhere/at/all",)), "must be of the form name=workdir"),
         (dict(evaluate__scorers=("mine=nowhere/at/all",)), "nowhere/at/all"),
-        (dict(evaluate__scorers=("h2o=nowhere",)), "'h2o' is the name of a rule"),
+        (dict(evaluate__scorers=("h2o=nowhere",)), "'h2o' names a rule-based policy"),
         (dict(evaluate__action="best"), "action = 'best' must be one of top, sample, multinomial"),
         (dict(evaluate__temperature=-1.0), r"temperature = -1\.0"),
         (dict(evaluate__top_p=0.0), r"top_p = 0\.0"),
@@ -638,7 +638,7 @@ def test_bad_input_is_refused_before_work_starts(scorer_dir, tmp_path, fake_mode
 def test_says_when_nothing_was_evicted(scorer_dir, tmp_path, capsys, fake_model):
     results = evaluate.run(recipe(scorer_dir, evaluate__budgets=(16, 512)), str(tmp_path))
     assert [r.evictions > 0 for r in results] == [False, True, True, False, False]
-    assert "nothing was evicted at budget 512: answers are short" in capsys.readouterr().out
+    assert "no evictions at budget 512: answers are short" in capsys.readouterr().out
 
 
 def test_the_full_cache_alone_can_be_measured(tmp_path, monkeypatch, fake_model):

@@ -14,7 +14,7 @@ import fkv
 from fkv.data.traces import Traces
 from fkv.engine import decoding
 from fkv.errors import DivergedError, UserError
-from fkv.jobs import common, evaluate, sft
+from fkv.jobs import answering, common, evaluate, sft
 from fkv.jobs import grpo as job
 from fkv.learning import fit, grpo
 from fkv.models import LM
@@ -227,7 +227,7 @@ def test_rewards_compare_with_the_model_itself_whatever_its_cache(model_dir):
     ("change", "message"),
     [
         (dict(grpo__scorer="nowhere"), r"grpo.scorer = 'nowhere': no checkpoint .* launch.sft"),
-        (dict(scorer__hidden=8), r"holds scorers of .*hidden=16.* config.scorer says .*hidden=8"),
+        (dict(scorer__hidden=8), r"holds scorers of .*hidden=16.* config.scorer is .*hidden=8"),
         (dict(grpo__reward="most"), "grpo.reward = 'most' must be one of"),
         (
             dict(grpo__traces=3, grpo__traces_at_once=2),
@@ -270,11 +270,14 @@ def test_a_longer_run_answers_anew_where_its_scorers_have_changed(
     assert old.keys() == new.keys()  # none is lost, none is there twice
     assert all(old[key] == new[key] for key in old if key[0] != "grpo")
     model, now = fkv.load(model_dir, "float32"), fkv.load_scorer(path)
-    problems = evaluate._problems(config, model, None)[0]
+    problems, shape = (
+        evaluate._problems(config, model, None),
+        answering.Shape(config.evaluate.batch, 64, 24),
+    )
     sampling = decoding.Sampling(0.6, 20, 0.95)
-    plan = evaluate.Plan({}, {}, model, None, problems, 24, sampling, None, [])
+    plan = evaluate.Plan({}, {}, model, None, problems, shape, sampling, None, [])
     for i in range(3):
-        row = evaluate._answer(config, plan, ("grpo", 16, now), [(i, 0)], 64)
+        row = evaluate._answer(config, plan, ("grpo", 16, now), [(i, 0)])
         assert row[0]["text"] == new["grpo", 16, str(i), 0]["text"]
     table = list(csv.DictReader((path / "answers" / "accuracy.csv").open()))
     assert [(a["policy"], a["answers"]) for a in table] == [

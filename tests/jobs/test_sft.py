@@ -18,7 +18,7 @@ from fkv import models
 from fkv.cache.cadence import Cadence
 from fkv.data import traces
 from fkv.errors import UserError
-from fkv.jobs import common, sft
+from fkv.jobs import common, sft, training
 from fkv.learning import fit
 from fkv.learning import sft as stage
 from fkv.models import ModelConfig
@@ -336,7 +336,7 @@ def test_traces_and_weights_that_were_replaced_are_refused(model_dir, finished, 
     config = small(str(model), data__path=str(train), data__eval_path=str(held_out))
     config.data.prompt_column, config.eval.budgets, config.eval.policies = "prompt", (16,), ()
     path = str(tmp_path / "run")
-    inputs = common.training_inputs(
+    inputs = training.training_inputs(
         config,
         *(common.load_traces(config, split, 16, 16, 10**6) for split in ("train", "eval")),
     )

@@ -165,7 +165,7 @@ def test_words_that_the_tokenizer_does_not_know_are_warned_of_in_one_line(
     traces.run(config, str(tmp_path / "out"))
     [said] = [x for x in capsys.readouterr().out.splitlines() if x.startswith("warning: ")]
     assert said.startswith(f"warning: {path}: the answer of row 0: 1 of its 3 tokens are ")
-    assert said.endswith(" (so it is with 2 of 4 texts)")
+    assert said.endswith(" (likewise in 2 of 4 texts)")
 
 
 def answers(template, stop, **settings):

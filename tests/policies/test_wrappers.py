@@ -278,4 +278,4 @@ def test_names_come_back_from_command_lines_and_tables(tmp_path):
     (tmp_path / "x").write_text(loss_ratio.traces_csv(found, ["a", "b"]))
     assert [r.policy for r in loss_ratio.read_traces(tmp_path / "x")[0]][2:] == list(names)
     cell = accuracy.cells(accuracy.Accuracy(names[1], 16, np.ones((1, 1)), 1, 0, 0))
-    assert names[1] in cell and all(f"| {name} |" in loss_ratio.markdown(found) for name in names)
+    assert names[1] in cell and [loss_ratio.cells(r)[0] for r in found][2:] == list(names)
