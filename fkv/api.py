@@ -1,4 +1,4 @@
-"""What a notebook needs: load a model and its tokenizer, generate with a bounded cache.
+"""The interface for notebooks: load a model and its tokenizer, generate with a bounded cache.
 
 model = fkv.load("Qwen/Qwen3-1.7B")
 out = fkv.generate(model, "Why is the sky blue?", policy="snapkv", budget=1024, chat=True)
@@ -38,14 +38,14 @@ _PROMPTS = (
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A frozen language model with what belongs to it.
+    """A frozen language model, with its tokenizer.
 
     Attributes:
       lm: the decoder.
       tokenizer: of `transformers`, or None where the directory has none.
       stop: ids of the tokens that end an answer.
-      name, revision: where it came from.
-      directory: where its files lie, if it has any.
+      name, revision: as it was loaded.
+      directory: of its files, if it has any.
     """
 
     lm: LM
@@ -68,7 +68,7 @@ class Generation:
       text: decoded without special tokens; empty when the model has no tokenizer.
       tokens: ids, the stop token included.
       truncated: the limit on new tokens came before a stop token.
-      evictions: how many evictions a head went through that a later token could notice.
+      evictions: of a head, those after which a token attends.
     """
 
     text: str
@@ -87,11 +87,11 @@ def load(
     """Loads a Qwen3, Qwen2 or Llama model and its tokenizer.
 
     Args:
-      path_or_hub_id: a Hugging Face directory, a hub id, or `embedded` for the small reasoner
-        that is shipped.
+      path_or_hub_id: a Hugging Face directory, a hub id, or `embedded` for the small reasoner of
+        this package.
       dtype: float32, bfloat16 or float16; None keeps the stored one.
       revision: branch, tag or commit on the hub.
-      mesh: devices that the decoder is split over, see `models.load`; by default it has one.
+      mesh: devices that the decoder is split over, see `models.load`; by default one.
       cache_dtype: of cached keys and values: empty for the model's, or `int8`.
 
     Raises:
@@ -99,7 +99,7 @@ def load(
     """
     path = tasks.REASONER if str(path_or_hub_id) == EMBEDDED else path_or_hub_id
     directory = models.find(path, revision)
-    # What is small is read first, and found to be wrong before the weights are read.
+    # Small files first: their errors come before the weights are read.
     vocabulary = models.read(directory).vocab_size
     tokenizer = texts.load_tokenizer(directory)
     stop = texts.stop_tokens(directory, tokenizer, vocabulary)
@@ -114,29 +114,29 @@ def encode(
     """Token ids of a prompt, int32.
 
     Args:
-      prompt: text, or ids that are taken as they are. Text is read as the beginning of one: it gets
-        a BOS if the tokenizer puts one in front and the text has none, and no EOS.
+      prompt: text, or ids that are taken as they are. Text gets a BOS if the tokenizer adds one and
+        the text has none, and no EOS.
       chat: put the text into the model's chat template as the user's message.
       what: names the prompt in errors.
 
     Raises:
-      UserError: it is neither, it is empty, it has tokens that the model does not know, or there is
-        no tokenizer or no chat template.
+      UserError: it is neither, is empty or has tokens that the model does not know, or there is no
+        tokenizer or no chat template.
     """
     if not isinstance(prompt, str):
         ids = _listed(prompt, what)
-        if not all(map(_is_id, ids)):
-            raise _no_prompt(next(x for x in ids if not _is_id(x)), f"{what} has an entry that is")
+        for entry in ids:
+            if not _is_id(entry):
+                raise _no_prompt(entry, f"{what} has an entry that is")
     elif model.tokenizer is None:
         raise UserError(f"model {model.name} has no tokenizer: give prompts as token ids")
-    elif chat and not prompt.strip():  # there would be the template's tokens
-        ids = []
-    elif chat:
-        ids = texts.tokenize(
-            model.tokenizer, texts.render(model.tokenizer, prompt, model.name), continued=False
-        )
-    else:
+    elif not chat:
         ids = texts.tokenize(model.tokenizer, prompt)
+    elif prompt.strip():
+        rendered = texts.render(model.tokenizer, prompt, model.name)
+        ids = texts.tokenize(model.tokenizer, rendered, continued=False)
+    else:  # the template alone would have tokens
+        ids = []
     if not len(ids):
         if isinstance(prompt, str) and prompt.strip():
             raise UserError(f"{what}: the tokenizer makes no tokens of {said(prompt)}")
@@ -157,14 +157,15 @@ def check_known(model: Model, ids: Sequence[int], what: str) -> None:
 
 def _encode_all(model: Model, prompts: Prompt | Sequence[Prompt], chat: bool) -> list[np.ndarray]:
     """Token ids of one prompt or several."""
-    if not isinstance(prompts, str):
-        prompts = _listed(prompts, "the prompt")
-        if not len(prompts):
-            raise UserError(f"no prompts given: {_PROMPTS}")
-        # One flat list of ids is a prompt, not several.
-    one = isinstance(prompts, str) or _is_id(prompts[0])
+    if isinstance(prompts, str):
+        prompts = [prompts]
+    prompts = _listed(prompts, "the prompt")
+    if not len(prompts):
+        raise UserError(f"no prompts given: {_PROMPTS}")
+    if _is_id(prompts[0]):
+        prompts = [prompts]
     found = []
-    for i, prompt in enumerate([prompts] if one else prompts):
+    for i, prompt in enumerate(prompts):
         found.append(encode(model, prompt, chat, f"prompt {i}"))
         if isinstance(prompt, str):
             if warning := texts.unknown(model.tokenizer, prompt, found[-1]):
@@ -174,23 +175,21 @@ def _encode_all(model: Model, prompts: Prompt | Sequence[Prompt], chat: bool) ->
 
 def _listed(value: Any, what: str) -> Sequence:
     """The entries of a list, a tuple or an array."""
+    given = value
     if hasattr(value, "__array__") and not isinstance(value, np.generic):  # NumPy's, JAX's, torch's
-        if np.ma.is_masked(value):  # NumPy would forget the mask
-            raise _no_prompt(value, f"{what} is")
         try:
-            value = np.asarray(value)
-        except Exception:  # one of torch's that is on another device, or has gradients
-            raise _no_prompt(value, f"{what} is") from None
-        value = value.tolist()
+            value = None if np.ma.is_masked(value) else np.asarray(value).tolist()
+        except Exception:  # torch's on another device, or with gradients
+            value = None
     if not isinstance(value, Sequence) or isinstance(value, (str, bytes, bytearray)):
-        raise _no_prompt(value, f"{what} is")
+        raise _no_prompt(given, f"{what} is")
     return value
 
 
 def _is_id(value: Any) -> bool:
     if isinstance(value, (int, np.integer)):
         return not isinstance(value, bool)
-    # One number of an array of JAX or torch.
+    # An element of an array of JAX or torch.
     return getattr(value, "shape", None) == () and "int" in str(getattr(value, "dtype", ""))
 
 
@@ -212,12 +211,15 @@ def decode(model: Model, tokens: Sequence[int], special: bool = False) -> str:
 
 
 def sample_key(seed: int, prompt: int, sample: int) -> jax.Array:
-    """The PRNG key of one sample of one prompt, whatever batch it is in."""
+    """The PRNG key of one sample of one prompt, in any batch."""
     return key_of(seed, Purpose.ANSWER, prompt, sample)
 
 
-def _policy(policy: str | Policy, model: Model, cadence: Cadence) -> Policy:
-    """The policy, by its name or as it is, once it is known to fit the model."""
+def _policy(
+    model: Model, policy: str | Policy, cadence: Cadence, longest: int, new_tokens: int
+) -> Policy:
+    """The policy, once it fits the model; warns of another model, and of too many tokens."""
+    kinds.check("new_tokens", new_tokens, kinds.whole(1))
     if isinstance(policy, str):
         policy = policies.get(policy)
     trained = getattr(policy, "trained", None)
@@ -227,6 +229,8 @@ def _policy(policy: str | Policy, model: Model, cadence: Cadence) -> Policy:
         raise UserError(f"model {model.name}: {error}" if trained else str(error)) from None
     if trained and (other := trained.other_model(model.name, model.revision)):
         warnings.warn(other, stacklevel=3)
+    if warning := model.config.beyond(longest + new_tokens, "prompt + new_tokens"):
+        warnings.warn(f"model {model.name}: {warning}", stacklevel=3)
     return policy
 
 
@@ -244,7 +248,7 @@ def generate(
     seed: int = 0,
     chat: bool = False,
 ) -> list[list[Generation]]:
-    """Continues prompts with a cache bounded by a policy; all of them in one batch.
+    """Continues prompts with a cache bounded by a policy, all in one batch.
 
     Args:
       prompts: one prompt, which is text or a flat list of token ids, or a list of prompts of any
@@ -261,37 +265,31 @@ def generate(
       For each prompt its samples.
 
     Warns:
-      UserWarning: a prompt and its answer may be longer than the model was made for, or a prompt
-        has words that the tokenizer does not know.
+      UserWarning: a prompt and its answer may be longer than the model was trained for, a prompt
+        has words that the tokenizer does not know, or scorers were trained with another model.
 
     Raises:
-      UserError: a prompt is none or empty, the policy is unknown, or a size is wrong.
+      UserError: a prompt is invalid or empty, the policy is unknown, or a size is out of range.
     """
     ids = _encode_all(model, prompts, chat)
     kinds.check("samples", samples, kinds.whole(1, 2**16))
-    kinds.check("new_tokens", new_tokens, kinds.whole(1))
+    cadence = Cadence(budget, interval)
+    plan = decoding.Plan(cadence, Sampling(temperature, top_k, top_p), model.stop)
+    policy = _policy(model, policy, cadence, max(map(len, ids)), new_tokens)
     rows = [(i, j) for i in range(len(ids)) for j in range(samples)]
-    plan = decoding.Plan(Cadence(budget, interval), Sampling(temperature, top_k, top_p), model.stop)
-    policy = _policy(policy, model, plan.cadence)
-    _warn_of_length(model, max(map(len, ids)), new_tokens)
     prompts, limit = [ids[i] for i, _ in rows], [new_tokens] * len(rows)
     key_b = jax.numpy.stack([sample_key(seed, i, j) for i, j in rows])
     out = decoding.generate(model.lm, policy, plan, prompts, key_b, limit)
     found = [[] for _ in ids]
     for (i, _), tokens in zip(rows, out, strict=True):
-        found[i].append(finished(model, policy, len(ids[i]), tokens, plan.cadence))
+        found[i].append(finished(model, policy, len(ids[i]), tokens, cadence))
     return found
-
-
-def _warn_of_length(model: Model, prompt: int, new_tokens: int) -> None:
-    if warning := model.config.beyond(prompt + new_tokens, "prompt + new_tokens"):
-        warnings.warn(f"model {model.name}: {warning}", stacklevel=3)
 
 
 def finished(
     model: Model, policy: Policy, prompt: int, tokens: np.ndarray, cadence: Cadence
 ) -> Generation:
-    """What is known of a continuation of a prompt of that many tokens."""
+    """The continuation of a prompt of that many tokens."""
     fired = decoding.evictions(prompt, len(tokens), cadence) if policy.evicts else 0
     truncated = not len(tokens) or int(tokens[-1]) not in model.stop
     return Generation(decode(model, tokens), tokens, truncated, fired)
@@ -310,33 +308,31 @@ def stream(
     seed: int = 0,
     chat: bool = False,
 ) -> Generator[str, None, Generation]:
-    """The text of one continuation as it comes, a piece for every `L` tokens.
+    """The text of one continuation as it is generated, a piece for every `L` tokens.
 
-    The pieces together are what `generate` gives for the same arguments, of which there is one
-    prompt; the generator returns the whole of it.
+    Takes one prompt. The pieces together are the text of `generate` with the same arguments; the
+    generator returns the `Generation`.
     """
     if model.tokenizer is None:
         raise UserError(f"model {model.name} has no tokenizer: there is no text to stream")
-    kinds.check("new_tokens", new_tokens, kinds.whole(1))
-    plan = decoding.Plan(Cadence(budget, interval), Sampling(temperature, top_k, top_p), model.stop)
-    policy = _policy(policy, model, plan.cadence)
     found = _encode_all(model, prompt, chat)
     if len(found) != 1:
         raise UserError(f"stream takes one prompt, not {len(found)}: use generate")
     [ids] = found
-    _warn_of_length(model, len(ids), new_tokens)
+    cadence = Cadence(budget, interval)
+    plan = decoding.Plan(cadence, Sampling(temperature, top_k, top_p), model.stop)
+    policy = _policy(model, policy, cadence, len(ids), new_tokens)
     key_b = sample_key(seed, 0, 0)[None]
-    chunks = decoding.stream(model.lm, policy, plan, [ids], key_b, [new_tokens])
-    tokens, said = [], ""
-    for chunk in chunks:
+    tokens, shown = [], ""
+    for chunk in decoding.stream(model.lm, policy, plan, [ids], key_b, [new_tokens]):
         tokens += chunk[0][: new_tokens - len(tokens)].tolist()
         text = decode(model, tokens)
         # Half of a character at the end waits for the other half.
-        if not text.endswith("\N{REPLACEMENT CHARACTER}") and text.startswith(said):
-            yield text[len(said) :]
-            said = text
-    one = finished(model, policy, len(ids), np.asarray(tokens, np.int32), plan.cadence)
-    yield one.text[len(said) :]
+        if not text.endswith("\N{REPLACEMENT CHARACTER}") and text.startswith(shown):
+            yield text[len(shown) :]
+            shown = text
+    one = finished(model, policy, len(ids), np.asarray(tokens, np.int32), cadence)
+    yield one.text[len(shown) :]
     return one
 
 
@@ -349,8 +345,8 @@ def load_scorer(
       source: the workdir of a run, a directory that `launch.export` wrote, a checkpoint of the
         released PyTorch code, or the hub id of one of the last two.
       revision: branch, tag or commit of a hub id.
-      any_interval: lets them run at another interval than that of their training, which is refused
-        otherwise. Another budget is normal.
+      any_interval: allow another interval than that of their training. Another budget needs no
+        permission.
 
     Raises:
       UserError: there are no scorers, or they are damaged.

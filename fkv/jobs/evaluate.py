@@ -188,8 +188,12 @@ def _plan(
     model = common.load_language_model(config)
     held_out = _traces(config, model)
     problems = _problems(config, model, checker)
-    embedded, prompts = config.evaluate.benchmark == api.EMBEDDED, [p.prompt for p in problems]
-    shape = answering.Shape.of(config, "evaluate", embedded, prompts)
+    embedded, width = (
+        config.evaluate.benchmark == api.EMBEDDED,
+        max(len(p.prompt) for p in problems),
+    )
+    new_tokens = answering.new_tokens(config, "evaluate", embedded)
+    shape = answering.Shape(config.evaluate.batch, width, new_tokens)
     inputs |= common.language_inputs(model)
     asked = ((problem.prompt, problem.id, problem.reference) for problem in problems)
     inputs["evaluate.benchmark: questions"] = provenance.of_questions(asked)
@@ -361,12 +365,9 @@ def _write_answers(run: Run, found: Sequence[accuracy.Accuracy], rows: Sequence[
 
 
 def _shared(
-    config: ConfigDict,
-    other: comparison.Other,
-    cells: Sequence[comparison.Cell],
-    problems: Sequence[Problem],
-    held_out: Traces | None,
-) -> list[comparison.Cell]:
+    config: ConfigDict, other: comparison.Other, cells: Sequence[comparison.Cell],
+    problems: Sequence[Problem], held_out: Traces | None,
+) -> list[comparison.Cell]:  # fmt: skip
     """The policies and budgets whose answers can be compared; says which can't."""
     references = {problem.id: problem.reference for problem in problems}
     found = comparison.shared(other, cells, references, config.evaluate.samples)

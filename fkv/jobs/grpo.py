@@ -59,20 +59,19 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     params = supervised.params
     inputs = {"grpo.scorer: scorers to start from": provenance.of_arrays(params)}
     state = grpo.TrainState.init(params, plan.optimiser, reference=params)
-    opened = stage.open(state, MAY_DIFFER, inputs)
     full = FullCache(plan, stage.lm_on(mesh), stage.train, mesh)
 
     def rows_of(ids, step):
         key = key_of(config.seed, Purpose.ROLLOUT, step)
         return _rollouts(plan, stage.train, full, ids, key)
 
-    state = stage.fit(opened, grpo.train_step, rows_of, _report)
+    run, state = stage.fit(state, grpo.train_step, rows_of, _report, MAY_DIFFER, inputs)
     trained = training.trained_for(config, workdir)
     learned = {
         "supervised": supervised.replace(params=jax.device_get(state.reference)),
         "grpo": supervised.replace(params=jax.device_get(state.params), trained=trained),
     }
-    results = stage.measure(opened[0], learned)
+    results = stage.measure(run, learned)
     if answering:  # scorers that have been trained on since answer anew
         evaluate.run(*answers, anew=("grpo",))
     return results

@@ -48,15 +48,14 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     about = training.trained_for(config, workdir)
     learned = policies.Foresight(jax.eval_shape(init), plan.scorer, trained=about)
     stage = training.prepare(config, workdir, plan, mesh, ("foresight", learned), plan.batch)
-    opened = stage.open(fit.TrainState.init(init(), plan.optimiser), MAY_DIFFER)
+    state = fit.TrainState.init(init(), plan.optimiser)
 
     def rows_of(ids, step):
         return Batch.of(*stage.train.rows(ids))
 
-    state = stage.fit(opened, sft.train_step, rows_of, _report)
-    return stage.measure(
-        opened[0], {"foresight": learned.replace(params=jax.device_get(state.params))}
-    )
+    run, state = stage.fit(state, sft.train_step, rows_of, _report, MAY_DIFFER, {})
+    learned = learned.replace(params=jax.device_get(state.params))
+    return stage.measure(run, {"foresight": learned})
 
 
 def _report(metrics):

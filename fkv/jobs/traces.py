@@ -71,9 +71,10 @@ def run(config: ConfigDict, workdir: str) -> int:
     common.announce("traces", config, workdir, common.model_config(config), "full cache")
     model = common.load_language_model(config)
     questions = _questions(config, model)
-    embedded, prompts = settings.questions == api.EMBEDDED, [q.prompt for q in questions]
-    shape = answering.Shape.of(config, "traces", embedded, prompts)
-    longest = shape.width + shape.new_tokens
+    new_tokens = answering.new_tokens(config, "traces", settings.questions == api.EMBEDDED)
+    width = max(len(q.prompt) for q in questions)
+    shape = answering.Shape(settings.batch, width, new_tokens)
+    longest = width + new_tokens
     if settings.response:
         longest = max(len(q.prompt) + len(q.response) for q in questions)
     common.warn_of_length(model.config, longest, "the longest prompt and answer")

@@ -47,40 +47,29 @@ class Stage:
         """The language model on these devices."""
         return self.lm.replace(params=parallel.view(self.lm.params, mesh))
 
-    def open(
+    def fit(
         self,
         state: fit.TrainState,
+        train_step: Callable,
+        rows_of: Callable[[np.ndarray, int], Any],
+        report: fit.Report,
         may_differ: Sequence[str],
-        inputs: Mapping[str, str] | None = None,
-    ) -> tuple[Run, fit.TrainState, Any]:
-        """The run directory, the state (new, or of the newest checkpoint), and the order of traces.
+        inputs: Mapping[str, str],
+    ) -> tuple[Run, fit.TrainState]:
+        """Trains from `state`, or the newest checkpoint, to the last step; leaves the run open.
 
         Args:
-          state: at step 0.
-          inputs: digests of what it was made from.
+          train_step: of the stage.
+          rows_of: from ids of traces and the index of a step to the batch of `train_step`.
+          inputs: digests of what `state` was made from.
         """
-        inputs = {**training_inputs(self.config, self.train, self.held_out), **(inputs or {})}
+        inputs = training_inputs(self.config, self.train, self.held_out) | inputs
         run, place = open_run(self.workdir, self.config, may_differ, inputs), None
         if (saved := run.resume(state)) is not None:
             state, place = saved.state, saved.info["data"]
             common.say(f"resuming from step {saved.step} in {self.workdir}")
-        return run, state, iterate(batches(self.train, self.batch, self.config.seed), place)
-
-    def fit(
-        self,
-        opened: tuple[Run, fit.TrainState, Any],
-        train_step: Callable,
-        rows_of: Callable[[np.ndarray, int], Any],
-        report: fit.Report,
-    ) -> fit.TrainState:
-        """Trains up to the last step.
-
-        Args:
-          opened: from `open`.
-          train_step: of the stage.
-          rows_of: from ids of traces and the index of a step to the batch that the step takes.
-        """
-        (run, state, order), lm = opened, self.lm_on(self.mesh)
+        start, lm = int(state.step), self.lm_on(self.mesh)
+        order = iterate(batches(self.train, self.batch, self.config.seed), place)
         step_fn = functools.partial(train_step, self.plan, axis=parallel.AXIS)
         step_fn = parallel.pmap(step_fn, self.mesh, constants=2, batched=1)
 
@@ -91,8 +80,8 @@ class Stage:
                 found.append(metrics)
             return state, found, ids
 
-        start, state = int(state.step), parallel.replicate(state, self.mesh)
-        return fit.fit(run, self.plan, state, start, update, report, order.get_state)
+        state = parallel.replicate(state, self.mesh)
+        return run, fit.fit(run, self.plan, state, start, update, report, order.get_state)
 
     def measure(self, run: Run, learned: Mapping[str, Policy]) -> list[loss_ratio.Losses]:
         """Losses of scorers and baselines on the held-out traces; closes the run."""
