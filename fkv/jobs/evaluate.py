@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import platform
 from collections.abc import Callable, Sequence
 
@@ -123,35 +124,25 @@ def run(config: ConfigDict, workdir: str, anew: Sequence[str] = ()) -> list[accu
     run.resume({})  # metrics are written again from all samples
 
     cells = _cells(config, named)
+    asked = list(itertools.product(range(len(problems)), range(settings.samples)))
+    several = settings.batch * jax.process_count()
     with checker, preemption.noticed() as asked_to_end:
         for name, budget, policy in cells:
-            todo = [
-                (i, j)
-                for i in range(len(problems))
-                for j in range(settings.samples)
-                if (name, budget, problems[i].id, j) not in samples.rows
-            ]
-            label = f"{name} {budget or ''}".strip()
-            total = len(problems) * settings.samples
-            bar = common.progress(total=total, initial=total - len(todo), desc=label)
-            several = settings.batch * jax.process_count()
-            for start in range(0, len(todo), several):
-                at = start + settings.batch * jax.process_index()
-                part = todo[at : at + settings.batch]
-                rows = parallel.share(_answer(config, plan, (name, budget, policy), part))
-                samples.add({"policy": name, "budget": budget, **row} for row in rows)
-                bar.update(len(rows))
-                if parallel.anywhere(asked_to_end()):
-                    bar.close()
-                    run.close()
-                    raise preemption.Preempted(f"{len(samples.rows)} answers are in {workdir}")
-            bar.close()
+            todo = [x for x in asked if (name, budget, problems[x[0]].id, x[1]) not in samples.rows]
+            done, label = len(asked) - len(todo), f"{name} {budget or ''}".strip()
+            with common.progress(total=len(asked), initial=done, desc=label) as bar:
+                for start in range(0, len(todo), several):
+                    at = start + settings.batch * jax.process_index()
+                    part = todo[at : at + settings.batch]
+                    rows = parallel.share(_answer(config, plan, (name, budget, policy), part))
+                    samples.add({"policy": name, "budget": budget, **row} for row in rows)
+                    bar.update(len(rows))
+                    if parallel.anywhere(asked_to_end()):
+                        run.close()
+                        raise preemption.Preempted(f"{len(samples.rows)} answers are in {workdir}")
 
     rows = [
-        samples.rows[name, budget, problem.id, sample]
-        for name, budget, _ in cells
-        for problem in problems
-        for sample in range(settings.samples)
+        samples.rows[name, budget, problems[i].id, j] for name, budget, _ in cells for i, j in asked
     ]
     found = [
         dataclasses.replace(r, trained=trained_at(named.get(r.policy), config.interval))
@@ -188,11 +179,9 @@ def _plan(
     model = common.load_language_model(config)
     held_out = _traces(config, model)
     problems = _problems(config, model, checker)
-    embedded, width = (
-        config.evaluate.benchmark == api.EMBEDDED,
-        max(len(p.prompt) for p in problems),
-    )
+    embedded = config.evaluate.benchmark == api.EMBEDDED
     new_tokens = answering.new_tokens(config, "evaluate", embedded)
+    width = max(len(problem.prompt) for problem in problems)
     shape = answering.Shape(config.evaluate.batch, width, new_tokens)
     inputs |= common.language_inputs(model)
     asked = ((problem.prompt, problem.id, problem.reference) for problem in problems)

@@ -97,7 +97,7 @@ def run(config: ConfigDict, workdir: str) -> int:
     total = len(questions) * samples
     bar = common.progress(total=total, initial=total - len(todo), desc="traces")
     written = truncated = tokens = 0
-    with preemption.noticed() as asked_to_end:
+    with bar, preemption.noticed() as asked_to_end:
         for n, part in enumerate(batches):
             if n % count == index:
                 if settings.response:
@@ -115,10 +115,8 @@ def run(config: ConfigDict, workdir: str) -> int:
             bar.update(len(part))
             # Processes need not agree: each has written its answers.
             if asked_to_end() and n + 1 < len(batches):
-                bar.close()
                 run.close()
                 raise preemption.Preempted(f"{len(done) + written} traces are in {workdir}")
-    bar.close()
     # One may have longer answers than the others.
     parallel.barrier("traces, after the last is written", seconds=12 * parallel.DEADLINE)
     counts = parallel.share([[written, truncated, tokens]])
