@@ -163,7 +163,7 @@ def test_beside_a_peer(model_dir, tmp_path, monkeypatch):
     ("python", "message"),
     [
         ("/no/such/python", "benchmark.peers.transformers = '/no/such/python': No such file"),
-        ("/bin/false", "benchmark.peers.transformers = '/bin/false': the peer ended: nothing said"),
+        ("/bin/false", "benchmark.peers.transformers = '/bin/false': the peer ended: no message"),
     ],
 )
 def test_a_peer_that_does_not_start_is_named(python, message):

@@ -27,7 +27,7 @@ from fkv.runs.rundir import open_run
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A part of the benchmark: its title, measurement and table."""
+    """A section of the benchmark: title, measurement and table."""
 
     title: str
     measure: Callable[[Bench], list[dict]]
@@ -55,7 +55,7 @@ SECTIONS = {
 def run(config: ConfigDict, workdir: str) -> dict:
     """Measures the sections of `benchmark.sections`.
 
-    Arms are interleaved over `benchmark.repeats`, and compilation is timed apart. Figures are
+    Arms are interleaved over `benchmark.repeats`; compilation is timed separately. Figures are
     medians over repeats, with the range.
 
     Returns:
@@ -70,7 +70,12 @@ def run(config: ConfigDict, workdir: str) -> dict:
     lm = None if settings.random_weights else common.load_model(config)
     run = open_run(workdir, config, common.other_jobs("benchmark"))
     if settings.random_weights:
-        lm = _random_weights(config, model)
+
+        @jax.jit
+        def draw(key):
+            return jax.tree.map(lambda x: x.astype(config.dtype), models.init(key, model))
+
+        lm = LM(draw(key_of(config.seed, Purpose.MODEL)), model)
     common.say("measuring the device")
     peaks = device.peaks(settings.peaks, config.dtype)
     limit = device.memory_limit(settings.memory_gib)
@@ -98,34 +103,21 @@ def run(config: ConfigDict, workdir: str) -> dict:
     return found
 
 
-def _random_weights(config: ConfigDict, model: ModelConfig) -> LM:
-    """Drawn on the device."""
-
-    @jax.jit
-    def draw(key):
-        return jax.tree.map(lambda x: x.astype(config.dtype), models.init(key, model))
-
-    return LM(draw(key_of(config.seed, Purpose.MODEL)), model)
-
-
 def _check(config: ConfigDict, s: groups.Benchmark) -> ModelConfig:
-    """Refuses bad settings before any weights are loaded; returns the model's config."""
+    """Refuses bad settings before weights are loaded; returns the model's config."""
     for name in s.sections:
         if name not in SECTIONS:
             known = ", ".join(SECTIONS)
             raise UserError(f"benchmark.sections has {name!r}; known sections are {known}")
     cadence, interval = Cadence(config.budget, config.interval), config.interval
-    at = common.cadences(s.budgets, interval, "benchmark.budgets")
     common.check_kernel(config, config.attention_kernel)
     for name in s.kernels:
         common.check_kernel(config, name, "benchmark.kernels")
-    names = {*s.policies, *s.peer_policies} - {"foresight"}
-    named = {name: policies.get(name) for name in sorted(names)}
     least = (-(-s.new_tokens // interval) + 2) * interval
     if {"decode", "largest_batch"} & set(s.sections) and min(s.lengths) < least:
         raise UserError(
-            f"benchmark.lengths: {min(s.lengths)} must be at least {least}: a prompt, a warm-up of "
-            f"L tokens and benchmark.new_tokens = {s.new_tokens}"
+            f"benchmark.lengths: {min(s.lengths)} must be at least {least}: a prompt, L tokens of "
+            f"warm-up and benchmark.new_tokens = {s.new_tokens}"
         )
     if "growth" in s.sections and s.growth_tokens < 2 * interval:
         raise UserError(f"benchmark.growth_tokens = {s.growth_tokens} must be at least 2 L")
@@ -138,6 +130,9 @@ def _check(config: ConfigDict, s: groups.Benchmark) -> ModelConfig:
         model = common.as_configured(config, shape)
     else:
         model = common.model_config(config)
+    names = sorted({*s.policies, *s.peer_policies} - {"foresight"})
+    named = {name: policies.get(name) for name in names}
+    at = common.cadences(s.budgets, interval, "benchmark.budgets")
     common.check_policies(config, model, named, at)
     if "steps" in s.sections:
         passes.stages_of(config, model, parallel.make_mesh())

@@ -25,7 +25,7 @@ DOES_NOT_FIT = "does not fit"
 
 
 class Unmeasured(Exception):
-    """Says why an arm can't be measured."""
+    """An arm can't be measured; says why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +58,11 @@ class Bench:
 
     Attributes:
       config, settings: the recipe, and its group `benchmark`.
-      lm: the language model.
       peaks: of the device.
       limit: bytes that a program may hold.
       path: the run directory.
       end: the deadline for starting a measurement, on the clock of `time.perf_counter`.
-      programs: compiled, see `compiled`.
+      programs: see `compiled`.
     """
 
     config: ConfigDict
@@ -121,7 +120,7 @@ class Bench:
         ]
 
     def compiled(self, key: Any, lower: Callable[[], Any]) -> tuple[Any, dict]:
-        """A program, the seconds that compiling it took, and the bytes that it holds.
+        """A program, compiled once, with the seconds that this took and the bytes that it holds.
 
         Raises:
           Unmeasured: it does not fit.
@@ -142,7 +141,7 @@ class Bench:
 
 
 def failure(call: Callable, *args) -> str:
-    """Why a call fails, if it does: out of memory, or `Unmeasured`; other errors pass."""
+    """Why a call fails, if it does: out of memory, or `Unmeasured`; other errors are raised."""
     try:
         call(*args)
     except Unmeasured as error:
@@ -165,12 +164,12 @@ def measure(
 
     Args:
       arms: dataclasses, of which records have the fields.
-      prepare: compiles an arm and warms it up; gives a function that measures it once, and more
+      prepare: compiles and warms up an arm; returns a function that measures it once, and more
         fields of its record.
       record: summary of an arm, from the results of all arms.
 
     Returns:
-      A record of every arm; those that could not be measured have an `error`.
+      A record of every arm, with an `error` where it could not be measured.
     """
     arms, ready, why = list(arms), {}, {}
     found = collections.defaultdict(list)

@@ -29,7 +29,7 @@ def _measure(bench: Bench, arms: Sequence[Arm]) -> list[dict]:
     if bench.settings.compile_threads > 1:
         shapes = {_shape(arm): arm for arm in arms}.values()
         with concurrent.futures.ThreadPoolExecutor(bench.settings.compile_threads) as pool:
-            # Errors come again in the measurement.
+            # The measurement reports errors.
             list(pool.map(lambda arm: bench.late or failure(_program, bench, arm), shapes))
 
     def prepare(arm):
@@ -71,7 +71,7 @@ def _prompt(bench: Bench, arm: Arm) -> int:
 
 
 def _shape(arm: Arm) -> Arm:
-    """Equal for arms that share a program: under eviction those of all lengths."""
+    """Equal for arms that share a program: under eviction, those of all lengths."""
     return dataclasses.replace(arm, length=0 if arm.budget else arm.length)
 
 
@@ -93,9 +93,9 @@ def _program(bench: Bench, arm: Arm) -> tuple[Callable, dict]:
 
 
 def synthetic_state(bench: Bench, arm: Arm, key: jax.Array) -> decoding.State:
-    """A state in the middle of decoding, of random entries: the cost of a step is the same.
+    """A state in the middle of decoding, of random entries, which cost what real ones do.
 
-    Caches are as full as after a prompt that leaves room for the chunks to come.
+    Caches are as full as after a prompt that leaves room for the timed chunks.
     """
     policy, config, interval = bench.policy(arm.policy), bench.lm.config, bench.interval
     prompt, dtype = _prompt(bench, arm), bench.config.dtype
@@ -173,8 +173,8 @@ def _run_evictions(bench: Bench, arm: Arm) -> float:
 
 
 def largest_batch(bench: Bench) -> list[dict]:
-    """The largest batch of every policy and budget, and its speed: with the full cache at every
-    length, under eviction at the longest, since those caches do not grow.
+    """The largest batch of every policy and budget, and its speed: of the full cache at every
+    length, under eviction, where caches do not grow, at the longest.
     """
     s = bench.settings
     arms = []
@@ -209,8 +209,8 @@ def largest(fits: Callable[[int], bool], start: int, limit: int, within: float) 
     """The largest batch that fits, by doubling (or halving) and bisection.
 
     Args:
-      start: the first that is tried.
-      limit: none above this is tried.
+      start: tried first.
+      limit: the largest to try.
       within: bisection stops when the smallest that does not fit is this share above the largest
         that does.
 

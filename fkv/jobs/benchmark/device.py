@@ -35,7 +35,7 @@ class Peaks:
 
 
 def peaks(source: str, dtype: str) -> Peaks:
-    """Peak rates of the device at hand.
+    """Peak rates of this device.
 
     Args:
       source: `measured`, or a name of `costs.DEVICES` for its data sheet.
@@ -55,13 +55,13 @@ def peaks(source: str, dtype: str) -> Peaks:
         return min(timed(call, *args)[0] for _ in range(5))
 
     many = jnp.ones((size,), jnp.float32)
-    # A sum on the CPU may run on one core, a copy reads and writes: take what is larger.
+    # On a CPU a sum may run on one core, and a copy reads and writes: take the larger.
     bandwidth = max(4 * size / best(jnp.sum, many), 8 * size / best(lambda x: x + 1, many))
     del many
     square = jnp.ones((side, side), dtype)
     flops = 2 * side**3 / best(jnp.matmul, square, square)
-    return Peaks(flops, bandwidth, f"measured: {size * 4 >> 20} MiB read or copied, {side}² "
-                 f"{dtype} matrices multiplied")  # fmt: skip
+    how = f"measured: {size * 4 >> 20} MiB read or copied, {side}² {dtype} matrices multiplied"
+    return Peaks(flops, bandwidth, how)
 
 
 def timed(call: Callable, *args) -> tuple[float, Any]:
@@ -96,13 +96,13 @@ def peak_memory() -> dict:
 
 
 def cores() -> int:
-    """Processor cores that this process may use, as JAX and the peers do."""
+    """Processor cores available to this process, and so to JAX and the peers."""
     affinity = getattr(os, "sched_getaffinity", None)  # not on every system
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def program_bytes(compiled: jax.stages.Compiled) -> int:
-    """What a compiled program holds at its peak, arguments included; donated ones count once."""
+    """Peak memory of a compiled program, with its arguments; donated ones count once."""
     memory = compiled.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes
     return held + memory.temp_size_in_bytes - memory.alias_size_in_bytes

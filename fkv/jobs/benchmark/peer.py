@@ -1,7 +1,7 @@
 """A peer of the benchmark: greedy decoding by PyTorch `transformers` or `kvpress`.
 
-Runs in an environment of its own, started by path: it imports nothing of fkv. One JSON object a
-line comes in and one goes out: first what to load, then one decoding after another.
+Runs in an environment of its own, started by path: it imports nothing of fkv. Requests and answers
+are JSON, a line each: first what to load, then one decoding after another.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ def press_of(request: dict):
 
 
 def decode(model, forward, request: dict) -> dict:
-    """Decodes `new_tokens` greedily, whatever they are; prompts are equally long."""
+    """Decodes `new_tokens` greedily, past stop tokens; prompts are equally long."""
     import torch
     from transformers import DynamicCache, StaticCache
 
@@ -74,7 +74,7 @@ def decode(model, forward, request: dict) -> dict:
         for i in range(length, length + new - 1):
             at = torch.tensor([i], device=model.device)
             given = {"position_ids": at[None]}
-            if not kvpress:  # which takes the place in its own, shorter cache
+            if not kvpress:  # which uses positions in its own, shorter cache
                 given["cache_position"] = at
             out = forward(input_ids=drawn[-1][:, None], past_key_values=cache, **given)
             drawn.append(out.logits[:, -1].argmax(-1))
@@ -89,7 +89,7 @@ def decode(model, forward, request: dict) -> dict:
 
 
 def compiled(model):
-    """On a GPU with CUDA graphs, as `generate` has it."""
+    """Compiled as `generate` does: on a GPU with CUDA graphs."""
     import torch
 
     mode = "reduce-overhead" if model.device.type == "cuda" else None
@@ -97,7 +97,7 @@ def compiled(model):
 
 
 def main() -> None:
-    # What libraries print must not get between the answers.
+    # Output of libraries must not mix with the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 

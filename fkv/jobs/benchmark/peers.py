@@ -30,14 +30,14 @@ RUNNER = Path(__file__).with_name("peer.py")
 
 
 class Peer:
-    """Another implementation, waiting for requests.
+    """Another implementation, in a process that serves requests.
 
     Attributes:
       about: its versions, device and threads.
     """
 
     def __init__(self, name: str, python: str, model: str, dtype: str):
-        """Starts it and lets it load the model.
+        """Starts the process, which loads the model.
 
         Args:
           name: one of `ARMS`.
@@ -47,7 +47,7 @@ class Peer:
         self.name, self.field = name, f"benchmark.peers.{name} = {python!r}"
         self._errors = tempfile.TemporaryFile("w+")
         try:
-            # Isolated: neither this directory nor PYTHONPATH may shadow what it imports.
+            # Isolated: neither this directory nor PYTHONPATH may shadow its imports.
             self._process = subprocess.Popen(
                 [str(files.expand(python)), "-I", str(RUNNER)],
                 stdin=PIPE, stdout=PIPE, stderr=self._errors, text=True,
@@ -72,20 +72,20 @@ class Peer:
 
     def close(self) -> None:
         """Ends the process."""
-        with contextlib.suppress(BrokenPipeError):  # of what it never read
+        with contextlib.suppress(BrokenPipeError):  # unread requests
             self._process.stdin.close()
         self._process.wait()
         self._process.stdout.close()
         self._errors.close()
 
     def _ask(self, **request) -> dict:
-        with contextlib.suppress(BrokenPipeError):  # that it ended is seen below
+        with contextlib.suppress(BrokenPipeError):  # its end is noticed below
             self._process.stdin.write(json.dumps({"peer": self.name, **request}) + "\n")
             self._process.stdin.flush()
         if not (line := self._process.stdout.readline()):
             self._process.wait()
             self._errors.seek(0)
-            said = self._errors.read().strip().splitlines() or ["nothing said"]
+            said = self._errors.read().strip().splitlines() or ["no message"]
             self.close()
             raise UserError(f"{self.field}: the peer ended: {said[-1]}")
         return json.loads(line)

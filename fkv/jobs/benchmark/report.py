@@ -21,14 +21,16 @@ MFU: FLOPs / peak over the measured time
     prompt for the full cache, B + L under eviction); labels: 2 h d T²/2 a layer more; a supervised
     step: labels, the evicted pass, the statistics of every eviction, two passes over the scorers;
     a rollout: the evicted pass twice, the losses once, four passes over the scorers
-memory: of the compiled program, its arguments (weights, caches) included
-a model that fits into the processor's own cache can pass the roofline of the memory"""
+memory: of the compiled program, with its arguments (weights, caches)
+a model that fits into the processor's own cache can exceed the roofline of the memory"""
 
 
 def about(bench: Bench) -> dict:
     """Model, settings and machine."""
     chip, config = jax.devices()[0], bench.config
+    named = ("model", "dtype", "budget", "interval", "attention_kernel")
     return {
+        **{name: config[name] for name in named},
         "device": chip.device_kind,
         "devices": jax.local_device_count(),
         "backend": chip.platform,
@@ -37,15 +39,10 @@ def about(bench: Bench) -> dict:
         "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else math.nan,
         "python": platform.python_version(),
         "jax": jax.__version__,
-        "model": config.model,
         "random_weights": bench.settings.random_weights,
         "layers": bench.lm.config.layers,
         "parameters": costs.parameters(bench.lm.config),
-        "dtype": config.dtype,
         "cache_dtype": config.cache_dtype or config.dtype,
-        "budget": config.budget,
-        "interval": bench.interval,
-        "attention_kernel": config.attention_kernel,
         "repeats": bench.settings.repeats,
         "peak_flops": bench.peaks.flops,
         "bandwidth": bench.peaks.bandwidth,
@@ -77,7 +74,7 @@ Table = tuple[list[str], list[list[str]]]
 
 
 def _table(records: Sequence[dict], first: Columns, rest: Columns) -> Table:
-    """Header and rows; an error takes the place of the `rest` of its row."""
+    """Header and rows; an error replaces the `rest` of its row."""
 
     def cells(record, columns):
         return [x(record) if callable(x) else x.format_map(record) for x in columns.values()]
@@ -90,7 +87,7 @@ def _table(records: Sequence[dict], first: Columns, rest: Columns) -> Table:
 
 
 def _spread(name: str, how: str) -> str:
-    """Format of a median with its range."""
+    """Format of a median and its range."""
     return f"{{{name}:{how}}} ({{{name}_low:{how}}}-{{{name}_high:{how}}})"
 
 
