@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import grain
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -30,7 +31,7 @@ class Stage:
       baselines: policies that are measured beside the scorers.
       lm: the language model, one copy on the devices of this process.
       train, held_out: traces to train on, and to measure on.
-      batch: traces of a step.
+      batches: of `train`.
     """
 
     config: ConfigDict
@@ -41,7 +42,7 @@ class Stage:
     lm: LM
     train: Traces
     held_out: Traces
-    batch: int
+    batches: grain.MapDataset
 
     def lm_on(self, mesh: Mesh) -> LM:
         """The language model on these devices."""
@@ -68,8 +69,7 @@ class Stage:
         if (saved := run.resume(state)) is not None:
             state, place = saved.state, saved.info["data"]
             common.say(f"resuming from step {saved.step} in {self.workdir}")
-        start, lm = int(state.step), self.lm_on(self.mesh)
-        order = iterate(batches(self.train, self.batch, self.config.seed), place)
+        start, lm, order = int(state.step), self.lm_on(self.mesh), iterate(self.batches, place)
         step_fn = functools.partial(train_step, self.plan, axis=parallel.AXIS)
         step_fn = parallel.pmap(step_fn, self.mesh, constants=2, batched=1)
 
@@ -120,7 +120,8 @@ def prepare(
     held_out = common.load_traces(config, "eval", config.eval.traces, most, words)
     longest = max(train.length_n.max(), held_out.length_n.max())
     common.warn_of_length(lm.config, longest, "the longest trace")
-    return Stage(config, workdir, plan, mesh, baselines, lm, train, held_out, batch)
+    order = batches(train, batch, config.seed)
+    return Stage(config, workdir, plan, mesh, baselines, lm, train, held_out, order)
 
 
 def training_inputs(config: ConfigDict, train: Traces, held_out: Traces) -> dict[str, str]:
