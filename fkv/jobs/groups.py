@@ -71,19 +71,25 @@ class Data(Settings):
 
 
 @settings
-class Traces(Sampling):
-    group: ClassVar[str] = "traces"
-    questions: str = setting(TEXT)
+class Answers(Sampling):
+    """Fields of every job that answers questions."""
+
     split: str = setting(TEXT)
     subset: str = setting(TEXT)
     question: str = setting(TEXT)
-    response: str = setting(TEXT)
     instruction: str = setting(TEXT)
     chat: bool = setting(SWITCH)
-    count: int = setting(ANY)
     new_tokens: int = setting(ANY)
     samples: int = setting(COUNT)
     batch: int = setting(COUNT)
+
+
+@settings
+class Traces(Answers):
+    group: ClassVar[str] = "traces"
+    questions: str = setting(TEXT)
+    response: str = setting(TEXT)
+    count: int = setting(ANY)
 
 
 @settings
@@ -105,7 +111,7 @@ class Eval(Settings):
 
 
 @settings
-class Evaluate(Sampling):
+class Evaluate(Answers):
     group: ClassVar[str] = "evaluate"
     scorers: Names = setting(NAMES)
     any_interval: bool = setting(SWITCH)
@@ -114,16 +120,8 @@ class Evaluate(Sampling):
     policies: Names = setting(NAMES)
     budgets: Sizes = setting(SIZES)
     benchmark: str = setting(TEXT)
-    split: str = setting(TEXT)
-    subset: str = setting(TEXT)
-    question: str = setting(TEXT)
     answer: str = setting(TEXT)
-    instruction: str = setting(TEXT)
-    chat: bool = setting(SWITCH)
     problems: int = setting(ANY)
-    samples: int = setting(COUNT)
-    new_tokens: int = setting(ANY)
-    batch: int = setting(COUNT)
     deadline: float = setting(number(0, 86_400, above=True))
     traces: int = setting(ANY)
     compare: str = setting(TEXT)

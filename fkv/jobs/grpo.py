@@ -65,7 +65,7 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
         key = key_of(config.seed, Purpose.ROLLOUT, step)
         return _rollouts(plan, stage.train, full, ids, key)
 
-    run, state = stage.fit(state, grpo.train_step, rows_of, _report, MAY_DIFFER, inputs)
+    run, state = stage.learn(state, grpo.train_step, rows_of, _report, MAY_DIFFER, inputs)
     trained = training.trained_for(config, workdir)
     learned = {
         "supervised": supervised.replace(params=jax.device_get(state.reference)),

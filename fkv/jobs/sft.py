@@ -53,7 +53,7 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     def rows_of(ids, step):
         return Batch.of(*stage.train.rows(ids))
 
-    run, state = stage.fit(state, sft.train_step, rows_of, _report, MAY_DIFFER, {})
+    run, state = stage.learn(state, sft.train_step, rows_of, _report, MAY_DIFFER, {})
     learned = learned.replace(params=jax.device_get(state.params))
     return stage.measure(run, {"foresight": learned})
 

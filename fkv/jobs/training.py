@@ -48,7 +48,7 @@ class Stage:
         """The language model on these devices."""
         return self.lm.replace(params=parallel.view(self.lm.params, mesh))
 
-    def fit(
+    def learn(
         self,
         state: fit.TrainState,
         train_step: Callable,
