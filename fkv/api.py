@@ -215,11 +215,8 @@ def sample_key(seed: int, prompt: int, sample: int) -> jax.Array:
     return key_of(seed, Purpose.ANSWER, prompt, sample)
 
 
-def _policy(
-    model: Model, policy: str | Policy, cadence: Cadence, longest: int, new_tokens: int
-) -> Policy:
-    """The policy, once it fits the model; warns of another model, and of too many tokens."""
-    kinds.check("new_tokens", new_tokens, kinds.whole(1))
+def _policy(policy: str | Policy, model: Model, cadence: Cadence) -> Policy:
+    """The policy, which must fit the model; warns of scorers that were trained with another."""
     if isinstance(policy, str):
         policy = policies.get(policy)
     trained = getattr(policy, "trained", None)
@@ -229,9 +226,12 @@ def _policy(
         raise UserError(f"model {model.name}: {error}" if trained else str(error)) from None
     if trained and (other := trained.other_model(model.name, model.revision)):
         warnings.warn(other, stacklevel=3)
-    if warning := model.config.beyond(longest + new_tokens, "prompt + new_tokens"):
-        warnings.warn(f"model {model.name}: {warning}", stacklevel=3)
     return policy
+
+
+def _warn_of_length(model: Model, prompt: int, new_tokens: int) -> None:
+    if warning := model.config.beyond(prompt + new_tokens, "prompt + new_tokens"):
+        warnings.warn(f"model {model.name}: {warning}", stacklevel=3)
 
 
 def generate(
@@ -273,9 +273,11 @@ def generate(
     """
     ids = _encode_all(model, prompts, chat)
     kinds.check("samples", samples, kinds.whole(1, 2**16))
+    kinds.check("new_tokens", new_tokens, kinds.whole(1))
     cadence = Cadence(budget, interval)
     plan = decoding.Plan(cadence, Sampling(temperature, top_k, top_p), model.stop)
-    policy = _policy(model, policy, cadence, max(map(len, ids)), new_tokens)
+    policy = _policy(policy, model, cadence)
+    _warn_of_length(model, max(map(len, ids)), new_tokens)
     rows = [(i, j) for i in range(len(ids)) for j in range(samples)]
     prompts, limit = [ids[i] for i, _ in rows], [new_tokens] * len(rows)
     key_b = jax.numpy.stack([sample_key(seed, i, j) for i, j in rows])
@@ -315,13 +317,15 @@ def stream(
     """
     if model.tokenizer is None:
         raise UserError(f"model {model.name} has no tokenizer: there is no text to stream")
+    kinds.check("new_tokens", new_tokens, kinds.whole(1))
+    cadence = Cadence(budget, interval)
+    plan = decoding.Plan(cadence, Sampling(temperature, top_k, top_p), model.stop)
+    policy = _policy(policy, model, cadence)
     found = _encode_all(model, prompt, chat)
     if len(found) != 1:
         raise UserError(f"stream takes one prompt, not {len(found)}: use generate")
     [ids] = found
-    cadence = Cadence(budget, interval)
-    plan = decoding.Plan(cadence, Sampling(temperature, top_k, top_p), model.stop)
-    policy = _policy(model, policy, cadence, len(ids), new_tokens)
+    _warn_of_length(model, len(ids), new_tokens)
     key_b = sample_key(seed, 0, 0)[None]
     tokens, shown = [], ""
     for chunk in decoding.stream(model.lm, policy, plan, [ids], key_b, [new_tokens]):
