@@ -22,6 +22,20 @@ for name, value in (("numpy_rank_promotion", "raise"), ("default_matmul_precisio
     os.environ[f"JAX_{name.upper()}"] = value
 
 
+# Few tests, but long ones: left to the end, they would keep one core waiting for the other.
+FIRST = ("test_kill.py", "test_several.py", "test_parallel.py", "test_colab.py")
+
+
+def pytest_configure(config):
+    # pytest-xdist would start with the files that have the most tests.
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in FIRST)
+
+
 @pytest.fixture(scope="session")
 def shared_reference() -> Path:
     """The folder of vectors made by the released PyTorch code."""
