@@ -7,6 +7,7 @@ chunk attends to the survivors and itself, so hidden states are those of an evic
 The result of a row depends on its own tokens and key only.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -160,19 +161,21 @@ def check(policy: Policy, config: ModelConfig, cadence: Cadence, rows: int = 2) 
     if not policy.evicts:
         return
 
-    def one(policy):
-        policy = jax.tree.map(lambda x: x[0], policy)
-        cache = init_cache(policy, rows, config, cadence, jnp.float32)
-        chunk = Chunk(
-            jnp.zeros((rows, cadence.interval, config.heads, config.head_dim)),
-            jnp.zeros((rows, config.kv_heads, config.group_size, cadence.interval)),
-            jnp.zeros((rows, cadence.interval), jnp.int32),
-            jnp.int32(0),
-        )
-        site = Site(config, cadence, jnp.int32(0), row_keys(key_of(0, Purpose.REPLAY), rows))
-        return evict(policy, cache, chunk, site)[1]
+    _one_eviction.eval_shape(policy, config, cadence, rows)
 
-    jax.eval_shape(one, policy)
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))  # JAX remembers what it has traced
+def _one_eviction(policy, config, cadence, rows):
+    policy = jax.tree.map(lambda x: x[0], policy)
+    cache = init_cache(policy, rows, config, cadence, jnp.float32)
+    chunk = Chunk(
+        jnp.zeros((rows, cadence.interval, config.heads, config.head_dim)),
+        jnp.zeros((rows, config.kv_heads, config.group_size, cadence.interval)),
+        jnp.zeros((rows, cadence.interval), jnp.int32),
+        jnp.int32(0),
+    )
+    site = Site(config, cadence, jnp.int32(0), row_keys(key_of(0, Purpose.REPLAY), rows))
+    return evict(policy, cache, chunk, site)[1]
 
 
 def layer_pass(
