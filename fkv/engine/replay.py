@@ -160,7 +160,6 @@ def check(policy: Policy, config: ModelConfig, cadence: Cadence, rows: int = 2) 
     base.check(policy, config, cadence)
     if not policy.evicts:
         return
-
     _one_eviction.eval_shape(policy, config, cadence, rows)
 
 

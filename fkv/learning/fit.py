@@ -146,10 +146,12 @@ def check_finite(stage: str, metrics: Mapping, step: int, run: Run, ids: Sequenc
 # ---- gradient accumulation
 
 
-def accumulated(
-    optimiser: optax.GradientTransformation, micro_batches: int
-) -> optax.GradientTransformation:
-    """Updates once every `micro_batches` calls, by the mean of their gradients, then clipped."""
+def adam(schedule: optax.Schedule, clip: float, micro_batches: int) -> optax.GradientTransformation:
+    """Adam after clipping by global norm.
+
+    Updates once every `micro_batches` calls, by the mean of their gradients, which is clipped.
+    """
+    optimiser = optax.chain(optax.clip_by_global_norm(clip), optax.adam(schedule))
     if micro_batches == 1:
         return optimiser
     return optax.MultiSteps(optimiser, micro_batches).gradient_transformation()

@@ -73,7 +73,7 @@ class Plan(fit.Fit):
       cadence: of evictions.
       scorer: what is trained.
       grpo: rollouts, rewards and the loss.
-      micro_batches: per step, see `fit.accumulated`.
+      micro_batches: per step, see `fit.adam`.
     """
 
     group: ClassVar[str] = "grpo"
@@ -99,8 +99,7 @@ class Plan(fit.Fit):
         schedule = optax.linear_schedule(
             self.learning_rate / (self.warmup + 1), self.learning_rate, self.warmup
         )
-        adam = optax.chain(optax.clip_by_global_norm(self.clip_norm), optax.adam(schedule))
-        return fit.accumulated(adam, self.micro_batches)
+        return fit.adam(schedule, self.clip_norm, self.micro_batches)
 
 
 @flax.struct.dataclass

@@ -23,7 +23,7 @@ from fkv.errors import UserError
 from fkv.keys import Purpose, key_of
 from fkv.kinds import setting
 from fkv.learning import golden
-from fkv.learning.fit import Fit, TrainState, accumulated, mean_so_far, updates_made
+from fkv.learning.fit import Fit, TrainState, adam, mean_so_far, updates_made
 from fkv.models import LM
 from fkv.policies import Forced, View, scorer
 
@@ -56,7 +56,7 @@ class Plan(Fit):
       cadence: of evictions.
       scorer: what is trained.
       loss: the ranking loss.
-      micro_batches: per step, see `fit.accumulated`.
+      micro_batches: per step, see `fit.adam`.
     """
 
     group: ClassVar[str] = "sft"
@@ -84,8 +84,7 @@ class Plan(Fit):
         schedule = optax.warmup_cosine_decay_schedule(
             0.0, self.learning_rate, self.warmup, self.steps
         )
-        adam = optax.chain(optax.clip_by_global_norm(self.clip), optax.adam(schedule))
-        return accumulated(adam, self.micro_batches)
+        return adam(schedule, self.clip, self.micro_batches)
 
 
 def ranking_loss(
