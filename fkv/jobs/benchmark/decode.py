@@ -29,8 +29,9 @@ def _measure(bench: Bench, arms: Sequence[Arm]) -> list[dict]:
     if bench.settings.compile_threads > 1:
         shapes = {_shape(arm): arm for arm in arms}.values()
         with concurrent.futures.ThreadPoolExecutor(bench.settings.compile_threads) as pool:
+            makers = [(make, arm) for make in (_program, _eviction) for arm in shapes]
             # The measurement reports errors.
-            list(pool.map(lambda arm: bench.late or failure(_program, bench, arm), shapes))
+            list(pool.map(lambda one: bench.late or failure(one[0], bench, one[1]), makers))
 
     def prepare(arm):
         _, about = _program(bench, arm)
@@ -139,11 +140,12 @@ def _run_decode(bench: Bench, arm: Arm, chunks: int) -> list[float]:
     return found[1:]
 
 
-def _run_evictions(bench: Bench, arm: Arm) -> float:
-    """Median seconds of the evictions of all layers, run as a program of their own."""
+def _eviction(bench: Bench, arm: Arm) -> Callable:
+    """The evictions of all layers as a program of their own, from caches to caches."""
     policy, config, interval = bench.policy(arm.policy), bench.lm.config, bench.interval
     if not policy.evicts:
-        return 0.0
+        return lambda caches: caches
+    state = jax.eval_shape(functools.partial(synthetic_state, bench, arm), bench.key)
 
     def evict(policy, caches, chunks, site):
         ring = np.s_[..., -interval:]  # which the steps have filled
@@ -151,20 +153,28 @@ def _run_evictions(bench: Bench, arm: Arm) -> float:
         full = [x.replace(position_bks=x.position_bks.at[ring].set(newest)) for x in caches]
         return decoding.evict(policy, full, chunks, site)
 
-    state = _state(bench, arm)
     shape = (arm.batch, interval, config.heads, config.head_dim)
     query = jax.random.normal(fold(bench.key, 2), shape, bench.config.dtype)
     lse = jnp.zeros((arm.batch, config.kv_heads, config.group_size, interval))
     position = jnp.broadcast_to(_prompt(bench, arm) + jnp.arange(interval), (arm.batch, interval))
-    chunks = [replay.Chunk(query, lse, position, state.chunk)] * config.layers
-    rest = (chunks, replay.Site(config, bench.plan(arm.budget).cadence, 0, state.key_b))
-    caches, found = state.caches, []
+    index = jnp.asarray(-(-_prompt(bench, arm) // interval))
+    chunks = [replay.Chunk(query, lse, position, index)] * config.layers
+    site = replay.Site(config, bench.plan(arm.budget).cadence, 0, bench.row_keys(arm.batch))
     program, _ = bench.compiled(
         ("evict", _shape(arm)),
-        lambda: jax.jit(evict, donate_argnums=1).lower(policy, caches, *rest),
+        lambda: jax.jit(evict, donate_argnums=1).lower(policy, state.caches, chunks, site),
     )
+    return lambda caches: program(policy, caches, chunks, site)
+
+
+def _run_evictions(bench: Bench, arm: Arm) -> float:
+    """Median seconds of the evictions of all layers."""
+    if not bench.policy(arm.policy).evicts:
+        return 0.0
+    call = _eviction(bench, arm)
+    caches, found = _state(bench, arm).caches, []
     for _ in range(max(_chunks(bench), 3) + 1):
-        seconds, caches = timed(program, policy, caches, *rest)
+        seconds, caches = timed(call, caches)
         found.append(seconds)
     return float(np.median(found[1:]))
 
