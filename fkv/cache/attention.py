@@ -96,6 +96,12 @@ def attend_one(
     return kernels.decode_attention(q_bqhd, cache, position_bq[:, 0], platform, 0, interpret)
 
 
+# Blocks of queries that share a prefix of the keys, each prefix a loop to compile: at most so many
+# prefixes (of 6, 7/12 of all products are computed, where half would do), of at least so many
+# blocks. (XLA unrolls a loop of one, and is then slower.)
+_PREFIXES, _SHARED = 6, 2
+
+
 def full_attention(
     q_bthd: Array, k_btkd: Array | kv.Int8, v_btkd: Array | kv.Int8, position_bt: Array,
     block: int = 256,
@@ -103,35 +109,63 @@ def full_attention(
     """Causal attention of a whole sequence, one block of queries at a time, never T x T.
 
     Args:
-      position_bt: absolute positions, -1 for padding.
-      block: largest number of queries in a block; memory is `b * h * block * t` floats.
+      position_bt: absolute positions, -1 for padding; no token is before an earlier one.
+      block: largest number of queries in a block, a quarter of that on a CPU, where rows go one by
+        one; memory is `b * h * block * t` floats.
 
     Returns:
       Attended values [b, t, h, d] and log-sum-exps [b, k, g, t].
     """
-    b, t, h, d = q_bthd.shape
-    chex.assert_shape(k_btkd, (b, t, None, d))
+    b, t, _, _ = q_bthd.shape
+    chex.assert_shape(k_btkd, (b, t, None, q_bthd.shape[-1]))
     chex.assert_shape(position_bt, (b, t))
-    blocks = -(-t // block)
-    block = -(-t // blocks)  # equal blocks: fewer padding queries than blocks
     k_bktd, v_bktd = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 2), (k_btkd, v_btkd))
+    return numerics.row_by_row(
+        functools.partial(_full_attention, block), q_bthd, k_bktd, v_bktd, position_bt,
+        of_one=functools.partial(_full_attention, -(-block // 4)),
+    )  # fmt: skip
+
+
+def _full_attention(block, q_bthd, k_bktd, v_bktd, position_bt):
+    t = q_bthd.shape[1]
+    blocks = -(-t // block)
+    at_once = max(_SHARED, -(-blocks // _PREFIXES)) * block
+    parts = []
+    for start in range(0, t, at_once):
+        end = min(start + at_once, t)
+
+        def prefix(x, axis=2, end=end):
+            return jax.lax.slice_in_dim(x, 0, end, axis=axis)
+
+        keys, values = jax.tree.map(prefix, (k_bktd, v_bktd))
+        queries = (x[:, start:end] for x in (q_bthd, position_bt))
+        parts.append(_in_blocks(block, *queries, keys, values, prefix(position_bt, 1)))
+    out, lse = zip(*parts, strict=True)
+    return jnp.concatenate(out, axis=1), jnp.concatenate(lse, axis=3)
+
+
+def _in_blocks(block, q_bqhd, position_bq, k_bksd, v_bksd, position_bs):
+    """`attend` for a block of queries at a time."""
+    b, queries, h, d = q_bqhd.shape
+    blocks = -(-queries // block)
+    block = -(-queries // blocks)  # equal blocks: fewer padding queries than blocks
 
     def one(inputs):
         q, position = inputs
-        return attend(q, k_bktd, v_bktd, visible(position, position_bt[:, None]))
+        return attend(q, k_bksd, v_bksd, visible(position, position_bs[:, None]))
 
     if blocks == 1:
-        return one((q_bthd, position_bt))
-    pad = blocks * block - t
-    q = jnp.pad(q_bthd, ((0, 0), (0, pad), (0, 0), (0, 0)))
-    position = jnp.pad(position_bt, ((0, 0), (0, pad)), constant_values=-1)
+        return one((q_bqhd, position_bq))
+    pad = blocks * block - queries
+    q = jnp.pad(q_bqhd, ((0, 0), (0, pad), (0, 0), (0, 0)))
+    position = jnp.pad(position_bq, ((0, 0), (0, pad)), constant_values=-1)
     q, position = (
         jnp.moveaxis(x.reshape(b, blocks, block, *x.shape[2:]), 1, 0) for x in (q, position)
     )
     out, lse = jax.lax.map(one, (q, position))
-    out = jnp.moveaxis(out, 0, 1).reshape(b, t + pad, h, d)
-    lse = jnp.moveaxis(lse, 0, 3).reshape(*lse.shape[1:4], t + pad)
-    return out[:, :t], lse[..., :t]
+    out = jnp.moveaxis(out, 0, 1).reshape(b, queries + pad, h, d)
+    lse = jnp.moveaxis(lse, 0, 3).reshape(*lse.shape[1:4], queries + pad)
+    return out[:, :queries], lse[..., :queries]
 
 
 @flax.struct.dataclass
