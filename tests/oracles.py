@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fkv.engine.batch import Batch
-from fkv.learning import grpo
+from fkv.learning import surrogate
 from fkv.models import LM, ModelConfig
 from fkv.models.decoder import param_shapes
 
@@ -327,5 +327,5 @@ def reward(evicted_nll_t, full_nll_t, counted_t, eta):
 
 def grpo_loss(new_x, old_x, reference_x, advantage_x, clip, kl_weight):
     """The mean PPO-clip loss plus the KL to the reference policy, and the mean KL, nats."""
-    _, surrogate, kl = grpo.terms(new_x, old_x, reference_x, advantage_x, clip)
-    return -surrogate.mean() + kl_weight * kl.mean(), kl.mean()
+    _, gain, kl = surrogate.terms(new_x, old_x, reference_x, advantage_x, clip)
+    return -gain.mean() + kl_weight * kl.mean(), kl.mean()

@@ -26,7 +26,7 @@ from fkv.cache import slots as kv
 from fkv.cache.cadence import Cadence
 from fkv.engine import replay
 from fkv.engine.batch import Batch
-from fkv.learning import golden, grpo, sft
+from fkv.learning import golden, sft, surrogate
 from fkv.learning.tokens import low_entropy, token_losses
 from fkv.policies import scorer
 from fkv.runs import sharing
@@ -198,10 +198,11 @@ def check_losses(path: Path) -> list[Row]:
     # Theirs score eviction, and so does this oracle; ours score importance.
     loss, has_pair = sft.ranking_loss(-v["rank_scores"], -v["rank_oracle"], loss_config)
     row("ranking loss", loss.sum() / has_pair.sum(), v["rank_loss"])
-    row("advantages", grpo.advantages(v["grpo_returns"]), v["grpo_advantages"])
+    row("advantages", surrogate.advantages(v["grpo_returns"]), v["grpo_advantages"])
     index = v["grpo_indices"]
     new, old, ref = (
-        grpo.independent_log_prob(v[f"grpo_scores_{name}"], index) for name in ("new", "old", "ref")
+        surrogate.independent_log_prob(v[f"grpo_scores_{name}"], index)
+        for name in ("new", "old", "ref")
     )
     advantage = v["grpo_advantages"][None, :, None, None]
     loss, kl = oracles.grpo_loss(

@@ -15,7 +15,7 @@ from fkv.engine import decoding
 from fkv.engine.batch import Batch
 from fkv.engine.decoding import Plan, Sampling
 from fkv.keys import keys_of
-from fkv.learning import golden, grpo, pretrain, sft
+from fkv.learning import golden, grpo, pretrain, replayed, sft
 from fkv.learning.fit import TrainState
 from fkv.learning.tokens import token_losses
 from fkv.policies import scorer
@@ -63,14 +63,15 @@ def supervised(dtype):
     return on_axis(step, state, lm, oracles.make_batch(lm.config, [LENGTH]))
 
 
-def reinforced(dtype):
+def reinforced(epochs, dtype):
     lm = model(dtype)
     policy = scorers(lm.config)
     plan = grpo.Plan(
         steps=10, traces=1, traces_at_once=0, learning_rate=0.01, warmup=1, clip_norm=1.0,
-        scorer=policy.config, grpo=grpo.GRPOConfig(rollouts=2, epochs=2), **FIT,
+        scorer=policy.config, grpo=grpo.GRPOConfig(rollouts=2, epochs=epochs), **FIT,
     )  # fmt: skip
-    step = functools.partial(grpo.train_step, plan, axis="data")
+    step = grpo.train_step if epochs == 1 else replayed.train_step
+    step = functools.partial(step, plan, axis="data")
     state = grpo.TrainState.init(policy.params, plan.optimiser, reference=policy.params)
     losses = jnp.ones((2, LENGTH - 1))
     random = jax.random.key_data(keys_of(jax.random.key(0), 2))
@@ -120,7 +121,8 @@ def kernel(dtype):
 RULES = sorted(set(policies.names()) - {"forced"})
 PROGRAMS = {
     "supervised step": supervised,
-    "reinforcement step": reinforced,
+    "reinforcement step": functools.partial(reinforced, 1),
+    "reinforcement step of two epochs": functools.partial(reinforced, 2),
     "golden labels and losses": labels,
     "pretraining": pretraining,
     "decode kernel": kernel,

@@ -1,6 +1,7 @@
 """The reinforcement stage, from a config to a table: improve scorers, save them, measure them."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -16,7 +17,7 @@ from fkv.errors import UserError
 from fkv.evaluation import loss_ratio
 from fkv.jobs import common, evaluate, groups, training
 from fkv.keys import Purpose, key_of
-from fkv.learning import grpo, tokens
+from fkv.learning import grpo, replayed, tokens
 from fkv.models import LM, ModelConfig
 from fkv.policies import scorer
 from fkv.runs import parallel, provenance
@@ -39,6 +40,11 @@ def plan_of(config: ConfigDict, mesh: Mesh) -> grpo.Plan:
         plan.traces * rollouts, plan.traces_at_once * rollouts, "grpo.traces_at_once", mesh
     )
     return dataclasses.replace(plan, micro_batches=parts)
+
+
+def step_of(plan: grpo.Plan) -> Callable:
+    """The training step: several updates per batch of rollouts need a replay each."""
+    return replayed.train_step if plan.grpo.epochs > 1 else grpo.train_step
 
 
 def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
@@ -65,7 +71,7 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
         key = key_of(config.seed, Purpose.ROLLOUT, step)
         return _rollouts(plan, stage.train, full, ids, key)
 
-    run, state = stage.learn(state, grpo.train_step, rows_of, _report, MAY_DIFFER, inputs)
+    run, state = stage.learn(state, step_of(plan), rows_of, _report, MAY_DIFFER, inputs)
     trained = training.trained_for(config, workdir)
     learned = {
         "supervised": supervised.replace(params=jax.device_get(state.reference)),

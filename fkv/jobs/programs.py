@@ -59,7 +59,7 @@ def stage(job: str, config: ConfigDict, model: ModelConfig, mesh: Mesh) -> Stage
         flops = functools.partial(costs.sft_flops, model, plan.scorer, cadence=plan.cadence)
     else:
         plan = grpo_job.plan_of(config, mesh)
-        traces, rollouts, step = plan.traces, plan.grpo.rollouts, grpo.train_step
+        traces, rollouts, step = plan.traces, plan.grpo.rollouts, grpo_job.step_of(plan)
         more = {"cadence": plan.cadence, "epochs": plan.grpo.epochs}
         flops = functools.partial(costs.grpo_flops, model, plan.scorer, **more)
 

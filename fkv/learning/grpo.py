@@ -1,15 +1,20 @@
 """The reinforcement stage: GRPO over eviction traces.
 
 ForesightKV, arXiv 2602.03203, section 3.4. A rollout is the teacher-forced replay of a trace under
-sampled evictions; its reward is the negated added loss on low-entropy tokens. The update replays
-the recorded evictions, so the states are those of the rollout, and computes loss and gradient
-inside the scan over chunks, as in `fkv.learning.sft`: no state outlives its eviction.
+sampled evictions; its reward is the negated added loss on low-entropy tokens.
 
-Letters: r rollouts, t tokens, e chunks, n candidates, l dropped entries; the rows of a batch are
-the rollouts of its traces, those of a trace adjacent.
+A batch of rollouts usually gives one update. Its probability ratios are exactly 1, so a rollout's
+gradient is that of its log-probabilities times a number, the advantage, that is known only when all
+rollouts are done. So one pass is enough: at every eviction the gradients of each row are added to
+sums, which are a few megabytes a row, and no state outlives its eviction. `fkv.learning.replayed`
+makes several updates.
+
+Letters: r rollouts, t tokens, e chunks, n candidates, m a pool of `2L`, l dropped entries; the rows
+of a batch are the rollouts of its traces, those of a trace adjacent.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import ClassVar
 
 import flax.struct
@@ -24,13 +29,12 @@ from fkv.engine import replay
 from fkv.engine.batch import Batch
 from fkv.errors import UserError
 from fkv.kinds import setting
-from fkv.learning import fit, tokens
+from fkv.learning import fit, surrogate, tokens
 from fkv.models import LM
 from fkv.policies import Foresight, View, scorer
 from fkv.policies.base import Policy
 
 REWARDS = ("all", "low", "high", "low_large", "low_large_squared")
-LOG_PROBS = ("plackett_luce", "independent")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +62,7 @@ class GRPOConfig(tokens.Split):
     clip: float = setting(kinds.POSITIVE, 0.2)
     kl_weight: float = setting(kinds.number(0), 0.05)
     kl_steps: int = setting(kinds.whole(0), 100)
-    log_prob: str = setting(kinds.one_of(LOG_PROBS), "plackett_luce")
+    log_prob: str = setting(kinds.one_of(surrogate.LOG_PROBS), "plackett_luce")
     rollouts_at_once: int = setting(kinds.whole(0), 0)
 
 
@@ -128,50 +132,7 @@ class Rollouts:
     random_b: Array
 
 
-def advantages(reward_r: Array) -> Array:
-    """Rewards of a group, centred and divided by their (population) standard deviation."""
-    # Relative to the first, so that equal rewards give exact zeros, not amplified rounding errors.
-    reward_r = reward_r - reward_r[:1]
-    return (reward_r - reward_r.mean()) / (reward_r.std() + 1e-8)
-
-
-def independent_log_prob(score_xn: Array, index_xl: Array) -> Array:
-    """Log-probability of each drop under an independent softmax over all candidates.
-
-    Args:
-      score_xn: eviction scores, higher is dropped.
-      index_xl: dropped candidates.
-    """
-    return jnp.take_along_axis(jax.nn.log_softmax(score_xn, axis=-1), index_xl, axis=-1)
-
-
-def terms(
-    new_x: Array, old_x: Array, reference_x: Array, advantage_x: Array, clip: float
-) -> tuple[Array, Array, Array]:
-    """Probability ratio, PPO-clip surrogate, and k3 estimate of the KL to the reference policy
-    (nats) for each dropped entry, [x] each.
-
-    Args:
-      new_x, old_x, reference_x: log-probabilities.
-      advantage_x: advantages, broadcast to them.
-    """
-    ratio = jnp.exp(jnp.clip(new_x - old_x, -10, 10))
-    surrogate = jnp.minimum(ratio * advantage_x, jnp.clip(ratio, 1 - clip, 1 + clip) * advantage_x)
-    log_ratio = jnp.clip(reference_x - new_x, -10, 10)
-    return ratio, surrogate, jnp.exp(log_ratio) - log_ratio - 1
-
-
-def plackett_luce_log_prob(score_xm: Array, draws: int) -> Array:
-    """Log-probability of each of the first `draws` entries, drawn in order without replacement.
-
-    Args:
-      score_xm: eviction scores of the pool: those drawn, in order, then the rest.
-    """
-    left = jax.lax.cumlogsumexp(score_xm, axis=score_xm.ndim - 1, reverse=True)
-    return (score_xm - left)[..., :draws]
-
-
-# ---- rollouts
+# ---- rewards
 
 
 def rollout_reward(
@@ -193,62 +154,45 @@ def rollout_reward(
     return -jnp.where(over, excess, 0.0).sum(-1) / jnp.maximum(over.sum(-1), 1)
 
 
-@flax.struct.dataclass
-class Recorded(Policy):
-    """Replays the drops of a rollout, for observers that update scorers.
+def outcome(plan: Plan, rows: Rollouts, nll_bt: Array, axis: str) -> tuple[Array, dict]:
+    """The advantage of each of this device's rollouts [b], and metrics of losses and rewards.
 
-    Attributes:
-      slots_yebkm: the pool of `2L` slots of every layer and chunk, the dropped ones first, in the
-        order of the draw.
-      old_yebkl: log-probabilities of the drops when they were drawn.
-      params, reference: the scorers being trained, and those they started from.
-      config: of the scorers.
+    Args:
+      nll_bt: their losses per token, under eviction.
     """
+    grpo = plan.grpo
+    counted = rows.batch.counted_bt(plan.cadence.first_evicting_token)
+    reward = rollout_reward(grpo, nll_bt, rows.full_bt, rows.entropy_bt, counted)
+    # A group may span several devices.
+    everyone = jax.lax.all_gather(reward, axis, tiled=True).reshape(-1, grpo.rollouts)
+    advantage = jax.vmap(surrogate.advantages)(everyone).reshape(-1)
+    own = jax.lax.axis_index(axis) * len(reward)
+    advantage = jax.lax.dynamic_slice_in_dim(advantage, own, len(reward))
 
-    slots_yebkm: Array
-    old_yebkl: Array
-    params: dict
-    reference: dict
-    config: scorer.ScorerConfig = flax.struct.field(pytree_node=False)
-
-    @property
-    def statistics(self) -> str | None:
-        return self.config.statistics
-
-    def pool(self, view: View) -> Array:
-        """Slots of this chunk's pool [b, k, m]."""
-        return jax.lax.dynamic_index_in_dim(self.slots_yebkm, view.chunk, axis=0, keepdims=False)
-
-    def evict(self, view: View) -> Array:
-        return self.pool(view)[..., : view.interval]
-
-
-def rollout(plan: Plan, params: dict, lm: LM, batch: Batch, key_b: Array) -> tuple[Array, Array]:
-    """Samples one eviction trace of every row.
-
-    Returns:
-      The pools [layers, chunks, b, k, 2L], see `Recorded`, and the losses per token [b, t - 1].
-    """
-    policy = Foresight(params, plan.scorer, "sample", plan.grpo.temperature)
-
-    def observe(acc, policy, view, evict):
-        # The draw takes the lowest after perturbation, so sorting gives the pool in its order.
-        return acc, jax.lax.top_k(-policy.importance(view), 2 * view.interval)[1]
-
-    hidden, _, pools = replay.replay(lm, batch, policy, plan.cadence, key_b, observe)
-    return pools, tokens.token_losses(lm, hidden, batch.token_bt).nll_bt
+    metrics = {}
+    low = tokens.low_entropy(rows.entropy_bt, counted, grpo.high_fraction)
+    total = lambda x, mask: jax.lax.psum(jnp.where(mask, x, 0.0).sum(), axis)  # noqa: E731
+    for name, mask in (("low", low), ("high", counted & ~low)):
+        metrics[f"evicted_{name}"] = total(nll_bt, mask)
+        metrics[f"full_{name}"] = total(rows.full_bt, mask)
+        metrics[f"tokens_{name}"] = total(jnp.ones_like(nll_bt), mask)
+    spread = everyone.std(-1)
+    metrics["reward"] = everyone.mean()
+    metrics["reward_spread"] = spread.mean()
+    metrics["groups_without_spread"] = (spread == 0).mean()
+    return advantage, metrics
 
 
-# ---- update
+# ---- a step
 
 
 @flax.struct.dataclass
 class Sums:
-    """Sums over the replay of a batch, per layer, of means over the drops of a row.
+    """Sums over the rows of a batch, per layer, of means over the drops of a row.
 
     Attributes:
       loss, kl, clipped, entropy: of the policy loss, the KL estimate, whether the ratio was
-        clipped, and the entropy of the first draw; summed over rows.
+        clipped, and the entropy of the first draw.
       ratio: largest deviation of a ratio from 1.
       grads: gradient of `loss` in the layer's scorer parameters.
     """
@@ -263,8 +207,7 @@ class Sums:
     @classmethod
     def zero(cls, params: dict) -> "Sums":
         """Zeros, for scorers of such parameters (of all layers or of one)."""
-        lead = params["b2"].shape[:-1]
-        zero = jnp.zeros(lead)
+        zero = jnp.zeros(params["b2"].shape[:-1])
         return cls(zero, zero, zero, zero, zero, jax.tree.map(jnp.zeros_like, params))
 
     def plus(self, other: "Sums") -> "Sums":
@@ -273,85 +216,13 @@ class Sums:
         return total.replace(ratio=jnp.maximum(self.ratio, other.ratio))
 
 
-@flax.struct.dataclass
-class Step:
-    """What an update needs besides the rollouts.
-
-    Attributes:
-      first: whether the parameters are those of the rollouts: then the ratios are exactly 1, and
-        `Recorded.old_yebkl` is not read.
-      kl_weight: at this step.
-      advantage_b: of each rollout.
-    """
-
-    first: Array
-    kl_weight: Array
-    advantage_b: Array
-
-
-def loss_and_grads(
-    plan: Plan, policy: Recorded, step: Step, lm: LM, batch: Batch
-) -> tuple[Sums, Array]:
-    """Loss and gradient of a batch of rollouts.
-
-    Args:
-      policy: the recorded evictions and the scorers.
-
-    Returns:
-      The sums, and the current log-probabilities of the drops [layers, chunks, b, k, l].
-    """
-    cadence, grpo = plan.cadence, plan.grpo
-    interval = cadence.interval
-    events = jnp.maximum((batch.length_b - 1) // interval - cadence.fill_chunks, 1)
-
-    def observe(acc: Sums, policy: Recorded, view: View, evict: Array):
-        live = (view.eviction >= 0) & (batch.length_b > (view.chunk + 1) * interval)
-        weight = jnp.where(live, 1 / (events * lm.config.kv_heads * interval), 0.0)[:, None, None]
-        pool = policy.pool(view)
-        pool = jnp.minimum(pool, view.budget - 1)  # ignored while the cache fills
-        feature = scorer.features(plan.scorer, view)
-        old = jax.lax.dynamic_index_in_dim(policy.old_yebkl, view.chunk, axis=0, keepdims=False)
-
-        def log_probs(params):
-            score = -scorer.apply(plan.scorer, params, feature) / grpo.temperature
-            drawn = jnp.take_along_axis(score, pool, axis=-1)
-            if grpo.log_prob == "independent":
-                return independent_log_prob(score, pool[..., :interval]), drawn
-            return plackett_luce_log_prob(drawn, interval), drawn
-
-        reference, _ = log_probs(policy.reference)
-
-        def objective(params):
-            new, drawn = log_probs(params)
-            before = jnp.where(step.first, jax.lax.stop_gradient(new), old)
-            advantage = step.advantage_b[:, None, None]
-            ratio, surrogate, kl = terms(new, before, reference, advantage, grpo.clip)
-            loss = ((step.kl_weight * kl - surrogate) * weight).sum()
-            p = jax.nn.softmax(drawn, axis=-1)
-            entropy = -(p * jax.nn.log_softmax(drawn, axis=-1)).sum(-1) * interval
-            off = jnp.abs(ratio - 1)
-            aux = (
-                (kl * weight).sum(),
-                ((off > grpo.clip) * weight).sum(),
-                (entropy * weight[..., 0]).sum(),
-                jnp.max(jnp.where(weight > 0, off, 0.0)),
-            )
-            return loss, (aux, new)
-
-        (loss, (aux, new)), grads = jax.value_and_grad(objective, has_aux=True)(policy.params)
-        return acc.plus(Sums(loss, *aux, grads)), new
-
-    start = Sums.zero(jax.tree.map(lambda x: x[0], policy.params))
-    _, sums, new = replay.replay(lm, batch, policy, cadence, observe=observe, acc=start)
-    # A shift of all scores changes no probability: its computed gradient is rounding error.
-    grads = {**sums.grads, "b2": jnp.zeros_like(sums.grads["b2"])}
-    return sums.replace(grads=grads), new
-
-
 def train_step(
     plan: Plan, state: TrainState, lm: LM, rows: Rollouts, axis: str
 ) -> tuple[TrainState, dict]:
     """Rollouts and updates on this device's rows, with collectives over `axis`.
+
+    With one epoch the ratios are exactly 1, so the gradient is that of the log-probabilities, which
+    rollouts gather, times the advantages. More epochs take `replayed.train_step`.
 
     Returns:
       The new state and metrics. Means over the batch: reward, its spread within groups, the share
@@ -360,71 +231,196 @@ def train_step(
       Sums over the batch, for low- and high-entropy tokens: the loss under eviction and with the
       full cache, and their number.
     """
-    grpo, number = plan.grpo, len(rows.full_bt)
-    at_once = grpo.rollouts_at_once or number
-    if number % at_once:
-        raise UserError(
-            f"grpo.rollouts_at_once = {at_once} must divide the {number} rollouts of a device"
-        )
-
-    def split(x):
-        return x.reshape(number // at_once, at_once, *x.shape[1:])
+    if plan.grpo.epochs > 1:
+        raise ValueError("several epochs replay their rollouts: use replayed.train_step")
+    split = parts(plan, len(rows.full_bt))
 
     def roll(part):
-        batch, random = part
-        return rollout(plan, state.params, lm, batch, jax.vmap(jax.random.wrap_key_data)(random))
+        return rollout(plan, state, lm, *part)
 
-    batch = jax.tree.map(split, rows.batch)
-    pools, nll = jax.lax.map(roll, (batch, split(rows.random_b)))
+    nll, found = jax.lax.map(roll, (jax.tree.map(split, rows.batch), split(rows.random_b)))
     nll = nll.reshape(rows.full_bt.shape)
-    counted = rows.batch.counted_bt(plan.cadence.first_evicting_token)
-    reward = rollout_reward(grpo, nll, rows.full_bt, rows.entropy_bt, counted)
-    # A group may span several devices.
-    everyone = jax.lax.all_gather(reward, axis, tiled=True).reshape(-1, grpo.rollouts)
-    advantage = jax.vmap(advantages)(everyone).reshape(-1)
-    own = jax.lax.axis_index(axis) * number
-    advantage = split(jax.lax.dynamic_slice_in_dim(advantage, own, number))
-    kl_weight = jnp.where(state.step < grpo.kl_steps, grpo.kl_weight, 0.0)
-
-    def update(carry, epoch):
-        state, old = carry
-
-        def gradient(sums, part):
-            pools, old, advantage, batch = part
-            policy = Recorded(pools, old, state.params, state.reference, plan.scorer)
-            step = Step(epoch == 0, kl_weight, advantage)
-            more, new = loss_and_grads(plan, policy, step, lm, batch)
-            # A single epoch never needs the log-probabilities of its drops again.
-            return sums.plus(more), new if grpo.epochs > 1 else old
-
-        sums, new = jax.lax.scan(gradient, Sums.zero(state.params), (pools, old, advantage, batch))
-        off = jax.lax.pmax(sums.ratio, axis)
-        sums = jax.tree.map(lambda x: x / number, jax.lax.pmean(sums, axis))
-        updates, opt_state = plan.optimiser.update(sums.grads, state.opt_state, state.params)
-        metrics = {
-            "loss": sums.loss.sum(),
-            "kl": sums.kl.mean(),
-            "clip_fraction": sums.clipped.mean(),
-            "entropy": sums.entropy.mean(),
-            "ratio_off": off.max(),
-            "grad_norm": optax.tree.norm(fit.mean_so_far(sums.grads, state.opt_state)),
-        }
-        params = optax.apply_updates(state.params, updates)
-        old = jnp.where(epoch == 0, new, old)
-        return (state.replace(params=params, opt_state=opt_state), old), metrics
-
-    kept = pools.shape[:-1] if grpo.epochs > 1 else (*pools.shape[:2], 1, 1, 1)
-    empty = jnp.zeros((*kept, plan.cadence.interval))
-    (state, _), metrics = jax.lax.scan(update, (state, empty), jnp.arange(grpo.epochs))
-
-    low = tokens.low_entropy(rows.entropy_bt, counted, grpo.high_fraction)
-    total = lambda x, mask: jax.lax.psum(jnp.where(mask, x, 0.0).sum(), axis)  # noqa: E731
-    for name, mask in (("low", low), ("high", counted & ~low)):
-        metrics[f"evicted_{name}"] = total(nll, mask)
-        metrics[f"full_{name}"] = total(rows.full_bt, mask)
-        metrics[f"tokens_{name}"] = total(jnp.ones_like(nll), mask)
-    spread = everyone.std(-1)
-    metrics["reward"] = everyone.mean()
-    metrics["reward_spread"] = spread.mean()
-    metrics["groups_without_spread"] = (spread == 0).mean()
+    advantage, metrics = outcome(plan, rows, nll, axis)
+    sums = _weighted(
+        plan, found, split(advantage), split(rows.batch.length_b), kl_weight(plan, state)
+    )
+    state, more = update(plan, state, sums, len(nll), axis)
+    metrics |= jax.tree.map(lambda x: x[None], more)
     return state.replace(step=fit.updates_made(state.step, state.opt_state)), metrics
+
+
+def parts(plan: Plan, rows: int) -> Callable[[Array], Array]:
+    """Splits arrays of a device's rows into micro-batches, [b, ...] -> [parts, b, ...]."""
+    at_once = plan.grpo.rollouts_at_once or rows
+    if rows % at_once:
+        raise UserError(
+            f"grpo.rollouts_at_once = {at_once} must divide the {rows} rollouts of a device"
+        )
+    return lambda x: x.reshape(rows // at_once, at_once, *x.shape[1:])
+
+
+def kl_weight(plan: Plan, state: TrainState) -> Array:
+    """Weight of the KL at the step of this state."""
+    return jnp.where(state.step < plan.grpo.kl_steps, plan.grpo.kl_weight, 0.0)
+
+
+def drop_weight(plan: Plan, batch: Batch, view: View) -> Array:
+    """Weight of each drop of an eviction in the mean over its row's drops [b, 1, 1].
+
+    Evictions that no token of the row attends after do not count.
+    """
+    interval = view.interval
+    evictions = (batch.length_b - 1) // interval - plan.cadence.fill_chunks
+    drops = jnp.maximum(evictions, 1) * view.config.kv_heads * interval
+    live = (view.eviction >= 0) & (batch.length_b > (view.chunk + 1) * interval)
+    return jnp.where(live, 1 / drops, 0.0)[:, None, None]
+
+
+def losses(plan: Plan, lm: LM, hidden: Array, batch: Batch) -> Array:
+    """Losses per token under eviction [b, t - 1]; zero where none can change them."""
+    before = plan.cadence.first_evicting_token - 1
+    found = tokens.token_losses(lm, hidden[:, before:], batch.token_bt[:, before:])
+    return jnp.pad(found.nll_bt, ((0, 0), (before, 0)))
+
+
+def update(
+    plan: Plan, state: TrainState, sums: Sums, rows: int, axis: str
+) -> tuple[TrainState, dict]:
+    """The state after an update by this device's sums over its rows, and its metrics."""
+    off = jax.lax.pmax(sums.ratio, axis)
+    # A shift of all scores changes no probability: its computed gradient is rounding error.
+    sums = sums.replace(grads={**sums.grads, "b2": jnp.zeros_like(sums.grads["b2"])})
+    sums = jax.tree.map(lambda x: x / rows, jax.lax.pmean(sums, axis))
+    updates, opt_state = plan.optimiser.update(sums.grads, state.opt_state, state.params)
+    metrics = {
+        "loss": sums.loss.sum(),
+        "kl": sums.kl.mean(),
+        "clip_fraction": sums.clipped.mean(),
+        "entropy": sums.entropy.mean(),
+        "ratio_off": off.max(),
+        "grad_norm": optax.tree.norm(fit.mean_so_far(sums.grads, state.opt_state)),
+    }
+    params = optax.apply_updates(state.params, updates)
+    return state.replace(params=params, opt_state=opt_state), metrics
+
+
+# ---- one epoch, in one pass
+
+
+@flax.struct.dataclass
+class Actor(Policy):
+    """Samples evictions for observers that compare its scorers with those it started from.
+
+    Attributes:
+      policy: what samples.
+      reference: scorer parameters.
+    """
+
+    policy: Foresight
+    reference: dict
+
+    statistics = property(lambda self: self.policy.statistics)
+
+    def evict(self, view: View) -> Array:
+        return self.policy.evict(view)
+
+
+@flax.struct.dataclass
+class Gathered:
+    """What a rollout leaves of each layer, until its advantage is known.
+
+    Attributes:
+      kl, entropy: as in `Sums`.
+      kl_grads: gradient of `kl` in the layer's scorer parameters.
+      grads_b: gradient of the mean log-probability of each row's drops, [b, ...].
+    """
+
+    kl: Array
+    entropy: Array
+    kl_grads: dict
+    grads_b: dict
+
+
+def gather(plan: Plan, actor: Actor, view: View, weight_b11: Array) -> tuple[Array, Gathered]:
+    """The draw of an eviction, and what it adds to the sums of its layer.
+
+    Features are read once: scores, draw and gradients come from one linearisation of the scorers.
+
+    Args:
+      weight_b11: of each drop.
+
+    Returns:
+      The pool of `2L` slots [b, k, m], the `L` dropped ones first, in the order of the draw.
+    """
+    feature = scorer.features(plan.scorer, view)
+
+    def apply(params_b):
+        one = lambda params, x: scorer.apply(plan.scorer, params, x[None])[0]  # noqa: E731
+        return jax.vmap(one)(params_b, feature)
+
+    def log_prob(importance):
+        return surrogate.log_prob(plan.grpo.log_prob, -importance / plan.grpo.temperature, index)
+
+    # Parameters of its own for each row: so the gradients are those of rows.
+    params_b = jax.tree.map(
+        lambda x: jnp.broadcast_to(x, (len(feature), *x.shape)), actor.policy.params
+    )
+    importance, to_params = jax.vjp(apply, params_b)
+    pool = actor.policy.pool(importance, view)
+    index = jnp.minimum(pool, view.budget - 1)  # pools of evictions without weight may go beyond
+    reference = log_prob(scorer.apply(plan.scorer, actor.reference, feature))
+    new, to_importance = jax.vjp(log_prob, importance)
+    kl, to_new = jax.vjp(lambda new: surrogate.kl_estimate(new, reference), new)
+    weight = jnp.broadcast_to(weight_b11, new.shape)
+    both = jnp.stack([weight, *to_new(weight)])
+    grads = jax.vmap(lambda x: to_params(*to_importance(x))[0])(both)
+    score = -jnp.take_along_axis(importance, index, axis=-1) / plan.grpo.temperature
+    entropy = surrogate.first_entropy(score) * weight.sum(-1)
+    return pool, Gathered(
+        (kl * weight).sum(),
+        entropy.sum(),
+        jax.tree.map(lambda x: x[1].sum(0), grads),
+        jax.tree.map(lambda x: x[0], grads),
+    )
+
+
+def rollout(
+    plan: Plan, state: TrainState, lm: LM, batch: Batch, random_b: Array
+) -> tuple[Array, Gathered]:
+    """Samples one eviction trace of every row.
+
+    Returns:
+      The losses per token [b, t - 1], and what is gathered [layers, ...].
+    """
+    policy = Foresight(state.params, plan.scorer, "sample", plan.grpo.temperature)
+    actor = Actor(policy, state.reference)
+
+    def observe(acc, actor, view, evict):
+        _, more = gather(plan, actor, view, drop_weight(plan, batch, view))
+        return jax.tree.map(jnp.add, acc, more), ()
+
+    one = jax.tree.map(lambda x: jnp.zeros(x.shape[1:]), state.params)
+    per_row = jax.tree.map(lambda x: jnp.zeros((len(batch.token_bt), *x.shape)), one)
+    start = Gathered(jnp.zeros(()), jnp.zeros(()), one, per_row)
+    key_b = jax.random.wrap_key_data(random_b)
+    hidden, found, _ = replay.replay(lm, batch, actor, plan.cadence, key_b, observe, start)
+    return losses(plan, lm, hidden, batch), found
+
+
+def _weighted(
+    plan: Plan, found: Gathered, advantage_pb: Array, length_pb: Array, kl_weight: Array
+) -> Sums:
+    """The sums over rows, from what their micro-batches have gathered [parts, layers, ...]."""
+    kl, entropy, kl_grads = (
+        jax.tree.map(lambda x: x.sum(0), x) for x in (found.kl, found.entropy, found.kl_grads)
+    )
+    # The weights of a row's drops add up to one, if it has any.
+    drops = (length_pb - 1) // plan.cadence.interval > plan.cadence.fill_chunks
+    loss = kl_weight * kl - jnp.where(drops, advantage_pb, 0.0).sum()
+
+    def weigh(kl, grads_pyb):
+        rows = advantage_pb.reshape(len(grads_pyb), 1, -1, *[1] * (grads_pyb.ndim - 3))
+        return kl_weight * kl - (rows * grads_pyb).sum((0, 2))
+
+    zero = jnp.zeros_like(kl)
+    return Sums(loss, kl, zero, entropy, zero, jax.tree.map(weigh, kl_grads, found.grads_b))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from fkv import kinds
+from fkv.cache import slots as kv
 from fkv.cache.cadence import Cadence
 from fkv.errors import UserError
 from fkv.models import ModelConfig
@@ -122,6 +123,16 @@ class Foresight(Policy):
             pool = 2 * view.interval if self.action == "sample" else importance.shape[-1]
             importance = perturb(importance / self.temperature, view, pool)
         return jnp.pad(importance, ((0, 0), (0, 0), (0, view.interval)))
+
+    def pool(self, importance_bkn: Array, view: View) -> Array:
+        """The pool [b, k, 2L] that `sample` draws from, from the importances of the candidates.
+
+        The slots that `evict` drops come first, in the order of the draw.
+        """
+        drawn = perturb(importance_bkn / self.temperature, view, 2 * view.interval)
+        newest = ((0, 0), (0, 0), (0, view.interval))
+        drawn = jnp.pad(drawn, newest, constant_values=jnp.inf)
+        return kv.choose(drawn, view.cache.position_bks, 2 * view.interval)
 
 
 def perturb(importance_bkn: Array, view: View, pool: int) -> Array:

@@ -170,13 +170,17 @@ def sft_flops(config: ModelConfig, scorers: ScorerConfig, length: int, cadence: 
 def grpo_flops(
     config: ModelConfig, scorers: ScorerConfig, length: int, cadence: Cadence, epochs: int = 1
 ) -> int:
-    """FLOPs per rollout: sampled and its losses measured, then replayed in every epoch.
+    """FLOPs per rollout: sampled and its losses measured; then replayed in each of several epochs.
 
-    In an epoch scorers take three passes: two as above, and one of the reference.
+    One epoch is a single pass, in which scorers take four: two as above, one of the reference, and
+    one for the gradient of the KL. In one of several epochs they take three.
     """
+    losses = unembedding_flops(config, length - cadence.slots)
+    if epochs == 1:
+        return int(losses + _evicted_flops(config, scorers, length, cadence, 4))
     drawn = _evicted_flops(config, scorers, length, cadence, 1)
     updated = _evicted_flops(config, scorers, length, cadence, 3)
-    return int(drawn + unembedding_flops(config, length) + epochs * updated)
+    return int(losses + drawn + epochs * updated)
 
 
 def _evicted_flops(config, scorers, length, cadence: Cadence, passes) -> float:

@@ -14,7 +14,8 @@ from fkv.cache.cadence import Cadence
 from fkv.engine import replay
 from fkv.engine.batch import Batch
 from fkv.errors import UserError
-from fkv.learning import grpo, tokens
+from fkv.jobs import grpo as job
+from fkv.learning import grpo, replayed, surrogate, tokens
 from fkv.policies import scorer
 from fkv.runs import parallel
 from tests import oracles
@@ -47,8 +48,7 @@ def setup():
 def rolled(setup):
     """Pools and losses of the rollouts."""
     lm, scorers, rows = setup
-    keys = jax.random.wrap_key_data(rows.random_b)
-    return jax.jit(grpo.rollout, static_argnums=0)(PLAN, scorers, lm, rows.batch, keys)
+    return jax.jit(replayed.record, static_argnums=0)(PLAN, scorers, lm, rows.batch, rows.random_b)
 
 
 # ---- the law of the draw
@@ -57,7 +57,7 @@ def rolled(setup):
 def test_plackett_luce_is_the_probability_of_the_order():
     rng = np.random.default_rng(0)
     score = rng.normal(size=(3, 5)).astype(np.float32)
-    got = grpo.plackett_luce_log_prob(jnp.asarray(score), 3)
+    got = surrogate.plackett_luce_log_prob(jnp.asarray(score), 3)
     for row, want in zip(score, np.asarray(got), strict=True):
         left = list(np.exp(row))
         for j in range(3):
@@ -65,7 +65,7 @@ def test_plackett_luce_is_the_probability_of_the_order():
             left.pop(0)
     # Over all orders the probabilities add up to one.
     orders = np.array(list(itertools.permutations(range(5))))
-    total = np.exp(grpo.plackett_luce_log_prob(jnp.asarray(score[0][orders]), 5).sum(-1)).sum()
+    total = np.exp(surrogate.plackett_luce_log_prob(jnp.asarray(score[0][orders]), 5).sum(-1)).sum()
     np.testing.assert_allclose(total, 1, rtol=1e-5)
 
 
@@ -99,7 +99,7 @@ def test_pools_are_the_least_important_and_the_drops_come_first(setup, rolled):
 # ---- the loss and its gradient
 
 
-@pytest.mark.parametrize("log_prob", grpo.LOG_PROBS)
+@pytest.mark.parametrize("log_prob", surrogate.LOG_PROBS)
 def test_loss_and_gradient_are_those_of_the_plain_objective(setup, rolled, log_prob):
     lm, scorers, rows = setup
     pools, _ = rolled
@@ -112,9 +112,9 @@ def test_loss_and_gradient_are_those_of_the_plain_objective(setup, rolled, log_p
     )
     advantage = jnp.asarray(rng.normal(size=8), jnp.float32)
     old = jnp.asarray(-2 - rng.random((*pools.shape[:-1], INTERVAL)), jnp.float32)
-    recorded = grpo.Recorded(pools, old, now, reference, RULES)
-    step = grpo.Step(jnp.bool_(False), jnp.float32(0.1), advantage)
-    run = jax.jit(grpo.loss_and_grads, static_argnums=0)
+    recorded = replayed.Recorded(pools, old, now, reference, RULES)
+    step = replayed.Step(jnp.bool_(False), jnp.float32(0.1), advantage)
+    run = jax.jit(replayed.loss_and_grads, static_argnums=0)
     sums, new = run(grpo_plan(RULES, settings), recorded, step, lm, rows.batch)
 
     def look(acc, policy, view, evict):
@@ -165,7 +165,7 @@ def test_loss_and_gradient_are_those_of_the_plain_objective(setup, rolled, log_p
     for name in ("w1", "b1", "w2"):
         scale = abs(grads[name]).max()
         np.testing.assert_allclose(sums.grads[name], grads[name], rtol=1e-4, atol=1e-5 * scale)
-    assert not sums.grads["b2"].any() and abs(grads["b2"]).max() < 1e-5
+    assert abs(sums.grads["b2"]).max() < 1e-5 and abs(grads["b2"]).max() < 1e-5
 
 
 # ---- the step
@@ -174,7 +174,7 @@ def test_loss_and_gradient_are_those_of_the_plain_objective(setup, rolled, log_p
 def step_fn(setup, settings=CONFIG, learning_rate=1e-2):
     """The step of all devices (state, lm, rows), and the state it starts from."""
     plan, scorers = grpo_plan(RULES, settings, learning_rate=learning_rate), setup[1]
-    step = functools.partial(grpo.train_step, plan, axis=parallel.AXIS)
+    step = functools.partial(job.step_of(plan), plan, axis=parallel.AXIS)
     step = parallel.pmap(step, parallel.make_mesh(), constants=2, batched=1)
     return step, grpo.TrainState.init(scorers, plan.optimiser, reference=scorers)
 

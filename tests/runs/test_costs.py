@@ -73,7 +73,11 @@ def test_formulas_by_hand():
     evicted = costs.pass_flops(SHAPE, 24, 12)
     want = costs.label_flops(SHAPE, 24) + evicted + looked + 2 * scored
     assert costs.sft_flops(SHAPE, rules, 24, Cadence(8, 4)) == want
-    want = 3 * (evicted + looked) + scored + 2 * 3 * scored + 2 * 24 * 400
+    losses = 2 * (24 - 12) * 400
+    assert (
+        costs.grpo_flops(SHAPE, rules, 24, Cadence(8, 4)) == evicted + looked + 4 * scored + losses
+    )
+    want = 3 * (evicted + looked) + scored + 2 * 3 * scored + losses
     assert costs.grpo_flops(SHAPE, rules, 24, Cadence(8, 4), epochs=2) == want
 
 

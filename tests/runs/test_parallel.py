@@ -37,7 +37,7 @@ from ml_collections import ConfigDict
 from fkv import models, policies
 from fkv.engine import decoding, replay
 from fkv.engine.batch import Batch
-from fkv.learning import fit, grpo, sft
+from fkv.learning import fit, grpo, replayed, sft
 from fkv.policies import scorer
 from fkv.runs import parallel, rundir
 from fkv.errors import UserError
@@ -108,19 +108,21 @@ for i, lengths in enumerate(batches):
 assert not compiled, "the second step compiled again"
 
 # ---- the step of the reinforcement stage
-plan = grpo_plan(rules, grpo.GRPOConfig(rollouts=4, epochs=2, eta=0.01))
 reference = jax.device_get(state.params)
-state = grpo.TrainState.init(reference, plan.optimiser, reference=reference)
 batch = jax.device_get(oracles.make_batch(own.config, [45, 41, 43], seed=9))
 rows = (batch, *np.random.default_rng(0).random((2, 3, 44), dtype=np.float32))
 keys = jax.random.key_data(replay.row_keys(jax.random.key(0), 12))
 rows = jax.tree.map(lambda x: np.repeat(x, 4, axis=0), rows)
-step = functools.partial(grpo.train_step, plan, axis=parallel.AXIS)
-step = parallel.pmap(step, mesh, constants=2, batched=1)
-state = parallel.replicate(state, mesh)
-state, metrics = step(state, everywhere, grpo.Rollouts(*rows, np.asarray(keys)))
-for name, x in {**state.params, **metrics}.items():
-    found[f"grpo_{name}"] = np.asarray(x)
+rows = grpo.Rollouts(*rows, np.asarray(keys))
+for title, module, epochs in (("grpo", grpo, 1), ("once", replayed, 1), ("twice", replayed, 2)):
+    plan = grpo_plan(rules, grpo.GRPOConfig(rollouts=4, epochs=epochs, eta=0.01))
+    state = grpo.TrainState.init(reference, plan.optimiser, reference=reference)
+    step = functools.partial(module.train_step, plan, axis=parallel.AXIS)
+    step = parallel.pmap(step, mesh, constants=2, batched=1)
+    state = parallel.replicate(state, mesh)
+    state, metrics = step(state, everywhere, rows)
+    for name, x in {**state.params, **metrics}.items():
+        found[f"{title}_{name}"] = np.asarray(x)
 
 # ---- decoding by one copy
 if copies == 1:
@@ -254,6 +256,8 @@ def test_any_layout_of_devices_does_what_one_device_does(runs, layout):
     for i in (1, 2):
         assert abs(one[f"w1_{i}"] - one[f"w1_{i - 1}"]).max() > 1e-3  # every step moves
     assert abs(one["grpo_w1"] - one["w1_2"]).max() > 1e-3
+    for name in scorer.shapes(oracles.make_lm(layers=2).config, scorer.ScorerConfig()):
+        np.testing.assert_allclose(one[f"grpo_{name}"], one[f"once_{name}"], rtol=1e-5, atol=1e-5)
     assert one["grpo_reward_spread"] > 0
     assert (one["tokens"] != decoding.NO_TOKEN).all()
 

@@ -1,11 +1,11 @@
-"""The reinforcement stage's formulas against loops over their definitions."""
+"""The formulas of the reinforcement stage against loops over their definitions."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fkv.learning import grpo
+from fkv.learning import surrogate
 from tests import oracles
 
 SHAPE = (3, 4, 2)  # evictions, rollouts, KV heads
@@ -60,13 +60,13 @@ def test_advantages(size):
     mean = sum(reward) / size
     std = (sum((r - mean) ** 2 for r in reward) / size) ** 0.5
     want = [(r - mean) / (std + 1e-8) for r in reward]
-    np.testing.assert_allclose(grpo.advantages(jnp.asarray(reward)), want, atol=2e-6)
+    np.testing.assert_allclose(surrogate.advantages(jnp.asarray(reward)), want, atol=2e-6)
 
 
 def test_a_group_without_spread_teaches_nothing():
     log_p = jnp.log(jnp.linspace(0.1, 0.9, 4))
     for reward in (0.0, -0.5, -2.0):
-        advantage = grpo.advantages(jnp.full(4, reward))
+        advantage = surrogate.advantages(jnp.full(4, reward))
         np.testing.assert_array_equal(advantage, np.zeros(4))
         gradient = jax.grad(
             lambda x, a=advantage: oracles.grpo_loss(x, log_p, log_p, a, 0.2, 0.05)[0]
@@ -77,7 +77,7 @@ def test_a_group_without_spread_teaches_nothing():
 @pytest.mark.parametrize("size", [3, 8, 32])
 def test_equal_rewards_are_no_spread(size):
     for reward in np.linspace(-3, -0.1, 30):
-        advantage = grpo.advantages(jnp.full(size, reward))
+        advantage = surrogate.advantages(jnp.full(size, reward))
         np.testing.assert_allclose(advantage, np.zeros(size), atol=1e-3, err_msg=str(reward))
 
 
@@ -109,7 +109,7 @@ def test_reward_is_zero_where_eviction_does_no_harm():
 
 def test_independent_log_prob():
     score, index = random_scores(0)
-    got = grpo.independent_log_prob(jnp.asarray(score), jnp.asarray(index))
+    got = surrogate.independent_log_prob(jnp.asarray(score), jnp.asarray(index))
     np.testing.assert_allclose(got, log_probs(score, index), atol=2e-6)
 
 
@@ -137,7 +137,7 @@ def test_gradient_at_ratio_one_is_that_of_the_weighted_log_probability():
     old = jnp.asarray(log_probs(score, index), jnp.float32)
 
     def objective(score):
-        new = grpo.independent_log_prob(score, jnp.asarray(index))
+        new = surrogate.independent_log_prob(score, jnp.asarray(index))
         new = new - jax.lax.stop_gradient(new) + old  # exactly ratio 1
         return oracles.grpo_loss(new, old, old, jnp.asarray(advantage), 0.2, 0.05)[0]
 
