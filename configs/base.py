@@ -247,6 +247,7 @@ def benchmark() -> ConfigDict:
     config.step_length = 512  # tokens of the traces of a training step
     config.step_traces = 1  # traces per step
     config.step_rollouts = 4  # per trace
+    config.step_replayed = False  # also a GRPO step that replays, as those of several epochs do
     config.largest_limit = 64  # rows; upper end of the search for the largest batch
     config.largest_within = 0.125  # relative precision of that search
     config.peers = ConfigDict()

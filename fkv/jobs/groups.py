@@ -158,6 +158,7 @@ class Benchmark(Sampling):
     step_length: int = setting(COUNT)
     step_traces: int = setting(COUNT)
     step_rollouts: int = setting(COUNT)
+    step_replayed: bool = setting(SWITCH)
     largest_limit: int = setting(COUNT)
     largest_within: float = setting(POSITIVE)
     peers: Mapping[str, str]  # see `Peers`

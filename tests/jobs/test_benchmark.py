@@ -33,7 +33,7 @@ def shrink(model_dir, **changes):
     s.sections += ("largest_batch",)
     s.policies, s.budgets, s.batches, s.lengths = ("full", "h2o"), (16,), (2,), (40, 64)
     s.new_tokens, s.repeats, s.growth_tokens = 8, 2, 40
-    s.label_lengths, s.step_length, s.step_rollouts = (40, 48), 40, 2
+    s.label_lengths, s.step_length, s.step_rollouts, s.step_replayed = (40, 48), 40, 2, True
     s.largest_limit, s.prefill_lengths = 2, (40,)
     s.update(changes)
     return config
@@ -65,7 +65,12 @@ def test_every_section_is_measured_and_written(measured):
     full, h2o = found["decode"][2:]
     assert full["program_bytes"] > h2o["program_bytes"] > 0
     assert [r["length"] for r in found["labels"]] == [40, 48]
-    assert [(r["step"], r["rows"]) for r in found["steps"]] == [("supervised", 1), ("grpo", 2)]
+    passes = [("forward", 1), ("losses", 1), ("replay", 1)]
+    steps = [("supervised", 1), ("grpo", 2), ("grpo, replayed", 2)]
+    assert [(r["step"], r["rows"]) for r in found["steps"]] == passes + steps
+    times = {r["step"]: r["seconds"] / r["rows"] for r in found["steps"]}
+    for r in found["steps"]:
+        assert r["forwards"] == pytest.approx(times[r["step"]] / times["forward"])
     # The full cache at every length, what does not grow with it at the longest alone.
     largest = found["largest_batch"]
     arms = [(r["policy"], r["length"], r["batch"], r["limited"]) for r in largest]
@@ -75,7 +80,7 @@ def test_every_section_is_measured_and_written(measured):
         largest[2]["tokens_per_s"] / largest[0]["tokens_per_s"]
     )
     assert list(found["growth"][0]["ms_per_token"]) == ["16", "40"]
-    for r in (*found["prefill"], *found["labels"], *found["steps"]):
+    for r in (*found["prefill"], *found["labels"], *found["steps"][3:]):
         assert r["mfu"] > 0 and r["seconds_low"] <= r["seconds"] <= r["seconds_high"]
     for suffix in ("txt", "md"):
         text = (path / f"benchmark.{suffix}").read_text()

@@ -10,12 +10,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from fkv.cache.cadence import Cadence
-from fkv.engine import decoding
+from fkv.engine import decoding, replay
 from fkv.engine.batch import Batch
 from fkv.jobs import programs
 from fkv.jobs.benchmark.base import Arm, Bench, measure, spread
 from fkv.jobs.benchmark.device import timed
-from fkv.learning import golden
+from fkv.learning import golden, replayed
+from fkv.learning.tokens import token_losses
 from fkv.models import ModelConfig
 from fkv.runs import costs, parallel
 
@@ -101,25 +102,50 @@ class Step:
 
 
 def steps(bench: Bench) -> list[dict]:
-    """A step of either training stage, as its job makes it."""
+    """A step of either training stage, as its job makes it, and passes over the same traces.
+
+    Passes: `forward` with the full cache, `losses` with the unembedding too, and `replay` under
+    scorers, whose losses are measured: what one policy costs in a table of losses.
+    """
     mesh, length = parallel.make_mesh(), bench.settings.step_length
     stages = stages_of(bench.config, bench.lm.config, mesh)
+    traces = next(iter(stages.values())).traces
+    plain, cadence = bench.policy("full"), Cadence(bench.config.budget, bench.interval)
+
+    @functools.partial(jax.jit, static_argnames="losses")
+    def a_pass(lm, policy, batch, losses):
+        hidden, _, _ = replay.replay(lm, batch, policy, cadence)
+        return token_losses(lm, hidden, batch.token_bt).nll_bt if losses else hidden
+
+    policies = {"forward": plain, "losses": plain, "replay": bench.policy("foresight")}
 
     def prepare(arm):
-        stage = stages[arm.step]
-        token = np.repeat(bench.tokens(arm.traces, length), arm.rows // arm.traces, axis=0)
-        state, lm = parallel.replicate((stage.init(), bench.lm), mesh)
-        step = parallel.pmap(stage.step, mesh, constants=2, batched=1)
-        call = functools.partial(timed, step, state, lm, stage.batch(token))
+        tokens = bench.tokens(arm.traces, length)
+        if arm.step in policies:
+            batch = Batch.of(tokens, np.full(arm.rows, length, np.int32))
+            losses = arm.step != "forward"
+            args = bench.lm, policies[arm.step], batch, losses
+            call = functools.partial(timed, a_pass, *args)
+        else:
+            stage = stages[arm.step]
+            token = np.repeat(tokens, arm.rows // arm.traces, axis=0)
+            state, lm = parallel.replicate((stage.init(), bench.lm), mesh)
+            step = parallel.pmap(stage.step, mesh, constants=2, batched=1)
+            call = functools.partial(timed, step, state, lm, stage.batch(token))
         first, again = call()[0], call()[0]
         return lambda: call()[0], {"compile_s": first - again}
 
     def record(arm, found):
-        work = arm.rows * stages[arm.step].flops(length) / mesh.size
-        mfu = work / float(np.median(found[arm])) / bench.peaks.flops
-        return {**spread("seconds", found[arm]), "mfu": mfu}
+        middle = {one: float(np.median(seconds)) for one, seconds in found.items()}
+        forward = middle.get(arms[0], float("nan")) * arm.rows / traces
+        more = {"forwards": middle[arm] / forward}
+        if arm.step in stages:
+            work = arm.rows * stages[arm.step].flops(length) / mesh.size
+            more["mfu"] = work / middle[arm] / bench.peaks.flops
+        return {**spread("seconds", found[arm]), **more}
 
-    arms = [Step(name, stage.traces, stage.rows, length) for name, stage in stages.items()]
+    arms = [Step(name, traces, traces, length) for name in policies]
+    arms += [Step(name, stage.traces, stage.rows, length) for name, stage in stages.items()]
     return measure(bench, arms, prepare, record)
 
 
@@ -130,4 +156,9 @@ def stages_of(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> dict[str, p
     config.sft.update(batch=traces, at_once=0)
     config.grpo.update(traces=traces, traces_at_once=0, rollouts=s.step_rollouts)
     jobs = {"supervised": "sft", "grpo": "grpo"}
-    return {name: programs.stage(job, config, model, mesh) for name, job in jobs.items()}
+    stages = {name: programs.stage(job, config, model, mesh) for name, job in jobs.items()}
+    if s.step_replayed:
+        grpo = stages["grpo"]
+        again = functools.partial(replayed.train_step, grpo.plan, axis=parallel.AXIS)
+        stages["grpo, replayed"] = dataclasses.replace(grpo, step=again)
+    return stages

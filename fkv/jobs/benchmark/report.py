@@ -20,7 +20,8 @@ MFU: FLOPs / peak over the measured time
   a pass: 2 a weight of the layers and token, 4 h d a layer, token and entry attended to (half the
     prompt for the full cache, B + L under eviction); labels: 2 h d T²/2 a layer more; a supervised
     step: labels, the evicted pass, the statistics of every eviction, two passes over the scorers;
-    a rollout: the evicted pass twice, the losses once, four passes over the scorers
+    a rollout: the evicted pass and its losses once, four passes over the scorers
+in forwards: the time over that of `forward`, a pass with the full cache, for as many rows
 memory: of the compiled program, with its arguments (weights, caches)
 a model that fits into the processor's own cache can exceed the roofline of the memory"""
 
@@ -147,7 +148,12 @@ def pass_rows(records: Sequence[dict]) -> Table:
 
 def step_rows(records: Sequence[dict]) -> Table:
     first = {name: f"{{{name}}}" for name in ("step", "traces", "rows", "length")}
-    rest = {**_SECONDS, "MFU": _percent("mfu", 1), "compile s": "{compile_s:.1f}"}
+    rest = {
+        **_SECONDS,
+        "in forwards": "{forwards:.2f}",
+        "MFU": _percent("mfu", 1),
+        "compile s": "{compile_s:.1f}",
+    }
     return _table(records, first, rest)
 
 
