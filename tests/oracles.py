@@ -11,6 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fkv import models
+from fkv.cache import attention
+from fkv.cache import slots as kv
+from fkv.engine import replay as engine
 from fkv.engine.batch import Batch
 from fkv.learning import surrogate
 from fkv.models import LM, ModelConfig
@@ -313,6 +317,53 @@ def is_lowest(chosen, positions, score, tie=1e-6):
     must = {p for p, s in zip(positions.tolist(), score, strict=True) if s < border - tie}
     may = {p for p, s in zip(positions.tolist(), score, strict=True) if s <= border + tie}
     return must <= chosen <= may
+
+
+# ---- replay chunk by chunk, in JAX, as policies are
+
+
+def replay_by_chunks(lm, batch, policy, cadence, key_b, observe=None):
+    """`fkv.engine.replay.replay` without a beginning: a scan over all chunks from an empty cache.
+
+    Heads of an even budget evict nothing before eviction 0, so what is observed before is cut off.
+
+    Returns:
+      Hidden states, and outputs of `observe` [layers, evictions, ...].
+    """
+    position, config, interval = batch.position_bt, lm.config, cadence.interval
+    b, t = position.shape
+    chunks = -(-t // interval)
+
+    def split(x, value=0):
+        pad = [(0, 0), (0, chunks * interval - t), *[(0, 0)] * (x.ndim - 2)]
+        x = jnp.pad(x, pad, constant_values=value)
+        return jnp.moveaxis(x.reshape(b, chunks, interval, *x.shape[2:]), 1, 0)
+
+    def layer(hidden, inputs):
+        index, weights, policy = inputs
+        site = engine.Site(config, cadence, index, key_b)
+
+        def step(cache, inputs):
+            at, q, k, v, position = inputs
+            cache = kv.append(cache, cache.position_bks.shape[-1] - interval, k, v, position)
+            seen = attention.visible(position, cache.position_bks)
+            out, lse = attention.attend(q, cache.key_bksd, cache.value_bksd, seen)
+            chunk = engine.Chunk(q, lse, position, at)
+            view, evicted, cache = engine.evict(policy, cache, chunk, site)
+            return cache, (out, observe(0, policy, view, evicted)[1] if observe else ())
+
+        qkv = models.project(config, weights, hidden, position)
+        cache = engine.init_cache(policy, b, config, cadence, hidden.dtype)
+        inputs = (jnp.arange(chunks), *map(split, qkv), split(position, -1))
+        _, (out, observed) = jax.lax.scan(step, cache, inputs)
+        out = jnp.moveaxis(out, 0, 1).reshape(b, -1, *out.shape[3:])[:, :t]
+        return models.finish(config, weights, hidden, out), observed
+
+    inputs = (jnp.arange(config.layers), lm.params["layers"], policy)
+    hidden, observed = jax.lax.scan(layer, models.embed(lm, batch.token_bt), inputs)
+    even = policy.capacity(cadence.budget) == cadence.budget
+    first = min(cadence.fill_chunks if even else 0, chunks - 1)
+    return hidden, jax.tree.map(lambda x: x[:, first:-1], observed)
 
 
 # ---- the reinforcement stage, in JAX, as gradients are taken of it

@@ -137,7 +137,6 @@ def check_replay(directory: Path) -> list[Row]:
     learned, about = sharing.load(directory)
     scorer_config = learned.config
     policy = policies.Forced(drop, "reference")
-    first = cadence.fill_chunks
 
     def observe(acc, policy, view, evicted):
         return acc, (
@@ -152,14 +151,13 @@ def check_replay(directory: Path) -> list[Row]:
     losses = token_losses(lm, hidden, token)
     row("evicted nll", losses.nll_bt[0], vectors["evicted_nll"])
 
-    events = slice(first, first + drop.shape[1])
-    held = np.asarray(held[:, events, 0])
+    held = np.asarray(held[:, :, 0])
     moved = int((np.sort(held) != theirs).any(-1).sum())
     rows.append(Row(directory.name, "entries held at evictions", moved, 0))
     _, their_score = in_order(vectors["candidate_positions"], vectors["scorer_scores"])
     for how, params in [("", learned.params), *round_trips(directory, learned, about)]:
         score = jax.vmap(jax.vmap(scorer.apply, (None, None, 0)), (None, 0, 0))(
-            scorer_config, jax.tree.map(jnp.asarray, params), feature[:, events]
+            scorer_config, jax.tree.map(jnp.asarray, params), feature
         )
         _, score = in_order(held, np.asarray(score[:, :, 0]))
         row(f"scorer scores{how}", -score, their_score)  # theirs are eviction scores

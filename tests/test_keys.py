@@ -68,16 +68,16 @@ def test_no_two_draws_share_a_key():
 def test_an_eviction_draws_by_row_layer_and_position():
     lm = oracles.make_lm()
     rows = keys_of(key_of(5, Purpose.REPLAY), 2)
-    batch = Batch.of(jnp.zeros((2, 12), jnp.int32), jnp.array([12, 12]))
+    batch = Batch.of(jnp.zeros((2, 24), jnp.int32), jnp.array([24, 24]))
 
     def observe(acc, policy, view, evict):
         return acc, jax.random.key_data(view.random_b)
 
     got = replay.replay(lm, batch, policies.get("random"), Cadence(8, 4), rows, observe)[2]
     assert got.shape[:3] == (lm.config.layers, 3, 2)
-    for layer, chunk, row in np.ndindex(lm.config.layers, 3, 2):
-        want = key_of(rows[row], Purpose.EVICTION, layer, 4 * chunk + 3)
-        np.testing.assert_array_equal(got[layer, chunk, row], jax.random.key_data(want))
+    for layer, eviction, row in np.ndindex(lm.config.layers, 3, 2):
+        want = key_of(rows[row], Purpose.EVICTION, layer, 4 * eviction + 11)
+        np.testing.assert_array_equal(got[layer, eviction, row], jax.random.key_data(want))
 
 
 def test_more_layers_or_rows_leave_the_keys_of_the_first_as_they_are():

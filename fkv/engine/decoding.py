@@ -197,7 +197,8 @@ def prefill_layer(
     weights, policy = jax.tree.map(lambda x: x[site.layer], (layers, policy))
     qkv = models.project(config, weights, hidden_btm, position_bt)
     if policy.evicts:
-        out, cache, _, _ = replay.layer_pass(policy, site, qkv, position_bt)
+        out, staged, _, _ = replay.layer_pass(policy, site, qkv, position_bt)
+        cache = replay.evict(policy, staged.cache, staged.chunk, site)[2]
     else:
         out, k, v = replay.full_pass(config, qkv, position_bt)
         dtype = config.cache_dtype or qkv[0].dtype

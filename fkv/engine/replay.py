@@ -4,9 +4,13 @@ The tokens are known, so replay is layer-outer: a layer projects all `T` tokens 
 over chunks of `L` for attention and eviction alone, and only one layer's cache is live. Every
 chunk attends to the survivors and itself, so hidden states are those of an evicted cache.
 
+Nothing is evicted before `B + L` tokens are held, whatever the policy: this beginning is causal
+attention in one pass, which replays of the same traces can share (`fkv.engine.beginnings`).
+
 The result of a row depends on its own tokens and key only.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -30,13 +34,25 @@ from fkv.policies.base import Policy, View, check_given
 DECAY = 0.9
 
 # (accumulator, policy, view, evicted slots [b, k, l]) of an eviction -> the new accumulator, and
-# outputs to stack over chunks.
+# outputs to stack over evictions.
 Observer = Callable[[Any, Policy, View, Array], tuple[Any, Any]]
 Projections = tuple[Array, Array, Array]  # q [b, t, h, d], k and v [b, t, k, d] of one layer
 
 
-def _ignore(acc, policy, view, evict):
+def ignore(acc, policy, view, evict):
     return acc, ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Chooser:
+    """An observer that also chooses, so that nothing is computed twice; for even budgets.
+
+    Attributes:
+      act: (accumulator, policy, view) of an eviction -> the new accumulator, the slots to drop
+        [b, k, l] in place of those of `policy.evict`, and outputs to stack over evictions.
+    """
+
+    act: Callable[[Any, Policy, View], tuple[Any, Array, Any]]
 
 
 @flax.struct.dataclass
@@ -54,6 +70,19 @@ class Chunk:
     lse_bkgl: Array
     position_bl: Array
     index: Array
+
+
+@flax.struct.dataclass
+class Staged:
+    """A layer before an eviction.
+
+    Attributes:
+      cache: its entries; the staging ring is full.
+      chunk: the tokens in the ring. Their attention is not yet part of the sums in `cache.entry`.
+    """
+
+    cache: kv.Cache
+    chunk: Chunk
 
 
 @flax.struct.dataclass
@@ -102,17 +131,8 @@ def init_cache(
     return kv.init(batch, config.kv_heads, slots, config.head_dim, dtype, entry)
 
 
-def evict(
-    policy: Policy, cache: kv.Cache, chunk: Chunk, site: Site
-) -> tuple[View, Array, kv.Cache]:
-    """One layer's eviction, when its staging ring is full; shared by replay and decoding.
-
-    Args:
-      policy: with its arrays sliced to this layer.
-
-    Returns:
-      What the policy saw, the slots it freed [b, k, l], and the cache after it.
-    """
+def look(policy: Policy, cache: kv.Cache, chunk: Chunk, site: Site) -> View:
+    """What a policy sees at an eviction; its cache has the interval's attention in its sums."""
     stats, newest_b = None, chunk.position_bl.max(-1)
     if policy.statistics:
         stats = attention.statistics(
@@ -127,11 +147,25 @@ def evict(
 
     random_b = jax.vmap(draw_key)(site.key_b, newest_b)
     layer = jnp.asarray(site.layer)
-    view = View(
+    return View(
         cache, chunk.query_blhd, chunk.position_bl, chunk.index, random_b, stats, site.cadence,
         layer, site.config,
     )  # fmt: skip
-    lead = cache.position_bks.shape[:2]
+
+
+def evict(
+    policy: Policy, cache: kv.Cache, chunk: Chunk, site: Site
+) -> tuple[View, Array, kv.Cache]:
+    """One layer's eviction, when its staging ring is full; shared by replay and decoding.
+
+    Args:
+      policy: with its arrays sliced to this layer.
+
+    Returns:
+      What the policy saw, the slots it freed [b, k, l], and the cache after it.
+    """
+    view = look(policy, cache, chunk, site)
+    cache, lead = view.cache, view.cache.position_bks.shape[:2]
     if view.capacity == view.budget:
         slots = policy.evict(view)
         check_given(policy, "evict", slots, (*lead, view.interval), jnp.integer)
@@ -177,52 +211,168 @@ def _one_eviction(policy, config, cadence, rows):
     return evict(policy, cache, chunk, site)[1]
 
 
+def beginning(policy: Policy, cadence: Cadence, length: int) -> int:
+    """How many of the first tokens of a batch are held before anything is evicted.
+
+    The first `B + L`, or all of a batch that is shorter. Heads that share a budget unevenly may
+    evict earlier: the first `L`.
+
+    Args:
+      length: padded length of the batch.
+    """
+    even = policy.capacity(cadence.budget) == cadence.budget
+    return min(length, cadence.slots if even else cadence.interval)
+
+
+def stage(
+    policy: Policy, site: Site, qkv: Projections, lse_bkgt: Array, position_bt: Array
+) -> Staged:
+    """A layer before its first eviction, from a causal pass over the `beginning` of the traces.
+
+    Args:
+      policy: any of the same capacity and statistics; its arrays are not read.
+      qkv: keys and values as the cache stores them.
+      lse_bkgt: log-sum-exps, as `attention.full_attention` returns them.
+      position_bt: absolute positions, -1 for padding.
+    """
+    t, interval, config = position_bt.shape[1], site.cadence.interval, site.config
+    kept = (-(-t // interval) - 1) * interval  # the rest is in the staging ring
+    room = policy.capacity(site.cadence.budget)
+    # Evicted chunk by chunk, a row fills its empty slots in order: those of whole chunks of
+    # padding, then what the padding left of its first chunk.
+    padding = jnp.argmax(position_bt >= 0, axis=1).astype(jnp.int32)[:, None]
+    whole, part = padding // interval, padding % interval
+    slot = jnp.arange(room, dtype=jnp.int32)[None]
+    token = jnp.where(slot < interval, slot + (whole + (slot < part)) * interval, slot + padding)
+
+    def place(x, value=0):
+        """[b, t, ...] by slot: [b, room + L, ...]."""
+        lead = [(0, 0)] * (x.ndim - 2)
+        held = jnp.pad(x[:, :kept], [(0, 0), (0, room - kept), *lead], constant_values=value)
+        index = jnp.minimum(token, room - 1).reshape(*token.shape, *[1] * len(lead))
+        held = jnp.take_along_axis(held, index, axis=1)
+        held = jnp.where((token < room).reshape(index.shape), held, jnp.asarray(value, x.dtype))
+        ring = [(0, 0), (0, kept + interval - t), *lead]
+        return jnp.concatenate([held, jnp.pad(x[:, kept:], ring, constant_values=value)], axis=1)
+
+    def entries(x):
+        return jax.tree.map(lambda x: jnp.moveaxis(place(x), 1, 2), x)
+
+    query, key, value = qkv
+    lead = (len(position_bt), config.kv_heads, room + interval)
+    position = jnp.broadcast_to(place(position_bt, -1)[:, None], lead)
+    cache = kv.Cache(entries(key), entries(value), position)
+    if policy.statistics:
+        sums = jnp.zeros((*lead, config.group_size))
+        if kept:
+            total = attention.statistics(
+                query[:, :kept], position_bt[:, :kept],
+                jax.tree.map(lambda x: x[:, :, :room], cache.key_bksd), position[..., :room],
+                lse_bkgt[..., :kept], policy.statistics,
+            ).total  # fmt: skip
+            sums = sums.at[:, :, :room].set(total)
+        cache = cache.replace(entry={"cumulative": sums, "decayed": sums})  # nothing decays yet
+    query, at, lse = (
+        jnp.moveaxis(_whole(jnp.moveaxis(x, axis, 1)[:, kept:], interval, value), 1, axis)
+        for x, axis, value in ((query, 1, 0), (position_bt, 1, -1), (lse_bkgt, 3, 0))
+    )
+    return Staged(cache, Chunk(query, lse, at, jnp.int32(kept // interval)))
+
+
+def _whole(x_bt: Array, interval: int, value: int = 0) -> Array:
+    """Padded along the second axis to whole chunks."""
+    pad = [(0, 0)] * x_bt.ndim
+    pad[1] = (0, -x_bt.shape[1] % interval)
+    return jnp.pad(x_bt, pad, constant_values=value)
+
+
+def pass_from(
+    policy: Policy,
+    site: Site,
+    staged: Staged,
+    qkv: Projections,
+    position_bt: Array,
+    observe: Observer | Chooser = ignore,
+    acc: Any = (),
+) -> tuple[Array, Staged, Any, Any]:
+    """Attention of one layer over an evicted cache, from an eviction on.
+
+    Args:
+      policy: with its arrays sliced to this layer.
+      staged: the layer before that eviction.
+      qkv, position_bt: of the tokens after it.
+
+    Returns:
+      As `layer_pass`.
+    """
+    (b, t, h, d), interval = qkv[0].shape, site.cadence.interval
+    chunks = -(-t // interval)
+
+    def split(x, value=0):
+        x = _whole(x, interval, value)
+        return jnp.moveaxis(x.reshape(b, chunks, interval, *x.shape[2:]), 1, 0)
+
+    def step(state, inputs):
+        staged, acc = state
+        q, k, v, position = inputs
+        if isinstance(observe, Chooser):
+            view = look(policy, staged.cache, staged.chunk, site)
+            acc, slots, observed = observe.act(acc, policy, view)
+            cache = kv.admit(view.cache, slots)
+        else:
+            view, slots, cache = evict(policy, staged.cache, staged.chunk, site)
+            acc, observed = observe(acc, policy, view, slots)
+        cache = kv.append(cache, view.capacity, k, v, position)
+        seen = attention.visible(position, cache.position_bks)
+        out, lse = attention.attend(q, cache.key_bksd, cache.value_bksd, seen)
+        staged = Staged(cache, Chunk(q, lse, position, staged.chunk.index + 1))
+        return (staged, acc), (out, observed)
+
+    if not policy.statistics:  # others that began with it may need them
+        staged = staged.replace(cache=staged.cache.replace(entry=()))
+    inputs = (*map(split, qkv), split(position_bt, -1))
+    (staged, acc), (out, observed) = jax.lax.scan(step, (staged, acc), inputs)
+    out = jnp.moveaxis(out, 0, 1).reshape(b, chunks * interval, h, d)
+    return out[:, :t], staged, acc, observed
+
+
 def layer_pass(
     policy: Policy,
     site: Site,
     qkv: Projections,
     position_bt: Array,
-    observe: Observer = _ignore,
+    observe: Observer | Chooser = ignore,
     acc: Any = (),
-) -> tuple[Array, kv.Cache, Any, Any]:
+) -> tuple[Array, Staged, Any, Any]:
     """Attention of one layer over an evicted cache.
 
     Args:
       policy: with its arrays sliced to this layer.
       qkv: from `models.project`.
       position_bt: absolute positions, -1 for padding.
-      observe: called after every chunk; the first `B / L` only fill the cache.
+      observe: called at every eviction that a token attends after. `View.eviction` says which one
+        it is; heads that share a budget unevenly have some before eviction 0.
       acc: initial value of its accumulator.
 
     Returns:
-      Attended values [b, t, h, d], the final cache, the accumulator, and the outputs of `observe`
-      stacked over `ceil(T / L)` chunks.
+      Attended values [b, t, h, d], the layer before the eviction that no token attends after, the
+      accumulator, and the outputs of `observe` stacked over evictions.
     """
-    (b, t, h, d), interval = qkv[0].shape, site.cadence.interval
-    chunks = -(-t // interval)
+    first = beginning(policy, site.cadence, position_bt.shape[1])
+    begun, rest = ([x[:, part] for x in qkv] for part in (slice(first), slice(first, None)))
+    out, staged = begin_layer(policy, site, begun, position_bt[:, :first])
+    after, *found = pass_from(policy, site, staged, rest, position_bt[:, first:], observe, acc)
+    return jnp.concatenate([out, after], axis=1), *found
 
-    def split(x, value=0):
-        pad = [(0, 0)] * x.ndim
-        pad[1] = (0, chunks * interval - t)
-        x = jnp.pad(x, pad, constant_values=value)
-        return jnp.moveaxis(x.reshape(b, chunks, interval, *x.shape[2:]), 1, 0)
 
-    def step(state, inputs):
-        cache, acc = state
-        index, q, k, v, position = inputs
-        slot = cache.position_bks.shape[-1] - interval
-        cache = kv.append(cache, slot, k, v, position)
-        seen = attention.visible(position, cache.position_bks)
-        out, lse = attention.attend(q, cache.key_bksd, cache.value_bksd, seen)
-        view, evicted, cache = evict(policy, cache, Chunk(q, lse, position, index), site)
-        acc, observed = observe(acc, policy, view, evicted)
-        return (cache, acc), (out, observed)
-
-    cache = init_cache(policy, b, site.config, site.cadence, qkv[1].dtype)
-    inputs = (jnp.arange(chunks), *map(split, qkv), split(position_bt, -1))
-    (cache, acc), (out, observed) = jax.lax.scan(step, (cache, acc), inputs)
-    out = jnp.moveaxis(out, 0, 1).reshape(b, chunks * interval, h, d)
-    return out[:, :t], cache, acc, observed
+def begin_layer(
+    policy: Policy, site: Site, qkv: Projections, position_bt: Array
+) -> tuple[Array, Staged]:
+    """Attention of one layer over the `beginning` of traces, and the layer after it."""
+    query, k, v = qkv
+    k, v = (kv.stored(x, site.config.cache_dtype) for x in (k, v))
+    out, lse = attention.full_attention(query, k, v, position_bt)
+    return out, stage(policy, site, (query, k, v), lse, position_bt)
 
 
 def full_pass(
@@ -244,7 +394,7 @@ def replay(
     policy: Policy,
     cadence: Cadence,
     key_b: Array | None = None,
-    observe: Observer = _ignore,
+    observe: Observer | Chooser = ignore,
     acc: Any = (),
 ) -> tuple[Array, Any, Any]:
     """Runs traces under a policy.
@@ -256,7 +406,7 @@ def replay(
 
     Returns:
       Hidden states after the last layer [b, t, m], accumulators [layers, ...], and outputs of
-      `observe` [layers, chunks, ...].
+      `observe` [layers, evictions, ...].
     """
     base.check(policy, lm.config, cadence)
     position = batch.position_bt

@@ -62,6 +62,9 @@ def retention(
     for i, name in enumerate(even):
         evicting[name] = OneOf(choices, jnp.full(lm.config.layers, i))
 
+    # Observers are called at evictions: a chunk of padding, for the one after the last chunk.
+    padded = trace.replace(token_bt=np.pad(trace.token_bt, ((0, 0), (0, cadence.interval))))
+
     @jax.jit
     def run(lm, policy):
         def observe(acc, policy, view, evict):
@@ -70,18 +73,18 @@ def retention(
             row = jnp.put_along_axis(row, position, True, axis=-1, inplace=False)
             return acc, row[0, :, :t]  # position -1 sets the last index, which is cut off
 
-        return replay.replay(lm, trace, policy, cadence, observe=observe)[2]
+        return jnp.moveaxis(replay.replay(lm, padded, policy, cadence, observe=observe)[2], 1, 2)
 
     chunks = -(-t // cadence.interval)
     come = np.minimum(cadence.interval * (1 + np.arange(chunks)), trace.length_b[0])
     come = np.arange(t)[None] < come[:, None]
     everything = np.broadcast_to(come, (lm.config.layers, lm.config.kv_heads, chunks, t))
-    return {
-        name: np.moveaxis(np.asarray(run(lm, evicting[name])), 1, 2)
-        if name in evicting
-        else everything
-        for name in ("golden", *policies)
-    }
+    found = {}
+    for name in ("golden", *policies):
+        held = np.asarray(run(lm, evicting[name])) if name in evicting else everything
+        # Before the first eviction a head holds everything.
+        found[name] = np.concatenate([everything[:, :, : chunks - held.shape[2]], held], axis=2)
+    return found
 
 
 def lookups(score_tq: np.ndarray, interval: int, share: float = 0.3) -> np.ndarray:

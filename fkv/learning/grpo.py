@@ -9,7 +9,7 @@ rollouts are done. So one pass is enough: at every eviction the gradients of eac
 sums, which are a few megabytes a row, and no state outlives its eviction. `fkv.learning.replayed`
 makes several updates.
 
-Letters: r rollouts, t tokens, e chunks, n candidates, m a pool of `2L`, l dropped entries; the rows
+Letters: r rollouts, t tokens, e evictions, n candidates, m a pool of `2L`, l dropped entries; the rows
 of a batch are the rollouts of its traces, those of a trace adjacent.
 """
 
@@ -272,7 +272,7 @@ def drop_weight(plan: Plan, batch: Batch, view: View) -> Array:
     interval = view.interval
     evictions = (batch.length_b - 1) // interval - plan.cadence.fill_chunks
     drops = jnp.maximum(evictions, 1) * view.config.kv_heads * interval
-    live = (view.eviction >= 0) & (batch.length_b > (view.chunk + 1) * interval)
+    live = batch.length_b > (view.chunk + 1) * interval
     return jnp.where(live, 1 / drops, 0.0)[:, None, None]
 
 

@@ -23,8 +23,8 @@ class Recorded(Policy):
     """Replays the drops of a rollout, for observers that update scorers.
 
     Attributes:
-      slots_yebkm: the pool of `2L` slots of every layer and chunk, the dropped ones first, in the
-        order of the draw.
+      slots_yebkm: the pool of `2L` slots of every layer and eviction, the dropped ones first, in
+        the order of the draw.
       old_yebkl: log-probabilities of the drops when they were drawn.
       params, reference: the scorers being trained, and those they started from.
       config: of the scorers.
@@ -41,8 +41,8 @@ class Recorded(Policy):
         return self.config.statistics
 
     def pool(self, view: View) -> Array:
-        """Slots of this chunk's pool [b, k, m]."""
-        return jax.lax.dynamic_index_in_dim(self.slots_yebkm, view.chunk, axis=0, keepdims=False)
+        """Slots of this eviction's pool [b, k, m]."""
+        return jax.lax.dynamic_index_in_dim(self.slots_yebkm, view.eviction, 0, keepdims=False)
 
     def evict(self, view: View) -> Array:
         return self.pool(view)[..., : view.interval]
@@ -54,7 +54,7 @@ def record(
     """Samples one eviction trace of every row, to be replayed.
 
     Returns:
-      The pools [layers, chunks, b, k, 2L], see `Recorded`, and the losses per token [b, t - 1].
+      The pools [layers, evictions, b, k, 2L], see `Recorded`, and the losses per token [b, t - 1].
     """
     policy = Foresight(params, plan.scorer, "sample", plan.grpo.temperature)
 
@@ -92,16 +92,16 @@ def loss_and_grads(
       policy: the recorded evictions and the scorers.
 
     Returns:
-      The sums, and the current log-probabilities of the drops [layers, chunks, b, k, l].
+      The sums, and the current log-probabilities of the drops [layers, evictions, b, k, l].
     """
     config = plan.grpo
 
     def observe(acc: grpo.Sums, policy: Recorded, view: View, evict: Array):
         weight = grpo.drop_weight(plan, batch, view)
         pool = policy.pool(view)
-        pool = jnp.minimum(pool, view.budget - 1)  # ignored while the cache fills
+        pool = jnp.minimum(pool, view.budget - 1)  # after a row's end, some are in the ring
         feature = scorer.features(plan.scorer, view)
-        old = jax.lax.dynamic_index_in_dim(policy.old_yebkl, view.chunk, axis=0, keepdims=False)
+        old = jax.lax.dynamic_index_in_dim(policy.old_yebkl, view.eviction, 0, keepdims=False)
 
         def log_prob(params):
             score = -scorer.apply(plan.scorer, params, feature) / config.temperature

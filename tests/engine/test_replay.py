@@ -23,14 +23,14 @@ from tests.learning.test_golden import assert_linear, memory
 from tests.policies.test_policies import h2o, rkv, snapkv, streaming_llm
 
 BUDGET, INTERVAL = 24, 12
-CADENCE, FIRST = Cadence(BUDGET, INTERVAL), BUDGET // INTERVAL
+CADENCE = Cadence(BUDGET, INTERVAL)
 # No multiple of L, one token after an eviction, an eviction at the very end (twice), and none.
 LENGTHS = [95, 61, 60, 36, 10]
 # (family, query heads, KV heads): groups of 1, 2 and 4.
 MODELS = [("qwen2", 2, 2), ("qwen3", 4, 2), ("qwen2", 4, 1)]
 
 
-def run(policy, observe=replay._ignore, acc=()):
+def run(policy, observe=replay.ignore, acc=()):
     """Compiled replay; the golden evictions of the batch take the place of policy `golden`."""
 
     @jax.jit
@@ -62,7 +62,7 @@ def test_golden_evictions_are_those_of_the_oracle(model):
     calls = lambda acc, *_: (acc + 1, ())  # noqa: E731
     call = run("golden", calls, jnp.int32(0))
     hidden, count, _ = call(LM(params, config), Batch.of(token, length))
-    assert count.tolist() == [8] * config.layers  # one a chunk
+    assert count.tolist() == [5] * config.layers  # one for each that a token attends after
     for row, n in enumerate(LENGTHS):
         events = oracles.golden_of_model(config, params, token[row, :n], BUDGET, INTERVAL)
         evict = golden_evict(events, INTERVAL)
@@ -92,7 +92,7 @@ def test_replay_under_a_policy_is_its_definition(model, definition):
             # Max-pooling makes ties, so the oracle follows any choice that the definition allows.
             nonlocal evictions
             evictions += 1
-            chosen = gone[layer, FIRST + state.event, row, head]
+            chosen = gone[layer, state.event, row, head]
             assert oracles.is_lowest(chosen, *definition(state, INTERVAL), tie=1e-5)
             return chosen
 
@@ -185,9 +185,9 @@ def test_random_draws_anew_for_every_row_layer_head_and_eviction():
     config, params = oracles.make_model()
     batch = oracles.make_batch(config, [96, 96])
     call = run(policies.get("random"), lambda acc, policy, view, evict: (acc, evict))
-    slots = np.sort(call(LM(params, config), batch)[2])[:, FIRST:]
+    slots = np.sort(call(LM(params, config), batch)[2])
     drawn = np.unique(slots.reshape(-1, INTERVAL), axis=0)
-    assert len(drawn) == slots[..., 0].size == config.layers * 6 * 2 * config.kv_heads
+    assert len(drawn) == slots[..., 0].size == config.layers * 5 * 2 * config.kv_heads
 
 
 @pytest.mark.parametrize(
@@ -270,7 +270,7 @@ def test_an_observer_sees_the_features_of_the_definition(form, model):
 
         oracles.replay(config, params, token[row, :n], budget, interval, keep)
         for layer, head, state in states:
-            index = layer, budget // interval + state.event, row, head
+            index = layer, state.event, row, head
             position, feature, cumulative, decayed = (x[index] for x in seen)
             order = np.argsort(position)
             np.testing.assert_array_equal(position[order], state.positions)

@@ -117,8 +117,7 @@ def collect(rules, lm, batch):
     policy, labels, _ = golden.policy(lm, batch, CADENCE)
     policy = policies.Forced(policy.position_yebkl, rules.statistics)
     _, _, seen = replay.replay(lm, batch, policy, CADENCE, observe=look)
-    first = BUDGET // INTERVAL
-    return labels, jax.tree.map(lambda x: x[:, first : first + max(EVENTS)], seen)
+    return labels, seen
 
 
 RULES, LOSS = scorer.ScorerConfig(norm="rms"), sft.LossConfig(margin=1.0)

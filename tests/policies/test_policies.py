@@ -421,7 +421,7 @@ def test_evictions_do_not_depend_on_what_is_in_front_of_a_prompt():
             x[:, :-1, ::2], x[:, 1:, 1::2], rtol=1e-5, atol=1e-6, err_msg=repr(policy)
         )
     for policy, position in zip([*even, *uneven], [*dropped, *held], strict=True):
-        position = np.sort(position, axis=-1)  # [layers, chunks, b, k, l or s]
+        position = np.sort(position, axis=-1)  # [layers, evictions, b, k, l or s]
         assert (position[:, :6, ::2] >= 0).any(-1).any()
         np.testing.assert_array_equal(
             position[:, :-1, ::2], position[:, 1:, 1::2], err_msg=repr(policy)

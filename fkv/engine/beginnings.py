@@ -1,0 +1,114 @@
+"""Beginnings that several replays of the same traces share, such as rollouts or several policies.
+
+Nothing is evicted before `B + L` tokens are held, so up to there all replays are equal: that part
+is computed once per trace, not once per row.
+"""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from fkv import models
+from fkv.cache.cadence import Cadence
+from fkv.engine import replay
+from fkv.engine.batch import Batch
+from fkv.engine.replay import Chooser, Observer, Site, Staged
+from fkv.keys import Purpose, key_of
+from fkv.models import LM
+from fkv.policies import base
+from fkv.policies.base import Policy
+
+
+@flax.struct.dataclass
+class Begun:
+    """The part of a replay before the first eviction, which does not depend on the policy.
+
+    Attributes:
+      hidden_btm: hidden states after the last layer, of these tokens.
+      staged_y: all layers before their first eviction, [layers, ...].
+      cadence: of the evictions.
+    """
+
+    hidden_btm: Array
+    staged_y: Staged
+    cadence: Cadence = flax.struct.field(pytree_node=False)
+
+    tokens = property(lambda self: self.hidden_btm.shape[1])
+
+
+def begin(lm: LM, batch: Batch, policy: Policy, cadence: Cadence) -> Begun:
+    """The part of a replay before the first eviction, for `replay_from`.
+
+    It holds a cache of `B + L` tokens of every layer and trace.
+
+    Args:
+      policy: any of the same capacity and statistics as those that go on; see
+        `policies.base.common_statistics` for those of several.
+    """
+    base.check(policy, lm.config, cadence)
+    first = replay.beginning(policy, cadence, batch.token_bt.shape[1])
+    position = batch.position_bt[:, :first]
+
+    def layer(hidden, inputs):
+        index, weights = inputs
+        qkv = models.project(lm.config, weights, hidden, position)
+        site = Site(lm.config, cadence, index, None)
+        out, staged = replay.begin_layer(policy, site, qkv, position)
+        return models.finish(lm.config, weights, hidden, out), staged
+
+    inputs = (jnp.arange(lm.config.layers), lm.params["layers"])
+    hidden, staged = jax.lax.scan(layer, models.embed(lm, batch.token_bt[:, :first]), inputs)
+    return Begun(hidden, staged, cadence)
+
+
+def replay_from(
+    lm: LM,
+    batch: Batch,
+    begun: Begun,
+    policy: Policy,
+    key_b: Array | None = None,
+    observe: Observer | Chooser = replay.ignore,
+    acc: Any = (),
+) -> tuple[Array, Any, Any]:
+    """The rest of a replay, of one or more rows per trace.
+
+    The beginning of a trace is repeated for its rows one layer at a time.
+
+    Args:
+      batch: the rows: the traces of `begun` in their order, each as often as the others, its rows
+        adjacent.
+      begun: from `begin`, with another policy of the same capacity. Statistics that it has and
+        this one does not need are dropped.
+      key_b, observe, acc: see `replay`.
+
+    Returns:
+      As `replay`, but hidden states [b, 1 + t - n, m] only from the last of the `begun.tokens` = n
+      first tokens on: the earlier ones are those of `begun`. So
+      `token_losses(lm, hidden, batch.token_bt[:, n - 1:])` are the losses from token n on.
+    """
+    base.check(policy, lm.config, begun.cadence)
+    rows, traces = len(batch.token_bt), len(begun.hidden_btm)
+    if rows % traces:
+        raise ValueError(f"{rows} rows are not a multiple of the {traces} traces begun")
+    if key_b is None:
+        key_b = replay.row_keys(key_of(0, Purpose.REPLAY), rows)
+    position = batch.position_bt[:, begun.tokens :]
+
+    def repeat(x):
+        return jnp.repeat(x, rows // traces, axis=0) if rows > traces and x.ndim else x
+
+    def layer(hidden, inputs):
+        index, weights, layer_policy, staged = inputs
+        qkv = models.project(lm.config, weights, hidden, position)
+        site, staged = Site(lm.config, begun.cadence, index, key_b), jax.tree.map(repeat, staged)
+        out, _, *found = replay.pass_from(layer_policy, site, staged, qkv, position, observe, acc)
+        return models.finish(lm.config, weights, hidden, out), found
+
+    inputs = (jnp.arange(lm.config.layers), lm.params["layers"], policy, begun.staged_y)
+    hidden = models.embed(lm, batch.token_bt[:, begun.tokens :])
+    hidden, (accs, observed) = jax.lax.scan(layer, hidden, inputs)
+    last = repeat(begun.hidden_btm[:, -1:])
+    return jnp.concatenate([last, hidden], axis=1), accs, observed

@@ -1,0 +1,263 @@
+"""Replay begins in one pass up to the first eviction, which several replays can share."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fkv import policies
+from fkv.cache.cadence import Cadence
+from fkv.engine import beginnings, replay
+from fkv.engine.batch import Batch
+from fkv.learning import golden
+from fkv.learning.tokens import token_losses
+from fkv.policies import scorer
+from tests import oracles
+from tests.learning.test_golden import assert_linear, memory
+
+BUDGET, INTERVAL = 24, 12
+CADENCE = Cadence(BUDGET, INTERVAL)
+# No multiple of L, one token after an eviction, an eviction at the very end (twice), B, and less.
+LENGTHS = [95, 61, 60, 37, 36, 24, 10]
+EVERY = sorted(set(policies.names()) - {"full", "forced", "foresight"})
+EVERY += ["sample", "reference", "golden", "ada(h2o)", "ada(sample)", "ada(pyramid(h2o))"]
+
+
+def policy_of(name, lm, batch):
+    if name == "golden":
+        return golden.policy(lm, batch, CADENCE)[0]
+    if name == "ada(sample)":
+        return policies.Ada(policy_of("sample", lm, batch))
+    if name in ("sample", "reference"):
+        rules = scorer.ScorerConfig(form="reference" if name == "reference" else "windowed")
+        params = scorer.init(jax.random.key(3), lm.config, rules)
+        return policies.Foresight(params, rules, "top" if name == "reference" else "sample")
+    return policies.get(name)
+
+
+def look(acc, policy, view, evict):
+    """What an eviction is decided by, where slots are held, and what is dropped."""
+    position = view.cache.position_bks
+    of_slots = (view.key_bksd, view.value_bksd, view.cache.entry, view.statistics)
+    of_slots = jax.tree.map(lambda x: jnp.where(position[..., None] >= 0, x, 0), of_slots)
+    at = view.query_position_bl
+    query = jnp.where(at[..., None, None] >= 0, view.query_blhd, 0)
+    dropped = jnp.take_along_axis(position, evict, axis=-1)
+    of_rows = (position, dropped, of_slots, query, at, jax.random.key_data(view.random_b))
+    return acc + 1, (of_rows, view.eviction, view.chunk)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def three_ways(name, lm, batch, key_b):
+    """Chunk by chunk, with the beginning in one pass, and from one that is shared."""
+    policy = policy_of(name, lm, batch)
+    slow = oracles.replay_by_chunks(lm, batch, policy, CADENCE, key_b, look)
+    fast = replay.replay(lm, batch, policy, CADENCE, key_b, look, 0)
+    begun = beginnings.begin(lm, batch, policy, CADENCE)
+    return slow, fast, begun, beginnings.replay_from(lm, batch, begun, policy, key_b, look, 0)
+
+
+def check(name, lm, batch):
+    """The three agree in hidden states, and in all that an observer sees while a row has tokens."""
+    key_b = replay.row_keys(jax.random.key(5), len(batch.length_b))
+    (hidden, want), fast, begun, shared = three_ways(name, lm, batch, key_b)
+    real, n = np.asarray(batch.position_bt) >= 0, begun.tokens
+    continued = np.concatenate([begun.hidden_btm, shared[0][:, 1:]], axis=1)
+    np.testing.assert_array_equal(shared[0][:, 0], begun.hidden_btm[:, -1])
+    for ours in (fast[0], continued):
+        np.testing.assert_allclose(ours[real], hidden[real], atol=5e-5)
+    for _, count, (of_rows, eviction, chunk) in (fast, shared):
+        np.testing.assert_array_equal(eviction, want[1])
+        np.testing.assert_array_equal(chunk, want[2])
+        assert (count == eviction.shape[1]).all()
+        ends = batch.padding_b + batch.length_b
+        live = np.asarray(ends)[None] > (np.asarray(chunk)[0][:, None] + 1) * INTERVAL
+        for ours, theirs in zip(jax.tree.leaves(of_rows), jax.tree.leaves(want[0]), strict=True):
+            ours, theirs = np.asarray(ours)[:, live], np.asarray(theirs)[:, live]
+            if np.issubdtype(ours.dtype, np.floating):
+                np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=5e-5)
+            else:
+                np.testing.assert_array_equal(ours, theirs)
+    return eviction.shape[1]
+
+
+def batch_of(lm, lengths, padding=None, width=0):
+    """Traces without a token twice, which would tie in the first layer for some policies."""
+    rng, padding = np.random.default_rng(0), padding or [0] * len(lengths)
+    width = max(width, *(n + p for n, p in zip(lengths, padding, strict=True)))
+    token = rng.integers(lm.config.vocab_size, size=(len(lengths), width), dtype=np.int32)
+    for row, n, p in zip(token, lengths, padding, strict=True):
+        row[p : p + n] = rng.permutation(lm.config.vocab_size)[:n]
+    prompt = np.zeros(len(lengths), np.int32)
+    return Batch(jnp.asarray(token), np.array(lengths), prompt, np.array(padding))
+
+
+@functools.cache
+def model(cache_dtype="", **fields):
+    lm = oracles.make_lm(vocab_size=101, **fields)
+    return lm.replace(config=dataclasses.replace(lm.config, cache_dtype=cache_dtype))
+
+
+def uneven(name):
+    return name.startswith(("ada", "pyramid"))
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_beginning_in_one_pass_is_that_chunk_by_chunk(name):
+    evictions = check(name, model(), batch_of(model(), LENGTHS))
+    assert evictions == (7 if uneven(name) else 5)
+
+
+@pytest.mark.parametrize("name", ["h2o", "random", "ada(h2o)"])
+def test_an_int8_cache_begins_quantised(name):
+    # One layer: after it, a number that rounding puts one step off is passed on.
+    lm = model("int8", layers=1)
+    check(name, lm, batch_of(lm, LENGTHS))
+    unrounded = beginnings.begin(
+        model(layers=1), batch_of(lm, LENGTHS), policies.get(name), CADENCE
+    )
+    begun = beginnings.begin(lm, batch_of(lm, LENGTHS), policies.get(name), CADENCE)
+    assert 1e-3 < abs(unrounded.hidden_btm - begun.hidden_btm).max() < 0.1
+
+
+@pytest.mark.parametrize("width", [INTERVAL * 6, 36, 30, 24, 12, 5])
+@pytest.mark.parametrize("name", ["rkv", "golden", "ada"])
+def test_a_batch_of_any_width_begins(name, width):
+    lengths = [min(n, width) for n in LENGTHS[2:]]
+    evictions = check(name, model(), batch_of(model(), lengths, width=width))
+    assert evictions == max(0, -(-width // INTERVAL) - (1 if uneven(name) else 3))
+
+
+@pytest.mark.parametrize("name", ["snapkv", "sample", "ada(h2o)"])
+def test_padding_in_front_leaves_the_slots_that_chunks_would(name):
+    # Less than a chunk, whole chunks, both, all but the ring, and more than the beginning.
+    padding = [5, 12, 17, 26, 31, 40, 0]
+    check(name, model(), batch_of(model(), [60, 61, 50, 50, 40, 30, 3], padding))
+
+
+@pytest.mark.parametrize("name", ["h2o", "sample", "ada"])
+def test_rows_that_share_a_beginning_are_those_alone(name):
+    lm, copies = model(), 3
+    batch, policy = batch_of(lm, LENGTHS[:3]), policy_of(name, lm, None)
+    rows = jax.tree.map(lambda x: jnp.repeat(x, copies, axis=0), batch)
+    key_b = replay.row_keys(jax.random.key(5), len(rows.length_b))
+
+    @jax.jit
+    def together(lm, batch, rows, policy):
+        begun = beginnings.begin(lm, batch, policy, CADENCE)
+        return beginnings.replay_from(lm, rows, begun, policy, key_b, look, 0)
+
+    @jax.jit
+    def alone(lm, rows, policy):
+        return replay.replay(lm, rows, policy, CADENCE, key_b, look, 0)
+
+    hidden, _, seen = together(lm, batch, rows, policy)
+    want, _, want_seen = alone(lm, rows, policy)
+    first = hidden.shape[1]
+    real = np.asarray(rows.position_bt)[:, -first:] >= 0
+    np.testing.assert_allclose(hidden[real], want[:, -first:][real], atol=5e-5)
+    dropped, want_dropped = seen[0][1], want_seen[0][1]
+    np.testing.assert_array_equal(dropped[:, :, :copies], want_dropped[:, :, :copies])
+    of_trace = np.asarray(dropped)[0, -1, :copies, 0]
+    assert (len({tuple(sorted(x)) for x in of_trace.tolist()}) > 1) == (name == "sample")
+
+    losses = token_losses(lm, hidden, rows.token_bt[:, -first:]).nll_bt
+    all_losses = token_losses(lm, want, rows.token_bt).nll_bt
+    counted = rows.counted_bt(CADENCE.first_evicting_token)
+    assert not counted[:, : 1 - first].any() and counted.sum() == copies * (59 + 25 + 24)
+    counted = counted[:, 1 - first :]
+    np.testing.assert_allclose(losses[counted], all_losses[:, 1 - first :][counted], atol=1e-4)
+
+
+def test_rows_must_be_copies_of_the_traces():
+    lm = model()
+    begun = beginnings.begin(lm, batch_of(lm, [40, 40]), policies.get("h2o"), CADENCE)
+    with pytest.raises(ValueError, match="3 rows are not a multiple of the 2 traces"):
+        beginnings.replay_from(lm, batch_of(lm, [40] * 3), begun, policies.get("h2o"))
+
+
+def test_one_beginning_serves_policies_with_and_without_statistics():
+    lm = model()
+    batch = batch_of(lm, LENGTHS)
+    begun = beginnings.begin(lm, batch, policies.get("h2o"), CADENCE)
+    for name in ("h2o", "knorm", "sample"):
+        policy = policy_of(name, lm, batch)
+        hidden, _, _ = beginnings.replay_from(lm, batch, begun, policy)
+        want, _, _ = replay.replay(lm, batch, policy, CADENCE)
+        real = batch.position_bt[:, -hidden.shape[1] :] >= 0
+        np.testing.assert_allclose(hidden[real], want[:, -hidden.shape[1] :][real], atol=5e-5)
+
+
+def test_a_chooser_takes_the_place_of_the_policys_choice():
+    lm = model()
+    batch, other = batch_of(lm, LENGTHS), policies.get("streaming_llm")
+
+    def act(acc, policy, view):
+        slots = other.evict(view)
+        return acc + 1, slots, jnp.take_along_axis(view.cache.position_bks, slots, axis=-1)
+
+    hidden, count, dropped = replay.replay(
+        lm, batch, policies.get("h2o"), CADENCE, observe=replay.Chooser(act), acc=0
+    )
+    want, _, seen = replay.replay(lm, batch, other, CADENCE, observe=look, acc=0)
+    np.testing.assert_allclose(hidden, want, atol=1e-6)
+    np.testing.assert_array_equal(dropped, seen[0][1])
+    assert count.tolist() == [5, 5]
+
+
+# ---- what it costs
+
+
+def shapes(jaxpr):
+    """Of everything that is computed, in loops too."""
+    for equation in jaxpr.eqns:
+        yield from (x.aval.shape for x in equation.outvars)
+        for inner in jax.core.jaxprs_in_params(equation.params):
+            yield from shapes(inner)
+
+
+@pytest.mark.parametrize("copies", [2, 5])
+def test_the_beginning_is_computed_once_per_trace(copies):
+    lm, policy, t = model(), policies.get("h2o"), 60
+    batch = batch_of(lm, [t] * 2)
+    rows = jax.tree.map(lambda x: jnp.repeat(x, copies, axis=0), batch)
+
+    def run(lm, batch, rows):
+        begun = beginnings.begin(lm, batch, policy, CADENCE)
+        return beginnings.replay_from(lm, rows, begun, policy)[0]
+
+    def wide(rows):
+        """Hidden states, queries and logits of a beginning, or of a whole trace, of these rows."""
+        width = lm.config.width
+        sizes = {(width, CADENCE.slots), (width, t), (CADENCE.slots, width), (t, width)}
+        heads = {(n, lm.config.heads, lm.config.head_dim) for n in (CADENCE.slots, t)}
+        return {x for x in found if x[:1] == (rows,) and (x[1:] in sizes or x[1:] in heads)}
+
+    found = set(shapes(jax.make_jaxpr(run)(lm, batch, rows).jaxpr))
+    assert wide(2) and not wide(2 * copies)
+
+    def flops(copies):
+        rows = jax.tree.map(lambda x: jnp.repeat(x, copies, axis=0), batch)
+        return jax.jit(run).lower(lm, batch, rows).compile().cost_analysis()["flops"]
+
+    # The compiler counts a loop's body once: the two scans over layers, and one of the chunks.
+    per_row = (flops(copies) - flops(1)) / (copies - 1)
+    assert per_row < 0.6 * flops(1)
+
+
+def test_memory_is_linear_in_the_length():
+    lm = oracles.make_lm(heads=2, kv_heads=1)
+    policy = policies.get("h2o")
+
+    def at(t):
+        def call(lm, batch, rows):
+            begun = beginnings.begin(lm, batch, policy, Cadence(16, 8))
+            return beginnings.replay_from(lm, rows, begun, policy)[0]
+
+        one, two = (Batch.of(jnp.zeros((b, t), jnp.int32), jnp.full(b, t)) for b in (1, 2))
+        return memory(call, lm, one, two)
+
+    assert_linear([(t, at(t)) for t in (4096, 8192)], 8)
