@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -64,7 +65,7 @@ def check(name, lm, batch):
     """The three agree in hidden states, and in all that an observer sees while a row has tokens."""
     key_b = replay.row_keys(jax.random.key(5), len(batch.length_b))
     (hidden, want), fast, begun, shared = three_ways(name, lm, batch, key_b)
-    real, n = np.asarray(batch.position_bt) >= 0, begun.tokens
+    real = np.asarray(batch.position_bt) >= 0
     continued = np.concatenate([begun.hidden_btm, shared[0][:, 1:]], axis=1)
     np.testing.assert_array_equal(shared[0][:, 0], begun.hidden_btm[:, -1])
     for ours in (fast[0], continued):
@@ -115,12 +116,12 @@ def test_a_beginning_in_one_pass_is_that_chunk_by_chunk(name):
 def test_an_int8_cache_begins_quantised(name):
     # One layer: after it, a number that rounding puts one step off is passed on.
     lm = model("int8", layers=1)
-    check(name, lm, batch_of(lm, LENGTHS))
-    unrounded = beginnings.begin(
-        model(layers=1), batch_of(lm, LENGTHS), policies.get(name), CADENCE
+    batch, policy = batch_of(lm, LENGTHS), policies.get(name)
+    check(name, lm, batch)
+    rounded, exact = (
+        beginnings.begin(x, batch, policy, CADENCE).hidden_btm for x in (lm, model(layers=1))
     )
-    begun = beginnings.begin(lm, batch_of(lm, LENGTHS), policies.get(name), CADENCE)
-    assert 1e-3 < abs(unrounded.hidden_btm - begun.hidden_btm).max() < 0.1
+    assert 1e-3 < abs(rounded - exact).max() < 0.1
 
 
 @pytest.mark.parametrize("width", [INTERVAL * 6, 36, 30, 24, 12, 5])
@@ -215,7 +216,7 @@ def shapes(jaxpr):
     """Of everything that is computed, in loops too."""
     for equation in jaxpr.eqns:
         yield from (x.aval.shape for x in equation.outvars)
-        for inner in jax.core.jaxprs_in_params(equation.params):
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
             yield from shapes(inner)
 
 
