@@ -9,8 +9,8 @@ rollouts are done. So one pass is enough: at every eviction the gradients of eac
 sums, which are a few megabytes a row, and no state outlives its eviction. `fkv.learning.replayed`
 makes several updates.
 
-Letters: r rollouts, t tokens, e evictions, n candidates, m a pool of `2L`, l dropped entries; the rows
-of a batch are the rollouts of its traces, those of a trace adjacent.
+Letters: r rollouts, t tokens, e evictions, n candidates, m a pool of `2L`, l dropped entries; the
+rows of a batch are the rollouts of its traces, those of a trace adjacent.
 """
 
 import dataclasses
