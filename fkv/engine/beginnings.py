@@ -52,15 +52,13 @@ def begin(lm: LM, batch: Batch, policy: Policy, cadence: Cadence) -> Begun:
     first = replay.beginning(policy, cadence, batch.token_bt.shape[1])
     position = batch.position_bt[:, :first]
 
-    def layer(hidden, inputs):
-        index, weights = inputs
+    def layer(hidden, weights):
         qkv = models.project(lm.config, weights, hidden, position)
-        site = Site(lm.config, cadence, index, None)
-        out, staged = replay.begin_layer(policy, site, qkv, position)
+        out, staged = replay.begin_layer(policy, lm.config, cadence, qkv, position)
         return models.finish(lm.config, weights, hidden, out), staged
 
-    inputs = (jnp.arange(lm.config.layers), lm.params["layers"])
-    hidden, staged = jax.lax.scan(layer, models.embed(lm, batch.token_bt[:, :first]), inputs)
+    hidden = models.embed(lm, batch.token_bt[:, :first])
+    hidden, staged = jax.lax.scan(layer, hidden, lm.params["layers"])
     return Begun(hidden, staged, cadence)
 
 

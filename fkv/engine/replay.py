@@ -225,7 +225,12 @@ def beginning(policy: Policy, cadence: Cadence, length: int) -> int:
 
 
 def stage(
-    policy: Policy, site: Site, qkv: Projections, lse_bkgt: Array, position_bt: Array
+    policy: Policy,
+    config: ModelConfig,
+    cadence: Cadence,
+    qkv: Projections,
+    lse_bkgt: Array,
+    position_bt: Array,
 ) -> Staged:
     """A layer before its first eviction, from a causal pass over the `beginning` of the traces.
 
@@ -235,9 +240,9 @@ def stage(
       lse_bkgt: log-sum-exps, as `attention.full_attention` returns them.
       position_bt: absolute positions, -1 for padding.
     """
-    t, interval, config = position_bt.shape[1], site.cadence.interval, site.config
+    t, interval = position_bt.shape[1], cadence.interval
     kept = (-(-t // interval) - 1) * interval  # the rest is in the staging ring
-    room = policy.capacity(site.cadence.budget)
+    room = policy.capacity(cadence.budget)
     # Evicted chunk by chunk, a row fills its empty slots in order: those of whole chunks of
     # padding, then what the padding left of its first chunk.
     padding = jnp.argmax(position_bt >= 0, axis=1).astype(jnp.int32)[:, None]
@@ -360,19 +365,19 @@ def layer_pass(
     """
     first = beginning(policy, site.cadence, position_bt.shape[1])
     begun, rest = ([x[:, part] for x in qkv] for part in (slice(first), slice(first, None)))
-    out, staged = begin_layer(policy, site, begun, position_bt[:, :first])
+    out, staged = begin_layer(policy, site.config, site.cadence, begun, position_bt[:, :first])
     after, *found = pass_from(policy, site, staged, rest, position_bt[:, first:], observe, acc)
     return jnp.concatenate([out, after], axis=1), *found
 
 
 def begin_layer(
-    policy: Policy, site: Site, qkv: Projections, position_bt: Array
+    policy: Policy, config: ModelConfig, cadence: Cadence, qkv: Projections, position_bt: Array
 ) -> tuple[Array, Staged]:
     """Attention of one layer over the `beginning` of traces, and the layer after it."""
     query, k, v = qkv
-    k, v = (kv.stored(x, site.config.cache_dtype) for x in (k, v))
+    k, v = (kv.stored(x, config.cache_dtype) for x in (k, v))
     out, lse = attention.full_attention(query, k, v, position_bt)
-    return out, stage(policy, site, (query, k, v), lse, position_bt)
+    return out, stage(policy, config, cadence, (query, k, v), lse, position_bt)
 
 
 def full_pass(

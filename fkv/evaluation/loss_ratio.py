@@ -19,7 +19,7 @@ from jax import Array
 
 from fkv import files
 from fkv.cache.cadence import Cadence
-from fkv.engine import replay
+from fkv.engine import beginnings, replay
 from fkv.engine.batch import Batch
 from fkv.errors import UserError
 from fkv.evaluation import tables
@@ -152,6 +152,7 @@ def measure(
 ) -> list[Losses]:
     """Runs every policy and golden eviction over the traces at one budget.
 
+    All share what comes before the first eviction, except for policies of uneven budgets.
     Processes share the work, and all get the results.
 
     Args:
@@ -169,10 +170,17 @@ def measure(
     even = {name: p for name, p in policies.items() if p.capacity(cadence.budget) == cadence.budget}
     names, several = list(even), tuple(even.values())
     uneven = {name: p for name, p in policies.items() if name not in even}
+    first = cadence.first_evicting_token
+
+    def losses(lm, hidden, part):
+        """Of tokens `first` and later, from hidden states that end with the last token."""
+        before = part.token_bt[:, first - 1 :]
+        return token_losses(lm, hidden[:, -before.shape[1] :], before)
 
     @jax.jit
     def run_golden(lm, several, part, key_b):
-        forced, labels, full = golden.policy(lm, part, cadence)
+        one = OneOf(several, jnp.zeros(config.layers, jnp.int32))
+        forced, labels, full, begun = golden.policy_and_beginning(lm, part, cadence, one)
         scores = jnp.concatenate([labels.future_score_ebkn, labels.newest_score_ebkl], axis=-1)
 
         def observe(acc, policy, view, evict):
@@ -192,16 +200,20 @@ def measure(
 
         watched = Watched(forced, several)
         start = jnp.zeros((2, 1 + len(several), len(key_b), config.kv_heads))
-        hidden, both, _ = replay.replay(lm, part, watched, cadence, key_b, observe, start)
+        hidden, both, _ = beginnings.replay_from(lm, part, begun, watched, key_b, observe, start)
         events = jnp.maximum(labels.valid_eb[0].sum(0), 1)[None, None, None, :, None]
         recall, regret = jnp.moveaxis(both / events, 0, 3)  # each [w, b, y, k]
-        full, gold = (token_losses(lm, x, part.token_bt) for x in (full, hidden))
-        return full, gold, recall, regret
+        full, gold = (losses(lm, x, part) for x in (full, hidden))
+        return full, gold, recall, regret, begun
 
     @jax.jit
     def run(lm, policy, part, key_b):
-        hidden, _, _ = replay.replay(lm, part, policy, cadence, key_b)
-        return token_losses(lm, hidden, part.token_bt).nll_bt
+        return losses(lm, replay.replay(lm, part, policy, cadence, key_b)[0], part).nll_bt
+
+    @jax.jit
+    def run_from(lm, begun, policy, part, key_b):
+        hidden, _, _ = beginnings.replay_from(lm, part, begun, policy, key_b)
+        return losses(lm, hidden, part).nll_bt
 
     nll = {name: np.zeros((n, t - 1), np.float32) for name in ("full", "golden", *policies)}
     entropy = np.zeros((n, t - 1), np.float32)
@@ -212,28 +224,30 @@ def measure(
         if turn % jax.process_count() != jax.process_index():
             continue
         width, key_b = traces.width_b[rows[0]], traces.key_b[rows]
+        if width <= first:  # no token counts
+            continue
         part = Batch.of(batch.token_bt[rows, :width], batch.length_b[rows])
 
         def put(table, found, wanted=wanted, width=width):
-            table[wanted, : width - 1] = np.asarray(found)[: len(wanted)]
+            table[wanted, first - 1 : width - 1] = np.asarray(found)[: len(wanted)]
 
-        full, gold, recall, regret = run_golden(lm, several, part, key_b)
+        full, gold, recall, regret, begun = run_golden(lm, several, part, key_b)
         put(nll["full"], full.nll_bt)
         put(nll["golden"], gold.nll_bt)
         put(entropy, full.entropy_bt)
         recalls[:, wanted] = np.asarray(recall)[:, : len(wanted)]
         regrets[:, wanted] = np.asarray(regret)[:, : len(wanted)]
-        chosen = {
-            name: OneOf(several, jnp.full(config.layers, i)) for i, name in enumerate(names)
-        } | uneven
-        for name, policy in chosen.items():
+        for i, name in enumerate(names):
+            one = OneOf(several, jnp.full(config.layers, i))
+            put(nll[name], run_from(lm, begun, one, part, key_b))
+        for name, policy in uneven.items():
             put(nll[name], run(lm, policy, part, key_b))
 
     *found, entropy, recalls, regrets = parallel.total([*nll.values(), entropy, recalls, regrets])
     nll = dict(zip(nll, found, strict=True))
     recall = dict(zip(("golden", *names), recalls, strict=True))
     regret = dict(zip(("golden", *names), regrets, strict=True))
-    counted = batch.counted_bt(cadence.first_evicting_token)
+    counted = batch.counted_bt(first)
     low = np.asarray(low_entropy(entropy, counted, traces.high_fraction))
     masks = np.stack([counted, low, counted & ~low], axis=-1)  # [n, t - 1, 3]
 

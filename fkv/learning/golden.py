@@ -25,8 +25,12 @@ from fkv import models
 from fkv.cache import attention
 from fkv.cache import slots as kv
 from fkv.cache.cadence import Cadence
+from fkv.engine import beginnings, replay
 from fkv.engine.batch import Batch
+from fkv.engine.beginnings import Begun
+from fkv.engine.replay import Projections
 from fkv.models import LM, ModelConfig
+from fkv.policies.base import Policy
 from fkv.policies.forced import Forced
 
 
@@ -172,15 +176,19 @@ def layer_labels(
     hidden_btm: Array,
     position_bt: Array,
     cadence: Cadence,
-) -> tuple[Array, Labels]:
-    """One layer of the full pass: its output and its golden evictions.
+) -> tuple[Array, Labels, tuple[Projections, Array]]:
+    """One layer of the full pass: its output, its golden evictions, and its attention.
 
     It has no cache: keys and values are in the model's dtype, whatever `cache_dtype` is.
+
+    Returns:
+      Hidden states [b, t, m]; the labels; and queries, keys and values with the log-sum-exps of the
+      attention [b, k, g, t].
     """
     q, k, v = models.project(config, weights, hidden_btm, position_bt)
     out, lse = attention.full_attention(q, k, v, position_bt)
     labels = from_attention(q, k, lse, position_bt, cadence)
-    return models.finish(config, weights, hidden_btm, out), labels
+    return models.finish(config, weights, hidden_btm, out), labels, ((q, k, v), lse)
 
 
 def policy(lm: LM, batch: Batch, cadence: Cadence) -> tuple[Forced, Labels, Array]:
@@ -190,10 +198,40 @@ def policy(lm: LM, batch: Batch, cadence: Cadence) -> tuple[Forced, Labels, Arra
       The policy that forces them, the labels [layers, e, ...], and the full-cache hidden states
       (whatever `config.cache_dtype` is).
     """
+    return _policy(lm, batch, cadence, lambda *attended: ())[:3]
+
+
+def policy_and_beginning(
+    lm: LM, batch: Batch, cadence: Cadence, others: Policy
+) -> tuple[Forced, Labels, Array, Begun]:
+    """`policy`, and the beginning of replays under evictions, from the same pass.
+
+    Where caches are quantised, the full pass is not: then the beginning is a pass of its own.
+
+    Args:
+      others: see `beginnings.begin`.
+    """
+    if lm.config.cache_dtype:
+        begun = beginnings.begin(lm, batch, others, cadence)
+        return *policy(lm, batch, cadence), begun
+    first = replay.beginning(others, cadence, batch.token_bt.shape[1])
+    position = batch.position_bt[:, :first]
+
+    def keep(qkv, lse):
+        qkv = [x[:, :first] for x in qkv]
+        return replay.stage(others, lm.config, cadence, qkv, lse[..., :first], position)
+
+    forced, labels, hidden, staged = _policy(lm, batch, cadence, keep)
+    return forced, labels, hidden, Begun(hidden[:, :first], staged, cadence)
+
+
+def _policy(lm, batch, cadence, keep):
     position = batch.position_bt
 
     def layer(hidden, weights):
-        return layer_labels(lm.config, weights, hidden, position, cadence)
+        hidden, labels, attended = layer_labels(lm.config, weights, hidden, position, cadence)
+        return hidden, (labels, keep(*attended))
 
-    hidden, labels = jax.lax.scan(layer, models.embed(lm, batch.token_bt), lm.params["layers"])
-    return Forced(labels.evict_position_ebkl), labels, hidden
+    hidden = models.embed(lm, batch.token_bt)
+    hidden, (labels, kept) = jax.lax.scan(layer, hidden, lm.params["layers"])
+    return Forced(labels.evict_position_ebkl), labels, hidden, kept

@@ -152,7 +152,7 @@ def loss_and_grads(plan: Plan, params: dict, lm: LM, batch: Batch) -> Sums:
     def layer(hiddens, inputs):
         weights, params = inputs
         full, evicted = hiddens
-        full, labels = golden.layer_labels(lm.config, weights, full, position, cadence)
+        full, labels, _ = golden.layer_labels(lm.config, weights, full, position, cadence)
         policy = Forced(labels.evict_position_ebkl, plan.scorer.statistics)
 
         # Weights of each eviction's groups, known from the labels: a mean over a trace's groups.

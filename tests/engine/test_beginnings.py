@@ -192,6 +192,26 @@ def test_one_beginning_serves_policies_with_and_without_statistics():
         np.testing.assert_allclose(hidden[real], want[:, -hidden.shape[1] :][real], atol=5e-5)
 
 
+@pytest.mark.parametrize("cache_dtype", ["", "int8"])
+@pytest.mark.parametrize("width", [95, 40, 30])
+def test_the_golden_pass_gives_the_beginning_of_replays(cache_dtype, width):
+    lm, policy = model(cache_dtype, layers=1 if cache_dtype else 2), policies.get("h2o")
+    batch = batch_of(lm, [width, width])  # the padding of a shorter row attends to anything
+
+    @jax.jit
+    def both(lm, batch):
+        return (
+            golden.policy_and_beginning(lm, batch, CADENCE, policy),
+            (*golden.policy(lm, batch, CADENCE), beginnings.begin(lm, batch, policy, CADENCE)),
+        )
+
+    got, want = both(lm, batch)
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=5e-5)
+
+
 def test_a_chooser_takes_the_place_of_the_policys_choice():
     lm = model()
     batch, other = batch_of(lm, LENGTHS), policies.get("streaming_llm")
