@@ -3,7 +3,8 @@
 ForesightKV, arXiv 2602.03203, section 3.3. The language model is frozen and the features carry no
 gradient, so the loss is a sum of independent terms, one per eviction: value and gradient are
 computed inside the scan over chunks and summed. Golden labels never leave their layer: one scan
-over layers carries the hidden states of both the full and the evicted pass.
+over layers carries the hidden states of both the full and the evicted pass, which are the same up
+to the first eviction.
 """
 
 import dataclasses
@@ -143,16 +144,16 @@ def loss_and_grads(plan: Plan, params: dict, lm: LM, batch: Batch) -> Sums:
     """
     cadence = plan.cadence
     replay.check_lengths([batch.token_bt.shape[1]], cadence)
-    position = batch.position_bt
-    counted = (batch.length_b > cadence.first_evicting_token).astype(jnp.float32).sum()
+    position, first = batch.position_bt, cadence.first_evicting_token
+    counted = (batch.length_b > first).astype(jnp.float32).sum()
     # Golden evictions need no PRNG keys and have even budgets.
     unused = replay.row_keys(key_of(0, Purpose.REPLAY), len(position))
     site = replay.Site(lm.config, cadence, 0, unused)
 
     def layer(hiddens, inputs):
         weights, params = inputs
-        full, evicted = hiddens
-        full, labels, _ = golden.layer_labels(lm.config, weights, full, position, cadence)
+        full, begun, evicted = hiddens
+        full, labels, (qkv, lse) = golden.layer_labels(lm.config, weights, full, position, cadence)
         policy = Forced(labels.evict_position_ebkl, plan.scorer.statistics)
 
         # Weights of each eviction's groups, known from the labels: a mean over a trace's groups.
@@ -180,12 +181,21 @@ def loss_and_grads(plan: Plan, params: dict, lm: LM, batch: Batch) -> Sums:
             return jax.tree.map(jnp.add, acc, Sums(0.0, loss, overlap, grads)), ()
 
         zero = Sums(counted, jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-        qkv = models.project(lm.config, weights, evicted, position)
-        out, _, sums, _ = replay.layer_pass(policy, site, qkv, position, observe, zero)
-        return (full, models.finish(lm.config, weights, evicted, out)), sums
+        before, after = position[:, :first], position[:, first:]
+        if lm.config.cache_dtype:  # quantised, which the full pass is not
+            qkv = models.project(lm.config, weights, begun, before)
+            out, staged = replay.begin_layer(policy, lm.config, cadence, qkv, before)
+            begun = models.finish(lm.config, weights, begun, out)
+        else:
+            qkv, lse = [x[:, :first] for x in qkv], lse[..., :first]
+            staged = replay.stage(policy, lm.config, cadence, qkv, lse, before)
+        qkv = models.project(lm.config, weights, evicted, after)
+        out, _, sums, _ = replay.pass_from(policy, site, staged, qkv, after, observe, zero)
+        return (full, begun, models.finish(lm.config, weights, evicted, out)), sums
 
     hidden = models.embed(lm, batch.token_bt)
-    return jax.lax.scan(layer, (hidden, hidden), (lm.params["layers"], params))[1]
+    begun = hidden[:, :first] if lm.config.cache_dtype else ()
+    return jax.lax.scan(layer, (hidden, begun, hidden[:, first:]), (lm.params["layers"], params))[1]
 
 
 def train_step(

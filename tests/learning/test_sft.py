@@ -94,9 +94,9 @@ def test_refuses_an_unknown_weighting():
 
 
 @functools.cache
-def model(family, heads, kv_heads):
+def model(family, heads, kv_heads, cache_dtype=""):
     """A model whose first scorer has nothing to learn: queries of zero attend uniformly."""
-    config, params = oracles.make_model(family, heads, kv_heads)
+    config, params = oracles.make_model(family, heads, kv_heads, cache_dtype=cache_dtype)
     layers = params["layers"]
     own = slice(0, heads // kv_heads)
     layers["q_mhd"] = layers["q_mhd"].at[0, :, own].set(0.0)
@@ -128,6 +128,7 @@ CASES = {
         scorer.ScorerConfig(hidden=5, form="reference"),
         sft.LossConfig(0.3, "sqrt_gap"),
     ),
+    "int8": (("qwen2", 4, 2, "int8"), RULES, LOSS),  # labels and the full pass are not quantised
     "keys and values": (("qwen2", 2, 2), scorer.ScorerConfig(inputs="kv"), sft.LossConfig()),
 }
 
