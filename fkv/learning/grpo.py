@@ -7,15 +7,17 @@ A batch of rollouts usually gives one update. Its probability ratios are exactly
 gradient is that of its log-probabilities times a number, the advantage, that is known only when all
 rollouts are done. So one pass is enough: at every eviction the gradients of each row are added to
 sums, which are a few megabytes a row, and no state outlives its eviction. `fkv.learning.replayed`
-makes several updates.
+makes several updates. Rollouts of a trace share what comes before their first eviction.
 
 Letters: r rollouts, t tokens, e evictions, n candidates, m a pool of `2L`, l dropped entries; the
 rows of a batch are the rollouts of its traces, those of a trace adjacent.
 """
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import flax.struct
 import jax
@@ -25,8 +27,9 @@ from jax import Array
 
 from fkv import kinds
 from fkv.cache.cadence import Cadence
-from fkv.engine import replay
+from fkv.engine import beginnings, replay
 from fkv.engine.batch import Batch
+from fkv.engine.beginnings import Begun
 from fkv.errors import UserError
 from fkv.kinds import setting
 from fkv.learning import fit, surrogate, tokens
@@ -234,11 +237,10 @@ def train_step(
     if plan.grpo.epochs > 1:
         raise ValueError("several epochs replay their rollouts: use replayed.train_step")
     split = parts(plan, len(rows.full_bt))
-
-    def roll(part):
-        return rollout(plan, state, lm, *part)
-
-    nll, found = jax.lax.map(roll, (jax.tree.map(split, rows.batch), split(rows.random_b)))
+    policy = Foresight(state.params, plan.scorer, "sample", plan.grpo.temperature)
+    roll = functools.partial(rollout, plan, Actor(policy, state.reference), lm)
+    batch = jax.tree.map(split, rows.batch)
+    nll, found = in_parts(plan, lm, policy, roll, (batch, split(rows.random_b)))
     nll = nll.reshape(rows.full_bt.shape)
     advantage, metrics = outcome(plan, rows, nll, axis)
     sums = _weighted(
@@ -259,6 +261,31 @@ def parts(plan: Plan, rows: int) -> Callable[[Array], Array]:
     return lambda x: x.reshape(rows // at_once, at_once, *x.shape[1:])
 
 
+def in_parts(plan: Plan, lm: LM, policy: Policy, act: Callable, arrays_p: tuple) -> Any:
+    """Results of `act` for each micro-batch, [parts, ...]; its rows share their beginnings.
+
+    Args:
+      policy: of the capacity and statistics of the replays.
+      act: of the beginnings of a micro-batch's traces, and of its part of `arrays_p`.
+      arrays_p: a `Batch` of rows, and more pytrees, split as by `parts`.
+    """
+    number, at_once = arrays_p[0].token_bt.shape[:2]
+    # This many adjacent rows are of one trace, on any device.
+    run = math.gcd(number * at_once, plan.grpo.rollouts)
+    if run % at_once:
+        run = math.gcd(run, at_once)
+    inner = max(run // at_once, 1)  # micro-batches that begin together
+
+    def together(arrays):
+        traces = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[::run], arrays[0])
+        begun = beginnings.begin(lm, traces, policy, plan.cadence)
+        return jax.lax.map(lambda part: act(begun, *part), arrays)
+
+    split = lambda x: x.reshape(number // inner, inner, *x.shape[1:])  # noqa: E731
+    found = jax.lax.map(together, jax.tree.map(split, arrays_p))
+    return jax.tree.map(lambda x: x.reshape(number, *x.shape[2:]), found)
+
+
 def kl_weight(plan: Plan, state: TrainState) -> Array:
     """Weight of the KL at the step of this state."""
     return jnp.where(state.step < plan.grpo.kl_steps, plan.grpo.kl_weight, 0.0)
@@ -276,10 +303,13 @@ def drop_weight(plan: Plan, batch: Batch, view: View) -> Array:
     return jnp.where(live, 1 / drops, 0.0)[:, None, None]
 
 
-def losses(plan: Plan, lm: LM, hidden: Array, batch: Batch) -> Array:
-    """Losses per token under eviction [b, t - 1]; zero where none can change them."""
-    before = plan.cadence.first_evicting_token - 1
-    found = tokens.token_losses(lm, hidden[:, before:], batch.token_bt[:, before:])
+def losses(lm: LM, hidden: Array, batch: Batch) -> Array:
+    """Losses per token under eviction [b, t - 1], from the hidden states of the last tokens.
+
+    They are zero for earlier tokens, which no eviction changes.
+    """
+    before = batch.token_bt.shape[1] - hidden.shape[1]
+    found = tokens.token_losses(lm, hidden, batch.token_bt[:, before:])
     return jnp.pad(found.nll_bt, ((0, 0), (before, 0)))
 
 
@@ -309,7 +339,7 @@ def update(
 
 @flax.struct.dataclass
 class Actor(Policy):
-    """Samples evictions for observers that compare its scorers with those it started from.
+    """Samples evictions by scorers that are compared with those they started from.
 
     Attributes:
       policy: what samples.
@@ -385,26 +415,28 @@ def gather(plan: Plan, actor: Actor, view: View, weight_b11: Array) -> tuple[Arr
 
 
 def rollout(
-    plan: Plan, state: TrainState, lm: LM, batch: Batch, random_b: Array
+    plan: Plan, actor: Actor, lm: LM, begun: Begun, batch: Batch, random_b: Array
 ) -> tuple[Array, Gathered]:
     """Samples one eviction trace of every row.
+
+    Args:
+      begun: the beginnings of the traces.
 
     Returns:
       The losses per token [b, t - 1], and what is gathered [layers, ...].
     """
-    policy = Foresight(state.params, plan.scorer, "sample", plan.grpo.temperature)
-    actor = Actor(policy, state.reference)
 
-    def observe(acc, actor, view, evict):
-        _, more = gather(plan, actor, view, drop_weight(plan, batch, view))
-        return jax.tree.map(jnp.add, acc, more), ()
+    def act(acc, actor, view):
+        pool, more = gather(plan, actor, view, drop_weight(plan, batch, view))
+        return jax.tree.map(jnp.add, acc, more), pool[..., : view.interval], ()
 
-    one = jax.tree.map(lambda x: jnp.zeros(x.shape[1:]), state.params)
+    one = jax.tree.map(lambda x: jnp.zeros(x.shape[1:]), actor.policy.params)
     per_row = jax.tree.map(lambda x: jnp.zeros((len(batch.token_bt), *x.shape)), one)
     start = Gathered(jnp.zeros(()), jnp.zeros(()), one, per_row)
     key_b = jax.random.wrap_key_data(random_b)
-    hidden, found, _ = replay.replay(lm, batch, actor, plan.cadence, key_b, observe, start)
-    return losses(plan, lm, hidden, batch), found
+    chooser = replay.Chooser(act)
+    hidden, found, _ = beginnings.replay_from(lm, batch, begun, actor, key_b, chooser, start)
+    return losses(lm, hidden, batch), found
 
 
 def _weighted(

@@ -64,7 +64,7 @@ def record(
 
     key_b = jax.random.wrap_key_data(random_b)
     hidden, _, pools = replay.replay(lm, batch, policy, plan.cadence, key_b, observe)
-    return pools, grpo.losses(plan, lm, hidden, batch)
+    return pools, grpo.losses(lm, hidden[:, plan.cadence.first_evicting_token - 1 :], batch)
 
 
 @flax.struct.dataclass

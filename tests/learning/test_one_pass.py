@@ -166,8 +166,9 @@ def work(jaxpr, times=1):
                 yield from work(value, turns)
 
 
-def test_the_language_model_is_passed_once():
-    plan = plan_of(scorer.ScorerConfig(hidden=2))
+@pytest.mark.parametrize("at_once", [0, 1, 2, 8])
+def test_the_language_model_is_passed_once(at_once):
+    plan = plan_of(scorer.ScorerConfig(hidden=2), rollouts_at_once=at_once)
     args = make(plan)
     matrix = args[1].params["layers"]["gate_mf"].shape[1:]  # as that of `up_mf`
     counts, totals = [], []
@@ -175,10 +176,11 @@ def test_the_language_model_is_passed_once():
         found = list(work(jax.make_jaxpr(stepper(module, plan))(*args).jaxpr))
         totals.append(sum(n for n, _ in found))
         counts.append(sum(n for n, shapes in found if matrix in shapes))
-    config = args[1].config
-    tokens = ROLLOUTS * len(LENGTHS) * max(LENGTHS)
-    assert counts[0] == config.layers * tokens * 2 * np.prod(matrix)
-    assert counts[1] == 2 * counts[0]
+    # Rollouts of a trace share what comes before its first eviction.
+    traces, shared, length = len(LENGTHS), CADENCE.slots, max(LENGTHS)
+    per_token = args[1].config.layers * 2 * np.prod(matrix)
+    assert counts[0] == traces * (shared + ROLLOUTS * (length - shared)) * per_token
+    assert counts[1] == traces * 2 * ROLLOUTS * length * per_token
     assert totals[0] < 0.6 * totals[1]
 
 
