@@ -60,7 +60,7 @@ def stage(job: str, config: ConfigDict, model: ModelConfig, mesh: Mesh) -> Stage
     else:
         plan = grpo_job.plan_of(config, mesh)
         traces, rollouts, step = plan.traces, plan.grpo.rollouts, grpo_job.step_of(plan)
-        more = {"cadence": plan.cadence, "epochs": plan.grpo.epochs}
+        more = {"cadence": plan.cadence, "rollouts": rollouts, "epochs": plan.grpo.epochs}
         flops = functools.partial(costs.grpo_flops, model, plan.scorer, **more)
 
     def init():

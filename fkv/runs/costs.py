@@ -168,30 +168,43 @@ def sft_flops(config: ModelConfig, scorers: ScorerConfig, length: int, cadence: 
 
 
 def grpo_flops(
-    config: ModelConfig, scorers: ScorerConfig, length: int, cadence: Cadence, epochs: int = 1
+    config: ModelConfig,
+    scorers: ScorerConfig,
+    length: int,
+    cadence: Cadence,
+    rollouts: int,
+    epochs: int = 1,
 ) -> int:
     """FLOPs per rollout: sampled and its losses measured; then replayed in each of several epochs.
 
-    One epoch is a single pass, in which scorers take four: two as above, one of the reference, and
-    one for the gradient of the KL. In one of several epochs they take three.
+    One epoch is a single pass, whose beginning the `rollouts` of a trace share. In it scorers take
+    four: two as above, one of the reference, and one for the gradient of the KL. In one of several
+    epochs they take three.
     """
     losses = unembedding_flops(config, length - cadence.slots)
     if epochs == 1:
-        return int(losses + _evicted_flops(config, scorers, length, cadence, 4))
+        return int(losses + _evicted_flops(config, scorers, length, cadence, 4, rollouts))
     drawn = _evicted_flops(config, scorers, length, cadence, 1)
     updated = _evicted_flops(config, scorers, length, cadence, 3)
     return int(losses + drawn + epochs * updated)
 
 
-def _evicted_flops(config, scorers, length, cadence: Cadence, passes) -> float:
-    """FLOPs of a trace under eviction, with statistics and `passes` over the scorers."""
-    events = max(0, length // cadence.interval - cadence.fill_chunks)
+def _evicted_flops(config, scorers, length, cadence: Cadence, passes, rollouts=1) -> float:
+    """FLOPs of a row under eviction, with statistics and `passes` over the scorers.
+
+    Of `rollouts` rows, which share what comes before the first eviction.
+    """
+    begun = min(length, cadence.slots)
+    later = length - begun
+    events = max(0, (length - 1) // cadence.interval - cadence.fill_chunks)
     weights = scorers.hidden * (feature_size(config, scorers) + 1)
     heads = config.layers * config.kv_heads
-    found = pass_flops(config, length, cadence.slots)
+    per_slot = config.layers * config.heads * config.head_dim * cadence.slots
+    found = pass_flops(config, begun) / rollouts
+    found += later * (2 * layer_weights(config) + 4 * per_slot)
     found += 2 * passes * heads * cadence.budget * weights * events
     if scorers.statistics:
-        found += 2 * config.layers * config.heads * config.head_dim * length * cadence.slots
+        found += 2 * per_slot * (begun / rollouts + later)
     return found
 
 

@@ -67,18 +67,17 @@ def test_formulas_by_hand():
     assert costs.pass_flops(SHAPE, 20) == 20 * (2 * weights + attended)  # 10 on average
     assert costs.label_flops(SHAPE, 20) == 20 * (2 * weights + attended) + 3 * 4 * 4 * 400
     rules = scorer.ScorerConfig(hidden=2)
-    # 24 tokens, B = 8, L = 4: evictions after 12, 16, 20 and 24.
-    scored = 2 * 3 * 2 * 8 * (2 * (2 * 4 + 8 * 2) + 2) * 4
-    looked = 2 * 3 * 4 * 4 * 24 * 12
-    evicted = costs.pass_flops(SHAPE, 24, 12)
-    want = costs.label_flops(SHAPE, 24) + evicted + looked + 2 * scored
+    # 24 tokens, B = 8, L = 4: evictions after 12, 16 and 20, the last that a token attends after.
+    scored = 2 * 3 * 2 * 8 * (2 * (2 * 4 + 8 * 2) + 2) * 3
+    begun = costs.pass_flops(SHAPE, 12) + 2 * 3 * 4 * 4 * 12 * 12  # with the statistics
+    later = 12 * (2 * weights + 3 * 4 * 4 * 4 * 12) + 2 * 3 * 4 * 4 * 12 * 12
+    evicted, losses = begun + later, 2 * (24 - 12) * 400
+    want = costs.label_flops(SHAPE, 24) + evicted + 2 * scored
     assert costs.sft_flops(SHAPE, rules, 24, Cadence(8, 4)) == want
-    losses = 2 * (24 - 12) * 400
-    assert (
-        costs.grpo_flops(SHAPE, rules, 24, Cadence(8, 4)) == evicted + looked + 4 * scored + losses
-    )
-    want = 3 * (evicted + looked) + scored + 2 * 3 * scored + losses
-    assert costs.grpo_flops(SHAPE, rules, 24, Cadence(8, 4), epochs=2) == want
+    want = begun / 8 + later + 4 * scored + losses
+    assert costs.grpo_flops(SHAPE, rules, 24, Cadence(8, 4), 8) == want
+    want = 3 * evicted + scored + 2 * 3 * scored + losses
+    assert costs.grpo_flops(SHAPE, rules, 24, Cadence(8, 4), 8, epochs=2) == want
 
 
 def test_operations_are_those_that_the_compiler_counts():
