@@ -6,14 +6,15 @@ block's queries and the group's heads. Every eviction drops the `L` candidates o
 score (ForesightKV, arXiv 2602.03203, section 3).
 
 The search keeps, for each of the `B + L` cached entries, a row of its future scores after every
-chunk, computed when the entry arrives from the keys of its chunk and all later queries, and dropped
-with it. So memory is `(B + L) * T / L` floats per group plus one chunk of keys against the queries:
+chunk, computed when the entry arrives from its key and all later queries, and dropped with it. So
+memory is `(B + L) * T / L` floats per group plus one group of keys against a slab of queries:
 linear in T, where the table of all block scores is `T * T / L` and the attention matrix `T * T`.
 
 Letters: b batch, e evictions, t tokens, k KV heads, g query heads per KV head, j query blocks,
 l interval (L), n candidates (B).
 """
 
+import functools
 from collections.abc import Callable
 
 import flax.struct
@@ -29,7 +30,7 @@ from fkv.engine import beginnings, replay
 from fkv.engine.batch import Batch
 from fkv.engine.beginnings import Begun
 from fkv.engine.replay import Projections
-from fkv.models import LM, ModelConfig
+from fkv.models import LM, ModelConfig, numerics
 from fkv.policies.base import Policy
 from fkv.policies.forced import Forced
 
@@ -62,22 +63,30 @@ def at(x_e: Array, eviction: Array) -> Array:
 
 
 def search(
-    future_rows: Callable[[Array], Array], length_b: Array, blocks: int, cadence: Cadence
+    future_rows: Callable[[Array, int], Array],
+    length_b: Array,
+    blocks: int,
+    cadence: Cadence,
+    at_once: int = 1,
 ) -> Labels:
     """The search, a `lax.scan` over chunks for all rows and heads.
 
     Args:
-      future_rows: maps a chunk's index c to [b, k, l, j]: for each of the chunk's entries, the
-        largest block score in blocks j and later (only j > c is read).
+      future_rows: maps the index c of a chunk, and a number of chunks, to [b, k, number * l, j]:
+        for each entry of these chunks, the largest block score in blocks j and later (only blocks
+        after the entry's own are read). Chunks may lie beyond the last block: any numbers do.
       length_b: tokens of each row.
       blocks: number of query blocks, `ceil(T / L)`.
+      at_once: number of chunks that `future_rows` is asked for at a time.
     """
     budget, interval, first = cadence.budget, cadence.interval, cadence.fill_chunks
-    b, k, _, _ = jax.eval_shape(future_rows, jax.ShapeDtypeStruct((), jnp.int32)).shape
+    b = len(length_b)
+    k = jax.eval_shape(lambda c: future_rows(c, 1), jax.ShapeDtypeStruct((), jnp.int32)).shape[1]
 
-    def step(state, chunk):
+    def step(state, inputs):
         score, position = state  # [b, k, s, j] and [b, k, s]
-        score = jax.lax.dynamic_update_slice(score, future_rows(chunk), (0, 0, budget, 0))
+        chunk, rows = inputs
+        score = jax.lax.dynamic_update_slice(score, rows, (0, 0, budget, 0))
         arrived = chunk * interval + jnp.arange(interval)
         arrived = jnp.where(arrived[None] < length_b[:, None], arrived[None], -1)
         arrived = jnp.broadcast_to(arrived[:, None], (b, k, interval))
@@ -97,19 +106,31 @@ def search(
         state = (kv.move(score, target, source), kv.move(position, target, source))
         return state, labels
 
+    def group(state, start):
+        # Of as many chunks each: equal keys get equal scores whenever they arrive.
+        rows = future_rows(start, at_once).reshape(b, k, at_once, interval, blocks)
+        return jax.lax.scan(step, state, (start + jnp.arange(at_once), jnp.moveaxis(rows, 2, 0)))
+
+    # No token attends after the last chunk's eviction.
+    chunks = blocks - 1 if blocks - 1 > first else 0
+    groups = -(-chunks // at_once)
     state = (
         jnp.zeros((b, k, cadence.slots, blocks)),
         jnp.full((b, k, cadence.slots), -1, jnp.int32),
     )
-    filling = jnp.arange(min(first, blocks))
-    state, _ = jax.lax.scan(lambda s, c: (step(s, c)[0], None), state, filling)
-    # No token attends after the last chunk's eviction.
-    return jax.lax.scan(step, state, jnp.arange(first, max(first, blocks - 1)))[1]
+    _, labels = jax.lax.scan(group, state, at_once * jnp.arange(groups))
+    # The first chunks only fill the cache.
+    return jax.tree.map(lambda x: x.reshape(groups * at_once, *x.shape[2:])[first:chunks], labels)
 
 
 def suffix_max(score_bktj: Array) -> Array:
     """Largest score in this block or a later one."""
     return jax.lax.cummax(score_bktj, axis=score_bktj.ndim - 1, reverse=True)
+
+
+# Keys whose scores are computed at a time, and a CPU's queries: matrix products want many of both,
+# caches few.
+_KEYS, _QUERIES = 256, 256
 
 
 def from_attention(
@@ -126,48 +147,77 @@ def from_attention(
       q_bthd, k_btkd: rotated queries and keys of the full-cache pass.
       lse_bkgt: log-sum-exp of every query's logits, from `attention.full_attention`.
       position_bt: `arange(T)` where the row has a token, -1 after its end.
-      queries: number of queries multiplied with a chunk of keys at a time; memory is
-        `b * h * queries * L` floats.
+      queries: number of queries multiplied with a group of keys at a time, at least `L`; memory is
+        `b * h * queries * max(L, 256)` floats. On a CPU rows go one by one, at most 256 queries
+        at a time.
     """
     (b, t, k, _), interval = k_btkd.shape, cadence.interval
     blocks = -(-t // interval)
-    at_once = min(blocks, max(1, queries // interval))
-    slabs = -(-blocks // at_once)
-    length = slabs * at_once * interval
+    at_once = max(1, _KEYS // interval)
+    # The keys of the last group may lie beyond the end.
+    length = blocks + at_once
 
-    def fit(x, axis, value=0):
-        pad = [(0, 0)] * x.ndim
-        pad[axis] = (0, length - t)
+    def fit(x, chunks, value=0):
+        pad = [(0, 0), (0, chunks * interval - t)] + [(0, 0)] * (x.ndim - 2)
         return jnp.pad(x, pad, constant_values=value)
 
-    q, key, lse = fit(q_bthd, 1), fit(k_btkd, 1), fit(lse_bkgt, 3)
-    position = fit(position_bt, 1, -1)
-    width = at_once * interval
+    def by_block(x_btkg, value=0):
+        """[b, k, j, g * l, ...]"""
+        x = fit(x_btkg, blocks, value)
+        x = x.reshape(b, blocks, interval, *x.shape[2:])
+        x = jnp.moveaxis(x, (3, 1, 4, 2), (1, 2, 3, 4))
+        return x.reshape(b, k, blocks, -1, *x.shape[5:])
 
-    def rows(chunk):
-        start = chunk * interval
-        own = jnp.moveaxis(jax.lax.dynamic_slice_in_dim(key, start, interval, axis=1), 1, 2)
-        own_position = jax.lax.dynamic_slice_in_dim(position, start, interval, axis=1)
+    q = by_block(numerics.group_queries(q_bthd, k))
+    never = -numerics.MASKED  # queries after the end give no attention
+    lse = jnp.where((position_bt >= 0)[:, None, None], lse_bkgt, never)
+    lse = by_block(jnp.moveaxis(lse, 3, 1), never)
+    keys, real = jnp.moveaxis(fit(k_btkd, length), 1, 2), fit(position_bt >= 0, length, False)
 
-        def slab(i, scores):
-            def part(x, axis):
-                return jax.lax.dynamic_slice_in_dim(x, i * width, width, axis=axis)
+    def scores(queries):
+        return functools.partial(_block_scores, max(1, queries // interval))
 
-            seen = attention.visible(part(position, 1), own_position[:, None])
-            x = attention.logits(part(q, 1), own, seen)  # [b, k, g, queries, l]
-            p = jnp.exp(x - part(lse, 3)[..., None]).mean(2) * seen
-            p = p.reshape(b, k, at_once, interval, interval).sum(3) / interval
-            return jax.lax.dynamic_update_slice(
-                scores, jnp.moveaxis(p, 2, 3), (0, 0, 0, i * at_once)
-            )
-
-        scores = jnp.zeros((b, k, interval, slabs * at_once))
-        first = jnp.minimum((chunk + 1) // at_once, slabs)
-        scores = jax.lax.fori_loop(first, slabs, slab, scores)
-        return suffix_max(scores)[..., :blocks]
+    def rows(chunk, count):
+        own, own_real = (
+            jax.lax.dynamic_slice_in_dim(x, chunk * interval, count * interval, axis=axis)
+            for x, axis in ((keys, 2), (real, 1))
+        )
+        score = numerics.row_by_row(
+            functools.partial(scores(queries), chunk), q, lse, own,
+            of_one=functools.partial(scores(min(queries, _QUERIES)), chunk),
+        )  # fmt: skip
+        own_chunk = chunk + jnp.arange(count * interval) // interval
+        later = jnp.arange(blocks)[None] > own_chunk[:, None]
+        score = jnp.where(own_real[:, None, :, None] & later[None, None], score, 0.0)
+        return suffix_max(score)
 
     length_b = (position_bt >= 0).sum(-1)
-    return search(rows, length_b, blocks, cadence)
+    return search(rows, length_b, blocks, cadence, at_once)
+
+
+def _block_scores(at_once, chunk, q_bkjzd, lse_bkjz, key_bknd):
+    """Scores [b, k, n, j] of keys in blocks after `chunk`, those of `at_once` blocks at a time.
+
+    Scores of blocks that are not after the key's own may be anything, infinity too.
+    """
+    b, k, blocks, queries, d = q_bkjzd.shape
+    n = key_bknd.shape[2]
+    at_once = min(at_once, blocks)
+
+    def slab(i, score_bkjn):
+        start = jnp.minimum(i * at_once, blocks - at_once)
+        q, lse = (
+            jax.lax.dynamic_slice_in_dim(x, start, at_once, axis=2) for x in (q_bkjzd, lse_bkjz)
+        )
+        x = numerics.einsum_f32("bkqd,bknd->bkqn", q.reshape(b, k, at_once * queries, d), key_bknd)
+        x = x.reshape(b, k, at_once, queries, n) * d**-0.5
+        p = jnp.exp(x - lse[..., None]).sum(3) / queries
+        return jax.lax.dynamic_update_slice(score_bkjn, p, (0, 0, start, 0))
+
+    score = jnp.zeros((b, k, blocks, n))
+    first = jnp.minimum((chunk + 1) // at_once, blocks)
+    score = jax.lax.fori_loop(first, -(-blocks // at_once), slab, score)
+    return jnp.moveaxis(score, 2, 3)
 
 
 def layer_labels(

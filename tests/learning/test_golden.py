@@ -28,7 +28,7 @@ CASES = {
 }
 
 
-def from_block_scores(score_xtj, length_x, cadence):
+def from_block_scores(score_xtj, length_x, cadence, at_once=1):
     """Golden evictions from a table of block scores, over any leading axes at once.
 
     Args:
@@ -40,13 +40,14 @@ def from_block_scores(score_xtj, length_x, cadence):
     """
     lead, (t, j), interval = score_xtj.shape[:-2], score_xtj.shape[-2:], cadence.interval
     future = golden.suffix_max(score_xtj).reshape(-1, 1, t, j)
-    future = jnp.pad(future, ((0, 0), (0, 0), (0, -t % interval), (0, 0)))
+    future = jnp.pad(future, ((0, 0), (0, 0), (0, -t % interval + cadence.slots), (0, 0)))
     length = jnp.broadcast_to(length_x, lead).reshape(-1)
 
-    def rows(chunk):
-        return jax.lax.dynamic_slice_in_dim(future, chunk * interval, interval, axis=2)
+    def rows(chunk, count):
+        start, size = chunk * interval, count * interval
+        return jax.lax.dynamic_slice_in_dim(future, start, size, axis=2)
 
-    labels = golden.search(rows, length, j, cadence)
+    labels = golden.search(rows, length, j, cadence, at_once)
     return jax.tree.map(
         lambda x: x.reshape(x.shape[0], *lead, *x.shape[3:]),
         labels,
@@ -98,13 +99,14 @@ def test_from_attention_is_brute_force(case):
             np.testing.assert_allclose(one, two, atol=1e-6)
 
 
+@pytest.mark.parametrize("at_once", [1, 2, 4])
 @pytest.mark.parametrize(("t", "budget", "interval"), [(48, 16, 8), (45, 16, 8), (17, 12, 4)])
-def test_from_block_scores_is_brute_force(t, budget, interval):
+def test_from_block_scores_is_brute_force(t, budget, interval, at_once):
     lead = (2, 3, 2)  # layers, batch, KV heads
     rng = np.random.default_rng(t)
     score = rng.random((*lead, t, -(-t // interval)), dtype=np.float32)
-    labels = jax.jit(from_block_scores, static_argnums=2)(
-        score, np.array(t), Cadence(budget, interval)
+    labels = jax.jit(from_block_scores, static_argnums=(2, 3))(
+        score, np.array(t), Cadence(budget, interval), at_once
     )
     for index in np.ndindex(lead):
         want = oracles.golden(score[index], budget, interval)
@@ -182,12 +184,12 @@ def assert_linear(measured, interval):
 def test_memory_of_from_attention_is_linear_in_the_length():
     def at(t, **queries):
         search = functools.partial(golden.from_attention, cadence=Cadence(16, 8), **queries)
-        q, key = jnp.zeros((1, t, 2, 4)), jnp.zeros((1, t, 1, 4))
-        return memory(search, q, key, jnp.zeros((1, 1, 2, t)), jnp.zeros((1, t), jnp.int32))
+        q, key = jnp.zeros((1, t, 8, 4)), jnp.zeros((1, t, 1, 4))
+        return memory(search, q, key, jnp.zeros((1, 1, 8, t)), jnp.zeros((1, t), jnp.int32))
 
     measured = [(t, at(t)) for t in (1024, 2048, 4096, 8192)]
     assert_linear(measured, 8)
-    (at_once, _), (in_slabs, _) = measured[2][1], at(4096, queries=256)
+    (_, at_once), (_, in_slabs) = measured[0][1], at(1024, queries=64)
     assert in_slabs < 0.8 * at_once
 
 
