@@ -5,6 +5,10 @@ python -m launch.sweep --config=tiny_ablations   an hour and a half on two CPU c
 Supervised stage: inputs and hidden size of the scorers. Reinforcement stage: the main recipe, and
 every reward with a fifth of its rollouts. All are evaluated by loss and by answers, the main recipe
 also under the three actions. The summary has means over seeds per group, policy and budget.
+
+In the supervised stage a seed is that of the scorers' initial parameters: all learn from the same
+traces in the same order, so one job trains the fifteen of them from one golden pass. Elsewhere it
+is that of all random numbers: problems, their order, rollouts and answers.
 """
 
 from configs import tiny
@@ -36,7 +40,7 @@ def get_config():
 def sweep():
     """The points, most important first."""
     for seed in SEEDS:
-        yield Point("sft", f"sft_both16_{seed}", {"seed": seed}, "sft_both16")
+        yield Point("sft", f"sft_both16_{seed}", {"sft.scorer_seed": seed}, "sft_both16")
         yield Point("grpo", f"grpo_{seed}", _grpo(seed), "grpo")
         scorers = (f"supervised={{sweep}}/sft_both16_{seed}", f"grpo={{sweep}}/grpo_{seed}")
         values = {"seed": seed, "evaluate.scorers": scorers}
@@ -55,7 +59,7 @@ def sweep():
         for seed in SEEDS:
             if values:
                 point = f"sft_{name}_{seed}"
-                yield Point("sft", point, {"seed": seed, **values}, f"sft_{name}")
+                yield Point("sft", point, {"sft.scorer_seed": seed, **values}, f"sft_{name}")
     for row in grid(reward=REWARDS, seed=SEEDS):
         reward, seed = row["reward"], row["seed"]
         short = {"grpo.steps": 40, "grpo.rollouts": 8, "grpo.reward": reward}

@@ -31,10 +31,8 @@ def run(main: Callable[[ConfigDict, str], None], argv: Sequence[str] | None = No
     description = sys.modules[main.__module__].__doc__
 
     def start(argv):
-        use_compilation_cache()
         config, workdir = flags.parse(argv, description)
-        if flags.DISTRIBUTED in argv or os.environ.get("JAX_COORDINATOR_ADDRESS"):
-            join()
+        begin(argv)
         if config.get("dry_run"):
             from fkv.jobs import dry_run
 
@@ -43,6 +41,13 @@ def run(main: Callable[[ConfigDict, str], None], argv: Sequence[str] | None = No
             main(config, workdir)
 
     guard(start, sys.argv if argv is None else argv)
+
+
+def begin(argv: Sequence[str]) -> None:
+    """What every job does before JAX finds its devices: a cache of programs, other processes."""
+    use_compilation_cache()
+    if flags.DISTRIBUTED in argv or os.environ.get("JAX_COORDINATOR_ADDRESS"):
+        join()
 
 
 def join() -> None:

@@ -1,25 +1,28 @@
 """Runs all points of a config's sweep(), and tabulates the results.
 
-In sequence, or on TPU pods (--backend). --config.key=value sets a field in every point.
+In sequence, or on TPU pods (--backend). --config.key=value sets a field in every point. Points of
+the supervised stage that can learn from one golden pass (see sft.variants) run as one job.
 Rerun to resume: finished points are kept. A config without a sweep() is a sweep of one job.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
 from fkv import files
 from fkv.errors import UserError
 from fkv.evaluation import sweeps
-from fkv.jobs import common
+from fkv.jobs import common, variants
 from fkv.runs import pods, rundir, sweep
 from launch import app, flags
 
 MAIN_JOB = "sft"
 BACKENDS = ("local", "xpk", "tpu-vm")
 OPTIONS = (
-    *flags.OPTIONS, "--job", "--points", "--show", "--summary", "--dry_run", "--backend",
-    "--tpu_type", "--num_slices", "--image", "--bucket", "--cluster", "--project", "--zone",
+    *flags.OPTIONS, "--job", "--points", "--together", "--show", "--summary", "--dry_run",
+    "--backend", "--tpu_type", "--num_slices", "--image", "--bucket", "--cluster", "--project",
+    "--zone",
 )  # fmt: skip
 
 
@@ -36,22 +39,29 @@ def main(argv):
     root = options.workdir or flags.parse([argv[0], *shared, *where], options=OPTIONS)[1]
     root = str(files.expand(root)) if root.startswith("~") else root
     points = sweep.check(_points(options, path), common.JOBS)
+    configs = {}
     for point in points:  # all checked before the first runs
         try:
             config, _ = flags.parse(point.arguments(root, shared), options=OPTIONS)
+            configs[point.name] = config
             if Path(root, point.name, sweep.DONE).exists():  # with this config?
                 rundir.check_run(Path(root, point.name), config, common.other_jobs(point.job))
         except UserError as error:
             raise UserError(f"sweep point {point.name!r}: {error}") from None
     some = sweep.choose(points, options.points.split(","), root) if options.points else points
-    if options.summary:
+    passes = _passes({point.name: configs[point.name] for point in some if point.job == "sft"})
+    if options.together:
+        _together(argv, some, root, configs, passes)
+    elif options.summary:
         print(sweeps.write_summary(points, root))
     elif options.backend != "local":
         _on_pods(options, some, root, shared, path.stem)
     elif options.dry_run:
-        print("\n".join(point.command(root, shared) for point in some))
+        jobs = sweep.jobs(some, passes)
+        print("\n".join(sweep.command(job, root, shared) for job in jobs))
     else:
-        failed = sweep.run_local(some, root, shared, show=options.show, alone=some is points)
+        alone = some is points
+        failed = sweep.run_local(some, root, shared, options.show, alone, passes)
         if some is points:  # others may be running the rest
             print(f"\n{sweeps.write_summary(points, root)}")
         if failed:
@@ -75,6 +85,11 @@ def _parser():
     add("--job", help=f"of a config without a sweep() (default: {MAIN_JOB})")
     add("--workdir", help="directory of the sweep (default: runs/sweep_<config>)")
     add("--points", metavar="NAME,NAME", help="only these; others may run elsewhere")
+    add(
+        "--together",
+        action="store_true",
+        help="run --points in this process, as one job; sweeps start it by themselves",
+    )
     add(
         "--show",
         action="store_true",
@@ -102,6 +117,25 @@ def _points(options, path):
     if options.job:
         raise UserError(f"--job={options.job}: {path} has a sweep(), which says what to run")
     return module.sweep()
+
+
+def _passes(configs):
+    """What the runs that may learn from one pass have in common, as text, by name of the point."""
+    return {
+        name: json.dumps(variants.shared(config))
+        for name, config in configs.items()
+        if not (config.sft.variants or config.dry_run)
+    }
+
+
+def _together(argv, points, root, configs, passes):
+    """Runs points that share a pass."""
+    if len({passes.get(point.name) for point in points} | {None}) != 2 or not passes:
+        raise UserError("--together: these --points can't run as one job")
+    from fkv.jobs import sft
+
+    app.begin(argv)
+    sft.together({f"{root}/{point.name}": configs[point.name] for point in points}, root)
 
 
 def _on_pods(options, points, root, shared, label):

@@ -31,7 +31,7 @@ from fkv.runs import checkpoint
 from fkv.tasks import ledger
 
 REPOSITORY = Path(__file__).parents[1]
-STAGES = ("pretrain", "sft", "grpo", "traces", "evaluate")
+STAGES = ("pretrain", "sft", "variants", "grpo", "traces", "evaluate")
 # Sizes of everything; a stage takes some seconds beside the start of Python and JAX.
 TASK = ("task.facts=(4, 6)", "task.hops=(3, 4)", "task.remarks=(0, 1)", "task.marks=(0, 1)")
 SMALL = (
@@ -51,6 +51,11 @@ SIZES = {
     "sft": (
         *SMALL, "sft.steps=120", "sft.batch=2", "sft.warmup=1", "sft.log_every=1",
         "sft.checkpoint_every=2",
+    ),
+    "variants": (
+        *SMALL, "sft.steps=120", "sft.batch=2", "sft.warmup=1", "sft.log_every=1",
+        "sft.checkpoint_every=2",
+        "sft.variants=('a', 'b:scorer.inputs=kv,sft.margin=1', 'c:sft.scorer_seed=1')",
     ),
     "grpo": (
         *SMALL, "grpo.steps=80", "grpo.traces=2", "grpo.rollouts=3", "grpo.log_every=1",
@@ -90,9 +95,9 @@ class Stage:
             fields.append(f"grpo.scorer={home / 'supervised' / 'run'}")
         if name == "evaluate":
             fields.append(f"evaluate.scorers=('foresight={home / 'supervised' / 'run'}',)")
-        config = REPOSITORY / "configs" / "tiny.py"
+        config, job = REPOSITORY / "configs" / "tiny.py", "sft" if name == "variants" else name
         self.command = [
-            sys.executable, "-m", f"launch.{name}", f"--config={config}", "--workdir=run",
+            sys.executable, "-m", f"launch.{job}", f"--config={config}", "--workdir=run",
             *(f"--config.{field}" for field in fields),
         ]  # fmt: skip
 
@@ -128,8 +133,8 @@ class Stage:
         run = where / "run"
         if self.name == "traces":
             return len(list(run.glob("*.parquet")))
-        path = run / ("samples.jsonl" if self.name == "evaluate" else "metrics.jsonl")
-        return path.stat().st_size if path.exists() else 0
+        name = "samples.jsonl" if self.name == "evaluate" else "metrics.jsonl"
+        return sum(path.stat().st_size for path in run.rglob(name))
 
 
 def prepare(home: Path, stages: Sequence[str]) -> None:
@@ -185,7 +190,7 @@ def wait(process: subprocess.Popen, seconds: float) -> None:
 def unfinished(run: Path) -> set[tuple[str, int]]:
     """Names and times of unfinished files."""
     found = set()
-    for path in [*run.glob("*.tmp"), *run.glob("checkpoints/*.tmp"), *run.glob("model/*.tmp")]:
+    for path in [*run.glob("*.tmp"), *run.rglob("checkpoints/*.tmp"), *run.glob("model/*.tmp")]:
         try:
             found.add((path.name, path.stat().st_mtime_ns))
         except FileNotFoundError:  # saved meanwhile
@@ -195,7 +200,7 @@ def unfinished(run: Path) -> set[tuple[str, int]]:
 
 def damage(run: Path, chance: random.Random) -> bool:
     """Flips a bit of the newest checkpoint, if an older one is intact."""
-    root = run / "checkpoints"
+    root = chance.choice(sorted(run.rglob("checkpoints")) or [run / "checkpoints"])
     steps = sorted((int(p.name) for p in root.glob("*") if p.name.isdigit()), reverse=True)
     intact = [step for step in steps if not checkpoint._damage(root / str(step))]
     if len(intact) < 2 or intact != steps:
@@ -214,14 +219,16 @@ def contents(run: Path) -> dict[str, bytes]:
         name = str(path.relative_to(run))
         if path.is_file() and not {"tb", "checkpoints"} & set(path.relative_to(run).parts):
             found[name] = path.read_bytes()
-    # A process killed while it deletes older ones leaves what is left of them.
-    steps = sorted(int(p.name) for p in run.glob("checkpoints/*") if p.name.isdigit())
-    for step in steps[-2:]:
-        path, (_, state, _) = run / "checkpoints" / str(step), checkpoint.load(run, step)
-        found[f"checkpoints/{step}/info.json"] = (path / "info.json").read_bytes()
-        for key, leaf in jax.tree.leaves_with_path(state):
-            name = f"checkpoints/{step}/{jax.tree_util.keystr(key)} {leaf.dtype}{leaf.shape}"
-            found[name] = np.ascontiguousarray(leaf).tobytes()
+    for root in sorted(run.rglob("checkpoints")):
+        # A process killed while it deletes older ones leaves what is left of them.
+        steps = sorted(int(p.name) for p in root.glob("*") if p.name.isdigit())
+        for path in (root / str(step) for step in steps[-2:]):
+            where = path.relative_to(run)
+            found[f"{where}/info.json"] = (path / "info.json").read_bytes()
+            state = checkpoint.load(root.parent, int(path.name)).state
+            for key, leaf in jax.tree.leaves_with_path(state):
+                name = f"{where}/{jax.tree_util.keystr(key)} {leaf.dtype}{leaf.shape}"
+                found[name] = np.ascontiguousarray(leaf).tobytes()
     return found
 
 

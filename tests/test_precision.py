@@ -58,9 +58,9 @@ def supervised(dtype):
         steps=10, batch=1, at_once=0, learning_rate=0.01, warmup=1, clip=1.0,
         scorer=policy.config, loss=sft.LossConfig(), **FIT,
     )  # fmt: skip
-    step = functools.partial(sft.train_step, plan, axis="data")
+    step = functools.partial(sft.train_step, (plan,), axis="data")
     state = TrainState.init(policy.params, plan.optimiser)
-    return on_axis(step, state, lm, oracles.make_batch(lm.config, [LENGTH]))
+    return on_axis(step, [state], lm, oracles.make_batch(lm.config, [LENGTH]))
 
 
 def reinforced(epochs, dtype):

@@ -304,12 +304,13 @@ def measure_losses(
     return results
 
 
-def write_losses(run: Run, results: Sequence[loss_ratio.Losses]) -> None:
-    """Writes loss ratios as text, Markdown, CSV and picture; prints the table."""
+def write_losses(run: Run, results: Sequence[loss_ratio.Losses], show: bool = True) -> None:
+    """Writes loss ratios as text, Markdown, CSV and picture; prints the table if asked to."""
     if not parallel.first():
         return
     path, rows = run.path / "loss_ratio", [loss_ratio.cells(result) for result in results]
     table = tables.write(path, loss_ratio.HEAD, rows, loss_ratio.csv(results))
     title = f"loss under eviction, {len(results[0].full)} held-out traces, ± 2 standard errors"
     plots.loss_ratios(results, run.path / "loss_ratio.png", title)
-    say(f"\n{table}\n\nwritten to {run.path}: loss_ratio.(txt md csv png)")
+    shown = f"\n{table}\n\n" if show else ""
+    say(f"{shown}written to {run.path}: loss_ratio.(txt md csv png)")

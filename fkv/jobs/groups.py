@@ -93,6 +93,15 @@ class Traces(Answers):
 
 
 @settings
+class Supervised(Settings):
+    """Fields of `sft` that the stage itself does not read."""
+
+    group: ClassVar[str] = "sft"
+    scorer_seed: int = setting(whole(0, 2**32 - 1))
+    variants: Names = setting(NAMES)
+
+
+@settings
 class Reinforcement(Settings):
     """Fields of `grpo` that the stage itself does not read."""
 
@@ -198,8 +207,8 @@ class Generate(Sampling):
 # In the order of `configs/base.py`, which errors list them in.
 GROUPS = (
     Shared, ledger.Spec, Reasoner, pretrain.Plan, Data, Traces, ScorerConfig, sft.Plan,
-    sft.LossConfig, Reinforcement, grpo.GRPOConfig, grpo.Plan, Eval, Evaluate, Pipeline, Benchmark,
-    Peers, Export, Generate,
+    sft.LossConfig, Supervised, Reinforcement, grpo.GRPOConfig, grpo.Plan, Eval, Evaluate, Pipeline,
+    Benchmark, Peers, Export, Generate,
 )  # fmt: skip
 FIELDS = {
     f"{cls.group}.{name}".lstrip("."): kind for cls in GROUPS for name, kind in cls.kinds().items()

@@ -55,7 +55,8 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     groups.check(config, "grpo")
     mesh = parallel.make_mesh(config.model_axis)
     plan, supervised = plan_of(config, mesh), _supervised(config)
-    stage = training.prepare(config, workdir, plan, mesh, ("grpo.scorer", supervised), plan.traces)
+    scorers = {"grpo.scorer": supervised}
+    stage = training.prepare({workdir: config}, workdir, plan, mesh, scorers, plan.traces)
     answers = _evaluation(config, workdir)
     if answering := _can_answer(config, stage.lm.config):
         try:
@@ -64,6 +65,7 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
             raise UserError(f"{error}; or set grpo.answers to 0 for no answers") from error
     params = supervised.params
     inputs = {"grpo.scorer: scorers to start from": provenance.of_arrays(params)}
+    run = stage.open(workdir, config, MAY_DIFFER, **inputs)
     state = grpo.TrainState.init(params, plan.optimiser, reference=params)
     full = FullCache(plan, stage.lm_on(mesh), stage.train, mesh)
 
@@ -71,13 +73,19 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
         key = key_of(config.seed, Purpose.ROLLOUT, step)
         return _rollouts(plan, stage.train, full, ids, key)
 
-    run, state = stage.learn(state, step_of(plan), rows_of, _report, MAY_DIFFER, inputs)
+    def step(states, lm, rows, axis):
+        state, metrics = step_of(plan)(plan, states[0], lm, rows, axis)
+        return [state], [metrics]
+
+    (state,) = stage.learn([run], [state], step, rows_of, _report)
     trained = training.trained_for(config, workdir)
     learned = {
         "supervised": supervised.replace(params=jax.device_get(state.reference)),
         "grpo": supervised.replace(params=jax.device_get(state.params), trained=trained),
     }
-    results = stage.measure(run, learned)
+    results = stage.measure(learned)
+    common.write_losses(run, results)
+    run.close()
     if answering:  # scorers that have been trained on since answer anew
         evaluate.run(*answers, anew=("grpo",))
     return results

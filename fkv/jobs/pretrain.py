@@ -61,22 +61,22 @@ def run(config: ConfigDict, workdir: str) -> float:
         start, state = saved.step, jax.tree.map(jnp.asarray, saved.state)
         common.say(f"resuming from step {start} in {workdir}")
 
-    def update(state, step):
+    def update(states, step):
         index = plan.stage_at(step)
         stage = plan.stages[index]
         problems = ledger.problems(config.seed, f"pretrain {step}", 0, stage.batch, stage.spec)
         token, length = ledger.pad([p.tokens for p in problems], stage.spec.max_tokens())
         prompt = np.array([len(p.prompt) for p in problems])
-        state, metrics = pretrain.train_step(plan, state, Batch.of(token, length, prompt))
+        state, metrics = pretrain.train_step(plan, states[0], Batch.of(token, length, prompt))
         weights = optax.tree.norm(state["params"])
-        return state, [{**metrics, "stage": index, "weights": weights}], ()
+        return [state], [[{**metrics, "stage": index, "weights": weights}]], ()
 
     def report(metrics):
         loss, accuracy = float(metrics["loss"]), float(metrics["accuracy"])
         logged = {"loss": loss, "accuracy": accuracy, "stage": int(metrics["stage"])}
         return logged, {"loss": f"{loss:.4f}", "accuracy": f"{accuracy:.3f}"}
 
-    state = fit.fit(run, plan, state, start, update, report)
+    (state,) = fit.fit([run], plan, [state], start, update, report)
     lm = LM(jax.device_get(state["params"]), plan.config)
     if parallel.first():
         with files.whole(run.path / "model", directory=True) as directory:

@@ -15,6 +15,7 @@ from fkv import models, policies
 from fkv.cache.slots import Cache
 from fkv.engine import decoding, replay
 from fkv.engine.batch import Batch
+from fkv.jobs import groups, variants
 from fkv.jobs import grpo as grpo_job
 from fkv.jobs import sft as sft_job
 from fkv.keys import Purpose, key_of, keys_of
@@ -54,19 +55,25 @@ class Stage:
 def stage(job: str, config: ConfigDict, model: ModelConfig, mesh: Mesh) -> Stage:
     """The step of `launch.sft` or `launch.grpo`, from the losses of the full cache on."""
     if job == "sft":
-        plan = sft_job.plan_of(config, mesh)
-        traces, rollouts, step = plan.batch, 1, sft.train_step
-        flops = functools.partial(costs.sft_flops, model, plan.scorer, cadence=plan.cadence)
+        plans = sft_job.plans_of(variants.resolve(config, groups.FIELDS) or {"": config}, mesh)
+        plan, traces, rollouts = plans[0], plans[0].batch, 1
+        step = functools.partial(sft.train_step, plans, axis=parallel.AXIS)
+        scorers = [x.scorer for x in plans]
+        flops = functools.partial(costs.sft_flops, model, scorers, cadence=plan.cadence)
     else:
         plan = grpo_job.plan_of(config, mesh)
-        traces, rollouts, step = plan.traces, plan.grpo.rollouts, grpo_job.step_of(plan)
+        traces, rollouts = plan.traces, plan.grpo.rollouts
+        step = functools.partial(grpo_job.step_of(plan), plan, axis=parallel.AXIS)
         more = {"cadence": plan.cadence, "rollouts": rollouts, "epochs": plan.grpo.epochs}
         flops = functools.partial(costs.grpo_flops, model, plan.scorer, **more)
 
     def init():
-        params = new_scorers(config, model).params
         if job == "sft":
-            return fit.TrainState.init(params, plan.optimiser)
+            key = key_of(config.seed, Purpose.SCORER)
+            return [
+                fit.TrainState.init(scorer.init(key, model, x.scorer), x.optimiser) for x in plans
+            ]
+        params = new_scorers(config, model).params
         return grpo.TrainState.init(params, plan.optimiser, reference=params)
 
     def batch(token):
@@ -78,7 +85,6 @@ def stage(job: str, config: ConfigDict, model: ModelConfig, mesh: Mesh) -> Stage
         keys = keys_of(key_of(config.seed, Purpose.BENCHMARK), rows)
         return grpo.Rollouts(found, losses, losses, jax.random.key_data(keys))
 
-    step = functools.partial(step, plan, axis=parallel.AXIS)
     return Stage(plan, traces, traces * rollouts, init, step, batch, flops)
 
 

@@ -19,14 +19,15 @@ from fkv.models import LM
 from fkv.policies.base import Policy
 from fkv.policies.foresight import Trained
 from fkv.runs import parallel, provenance
-from fkv.runs.rundir import Run, open_run
+from fkv.runs.rundir import Run, open_run, resume_together
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A stage that trains scorers on traces.
+    """A stage that trains scorers on traces, in one run or in several side by side.
 
     Attributes:
+      configs: of the runs, by their directories; they share what other attributes come from.
       plan, mesh: the training, and its devices.
       baselines: policies that are measured beside the scorers.
       lm: the language model, one copy on the devices of this process.
@@ -34,8 +35,7 @@ class Stage:
       batches: of `train`.
     """
 
-    config: ConfigDict
-    workdir: str
+    configs: Mapping[str, ConfigDict]
     plan: sft.Plan | grpo.Plan
     mesh: Mesh
     baselines: dict[str, Policy]
@@ -48,70 +48,83 @@ class Stage:
         """The language model on these devices."""
         return self.lm.replace(params=parallel.view(self.lm.params, mesh))
 
+    @property
+    def config(self) -> ConfigDict:
+        """Of any of the runs, for what they share."""
+        return next(iter(self.configs.values()))
+
+    def open(self, workdir: str, config: ConfigDict, may_differ: Sequence[str], **inputs) -> Run:
+        """Opens a run directory that records the model, the traces, and these inputs."""
+        return open_run(workdir, config, may_differ, {**self.inputs, **inputs})
+
+    @functools.cached_property
+    def inputs(self) -> dict[str, str]:
+        """Digests of the model and the traces."""
+        return training_inputs(self.config, self.train, self.held_out)
+
     def learn(
         self,
-        state: fit.TrainState,
+        runs: Sequence[Run],
+        states: Sequence[fit.TrainState],
         train_step: Callable,
         rows_of: Callable[[np.ndarray, int], Any],
         report: fit.Report,
-        may_differ: Sequence[str],
-        inputs: Mapping[str, str],
-    ) -> tuple[Run, fit.TrainState]:
-        """Trains from `state`, or the newest checkpoint, to the last step; leaves the run open.
+    ) -> Sequence[fit.TrainState]:
+        """Trains from `states`, or the newest checkpoints, to the last step; leaves runs open.
 
         Args:
-          train_step: of the stage.
+          train_step: of the stage, from (states, language model, batch, axis) to the new states and
+            the metrics of each run.
           rows_of: from ids of traces and the index of a step to the batch of `train_step`.
-          inputs: digests of what `state` was made from.
         """
-        inputs = training_inputs(self.config, self.train, self.held_out) | inputs
-        run, place = open_run(self.workdir, self.config, may_differ, inputs), None
-        if (saved := run.resume(state)) is not None:
-            state, place = saved.state, saved.info["data"]
-            common.say(f"resuming from step {saved.step} in {self.workdir}")
-        start, lm, order = int(state.step), self.lm_on(self.mesh), iterate(self.batches, place)
-        step_fn = functools.partial(train_step, self.plan, axis=parallel.AXIS)
+        states, place = list(states), None
+        if saved := resume_together(runs, states):
+            states, place = [one.state for one in saved], saved[0].info["data"]
+            where = f"{runs[0].path}{f' and {len(runs) - 1} more' if runs[1:] else ''}"
+            common.say(f"resuming from step {saved[0].step} in {where}")
+        start, lm, order = int(states[0].step), self.lm_on(self.mesh), iterate(self.batches, place)
+        step_fn = functools.partial(train_step, axis=parallel.AXIS)
         step_fn = parallel.pmap(step_fn, self.mesh, constants=2, batched=1)
 
-        def update(state, step):
+        def update(states, step):
             ids, found = next(order), []
             for part in fit.micro_batches(rows_of(ids, step), self.plan.micro_batches):
-                state, metrics = step_fn(state, lm, part)
+                states, metrics = step_fn(states, lm, part)
                 found.append(metrics)
-            return state, found, ids
+            return states, found, ids
 
-        state = parallel.replicate(state, self.mesh)
-        return run, fit.fit(run, self.plan, state, start, update, report, order.get_state)
+        states = parallel.replicate(states, self.mesh)
+        return fit.fit(runs, self.plan, states, start, update, report, order.get_state)
 
-    def measure(self, run: Run, learned: Mapping[str, Policy]) -> list[loss_ratio.Losses]:
-        """Losses of scorers and baselines on the held-out traces; closes the run."""
+    def measure(self, named: Mapping[str, Policy]) -> list[loss_ratio.Losses]:
+        """Losses of scorers and baselines on the held-out traces."""
         lm = self.lm_on(parallel.make_mesh(self.config.model_axis, "copy"))
-        named = {**learned, **self.baselines}
-        results = common.measure_losses(self.config, lm, named, self.held_out)
-        common.write_losses(run, results)
-        run.close()
-        return results
+        named = {**named, **self.baselines}
+        return common.measure_losses(self.config, lm, named, self.held_out)
 
 
 def prepare(
-    config: ConfigDict,
-    workdir: str,
+    configs: Mapping[str, ConfigDict],
+    where: str,
     plan: sft.Plan | grpo.Plan,
     mesh: Mesh,
-    scorers: tuple[str, Policy],
+    scorers: Mapping[str, Policy],
     batch: int,
 ) -> Stage:
     """Checks what can be checked before weights are loaded, then loads model and traces.
 
     Args:
-      scorers: to be trained, and their name in errors.
+      configs: of the runs, by their directories.
+      where: they are, in what is printed.
+      scorers: to be trained, by their names in errors.
       batch: traces of a step.
     """
+    config = next(iter(configs.values()))
     at = common.cadences(config.eval.budgets, config.interval, "eval.budgets")
     baselines = {name: policies.get(name) for name in config.eval.policies}
     shape = common.model_config(config)
-    common.announce(plan.group, config, workdir, shape)
-    common.check_policies(config, shape, dict([scorers]), [plan.cadence])
+    common.announce(plan.group, config, where, shape)
+    common.check_policies(config, shape, scorers, [plan.cadence])
     common.check_policies(config, shape, baselines, at)
     lm = common.load_model(config, "process")
     words = lm.config.vocab_size
@@ -121,7 +134,7 @@ def prepare(
     longest = max(train.length_n.max(), held_out.length_n.max())
     common.warn_of_length(lm.config, longest, "the longest trace")
     order = batches(train, batch, config.seed)
-    return Stage(config, workdir, plan, mesh, baselines, lm, train, held_out, order)
+    return Stage(configs, plan, mesh, baselines, lm, train, held_out, order)
 
 
 def training_inputs(config: ConfigDict, train: Traces, held_out: Traces) -> dict[str, str]:

@@ -49,31 +49,33 @@ class TrainState:
         return cls(jnp.zeros((), jnp.int32), params, optimiser.init(params), **fields)
 
 
-# (state, index of the step) -> the new state, metrics of each micro-batch (on the device), and the
-# ids of the step's traces.
-Update = Callable[[Any, int], tuple[Any, Sequence[Mapping], Sequence[int]]]
+# (states of the runs, index of the step) -> the new states, the metrics of each micro-batch (on the
+# device), each with one entry per run, and the ids of the step's traces.
+Update = Callable[[Any, int], tuple[Any, Sequence[Sequence[Mapping]], Sequence[int]]]
 # A step's metrics (on the host) -> what is logged, and what the progress bar shows.
 Report = Callable[[Mapping[str, Any]], tuple[Mapping[str, Any], Mapping[str, str]]]
 
 
 def fit(
-    run: Run,
+    runs: Sequence[Run],
     plan: Fit,
-    state: Any,
+    states: Sequence[Any],
     start: int,
     update: Update,
     report: Report,
     place: Callable[[], Any] = lambda: None,
-) -> Any:
+) -> Sequence[Any]:
     """Trains from step `start` to `plan.steps`; a resumed run gives the same result.
 
     Metrics of a step are read while the next one runs.
 
     Args:
+      runs: that train side by side, on the same batches; `states` are theirs.
+      plan: of any of them.
       place: returns the state of the data iterator, kept in checkpoints.
 
     Returns:
-      The last state.
+      The last states.
 
     Raises:
       DivergedError: a metric is NaN or infinite.
@@ -88,29 +90,38 @@ def fit(
         if pending is None:
             return
         step, found, ids = pending
-        metrics = merged(found)
-        check_finite(plan.group, metrics, step, run, ids)
-        logged, shown = report(metrics)
+        found = jax.device_get(list(found))
+        of_runs = [merged([part[i] for part in found]) for i in range(len(runs))]
+        for run, metrics in zip(runs, of_runs, strict=True):
+            try:
+                check_finite(plan.group, metrics, step, run, ids)
+            except DivergedError as error:
+                raise DivergedError(f"{run.path}: {error}" if runs[1:] else str(error)) from None
         if step % plan.log_every == 0 or step == plan.steps:
-            run.log(step, logged)
-            bar.set_postfix(shown, refresh=False)
+            reports = [report(metrics) for metrics in of_runs]
+            for run, (logged, _) in zip(runs, reports, strict=True):
+                run.log(step, logged)
+            bar.set_postfix(reports[0][1], refresh=False)
 
     with preemption.noticed() as asked_to_end:
         for step in bar:
-            state, found, ids = update(state, step)
+            states, found, ids = update(states, step)
             settle()
             pending = (step + 1, found, ids)
             end = parallel.anywhere(asked_to_end())
             if (step + 1) % plan.checkpoint_every == 0 or step + 1 == plan.steps or end:
                 settle()
                 pending = None
-                run.save(step + 1, state, data=place())
+                for run, state in zip(runs, states, strict=True):
+                    run.save(step + 1, state, data=place())
             if end:
                 bar.close()
-                run.close()
-                raise preemption.Preempted(f"step {step + 1} is saved in {run.path}")
+                for run in runs:
+                    run.close()
+                where = f"{runs[0].path}{f' and {len(runs) - 1} more' if runs[1:] else ''}"
+                raise preemption.Preempted(f"step {step + 1} is saved in {where}")
     bar.close()
-    return state
+    return states
 
 
 def micro_batches(batch: Any, count: int) -> list:
@@ -120,11 +131,10 @@ def micro_batches(batch: Any, count: int) -> list:
 
 
 def merged(found: Sequence[Mapping]) -> dict:
-    """Metrics of a step from those of its equal micro-batches, on the host.
+    """Metrics of a step from those of its equal micro-batches, all on the host.
 
     Means, except the largest `ratio_off` and the last `grad_norm`, which covers them all.
     """
-    found = jax.device_get(list(found))
     reduce = {"ratio_off": lambda x: np.max(x, axis=0), "grad_norm": lambda x: x[-1]}
     mean = lambda x: np.mean(x, axis=0)  # noqa: E731
     return {name: reduce.get(name, mean)([part[name] for part in found]) for name in found[0]}

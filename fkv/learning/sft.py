@@ -8,6 +8,8 @@ to the first eviction.
 """
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 from typing import ClassVar
 
 import flax.struct
@@ -137,24 +139,34 @@ class Sums:
     grads: dict
 
 
-def loss_and_grads(plan: Plan, params: dict, lm: LM, batch: Batch) -> Sums:
-    """Ranking loss, overlap and gradient of a batch of traces, [layers] and [layers, ...].
+def loss_and_grads(
+    plans: Sequence[Plan], params: Sequence[dict], lm: LM, batch: Batch
+) -> list[Sums]:
+    """Ranking losses, overlaps and gradients of a batch of traces, [layers] and [layers, ...].
 
     Rows too short for a token after an eviction do not count.
+
+    Args:
+      plans: of scorers that learn side by side, from one golden pass; each gets what it would get
+        alone, bit for bit on a CPU.
+      params: of these scorers.
     """
-    cadence = plan.cadence
+    cadence = plans[0].cadence
     replay.check_lengths([batch.token_bt.shape[1]], cadence)
     position, first = batch.position_bt, cadence.first_evicting_token
     counted = (batch.length_b > first).astype(jnp.float32).sum()
     # Golden evictions need no PRNG keys and have even budgets.
     unused = replay.row_keys(key_of(0, Purpose.REPLAY), len(position))
     site = replay.Site(lm.config, cadence, 0, unused)
+    (form,) = {plan.scorer.form for plan in plans}
+    # What plans see: features do not depend on the hidden width.
+    seen = [dataclasses.replace(plan.scorer, hidden=1) for plan in plans]
 
     def layer(hiddens, inputs):
         weights, params = inputs
         full, begun, evicted = hiddens
         full, labels, (qkv, lse) = golden.layer_labels(lm.config, weights, full, position, cadence)
-        policy = Forced(labels.evict_position_ebkl, plan.scorer.statistics)
+        policy = Forced(labels.evict_position_ebkl, form)
 
         # Weights of each eviction's groups, known from the labels: a mean over a trace's groups.
         pairs = has_pair(labels.future_score_ebkn) & labels.valid_eb[..., None]
@@ -162,25 +174,35 @@ def loss_and_grads(plan: Plan, params: dict, lm: LM, batch: Batch) -> Sums:
         valid = jnp.broadcast_to(labels.valid_eb[..., None], pairs.shape)
         overlap_weight = valid / jnp.maximum(valid.sum((0, 2), keepdims=True), 1)
 
-        def observe(acc: Sums, policy: Forced, view: View, evict: Array):
-            future = golden.at(labels.future_score_ebkn, view.eviction)
-            feature = scorer.features(plan.scorer, view)
+        def observe(acc: list[Sums], policy: Forced, view: View, evict: Array):
+            found = (labels.future_score_ebkn, loss_weight, overlap_weight)
+            rest = [golden.at(x, view.eviction) for x in found]
+            counts = rest[-1].any()
 
-            def objective(params):
-                importance = scorer.apply(plan.scorer, params, feature)
-                loss, _ = ranking_loss(importance, future, plan.loss)
-                return (loss * golden.at(loss_weight, view.eviction)).sum(), importance
+            # XLA compiles what is under a condition by itself: what one plan gets does not depend
+            # on what is computed beside it, down to the last bit.
+            def apart(function, *arguments):
+                shapes = jax.eval_shape(function, *arguments)
+                zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+                return jax.lax.cond(counts, function, lambda *_: zeros, *arguments)
 
-            (loss, importance), grads = jax.value_and_grad(objective, has_aux=True)(params)
-            # Shifting all scores of a head does not change the loss; Adam would amplify the
-            # rounding error in the gradient of that shift.
-            grads = {**grads, "b2": jnp.zeros_like(grads["b2"])}
-            chosen = jax.lax.top_k(-importance, view.interval)[1]
-            agree = (chosen[..., :, None] == evict[..., None, :]).any(-1).mean(-1)
-            overlap = (agree * golden.at(overlap_weight, view.eviction)).sum()
-            return jax.tree.map(jnp.add, acc, Sums(0.0, loss, overlap, grads)), ()
+            features = {
+                how: apart(functools.partial(scorer.features, how), view)
+                for how in dict.fromkeys(seen)
+            }
+            sums = [
+                apart(functools.partial(_one_eviction, plan), x, features[how], *rest, evict)
+                for plan, how, x in zip(plans, seen, params, strict=True)
+            ]
+            # Statistics are in use whatever is seen of them: without, XLA rounds hidden states
+            # otherwise.
+            sums[0] = sums[0].replace(traces=0.0 * view.statistics.total[0, 0, 0, 0])
+            return jax.tree.map(jnp.add, acc, sums), ()
 
-        zero = Sums(counted, jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+        zero = [
+            Sums(counted, jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, x))
+            for x in params
+        ]
         before, after = position[:, :first], position[:, first:]
         if lm.config.cache_dtype:  # quantised, which the full pass is not
             qkv = models.project(lm.config, weights, begun, before)
@@ -195,19 +217,48 @@ def loss_and_grads(plan: Plan, params: dict, lm: LM, batch: Batch) -> Sums:
 
     hidden = models.embed(lm, batch.token_bt)
     begun = hidden[:, :first] if lm.config.cache_dtype else ()
-    return jax.lax.scan(layer, (hidden, begun, hidden[:, first:]), (lm.params["layers"], params))[1]
+    hiddens = (hidden, begun, hidden[:, first:])
+    return jax.lax.scan(layer, hiddens, (lm.params["layers"], list(params)))[1]
+
+
+def _one_eviction(plan, params, feature_bknf, future_bkn, loss_weight_bk, overlap_weight_bk, evict):
+    """The sums of one layer's eviction."""
+
+    def objective(importance):
+        loss, _ = ranking_loss(importance, future_bkn, plan.loss)
+        return (loss * loss_weight_bk).sum()
+
+    apply = functools.partial(scorer.apply, plan.scorer, feature_bknf=feature_bknf)
+    importance, pull = jax.vjp(apply, params)
+    loss, slope = jax.value_and_grad(objective)(importance)
+    (grads,) = pull(slope)
+    # Shifting all scores of a head does not change the loss; Adam would amplify the rounding error
+    # in the gradient of that shift.
+    grads = {**grads, "b2": jnp.zeros_like(grads["b2"])}
+    chosen = jax.lax.top_k(-importance, evict.shape[-1])[1]
+    agree = (chosen[..., :, None] == evict[..., None, :]).any(-1).mean(-1)
+    return Sums(jnp.zeros(()), loss, (agree * overlap_weight_bk).sum(), grads)
 
 
 def train_step(
-    plan: Plan, state: TrainState, lm: LM, batch: Batch, axis: str
-) -> tuple[TrainState, dict]:
-    """One update on this device's part of the batch, with collectives over `axis`.
+    plans: Sequence[Plan], states: Sequence[TrainState], lm: LM, batch: Batch, axis: str
+) -> tuple[list[TrainState], list[dict]]:
+    """One update of each plan's scorers on this device's part of the batch.
+
+    Collectives are over `axis`.
 
     Returns:
-      The new state and metrics: loss [layers], overlap [layers], grad_norm (of the mean of the
-      micro-batches so far).
+      The new states, and of each plan metrics: loss [layers], overlap [layers], grad_norm (of the
+      mean of the micro-batches so far).
     """
-    sums = jax.lax.psum(loss_and_grads(plan, state.params, lm, batch), axis)
+    found = loss_and_grads(plans, [state.params for state in states], lm, batch)
+    updated = [
+        _update(*parts) for parts in zip(plans, states, jax.lax.psum(found, axis), strict=True)
+    ]
+    return [state for state, _ in updated], [metrics for _, metrics in updated]
+
+
+def _update(plan: Plan, state: TrainState, sums: Sums) -> tuple[TrainState, dict]:
     sums = jax.tree.map(lambda x: x / jnp.maximum(sums.traces[0], 1.0), sums)
     updates, opt_state = plan.optimiser.update(sums.grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,6 +75,26 @@ def _write(run_dir: str | os.PathLike, step: int, state: Any, info: dict, keep: 
 def latest_step(run_dir: str | os.PathLike) -> int | None:
     """The newest saved step, or None."""
     return max(_steps(run_dir), default=None)
+
+
+def common_step(run_dirs: Sequence[str | os.PathLike]) -> int:
+    """The newest step of which all runs have an intact checkpoint, 0 without one.
+
+    Every process calls this; process 0 looks, and warns of damaged ones.
+    """
+    found = []
+    if parallel.first():
+        steps = set.intersection(*(set(_steps(run_dir)) for run_dir in run_dirs))
+        while steps:
+            roots = [_root(run_dir) / str(max(steps)) for run_dir in run_dirs]
+            damaged = [(path, why) for path in roots if (why := _damage(path))]
+            if not damaged:
+                break
+            for path, why in damaged:
+                print(f"warning: checkpoint {path} is damaged ({why}): not used", flush=True)
+            steps.discard(max(steps))
+        found = [max(steps, default=0)]
+    return parallel.share(found)[0]
 
 
 def newest_info(run_dir: str | os.PathLike) -> dict[str, Any]:

@@ -158,13 +158,20 @@ def label_flops(config: ModelConfig, length: int) -> int:
     return pass_flops(config, length) + again
 
 
-def sft_flops(config: ModelConfig, scorers: ScorerConfig, length: int, cadence: Cadence) -> int:
+def sft_flops(
+    config: ModelConfig, scorers: Sequence[ScorerConfig], length: int, cadence: Cadence
+) -> int:
     """FLOPs per trace of a supervised step: labels, and a pass under eviction with the scorers.
 
     Scorers take two passes, forward and weight gradient: features carry no gradient.
+
+    Args:
+      scorers: that learn side by side.
     """
-    evicted = _evicted_flops(config, scorers, length, cadence, 2)
-    return int(label_flops(config, length) + evicted)
+    first, *rest = sorted(scorers, key=lambda x: x.statistics is None)
+    evicted = _evicted_flops(config, first, length, cadence, 2)
+    more = sum(_scorer_flops(config, x, length, cadence, 2) for x in rest)
+    return int(label_flops(config, length) + evicted + more)
 
 
 def grpo_flops(
@@ -196,16 +203,20 @@ def _evicted_flops(config, scorers, length, cadence: Cadence, passes, rollouts=1
     """
     begun = min(length, cadence.slots)
     later = length - begun
-    events = max(0, (length - 1) // cadence.interval - cadence.fill_chunks)
-    weights = scorers.hidden * (feature_size(config, scorers) + 1)
-    heads = config.layers * config.kv_heads
     per_slot = config.layers * config.heads * config.head_dim * cadence.slots
     found = pass_flops(config, begun) / rollouts
     found += later * (2 * layer_weights(config) + 4 * per_slot)
-    found += 2 * passes * heads * cadence.budget * weights * events
+    found += _scorer_flops(config, scorers, length, cadence, passes)
     if scorers.statistics:
         found += 2 * per_slot * (begun / rollouts + later)
     return found
+
+
+def _scorer_flops(config, scorers, length, cadence: Cadence, passes) -> int:
+    """FLOPs of `passes` over the scorers, for a trace."""
+    events = max(0, (length - 1) // cadence.interval - cadence.fill_chunks)
+    weights = scorers.hidden * (feature_size(config, scorers) + 1)
+    return 2 * passes * config.layers * config.kv_heads * cadence.budget * weights * events
 
 
 # ---- memory

@@ -173,7 +173,7 @@ def _slug(text: str) -> str:
 
 
 def _described(workload: Workload, root: str, common: Sequence[str]) -> list[str]:
-    commands = [_comment(f"  {point.command(root, common)}") for point in workload.points]
+    commands = [_comment(f"  {sweep.command([x], root, common)}") for x in workload.points]
     return [f"# {workload.name} runs:", *commands]
 
 

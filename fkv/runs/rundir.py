@@ -37,14 +37,17 @@ class Run:
     _board: Any = None
     _held: Any = None
 
-    def resume(self, target: Any) -> checkpoint.Checkpoint | None:
-        """Restores the newest intact checkpoint, if any, into the structure of `target`.
+    def resume(self, target: Any, step: int | None = None) -> checkpoint.Checkpoint | None:
+        """Restores a checkpoint, if there is one, into the structure of `target`.
 
         Metrics of later steps are dropped, as those steps run again.
+
+        Args:
+          step: of the checkpoint, by default the newest intact; 0 starts over.
         """
         restored = None
-        if checkpoint.latest_step(self.path) is not None:
-            restored = checkpoint.restore(self.path, target)
+        if step != 0 and checkpoint.latest_step(self.path) is not None:
+            restored = checkpoint.restore(self.path, target, step)
         if parallel.first():
             last_step = -1 if restored is None else restored.step
             _trim_metrics(self.path / "metrics.jsonl", last_step)
@@ -95,6 +98,20 @@ class Run:
         if self._board is not None:
             self._board.close()
         parallel.barrier(f"close {self.path}")
+
+
+def resume_together(runs: Sequence[Run], targets: Sequence[Any]) -> list[checkpoint.Checkpoint]:
+    """Resumes runs that train side by side from the newest step of which all have a checkpoint.
+
+    A kill between two saves leaves some a step ahead of others: both keep the one before. Returns
+    an empty list, and all runs start over, where there is no such step.
+    """
+    if len(runs) == 1:  # which names damage that leaves it without a checkpoint
+        found = [run.resume(x) for run, x in zip(runs, targets, strict=True)]
+    else:
+        step = checkpoint.common_step([run.path for run in runs])
+        found = [run.resume(x, step) for run, x in zip(runs, targets, strict=True)]
+    return [one for one in found if one is not None]
 
 
 def open_run(

@@ -47,9 +47,18 @@ class Point:
         values = [f"--config.{k}={v}".replace("{sweep}", root) for k, v in self.values.items()]
         return [f"launch.{self.job}", *common, f"--workdir={root}/{self.name}", *values]
 
-    def command(self, root: str, common: Sequence[str]) -> str:
-        """The command line, for a shell."""
-        return f"python -m {shlex.join(self.arguments(root, common))}"
+
+def arguments(points: Sequence[Point], root: str, common: Sequence[str]) -> list[str]:
+    """The command line, after `python -m`, of a point, or of several as one job."""
+    if len(points) == 1:
+        return points[0].arguments(root, common)
+    names = ",".join(point.name for point in points)
+    return ["launch.sweep", *common, f"--workdir={root}", f"--points={names}", "--together"]
+
+
+def command(points: Sequence[Point], root: str, common: Sequence[str]) -> str:
+    """The command line of a point, or of several as one job, for a shell."""
+    return f"python -m {shlex.join(arguments(points, root, common))}"
 
 
 def grid(**values: Sequence[Any]) -> list[dict[str, Any]]:
@@ -108,14 +117,35 @@ def choose(points: Sequence[Point], names: Sequence[str], root: str | os.PathLik
     return chosen
 
 
+def jobs(points: Sequence[Point], passes: Mapping[str, Any]) -> list[list[Point]]:
+    """The points in their order, but those that share a pass together, where the first of them is.
+
+    Points join only if they need no more than that first one does.
+
+    Args:
+      passes: by name, what points have in common that can run as one job; absent for others.
+    """
+    found: list[list[Point]] = []
+    for point in points:
+        for job in found:
+            same = point.name in passes and passes.get(job[0].name) == passes[point.name]
+            if same and set(point.needs()) <= set(job[0].needs()):
+                job.append(point)
+                break
+        else:
+            found.append([point])
+    return found
+
+
 def run_local(
     points: Sequence[Point],
     root: str | os.PathLike,
     common: Sequence[str],
     show: bool = False,
     alone: bool = True,
+    passes: Mapping[str, Any] | None = None,
 ) -> list[Point]:
-    """Runs the points in sequence, each in its own process; returns those that failed.
+    """Runs the points in sequence, each job in its own process; returns those that failed.
 
     Finished points are skipped, interrupted ones resume, and points that need a failed one are not
     run. The output of a point goes to `log.txt` in its directory.
@@ -124,56 +154,82 @@ def run_local(
       show: print the output instead, for pods, whose machines can't share a file.
       alone: no other sweep may run in `root`; otherwise others with `alone=False` may, on other
         points.
+      passes: see `jobs`; each point is a job of its own by default.
     """
     root = rundir.check_path(root)
     with files.writing(root):
         root.mkdir(parents=True, exist_ok=True)
         held = rundir.lock(root, shared=not alone)
     try:
-        return _run(points, str(root), common, show)
+        return _run(points, str(root), common, show, passes or {})
     finally:
         with contextlib.suppress(OSError):  # on a mounted bucket, if others created the file, too
             held.close()
 
 
-def _run(points, root, common, show):
+def _run(points, root, common, show, passes):
     failed, paths = [], {point.name: Path(root, point.name) for point in points}
     done = {p.name for p in points if is_done(paths[p.name], p)}
     for point in points:  # a rerun point may change the result of those that need it
         if set(point.needs()) & paths.keys() - done:
             done.discard(point.name)
-    for i, point in enumerate(points, 1):
-        path, label = paths[point.name], f"[{i}/{len(points)}] {point.name}"
+    labels = {p.name: f"[{i}/{len(points)}] {p.name}" for i, p in enumerate(points, 1)}
+    for point in points:
         if point.name in done:
-            print(f"{label}: already done", flush=True)
-            continue
-        if set(point.needs()) & {p.name for p in failed}:
+            print(f"{labels[point.name]}: already done", flush=True)
+    for job in jobs([point for point in points if point.name not in done], passes):
+        label = ", ".join(labels[point.name] for point in job)
+        if set(job[0].needs()) & {p.name for p in failed}:
             print(f"{label}: skipped, as a point it needs failed", flush=True)
-            failed.append(point)
+            failed += job
             continue
-        with files.writing(path):
-            path.mkdir(parents=True, exist_ok=True)
-            for left in path.glob(f"{DONE}.*"):  # left by a killed process
-                left.unlink(missing_ok=True)
-        start, log = time.monotonic(), path / "log.txt"
-        print(f"{label}: {point.command(root, common)}", flush=True)
-        with contextlib.ExitStack() as stack:
-            with files.writing(log):
-                out = None if show else stack.enter_context(log.open("a"))
-            code = _run_job(point.arguments(root, common), out)
+        for path in (paths[point.name] for point in job):
+            with files.writing(path):
+                path.mkdir(parents=True, exist_ok=True)
+                for left in path.glob(f"{DONE}.*"):  # left by a killed process
+                    left.unlink(missing_ok=True)
+        start, logs = time.monotonic(), [paths[point.name] / "log.txt" for point in job]
+        as_one = f"{len(job)} points as one job: " if job[1:] else ""
+        print(f"{label}: {as_one}{command(job, root, common)}", flush=True)
+        code = _run_logged(arguments(job, root, common), [] if show else logs)
         seconds = time.monotonic() - start
         if code:
-            said = "" if show else log.read_text(errors="replace").strip()
+            said = "" if show else logs[0].read_text(errors="replace").strip()
             last = "".join(f": {line}" for line in said.splitlines()[-1:])
             print(f"{label}: failed with code {code}{last}", flush=True)
-            failed.append(point)
+            failed += job
             continue
         print(f"{label}: {seconds:.0f} s", flush=True)
-        record = {"values": _plain(point.values), "job": point.job, "seconds": round(seconds, 1)}
-        # All machines of a pod write this, each through its own file.
-        with files.whole(path / DONE, uuid.uuid4().hex) as mine:
-            mine.write_text(json.dumps(record, indent=1) + "\n")
+        for point in job:
+            record = {"values": _plain(point.values), "job": point.job}
+            record["seconds"] = round(seconds, 1)
+            if job[1:]:  # these took as long in all
+                record["together"] = [point.name for point in job]
+            # All machines of a pod write this, each through its own file.
+            with files.whole(paths[point.name] / DONE, uuid.uuid4().hex) as mine:
+                mine.write_text(json.dumps(record, indent=1) + "\n")
     return failed
+
+
+def _run_logged(arguments: Sequence[str], logs: Sequence[Path]) -> int:
+    """Runs a job whose output is appended to all of these files; without any it is printed."""
+    if not logs:
+        return _run_job(arguments, None)
+    first, *others = logs
+    with contextlib.ExitStack() as stack:
+        with files.writing(first):
+            out = stack.enter_context(first.open("a"))
+        before = first.stat().st_size
+        try:
+            return _run_job(arguments, out)
+        finally:  # when a signal ends the sweep, too
+            out.flush()
+            with first.open("rb") as file:
+                file.seek(before)
+                text = file.read()
+            for log in others:
+                with files.writing(log), log.open("ab") as file:
+                    file.write(text)
 
 
 def _run_job(arguments: Sequence[str], log: IO | None) -> int:

@@ -49,8 +49,9 @@ GROUPS = {
 ZERO = {
     "seed", "pretrain.warmup", "pretrain.weight_decay", "pretrain.temperature", "traces.count",
     "traces.new_tokens", "traces.temperature", "traces.top_k", "sft.at_once", "sft.warmup",
-    "sft.margin", "grpo.traces_at_once", "grpo.warmup", "grpo.eta", "grpo.high_fraction",
-    "grpo.kl_weight", "grpo.kl_steps", "grpo.answers", "grpo.rollouts_at_once",
+    "sft.margin", "sft.scorer_seed", "grpo.traces_at_once", "grpo.warmup", "grpo.eta",
+    "grpo.high_fraction", "grpo.kl_weight", "grpo.kl_steps", "grpo.answers",
+    "grpo.rollouts_at_once",
     "evaluate.problems", "evaluate.new_tokens", "evaluate.traces",
     "evaluate.temperature", "evaluate.top_k", "generate.temperature", "generate.top_k",
     "benchmark.layers", "benchmark.top_k", "benchmark.temperature", "benchmark.memory_gib",

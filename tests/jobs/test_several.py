@@ -35,10 +35,11 @@ def moved(state, token, axis):
     return state.replace(step=state.step + 1, params=params), shift
 
 
-def fake_sft(plan, state, lm, batch, axis):
-    state, shift = moved(state, batch.token_bt, axis)
-    layers = jnp.full(lm.config.layers, shift)
-    return state, dict(loss=layers, overlap=layers, grad_norm=shift)
+def fake_sft(plans, states, lm, batch, axis):
+    found = [moved(state, batch.token_bt, axis) for state in states]
+    layers = [jnp.full(lm.config.layers, shift) for _, shift in found]
+    metrics = [dict(loss=x, overlap=x, grad_norm=x[0]) for x in layers]
+    return [state for state, _ in found], metrics
 
 
 def fake_grpo(plan, state, lm, rows, axis):

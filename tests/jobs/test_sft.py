@@ -88,9 +88,9 @@ def test_a_run_that_diverges_ends_in_one_line(model_dir, tmp_path, monkeypatch, 
     step = stage.train_step
 
     def poisoned(*args, **kwargs):
-        state, metrics = step(*args, **kwargs)
-        late = state.step == 3
-        return state, {**metrics, "grad_norm": jnp.where(late, jnp.inf, 1.0)}
+        states, (metrics,) = step(*args, **kwargs)
+        late = states[0].step == 3
+        return states, [{**metrics, "grad_norm": jnp.where(late, jnp.inf, 1.0)}]
 
     monkeypatch.setattr(stage, "train_step", poisoned)
     with pytest.raises(SystemExit) as end:

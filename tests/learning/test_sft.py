@@ -23,8 +23,11 @@ CADENCE = Cadence(BUDGET, INTERVAL)
 # Evictions that a token follows: 5, 3, 2, two traces too short to have one, and 5.
 LENGTHS, EVENTS = [61, 45, 40, 24, 9, 61], [5, 3, 2, 0, 0, 5]
 
+
 # Programs that run a few times: compiling is what takes the time.
-grads_fn = jax.jit(sft.loss_and_grads, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
+def grads_fn(plan, params, lm, batch):
+    return sft.loss_and_grads((plan,), (params,), lm, batch)[0]
 
 
 # ---- the ranking loss
@@ -190,7 +193,7 @@ def test_refuses_batches_without_an_eviction():
     batch = Batch.of(*oracles.make_tokens(lm.config, [24]))
     scorers = scorer.init(jax.random.key(0), lm.config, rules)
     with pytest.raises(UserError, match="longest trace has 24 tokens"):
-        sft.loss_and_grads(sft_plan(rules), scorers, lm, batch)
+        sft.loss_and_grads((sft_plan(rules),), (scorers,), lm, batch)
 
 
 # ---- the optimiser
@@ -277,9 +280,15 @@ PLAN = sft_plan(RULES, LOSS, learning_rate=RATE, warmup=WARMUP, steps=STEPS, cli
 @functools.cache
 def step_fn():
     """The step of two devices, with `vmap` in their place: the axis is all that it knows."""
-    step = functools.partial(sft.train_step, PLAN, axis="data")
+    step = functools.partial(sft.train_step, (PLAN,), axis="data")
     mapped = jax.vmap(step, axis_name="data", in_axes=(None, None, 0), out_axes=None)
-    return jax.jit(lambda *args: mapped(*args))
+
+    @jax.jit
+    def of_one(state, lm, batch):
+        (state,), (metrics,) = mapped([state], lm, batch)
+        return state, metrics
+
+    return of_one
 
 
 def start(seed):

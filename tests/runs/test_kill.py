@@ -3,13 +3,15 @@
 import shutil
 
 import numpy as np
+import pytest
 
 from fkv.runs import checkpoint
 from tests import kill
 
 
-def test_killed_for_real(tmp_path):
-    (count,) = kill.run(["sft"], 1, 3, tmp_path, ["sft.steps=60"], patience=0.3)
+@pytest.mark.parametrize("stage", ["sft", "variants"])
+def test_killed_for_real(tmp_path, stage):
+    (count,) = kill.run([stage], 1, 3, tmp_path, ["sft.steps=60"], patience=0.3)
     assert (count.kills, count.early) == (1, 0) and count.runs >= 1
     assert count.compared > 50_000 and count.differ == 0
 

@@ -82,8 +82,8 @@ everywhere = own.replace(params=parallel.view(own.params, mesh))
 rules = scorer.ScorerConfig(norm="rms")
 plan = sft_plan(rules, sft.LossConfig(1.0), steps=10)
 state = fit.TrainState.init(dict(np.load(path / "scorers.npz")), plan.optimiser)
-state = parallel.replicate(state, mesh)
-step = functools.partial(sft.train_step, plan, axis=parallel.AXIS)
+states = parallel.replicate([state], mesh)
+step = functools.partial(sft.train_step, (plan,), axis=parallel.AXIS)
 step = parallel.pmap(step, mesh, constants=2, batched=1)
 compiled = []
 jax.monitoring.register_event_duration_secs_listener(
@@ -99,7 +99,8 @@ for i, lengths in enumerate(batches):
     token, length = jax.device_get(oracles.make_tokens(own.config, [*lengths, 45], seed=i))
     if i == 1:
         compiled.clear()
-    state, metrics = step(state, everywhere, Batch.of(token[:8], length[:8]))
+    states, (metrics,) = step(states, everywhere, Batch.of(token[:8], length[:8]))
+    (state,) = states
     for name, x in {**state.params, **metrics, "step": state.step}.items():
         assert x.sharding.is_fully_replicated and len(x.sharding.device_set) == mesh.size
         parts = [np.asarray(part.data) for part in x.addressable_shards]
