@@ -1,6 +1,7 @@
 """Loss ratios and golden overlap against one trace at a time, in numpy."""
 
 import csv
+import dataclasses
 import io
 import zlib
 
@@ -266,6 +267,20 @@ def test_overlap_of_a_policy_that_draws_does_not_depend_on_the_batch(measured):
     one, two = (measured[batch][-1] for batch in (2, 7))
     assert one.policy == "random"
     np.testing.assert_allclose(one.overlap, two.overlap, atol=1e-6)
+
+
+@pytest.mark.parametrize(("cache_dtype", "passes"), [("", 0), ("int8", 1)])
+def test_policies_share_one_beginning(model, monkeypatch, cache_dtype, passes):
+    """That of the full pass, unless caches are quantised; uneven budgets have their own."""
+    lm = model.replace(config=dataclasses.replace(model.config, cache_dtype=cache_dtype))
+    begin, begun = replay.begin_layer, []
+    monkeypatch.setattr(
+        replay, "begin_layer", lambda policy, *args: begun.append(policy) or begin(policy, *args)
+    )
+    uneven = {"ada": policies.get("ada"), "pyramid": policies.get("pyramid")}
+    loss_ratio.measure(lm, POLICIES | uneven, traces_of(lm, [45, 40]), CADENCE)
+    names = [type(policy).__name__ for policy in begun]
+    assert names == ["OneOf"] * passes + ["Ada", "Pyramid"]
 
 
 def test_refuses_traces_without_an_eviction(model):
