@@ -163,7 +163,8 @@ def sft_flops(
 ) -> int:
     """FLOPs per trace of a supervised step: labels, and a pass under eviction with the scorers.
 
-    Scorers take two passes, forward and weight gradient: features carry no gradient.
+    Up to the first eviction it is the pass of the labels, unless the cache is quantised. Scorers
+    take two passes, forward and weight gradient: features carry no gradient.
 
     Args:
       scorers: that learn side by side.
@@ -171,7 +172,8 @@ def sft_flops(
     first, *rest = sorted(scorers, key=lambda x: x.statistics is None)
     evicted = _evicted_flops(config, first, length, cadence, 2)
     more = sum(_scorer_flops(config, x, length, cadence, 2) for x in rest)
-    return int(label_flops(config, length) + evicted + more)
+    shared = 0 if config.cache_dtype else pass_flops(config, min(length, cadence.slots))
+    return int(label_flops(config, length) + evicted - shared + more)
 
 
 def grpo_flops(

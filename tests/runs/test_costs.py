@@ -73,6 +73,8 @@ def test_formulas_by_hand():
     later = 12 * (2 * weights + 3 * 4 * 4 * 4 * 12) + 2 * 3 * 4 * 4 * 12 * 12
     evicted, losses = begun + later, 2 * (24 - 12) * 400
     want = costs.label_flops(SHAPE, 24) + evicted + 2 * scored
+    assert costs.sft_flops(small, [rules], 24, Cadence(8, 4)) == want
+    want -= costs.pass_flops(SHAPE, 12)  # that of the labels
     assert costs.sft_flops(SHAPE, [rules], 24, Cadence(8, 4)) == want
     want = begun / 8 + later + 4 * scored + losses
     assert costs.grpo_flops(SHAPE, rules, 24, Cadence(8, 4), 8) == want
