@@ -130,7 +130,8 @@ def _passes(configs):
 
 def _together(argv, points, root, configs, passes):
     """Runs points that share a pass."""
-    if len({passes.get(point.name) for point in points} | {None}) != 2 or not passes:
+    shared = {passes.get(point.name) for point in points}
+    if len(shared) > 1 or None in shared:
         raise UserError("--together: these --points can't run as one job")
     from fkv.jobs import sft
 

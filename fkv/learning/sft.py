@@ -90,6 +90,32 @@ class Plan(Fit):
         return adam(schedule, self.clip, self.micro_batches)
 
 
+def pair_weights(future_xn: Array, weighting: str) -> tuple[Array, Array]:
+    """Weights of all pairs, known from the labels.
+
+    Returns:
+      [x, n, n], antisymmetric: of i and j positive where the future score of i is strictly below
+      that of j; and the sums over these [x].
+    """
+    one, other = future_xn[..., :, None], future_xn[..., None, :]
+    weight = (one < other).astype(jnp.float32) - (one > other)
+    if weighting == "sqrt_gap":
+        weight = weight * jnp.sqrt(jnp.abs(other - one))
+    return weight, jnp.abs(weight).sum((-2, -1)) / 2
+
+
+def hinge_loss(importance_xn: Array, pairs: tuple[Array, Array], margin: float) -> Array:
+    """`ranking_loss` [x] of weighted pairs, from `pair_weights`."""
+    weight, total = pairs
+    # Each pair is seen from both its entries, so that the two sums over one axis have the loss, in
+    # which importances are linear, and by that its gradient.
+    above = importance_xn[..., :, None] - importance_xn[..., None, :]
+    wrong = jnp.where(jnp.where(weight > 0, above, -above) > -margin, weight, 0.0)
+    centred = importance_xn - jax.lax.stop_gradient(importance_xn.mean(-1, keepdims=True))
+    loss = (centred * wrong.sum(-1)).sum(-1) + margin * jnp.abs(wrong).sum((-2, -1)) / 2
+    return loss / jnp.where(total > 0, total, 1.0)
+
+
 def ranking_loss(
     importance_xn: Array, future_xn: Array, config: LossConfig = LossConfig()
 ) -> tuple[Array, Array]:
@@ -105,16 +131,8 @@ def ranking_loss(
     Returns:
       The loss [x], zero for groups without a pair, and whether the group has a pair [x].
     """
-    below = future_xn[..., :, None] < future_xn[..., None, :]
-    hinge = jax.nn.relu(config.margin + importance_xn[..., :, None] - importance_xn[..., None, :])
-    weight = below.astype(jnp.float32)
-    if config.weighting == "sqrt_gap":
-        gap = future_xn[..., None, :] - future_xn[..., :, None]
-        weight = jnp.sqrt(jnp.where(below, gap, 0.0))
-    total = weight.sum((-2, -1))
-    has_pair = total > 0
-    loss = (hinge * weight).sum((-2, -1)) / jnp.where(has_pair, total, 1.0)
-    return loss, has_pair
+    pairs = pair_weights(future_xn, config.weighting)
+    return hinge_loss(importance_xn, pairs, config.margin), pairs[1] > 0
 
 
 def has_pair(future_xn: Array) -> Array:
@@ -175,9 +193,9 @@ def loss_and_grads(
         overlap_weight = valid / jnp.maximum(valid.sum((0, 2), keepdims=True), 1)
 
         def observe(acc: list[Sums], policy: Forced, view: View, evict: Array):
-            found = (labels.future_score_ebkn, loss_weight, overlap_weight)
-            rest = [golden.at(x, view.eviction) for x in found]
-            counts = rest[-1].any()
+            by_eviction = (labels.future_score_ebkn, loss_weight, overlap_weight)
+            future, *shares = (golden.at(x, view.eviction) for x in by_eviction)
+            counts = shares[1].any()
 
             # XLA compiles what is under a condition by itself: what one plan gets does not depend
             # on what is computed beside it, down to the last bit.
@@ -190,10 +208,16 @@ def loss_and_grads(
                 how: apart(functools.partial(scorer.features, how), view)
                 for how in dict.fromkeys(seen)
             }
-            sums = [
-                apart(functools.partial(_one_eviction, plan), x, features[how], *rest, evict)
-                for plan, how, x in zip(plans, seen, params, strict=True)
-            ]
+            pairs = {
+                name: apart(functools.partial(pair_weights, weighting=name), future)
+                for name in dict.fromkeys(plan.loss.weighting for plan in plans)
+            }
+
+            def learned(plan, how, params):
+                own = (features[how], pairs[plan.loss.weighting], *shares, evict)
+                return apart(functools.partial(_one_eviction, plan), params, *own)
+
+            sums = [learned(*each) for each in zip(plans, seen, params, strict=True)]
             # Statistics are in use whatever is seen of them: without, XLA rounds hidden states
             # otherwise.
             sums[0] = sums[0].replace(traces=0.0 * view.statistics.total[0, 0, 0, 0])
@@ -221,12 +245,11 @@ def loss_and_grads(
     return jax.lax.scan(layer, hiddens, (lm.params["layers"], list(params)))[1]
 
 
-def _one_eviction(plan, params, feature_bknf, future_bkn, loss_weight_bk, overlap_weight_bk, evict):
+def _one_eviction(plan, params, feature_bknf, pairs, loss_weight_bk, overlap_weight_bk, evict):
     """The sums of one layer's eviction."""
 
     def objective(importance):
-        loss, _ = ranking_loss(importance, future_bkn, plan.loss)
-        return (loss * loss_weight_bk).sum()
+        return (hinge_loss(importance, pairs, plan.loss.margin) * loss_weight_bk).sum()
 
     apply = functools.partial(scorer.apply, plan.scorer, feature_bknf=feature_bknf)
     importance, pull = jax.vjp(apply, params)

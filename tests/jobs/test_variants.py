@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -98,6 +99,26 @@ def test_one_table_has_them_all_and_the_baselines_once(finished):
     ratios = {r.policy: r.ratio()[0] for r in results if r.budget == 16}
     assert len({ratios[name] for name in NAMES}) == len(NAMES)
     assert not (path / "checkpoints").exists()
+
+
+def test_points_of_a_sweep_run_together(model_dir, finished, tmp_path, monkeypatch):
+    """As `launch.sweep` starts them: each in its directory, and no table beside them."""
+    path, values = tmp_path / "some.py", []
+    for text in VARIANTS:
+        name, _, changes = text.partition(":")
+        pairs = [x.split("=") for x in changes.split(",") if x]
+        values.append((name, {k: int(v) if v.isdigit() else v for k, v in pairs}))
+    path.write_text(
+        "from fkv.runs.sweep import Point\nfrom tests.jobs import test_variants\n"
+        f"get_config = lambda: test_variants.several({model_dir!r}, ())\n"
+        f"sweep = lambda: [Point('sft', *x) for x in {values!r}]\n"
+    )
+    options = [f"--config={path}", f"--workdir={tmp_path}/s", f"--points={','.join(NAMES)}"]
+    monkeypatch.setattr(sys, "argv", ["launch/sweep.py", *options, "--together"])
+    runpy.run_module("launch.sweep", run_name="__main__")
+    for name in NAMES:
+        same(finished[0] / name, tmp_path / "s" / name)
+    assert {x.name for x in (tmp_path / "s").iterdir()} == {*NAMES}
 
 
 # ---- interrupted

@@ -147,6 +147,122 @@ def test_the_summary_is_the_mean_over_seeds(fake_jobs, tmp_path):
     assert len(list(csv.DictReader((tmp_path / "results.csv").open()))) == 4 * 2 * 4
 
 
+# ---- several points as one job
+
+SHARED = {"a1": "x", "a2": "y", "a3": "x", "b1": "x"}
+
+
+@pytest.fixture
+def joint_jobs(fake_jobs, monkeypatch):
+    """Jobs of one point or of several, which write the tables of all; their points, by job."""
+    run_job, calls = sweep._run_job, []
+
+    def run(command, log):
+        found = [word.partition("=")[2] for word in command if word.startswith("--points=")]
+        names = found[0].split(",") if found else []
+        assert (names != []) == ("--together" in command)
+        (root,) = (word[10:] for word in command if word.startswith("--workdir="))
+        calls.append(names or [Path(root).name])
+        return max(run_job([f"--workdir={root}/{x}"] if names else command, log)
+                   for x in names or [""])  # fmt: skip
+
+    monkeypatch.setattr(sweep, "_run_job", run)
+    return calls, fake_jobs[1]
+
+
+def test_points_that_share_a_pass_are_one_job_where_the_first_of_them_is():
+    found = sweep.jobs(list(points()), SHARED)
+    assert [[p.name for p in job] for job in found] == [["a1", "a3"], ["a2"], ["b1"]]
+    assert [len(job) for job in sweep.jobs(list(points()), {})] == [1, 1, 1, 1]
+    pair = sweep.command(found[0], "runs/s", ["--config=x"])
+    assert pair == ("python -m launch.sweep --config=x --workdir=runs/s --points=a1,a3 --together")
+    assert sweep.command(found[1], "runs/s", []) == (
+        "python -m launch.sft --workdir=runs/s/a2 --config.seed=2"
+    )
+
+
+def test_each_point_of_a_job_is_as_if_alone(joint_jobs, tmp_path, capsys):
+    calls, _ = joint_jobs
+    (tmp_path / "a3").mkdir()
+    (tmp_path / "a3" / "log.txt").write_text("before\n")
+    assert sweep.run_local(list(points()), tmp_path, ["--config=x"], passes=SHARED) == []
+    assert calls == [["a1", "a3"], ["a2"], ["b1"]]
+    said = capsys.readouterr().out
+    assert "[1/4] a1, [3/4] a3: 2 points as one job: python -m launch.sweep --config=x" in said
+    assert (tmp_path / "a1" / "log.txt").read_text() == "some output\n" * 2
+    assert (tmp_path / "a3" / "log.txt").read_text() == "before\n" + "some output\n" * 2
+    record = json.loads((tmp_path / "a3" / sweep.DONE).read_text())
+    assert record["values"] == {"seed": 3} and record["together"] == ["a1", "a3"]
+    assert "together" not in json.loads((tmp_path / "a2" / sweep.DONE).read_text())
+    assert "foresight" in sweeps.write_summary(list(points()), tmp_path)
+    # All is done, whether together or not.
+    sweep.run_local(list(points()), tmp_path, ["--config=x"])
+    assert len(calls) == 3
+
+
+def test_what_is_done_is_left_out_of_a_job_and_a_failure_is_that_of_all(joint_jobs, tmp_path):
+    calls, failing = joint_jobs
+    together = dict.fromkeys(("a1", "a2", "a3"), "x")
+    sweep.run_local([Point("sft", "a2", {"seed": 2}, "a")], tmp_path, ["--config=x"])
+    failing.append("a3")
+    failed = sweep.run_local(list(points()), tmp_path, ["--config=x"], passes=together)
+    assert calls == [["a2"], ["a1", "a3"]] and [p.name for p in failed] == ["a1", "a3", "b1"]
+    assert not (tmp_path / "a1" / sweep.DONE).exists()
+    failing.clear()
+    assert sweep.run_local(list(points()), tmp_path, ["--config=x"], passes=together) == []
+    assert calls[2:] == [["a1", "a3"], ["b1"]]
+
+
+def test_a_point_joins_no_job_that_comes_before_what_it_needs():
+    start = Point("sft", "a", {})
+    model = Point("pretrain", "m", {})
+    late = Point("sft", "b", {"model": "{sweep}/m/model"})
+    found = sweep.jobs([start, model, late], {"a": "x", "b": "x"})
+    assert [[p.name for p in job] for job in found] == [["a"], ["m"], ["b"]]
+
+
+TOGETHER = """
+from fkv.runs.sweep import Point
+from configs import tiny
+
+get_config = tiny.get_config
+
+def sweep():
+    yield Point("sft", "a", {"scorer.hidden": 4})
+    yield Point("sft", "b", {"sft.scorer_seed": 1, "scorer.inputs": "kv"})
+    yield Point("sft", "c", {"budget": 96})
+    yield Point("sft", "d", {"seed": 1})
+    yield Point("sft", "e", {"scorer.form": "reference"})
+    yield Point("sft", "f", {"sft.variants": ("x", "y:scorer.hidden=4")})
+    yield Point("grpo", "g", {"grpo.scorer": "{sweep}/a"})
+    yield Point("sft", "h", {"budget": 96, "sft.margin": 0.5})
+"""
+
+
+def test_a_sweep_finds_which_points_can_share_a_pass(tmp_path, command):
+    path = tmp_path / "some.py"
+    path.write_text(TOGETHER)
+    options = (f"--config={path}", f"--workdir={tmp_path}/s")
+    code, out, _ = command(*options, "--dry_run", "--config.sft.steps=5")
+    assert code == 0
+    jobs = [re.search(r"--points=(\S+) --together$|/s/(\w) ", x) for x in out.splitlines()]
+    assert [job[1] or job[2] for job in jobs] == ["a,b", "c,h", "d", "e", "f", "g"]
+    assert "--config.sft.steps=5" in out.splitlines()[0]
+    _, out, _ = command(*options, "--dry_run", "--points=b,c")
+    assert "--together" not in out
+    for names in ("a,c", "a,f", "f", "a,g"):
+        code, _, error = command(*options, f"--points={names}", "--together")
+        assert (code, error) == (2, "error: --together: these --points can't run as one job")
+
+
+def test_the_supervised_ablations_of_the_paper_are_one_job(command):
+    _, out, _ = command("--config=configs/tiny_ablations.py", "--dry_run")
+    (line,) = [line for line in out.splitlines() if "--together" in line]
+    (names,) = re.findall(r"--points=(\S+)", line)
+    assert len(names.split(",")) == 15 and "launch.sft" not in out
+    assert out.splitlines()[0] == line
+
+
 CONFIG = """
 from fkv.runs.sweep import Point
 from configs import tiny
