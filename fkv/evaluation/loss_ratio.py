@@ -10,6 +10,7 @@ import dataclasses
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import flax.struct
 import jax
@@ -58,6 +59,36 @@ class OneOf(Policy):
 
     def evict(self, view: View) -> Array:
         return jax.lax.switch(self.index_y, [p.evict for p in self.choices], view)
+
+
+def _kinds(policies: Sequence[Policy]) -> list[list[int]]:
+    """Indices of policies, those together that differ in their arrays' values only."""
+    found: dict[Any, list[int]] = {}
+    for i, policy in enumerate(policies):
+        shapes = [(x.shape, x.dtype) for x in jax.tree.leaves(policy)]
+        found.setdefault((jax.tree.structure(policy), *shapes), []).append(i)
+    return list(found.values())
+
+
+def _one_of(policies: Sequence[Policy], index: int, layers: int) -> OneOf:
+    """A policy as one of as many as there are kinds, so that one program runs all of them."""
+    kinds = _kinds(policies)
+    own = next((i for i, kind in enumerate(kinds) if index in kind), 0)  # of none, none
+    choices = tuple(policies[index if i == own else kind[0]] for i, kind in enumerate(kinds))
+    return OneOf(choices, jnp.full(layers, own))
+
+
+def _evictions(policies: Sequence[Policy], view: View) -> list[Array]:
+    """What each of the policies would drop; those of one kind are compiled once."""
+    found = {}
+    for kind in _kinds(policies):
+        if len(kind) == 1:
+            found[kind[0]] = policies[kind[0]].evict(view)
+            continue
+        stacked = jax.tree.map(lambda *x: jnp.stack(x), *(policies[i] for i in kind))
+        chosen = jax.lax.map(lambda policy: policy.evict(view), stacked)
+        found |= dict(zip(kind, chosen, strict=True))
+    return [found[i] for i in range(len(policies))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +210,7 @@ def measure(
 
     @jax.jit
     def run_golden(lm, several, part, key_b):
-        one = OneOf(several, jnp.zeros(config.layers, jnp.int32))
+        one = _one_of(several, 0, config.layers)
         forced, labels, full, begun = golden.policy_and_beginning(lm, part, cadence, one)
         scores = jnp.concatenate([labels.future_score_ebkn, labels.newest_score_ebkl], axis=-1)
 
@@ -191,8 +222,7 @@ def measure(
                 return jnp.take_along_axis(future, slots, axis=-1).sum(-1)
 
             recall, regret = [jnp.ones(evict.shape[:2])], [jnp.zeros(evict.shape[:2])]
-            for watcher in policy.watchers:
-                chosen = watcher.evict(view)
+            for chosen in _evictions(policy.watchers, view):
                 recall.append((chosen[..., :, None] == evict[..., None, :]).any(-1).mean(-1))
                 regret.append(lost(chosen) - lost(evict))
             both = jnp.stack([jnp.stack(recall), jnp.stack(regret)])
@@ -238,7 +268,7 @@ def measure(
         recalls[:, wanted] = np.asarray(recall)[:, : len(wanted)]
         regrets[:, wanted] = np.asarray(regret)[:, : len(wanted)]
         for i, name in enumerate(names):
-            one = OneOf(several, jnp.full(config.layers, i))
+            one = _one_of(several, i, config.layers)
             put(nll[name], run_from(lm, begun, one, part, key_b))
         for name, policy in uneven.items():
             put(nll[name], run(lm, policy, part, key_b))
