@@ -76,6 +76,14 @@ def test_refuses_another_config(tmp_path):
     )
 
 
+def test_a_field_that_an_old_run_did_not_have_may_be_off(tmp_path):
+    rundir.open_run(tmp_path, make_config()).close()
+    new = {"seed": 0, "variants": (), "group": {"name": "", "switch": False}}
+    rundir.open_run(tmp_path, make_config(**new)).close()
+    with pytest.raises(UserError, match=r"\(group.name:  -> a\)"):
+        rundir.open_run(tmp_path, make_config(**new | {"group": {"name": "a", "switch": False}}))
+
+
 def test_checkpoints_of_another_config_are_refused(tmp_path):
     run = rundir.open_run(tmp_path, make_config())
     run.save(1, {"w": np.ones(2)})
