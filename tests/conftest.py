@@ -23,7 +23,7 @@ for name, value in (("numpy_rank_promotion", "raise"), ("default_matmul_precisio
 
 
 # Few tests, but long ones: left to the end, they would keep one core waiting for the other.
-FIRST = ("test_kill.py", "test_several.py", "test_parallel.py", "test_colab.py")
+FIRST = ("test_variants.py", "test_kill.py", "test_several.py", "test_parallel.py", "test_colab.py")
 
 
 def pytest_configure(config):
