@@ -3,7 +3,7 @@
 Commands, results, and times on two CPU cores:
 python -m launch.sft --config=tiny       scorers; loss ratio 1.055 at B = 64, best rule-based policy
                                          1.688; 2 minutes
-python -m launch.grpo --config=tiny --config.budget=48   better scorers; 8 minutes
+python -m launch.grpo --config=tiny --config.budget=48   better scorers; 5 minutes
 python -m launch.evaluate --config=tiny  answers of every policy; at B = 64 the scorers of sft get
                                          81 % of 512 right, those of grpo 87 %, baselines below 1 %
 python -m launch.pipeline --config=tiny  these three in one directory, with fewer problems
