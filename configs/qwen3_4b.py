@@ -1,8 +1,8 @@
 """Qwen3-4B with the paper's hyper-parameters.
 
 Not run at full size yet. Times are for one H100 at 40 % of its peak and traces of 32,768 tokens,
-as --config.dry_run=True estimates them; more devices divide them. At 8,192 tokens an H100 reached 13 %
-in the supervised and 20 % in the reinforcement stage.
+as --config.dry_run=True estimates them; more devices divide them. At 8,192 tokens
+an H100 reached 13 % in the supervised and 20 % in the reinforcement stage.
 python -m launch.traces --config=qwen3_4b --workdir=data/qwen3_4b_train   and _eval
 python -m launch.sft --config=qwen3_4b       scorers; 2.8 h, 9.9 s a step, 14.9 GB
 python -m launch.grpo --config=qwen3_4b      better scorers; 56 h, 13 min a step, 25.6 GB
