@@ -61,4 +61,16 @@ def plan(config: ConfigDict, workdir: str) -> dict[str, ConfigDict]:
         except (KeyError, AttributeError, TypeError, ValueError) as error:
             raise UserError(f"pipeline.changes.{stage}: {error}") from error
         found[stage] = part.lock()
+    if "sft" in found and found["sft"].sft.variants:  # their scorers are in sft/<name>
+        where = str(root / "sft")
+        read = {"grpo": [found["grpo"].grpo.scorer]} if "grpo" in found else {}
+        if "evaluate" in found:
+            read["evaluate"] = [x.partition("=")[2] for x in found["evaluate"].evaluate.scorers]
+        for stage, places in read.items():
+            if where in places:
+                field = {"grpo": "grpo.scorer", "evaluate": "evaluate.scorers"}[stage]
+                raise UserError(
+                    f"sft.variants: {where} holds several scorers, in a directory each: set "
+                    f"pipeline.changes.{stage}.{field} to one of them"
+                )
     return found

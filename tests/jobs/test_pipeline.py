@@ -85,3 +85,13 @@ def test_scorers_that_no_stage_will_make_are_asked_for_before_the_first(tmp_path
     ((config, path, later),) = asked
     assert (path, later) == (f"{tmp_path}/evaluate", ["a"])
     assert len(config.evaluate.scorers) == 2
+
+
+@pytest.mark.parametrize(
+    "stages, field", [(("sft", "grpo"), "grpo.scorer"), (("sft", "evaluate"), "evaluate.scorers")]
+)
+def test_stages_read_one_of_several_scorers(stages, field, tmp_path):
+    config = tiny.get_config()
+    config.sft.variants, config.pipeline.stages = ("a",), stages
+    with pytest.raises(UserError, match=rf"several scorers, .* pipeline.changes.*{field} to one"):
+        pipeline.plan(config, str(tmp_path))
