@@ -7,7 +7,7 @@ the paper's hyper-parameters (arXiv 2602.03203) and sizes that suit the embedded
 
 from ml_collections import ConfigDict
 
-BASELINES = ("rkv", "snapkv", "h2o", "streaming_llm")
+BASELINES = ("rkv", "snapkv", "h2o", "streaming_llm", "random:sinks=4")
 INSTRUCTION = (
     "Please solve the following problem step by step and put the final answer within \\boxed{}."
 )

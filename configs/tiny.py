@@ -23,7 +23,7 @@ from configs import base
 TUNED_RKV = "rkv:mix=0.05,kernel=1"
 BASELINES = (
     "rkv", TUNED_RKV, "snapkv", "h2o", "tova", "streaming_llm", "knorm", "keydiff",
-    "expected_attention", "lagkv", "pyramid", "ada", "random",
+    "expected_attention", "lagkv", "pyramid", "ada", "random", "random:sinks=4",
 )  # fmt: skip
 
 
@@ -67,12 +67,13 @@ def get_config() -> ConfigDict:
     config.eval.budgets = config.evaluate.budgets = (48, 64, 96)
     config.eval.policies = (
         "rkv", TUNED_RKV, "keydiff", "snapkv", "h2o", "tova", "streaming_llm", "random",
+        "random:sinks=4",
     )  # fmt: skip
     config.evaluate.scorers = ("foresight=runs/sft_tiny",)
     config.evaluate.action = "top"
     config.evaluate.policies = ("full", *BASELINES)
 
-    few = ("full", TUNED_RKV, "snapkv", "h2o", "lagkv")
+    few = ("full", TUNED_RKV, "snapkv", "h2o", "lagkv", "random:sinks=4")
     config.pipeline.changes.grpo = dict(budget=48, grpo=dict(answers=0))
     config.pipeline.changes.evaluate = dict(evaluate=dict(problems=128, policies=few))
     return config

@@ -431,6 +431,7 @@ def test_settings_in_text_are_refused_alike():
     ("name", "message"),
     [
         ("streaming_llm:sinks=9", "sinks = 9 must be at most 8 at budget = 16, interval = 8"),
+        ("random:sinks=9", "random: sinks = 9 must be at most 8 at budget = 16"),
         ("expected_attention:sinks=99", "sinks = 99 must be at most"),
         ("lagkv:sinks=1000", "sinks = 1000 must be at most"),
         ("lagkv:sinks=4,lag=11", "lag = 11 must be at most 10"),

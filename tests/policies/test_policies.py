@@ -528,8 +528,22 @@ def test_random_is_uniform_over_the_candidates():
     assert (abs(count[:budget] - mean) < 5 * mean**0.5).all()
 
 
+def test_random_keeps_as_many_sinks_as_it_is_told():
+    """The others are drawn as without sinks."""
+    budget, interval, *_ = sizes = SIZES[0]
+    view = random_view(8, 2, *sizes)
+    position = np.asarray(view.cache.position_bks)
+    drawn = np.asarray(policies.get("random").score(view))
+    drop = np.asarray(evict_positions(policies.get("random:sinks=9"), view))
+    assert (position[..., :budget] < 9).any()
+    for row, head in np.ndindex(*position.shape[:2]):
+        free = [s for s in range(budget) if position[row, head, s] >= 9]
+        lowest = sorted(free, key=lambda s: drawn[row, head, s])[:interval]
+        assert set(drop[row, head]) == set(position[row, head, lowest])
+
+
 ALONE = {name: policies.get(d.__name__, **f) for name, (d, f) in DEFINITIONS.items()}
-ALONE |= {name: policies.get(name) for name in ("random", "tova")}
+ALONE |= {name: policies.get(name) for name in ("random", "random:sinks=4", "tova")}
 
 
 @pytest.mark.parametrize("name", ALONE)
