@@ -98,7 +98,7 @@ def data() -> ConfigDict:
 
 
 def traces() -> ConfigDict:
-    """Sampling of traces: questions, and how the model answers them."""
+    """Traces: questions and how the model answers them, or plain text."""
     config = ConfigDict()
     config.questions = "embedded"  # embedded, a .jsonl or .parquet file, or a hub id
     config.split = "train"  # of a data set on the hub, or of the embedded task
@@ -107,13 +107,21 @@ def traces() -> ConfigDict:
     config.response = ""  # column of existing answers; '' to sample them
     config.instruction = INSTRUCTION  # before every question
     config.chat = True  # apply the chat template
-    config.count = 256  # questions, 0 for all
+    config.count = 256  # questions, or traces of each kind of text; 0 for all
     config.samples = 1  # answers to each question
     config.new_tokens = 0  # at most, 0 for what the task can need
     config.temperature = 0.6  # 0 for greedy decoding
     config.top_k = 20  # most likely tokens to draw from, 0 for all
     config.top_p = 0.95  # probability mass to draw from
     config.batch = 64  # answers at a time
+    # instead of questions, kind=where of plain text, for example code=stdlib; see launch/README.md
+    config.text = ()
+    config.text_column = "text"  # of JSONL and Parquet files
+    config.length = 1024  # T: tokens of a trace of text
+    config.documents = "pieces"  # of T tokens; or the first of each, or packed one after another
+    config.prompt_tokens = 0  # first tokens of a trace of text, which losses do not count
+    config.held_out = 0.1  # share of documents kept apart, for held-out traces
+    config.held_out_count = 48  # held-out traces of each kind of text
     return config
 
 

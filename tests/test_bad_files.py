@@ -17,6 +17,7 @@ import pytest
 import fkv
 from configs import tiny
 from fkv import models
+from fkv.data import traces as data
 from fkv.errors import UserError
 from fkv.jobs import traces
 from fkv.models import ModelConfig
@@ -206,8 +207,8 @@ def test_what_is_written_holds_no_pickles(tmp_path):
     checkpoint.save(tmp_path, 1, {"x": np.ones(3), "n": 3}, {"config": {}})
     config = tiny.get_config()
     row = {"id": "0", "sample": 0, "input_ids": np.arange(3), "prompt_tokens": 1, "tokens": 3,
-           "truncated": False, "source": "here"}  # fmt: skip
-    traces._write(tmp_path / "traces-000-00000.parquet", [row], config.to_dict())
+           "truncated": False, "source": "here", "kind": "answers"}  # fmt: skip
+    data.write(tmp_path / "traces-000-00000.parquet", [row], config.to_dict())
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) > 5
     for path in files:

@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 
 import fkv
 from fkv import files, models
+from fkv.data import traces as data
 from fkv.errors import UserError
 from fkv.evaluation import plots
-from fkv.jobs import traces
 from fkv.jobs.benchmark import peers
 from fkv.models import loading
 from fkv.runs import costs
@@ -27,7 +27,7 @@ def draw(path):
 
 
 def table(path):
-    traces._write(path, [], {})
+    data.write(path, [], {})
 
 
 def tensors(path):

@@ -61,11 +61,13 @@ def open_rows(path: str, split: str, subset: str = "") -> Rows:
 def open_file(path: str) -> Rows:
     """Rows of a Parquet or JSONL file, or of all Parquet files of a directory, by name.
 
+    Those of folders in it count if it has none itself; they take turns, file by file.
+
     Raises:
       UserError: the file is missing, of another kind, or can't be read.
     """
     place, file = files.expand(path), path
-    parts = sorted(place.glob("*.parquet")) if place.is_dir() else [place]
+    parts = _parts(place) if place.is_dir() else [place]
     kind = "parquet" if place.is_dir() else _KINDS.get(place.suffix)
     if not parts:
         raise UserError(f"{path}: this directory has no .parquet files")
@@ -93,6 +95,11 @@ def open_file(path: str) -> Rows:
     except _REFUSED as error:
         reason = _line(error.__cause__ or error)
         raise UserError(f"{file}: can't be read as {kind} ({reason})") from error
+
+
+def _parts(directory: Path) -> list[Path]:
+    here = sorted(directory.glob("*.parquet"))
+    return here or sorted(directory.glob("*/*.parquet"), key=lambda path: (path.name, path))
 
 
 def _line(error: object) -> str:

@@ -3,17 +3,36 @@
 import dataclasses
 import hashlib
 import itertools
+import json
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import grain
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-from fkv import kinds
+from fkv import files, kinds
 from fkv.data import sources
 from fkv.errors import UserError
 from fkv.tasks import ledger
+
+# Of the files that `launch.traces` writes.
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),  # of the question, or of the document
+        ("sample", pa.int32()),  # of the answer, or of the piece
+        ("input_ids", pa.list_(pa.int32())),
+        ("prompt_tokens", pa.int32()),
+        ("tokens", pa.int32()),
+        ("truncated", pa.bool_()),
+        ("source", pa.string()),
+        ("kind", pa.string()),
+    ]
+)
+_KEYS = pa.schema([SCHEMA.field(name) for name in ("id", "sample")])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +177,29 @@ def _whole(value: Any) -> int | None:
     if isinstance(value, float | np.floating) and float(value).is_integer():
         return int(value)
     return value if type(value) is int else None
+
+
+def write(path: Path, rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> None:
+    """Writes rows of `SCHEMA` as a Parquet file, atomically, with the config that made them."""
+    about = {"fkv": json.dumps(settings)}
+    columns = [pa.array([row[f.name] for row in rows], f.type) for f in SCHEMA]
+    table = pa.table(columns, schema=SCHEMA.with_metadata(about))
+    with files.whole(path) as temporary:
+        pq.write_table(table, temporary)
+
+
+def written(path: Path) -> list[tuple[str, int]]:
+    """(id, sample) of the traces in a file by `write`; UserError if it can't be read."""
+    try:
+        table = pq.read_table(path, schema=_KEYS)
+        table.validate(full=True)
+        if any(column.null_count for column in table.columns):
+            raise pa.ArrowInvalid("rows without id or sample")
+    except (OSError, pa.ArrowException) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{path} can't be read ({reason}): delete it, and rerun") from error
+    ids, samples = (table.column(name).to_pylist() for name in _KEYS.names)
+    return list(zip(ids, samples, strict=True))
 
 
 def batches(traces: Traces, batch: int, seed: int) -> grain.MapDataset:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -195,9 +196,10 @@ def load_traces(
     field = "path" if split == "train" else "eval_path"
     if path := config.data[field]:
         if not files.expand(path).exists():
+            workdir = re.sub(r"/(train|heldout)(/.*)?$", "", path)  # as `text_traces` has them
             raise UserError(
                 f"data.{field} = {path!r}: no such file or directory. `python -m launch.traces "
-                f"--config=... --workdir={path}` writes traces to a directory"
+                f"--config=... --workdir={workdir}` writes traces to a directory"
             )
         where, corrupt = path, None if config.data.strict else []
         with of_field(f"data.{field}"):

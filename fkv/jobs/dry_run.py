@@ -36,6 +36,8 @@ def run(job: str, config: ConfigDict) -> str:
     if job not in known:
         raise UserError(f"launch.{job} has no dry run; {', '.join(known)} have")
     groups.check(config, job)
+    if job == "traces" and config.traces.text:
+        raise UserError("launch.traces has no dry run for traces.text, which runs no model")
     cadence = Cadence(config.budget, config.interval)
     model = common.model_config(config)
     lines = [
@@ -111,8 +113,9 @@ def _training(config: ConfigDict, model: ModelConfig, job: str) -> list[str]:
 def _trace_length(config: ConfigDict, model: ModelConfig) -> tuple[int, str]:
     """Padded length of the longest trace, and its source."""
     if config.data.path and not files.expand(config.data.path).exists():
-        tokens = config.traces.new_tokens
-        why = f"traces.new_tokens; there are none at {config.data.path} yet"
+        field = "length" if config.traces.text else "new_tokens"
+        tokens = config.traces[field]
+        why = f"traces.{field}; there are none at {config.data.path} yet"
     else:
         found = common.load_traces(
             config, "train", config.data.traces, config.budget, model.vocab_size

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from ml_collections import ConfigDict
 
 from fkv import kinds
+from fkv.data import pieces
 from fkv.engine.decoding import Sampling
 from fkv.errors import UserError, suggest
 from fkv.jobs import READS
@@ -90,6 +91,13 @@ class Traces(Answers):
     questions: str = setting(TEXT)
     response: str = setting(TEXT)
     count: int = setting(ANY)
+    text: Names = setting(NAMES)
+    text_column: str = setting(TEXT)
+    length: int = setting(whole(8))
+    documents: str = setting(kinds.one_of(pieces.WAYS))
+    prompt_tokens: int = setting(ANY)
+    held_out: float = setting(number(0, 1, below=True))
+    held_out_count: int = setting(ANY)
 
 
 @settings

@@ -1,7 +1,6 @@
-"""Traces to train on: the model's own answers to questions, in Parquet files."""
+"""Traces to train on, in Parquet files: the model's own answers to questions, or plain text."""
 
 import dataclasses
-import json
 import re
 import reprlib
 from collections.abc import Sequence
@@ -9,17 +8,15 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from ml_collections import ConfigDict
 
-from fkv import api, files, policies
+from fkv import api, policies
 from fkv.api import Model
 from fkv.cache.cadence import FULL, Cadence
-from fkv.data import benchmarks, sources
+from fkv.data import benchmarks, sources, traces
 from fkv.engine import decoding
 from fkv.errors import UserError
-from fkv.jobs import answering, common, groups
+from fkv.jobs import answering, common, groups, text_traces
 from fkv.keys import Purpose, key_of
 from fkv.models import texts
 from fkv.runs import parallel, preemption, provenance
@@ -28,18 +25,6 @@ from fkv.tasks import ledger
 
 # What a run may be asked for more of.
 MAY_DIFFER = (*common.other_jobs("traces"), "traces.count", "traces.samples", "traces.batch")
-SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("sample", pa.int32()),
-        ("input_ids", pa.list_(pa.int32())),
-        ("prompt_tokens", pa.int32()),
-        ("tokens", pa.int32()),
-        ("truncated", pa.bool_()),
-        ("source", pa.string()),
-    ]
-)
-KEYS = pa.schema([SCHEMA.field(name) for name in ("id", "sample")])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,15 +44,17 @@ class Question:
 def run(config: ConfigDict, workdir: str) -> int:
     """Samples answers with the full cache, or reads those of a column, and writes them as traces.
 
-    `workdir` gets a Parquet file of `SCHEMA` a batch, each written atomically: set `data.path` to
-    it and `data.prompt_column` to `prompt_tokens`. Resumes. Several processes take turns, and write
-    files of their own.
+    `workdir` gets a Parquet file of `traces.SCHEMA` a batch, each written atomically: set
+    `data.path` to it and `data.prompt_column` to `prompt_tokens`. Resumes. Several processes take
+    turns, and write files of their own. For plain text (`traces.text`) see `text_traces`.
 
     Returns:
       The number of traces that this process wrote.
     """
     groups.check(config, "traces")
     settings = config.traces
+    if settings.text:
+        return text_traces.run(config, workdir)
     common.announce("traces", config, workdir, common.model_config(config), "full cache")
     model = common.load_language_model(config)
     questions = _questions(config, model)
@@ -108,7 +95,8 @@ def run(config: ConfigDict, workdir: str) -> int:
                     _row(config, model, question, sample, answer)
                     for (question, _, sample), answer in zip(part, answers, strict=True)
                 ]
-                _write(run.path / f"traces-{index:03d}-{first + n:05d}.parquet", rows, run.config)
+                file = run.path / f"traces-{index:03d}-{first + n:05d}.parquet"
+                traces.write(file, rows, run.config)
                 written += len(rows)
                 truncated += sum(row["truncated"] for row in rows)
                 tokens += sum(row["tokens"] for row in rows)
@@ -212,31 +200,15 @@ def _row(config, model, question: Question, sample: int, answer: np.ndarray) -> 
         "tokens": len(ids),
         "truncated": not len(answer) or int(answer[-1]) not in model.stop,
         "source": config.traces.questions,
+        "kind": "answers",
     }
-
-
-def _write(path: Path, rows: Sequence[dict], settings: dict) -> None:
-    about = {"fkv": json.dumps(settings)}
-    columns = [pa.array([row[f.name] for row in rows], f.type) for f in SCHEMA]
-    table = pa.table(columns, schema=SCHEMA.with_metadata(about))
-    with files.whole(path) as temporary:
-        pq.write_table(table, temporary)
 
 
 def _done(path: Path) -> tuple[set[tuple[str, int]], int]:
     """(id, sample) of the traces written before, and the next number for a file."""
     done, last = set(), -1
     for file in sorted(path.glob("traces-*.parquet")):
-        try:
-            table = pq.read_table(file, schema=KEYS)
-            table.validate(full=True)
-            if any(column.null_count for column in table.columns):
-                raise pa.ArrowInvalid("rows without id or sample")
-        except (OSError, pa.ArrowException) as error:
-            reason = str(error).strip().split("\n")[0]
-            raise UserError(f"{file} can't be read ({reason}): delete it, and rerun") from error
-        ids, samples = table.column("id").to_pylist(), table.column("sample").to_pylist()
-        keys = set(zip(ids, samples, strict=True))
+        keys = set(traces.written(file))
         number = re.fullmatch(r"traces-[0-9]+-([0-9]+)", file.stem)
         if number is None or done & keys:
             raise UserError(f"{file} is none of this run's files, or a copy of one: move it away")

@@ -15,6 +15,7 @@ _FILES = ("tokenizer.json", _CONFIG, "special_tokens_map.json", "added_tokens.js
 # Llama 3.2's template writes today's date unless given one: fixed, for reproducible prompts.
 _DATE = "26 Jul 2024"
 _ANSWER = "The answer is forty-two."
+_ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
 
 
 def _instance(what: str, *types: type) -> Kind:
@@ -242,6 +243,18 @@ def end_of_answer(tokenizer: Any, stop: tuple[int, ...], chat: bool) -> int | No
             return ended[0]
     end = tokenizer.eos_token_id
     return end if end in stop else stop[0] if stop else None
+
+
+def end_of_text(tokenizer: Any) -> int | None:
+    """The token between two texts: of chat models not the EOS, which ends a message."""
+    known = tokenizer.get_vocab()
+    return next((known[x] for x in _ENDS_OF_TEXT if x in known), tokenizer.eos_token_id)
+
+
+def front(tokenizer: Any) -> list[int]:
+    """The special tokens (a BOS) that the tokenizer puts before a text."""
+    bare = tokenize(tokenizer, "a", continued=False)
+    return tokenize(tokenizer, "a")[: -len(bare)] if bare else []
 
 
 def continues_thought(before: str, answer: str) -> str:
