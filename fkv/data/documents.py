@@ -142,6 +142,8 @@ def text_of(name: str, data: bytes) -> str:
     suffixes = [suffix.lower() for suffix in Path(name).suffixes]
     if suffixes[-1:] == [".gz"]:
         suffixes.pop()
+        if suffixes[-1:] and suffixes[-1] in _ROWS:
+            raise ValueError(f"unpack it: rows are read from {' and '.join(_ROWS)}")
         try:
             data = gzip.decompress(data)
         except (OSError, EOFError, zlib.error) as error:

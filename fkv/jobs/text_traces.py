@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from fkv import api, files, models
@@ -96,12 +97,15 @@ def _cutter(config: ConfigDict, model: Model) -> pieces.Cutter:
 
 def _make(config: ConfigDict, path: Path, model: Model, cutter: pieces.Cutter) -> int:
     settings = config.traces
-    parts = _read(settings.text, settings.text_column)
+    parts = _read(settings.text, settings.text_column, path)
     kinds = list(dict.fromkeys(part.kind for part in parts))
-    ids = sorted(document.id for part in parts for document in part.read.documents)
+    first = {part.kind: part.read.documents[0] for part in reversed(parts)}.values()
+    encoded = [(x.source, x.text, cutter.tokenize(x.text)) for x in first]
+    common.warn_of_unknown(model, encoded, "kinds")
+    names = sorted(document.id for part in parts for document in part.read.documents)
     inputs = {
         "model: its tokenizer": provenance.of_tokenizer(model.directory),
-        "traces.text: documents": hashlib.sha256("\n".join(ids).encode()).hexdigest(),
+        "traces.text: documents": hashlib.sha256("\n".join(names).encode()).hexdigest(),
     }
     rundir.check_run(path, config, MAY_DIFFER, inputs)
     planned, counts = {}, {}
@@ -119,7 +123,8 @@ def _make(config: ConfigDict, path: Path, model: Model, cutter: pieces.Cutter) -
             rows = [_row(settings, *one) for one in itertools.islice(cut, count or None)]
             if not rows:
                 raise UserError(_why_none(settings, kind, split, len(chosen), len(found)))
-            api.check_known(model, [x for row in rows for x in row["input_ids"]], kind)
+            ids = np.stack([row["input_ids"] for row in rows])
+            api.check_known(model, [ids.min(), ids.max()], f"text of kind {kind!r}")
             planned |= {
                 path / split / kind / f"traces-{i // ROWS:05d}.parquet": rows[i : i + ROWS]
                 for i in range(0, len(rows), ROWS)
@@ -133,17 +138,24 @@ def _make(config: ConfigDict, path: Path, model: Model, cutter: pieces.Cutter) -
     return written
 
 
-def _read(entries: Sequence[str], column: str) -> list[Part]:
-    """The documents of all entries, each once; says which files and rows are left out."""
+def _read(entries: Sequence[str], column: str, own: Path) -> list[Part]:
+    """The documents of all entries, each once; says which files and rows are left out.
+
+    Args:
+      own: the run directory, whose files are no text, even if it is below an entry.
+    """
     found, seen = [], set()
     for entry in entries:
         kind, equals, where = entry.partition("=")
         if not equals or "/" in kind:
             kind, where = "text", entry
         with common.of_field(f"traces.text: {entry!r}"):
-            if not re.fullmatch(r"\w[\w-]*", kind):
+            if not re.fullmatch(r"\w[\w-]{,63}", kind):
                 raise UserError(f"the kind {kind!r} must be a word: it names a folder")
+            if not where.strip():
+                raise UserError("no file, directory or pattern after the kind")
             paths, package = corpora.find(where)
+            paths = [x for x in paths if not x.resolve().is_relative_to(own.resolve())]
             read = documents.read(kind, paths, column, seen)
             if read.unusable:
                 (source, why), more = read.unusable[0], len(read.unusable) - 1
@@ -195,7 +207,8 @@ def _write(path: Path, planned: dict[Path, list[dict]], settings: dict) -> int:
     written = 0
     for file, rows in planned.items():
         if len(there.get(file, ())) < len(rows):
-            file.parent.mkdir(parents=True, exist_ok=True)
+            with files.writing(file.parent):
+                file.parent.mkdir(parents=True, exist_ok=True)
             traces.write(file, rows, settings)
             written += len(rows) - len(there.get(file, ()))
     return written

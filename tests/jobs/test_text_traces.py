@@ -216,6 +216,25 @@ def test_text_that_has_changed_is_refused(model, tmp_path):
         traces.run(config, str(tmp_path / "out"))
 
 
+def test_what_a_run_writes_is_no_text_of_it(model, tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.txt").write_text(" ".join(map(str, range(i, i + 40))))
+    config = recipe(model, "", text=(str(tmp_path),), held_out=0.0, count=0)
+    assert traces.run(config, str(tmp_path / "out")) == 6
+    assert traces.run(config, str(tmp_path / "out")) == 0
+
+
+def test_words_that_the_tokenizer_does_not_know_are_warned_of_once(model, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("one " * 20)
+    (tmp_path / "b.txt").write_text("1 2 3 4 " * 9)
+    places = (f"x={tmp_path}/a.txt", f"y={tmp_path}/b.txt")
+    config = recipe(model, "", text=places, held_out=0.0)
+    traces.run(config, str(tmp_path / "out"))
+    [said] = [x for x in capsys.readouterr().out.splitlines() if x.startswith("warning: ")]
+    assert said.startswith(f"warning: {tmp_path}/a.txt: 20 of its 20 tokens are '<unk>'")
+    assert said.endswith("(likewise in 1 of 2 kinds)")
+
+
 def test_packed_documents_have_an_end_between_them(model, text, tmp_path):
     config = recipe(model, text, documents="packed", count=0, prompt_tokens=5)
     traces.run(config, str(tmp_path))
@@ -236,6 +255,7 @@ def test_packed_documents_have_an_end_between_them(model, text, tmp_path):
         (dict(text=("plain=none.txt",)), "'plain=none.txt': none.txt: no such file or directory"),
         (dict(text=("x/y=none.txt",)), "'x/y=none.txt': x/y=none.txt: no such file"),
         (dict(text=("a b={}/*.txt",)), "the kind 'a b' must be a word: it names a folder"),
+        (dict(text=("a=",)), "'a=': no file, directory or pattern after the kind"),
         (dict(text=("..={}/*.txt",)), "the kind '..' must be a word"),
         (dict(text=("x={}/3.txt", "y={}/3.txt")), "'y=.*3.txt': 1 files with 1 texts that were"),
         (dict(text=("x={}/rows.jsonl",), text_column="q"), "no column 'q'; it has body"),
