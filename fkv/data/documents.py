@@ -221,10 +221,18 @@ class _Stripper(html.parser.HTMLParser):
             self.parts.append(data)
 
 
-def held_out(document: Document, share: float) -> bool:
-    """Whether a document is held out: by its hash, so whatever else is read, and its copies too."""
+SPLITS = ("train", "dev", "heldout")
+
+
+def split(document: Document, held_out: float, dev: float) -> str:
+    """Which of `SPLITS` a document is in: by its hash, so whatever else is read, and its copies.
+
+    Args:
+      held_out, dev: shares of documents.
+    """
     digest = hashlib.sha256(f"held out {document.id}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
+    place = int.from_bytes(digest[:8], "big") / 2**64
+    return "heldout" if place < held_out else "dev" if place < held_out + dev else "train"
 
 
 def shuffled(documents: Sequence[Document], seed: int) -> list[Document]:

@@ -196,7 +196,8 @@ def load_traces(
     field = "path" if split == "train" else "eval_path"
     if path := config.data[field]:
         if not files.expand(path).exists():
-            workdir = re.sub(r"/(train|heldout)(/.*)?$", "", path)  # as `text_traces` has them
+            of_text = "traces" in config and config.traces.text  # with a folder for each split
+            workdir = re.sub(r"/(train|dev|heldout)(/.*)?$", "", path) if of_text else path
             raise UserError(
                 f"data.{field} = {path!r}: no such file or directory. `python -m launch.traces "
                 f"--config=... --workdir={workdir}` writes traces to a directory"

@@ -98,6 +98,8 @@ class Traces(Answers):
     prompt_tokens: int = setting(ANY)
     held_out: float = setting(number(0, 1, below=True))
     held_out_count: int = setting(ANY)
+    dev: float = setting(number(0, 1, below=True))
+    dev_count: int = setting(ANY)
 
 
 @settings

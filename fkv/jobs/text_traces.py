@@ -5,7 +5,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,52 +20,62 @@ from fkv.models import LM, texts
 from fkv.runs import parallel, provenance, rundir
 
 # What a run may be asked for more of.
-MAY_DIFFER = (*common.other_jobs("traces"), "traces.count", "traces.held_out_count")
-SPLITS = ("train", "heldout")
+COUNTS = {"train": "count", "dev": "dev_count", "heldout": "held_out_count"}  # their fields
+MAY_DIFFER = (*common.other_jobs("traces"), *(f"traces.{name}" for name in COUNTS.values()))
 ROWS = 16  # traces of a file
 CARD = "README.md"
 
 
-@dataclasses.dataclass
-class Part:
-    """What one entry of `traces.text` gave.
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """An entry of `traces.text`: the kind of text, where it is, and of what package."""
 
-    Attributes:
-      kind: of the text.
-      where, package: the entry, and what it is of.
-    """
-
+    entry: str
     kind: str
     where: str
     package: str
-    read: documents.Read
+    paths: list[Path]
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """The traces of one kind of text in one split, as rows, and how many documents are in it."""
+
+    split: str
+    kind: str
+    documents: int
+    rows: list[dict]
+
+    @property
+    def used(self) -> int:
+        """Documents that the traces are of."""
+        return len({row["id"] for row in self.rows})
 
 
 def run(config: ConfigDict, workdir: str) -> int:
     """Cuts text into traces of `traces.length` tokens.
 
-    `workdir` gets `train/<kind>` and `heldout/<kind>`, with Parquet files of `traces.SCHEMA`, and a
-    card: set `data.path` to `workdir/train` and `data.eval_path` to `workdir/heldout`, or to that
-    of one kind. A document is held out by the hash of its words, so for all lengths and seeds.
-    Resumes. Of several processes the first does it.
+    `workdir` gets `train/<kind>`, `dev/<kind>` and `heldout/<kind>`, with Parquet files of
+    `traces.SCHEMA`, and a card: set `data.path` to `workdir/train` and `data.eval_path` to
+    `workdir/heldout`, or to that of one kind. A document is held out by the hash of its words, so
+    for all lengths and seeds. Resumes. Of several processes the first does it.
 
     Returns:
       The number of traces that were written, 0 on other processes.
     """
-    settings = config.traces
-    model = load_tokenizer(config)
-    cutter = _cutter(config, model)
+    settings, path = config.traces, rundir.check_path(workdir)
+    _check(config)
     common.say(
-        f"traces: text of {len(settings.text)} places, {cutter.length} tokens each, in {workdir}"
+        f"traces: text of {len(settings.text)} places, {settings.length} tokens each, in {workdir}"
     )
-    if cutter.length <= config.budget + config.interval:
+    places = _find(settings.text, path)
+    model = load_tokenizer(config)
+    if settings.length <= (slots := config.budget + config.interval):
         common.say(
-            f"warning: traces.length = {cutter.length} is not above budget + interval = "
-            f"{config.budget + config.interval}: no token would attend after an eviction"
+            f"warning: traces.length = {settings.length} is not above budget + interval = {slots}: "
+            "no token would attend after an eviction"
         )
-    made = parallel.on_first(
-        lambda: _make(config, rundir.check_path(workdir), model, cutter), "write traces of text"
-    )
+    made = parallel.on_first(lambda: _make(config, path, places, model), "write traces of text")
     return made or 0
 
 
@@ -80,71 +90,84 @@ def load_tokenizer(config: ConfigDict) -> Model:
     return Model(LM({}, shape), tokenizer, stop, config.model, directory, config.revision)
 
 
-def _cutter(config: ConfigDict, model: Model) -> pieces.Cutter:
+def _check(config: ConfigDict) -> None:
     settings = config.traces
+    if settings.held_out + settings.dev >= 1:
+        raise UserError(
+            f"traces.held_out = {settings.held_out} and traces.dev = {settings.dev} leave no "
+            "documents to train on: lower them"
+        )
     if settings.prompt_tokens >= settings.length:
         raise UserError(
             f"traces.prompt_tokens = {settings.prompt_tokens} must be below traces.length = "
             f"{settings.length}"
         )
 
-    def tokenize(text):
-        return texts.tokenize(model.tokenizer, text, continued=False)
 
-    front, end = texts.front(model.tokenizer), texts.end_of_text(model.tokenizer)
-    return pieces.Cutter(tokenize, settings.length, tuple(front), end)
-
-
-def _make(config: ConfigDict, path: Path, model: Model, cutter: pieces.Cutter) -> int:
-    settings = config.traces
-    parts = _read(settings.text, settings.text_column, path)
-    kinds = list(dict.fromkeys(part.kind for part in parts))
-    first = {part.kind: part.read.documents[0] for part in reversed(parts)}.values()
-    encoded = [(x.source, x.text, cutter.tokenize(x.text)) for x in first]
-    common.warn_of_unknown(model, encoded, "kinds")
-    names = sorted(document.id for part in parts for document in part.read.documents)
+def _make(config: ConfigDict, path: Path, places: Sequence[Place], model: Model) -> int:
+    """Reads and cuts the text, and writes what is not there yet; returns how many traces."""
+    reads = _read(places, config.traces.text_column)
+    found: dict[str, list[documents.Document]] = {}
+    for place, read in zip(places, reads, strict=True):
+        found.setdefault(place.kind, []).extend(read.documents)
+    names = sorted(document.id for kind in found.values() for document in kind)
     inputs = {
         "model: its tokenizer": provenance.of_tokenizer(model.directory),
         "traces.text: documents": hashlib.sha256("\n".join(names).encode()).hexdigest(),
     }
     rundir.check_run(path, config, MAY_DIFFER, inputs)
-    planned, counts = {}, {}
-    for kind in kinds:
-        found = [x for part in parts if part.kind == kind for x in part.read.documents]
-        for split, count in zip(SPLITS, (settings.count, settings.held_out_count), strict=True):
-            if split == "heldout" and not (count and settings.held_out):
-                continue
-            chosen = [
-                x for x in found if documents.held_out(x, settings.held_out) == (split != "train")
-            ]
-            cut = pieces.cut(
-                documents.shuffled(chosen, config.seed), cutter, settings.documents, config.seed
-            )
-            rows = [_row(settings, *one) for one in itertools.islice(cut, count or None)]
-            if not rows:
-                raise UserError(_why_none(settings, kind, split, len(chosen), len(found)))
-            ids = np.stack([row["input_ids"] for row in rows])
-            api.check_known(model, [ids.min(), ids.max()], f"text of kind {kind!r}")
-            planned |= {
-                path / split / kind / f"traces-{i // ROWS:05d}.parquet": rows[i : i + ROWS]
-                for i in range(0, len(rows), ROWS)
-            }
-            counts[kind, split] = len(chosen), rows
+    parts = _cut(config, model, found)
     run = rundir.open_run(path, config, MAY_DIFFER, inputs)
-    written = _write(path, planned, run.config)
-    files.write_text(path / CARD, _card(config, run, parts, counts))
-    common.say(_summary(parts, counts, written, settings, path))
+    written = _write(path, parts, run.config)
+    files.write_text(path / CARD, _card(config, inputs, zip(places, reads, strict=True), parts))
+    common.say(f"{written} traces written to {path}: {', '.join(_asked(config.traces))}, {CARD}")
+    for part in parts:
+        asked, count = config.traces[COUNTS[part.split]], len(part.rows)
+        short = f" (of {asked} asked for: the text has no more)" if count < asked else ""
+        where, used = f"{part.split}/{part.kind}", f"{part.used} of {part.documents} documents"
+        common.say(f"  {where}: {count} traces{short} of {used}")
+    if copies := sum(read.copies for read in reads):
+        common.say(f"  {copies} documents left out, as copies")
     run.close()
     return written
 
 
-def _read(entries: Sequence[str], column: str, own: Path) -> list[Part]:
-    """The documents of all entries, each once; says which files and rows are left out.
+def _cut(
+    config: ConfigDict, model: Model, found: Mapping[str, Sequence[documents.Document]]
+) -> list[Part]:
+    """The traces of all kinds of text, by split."""
+
+    def tokenize(text):
+        return texts.tokenize(model.tokenizer, text, continued=False)
+
+    settings, seed = config.traces, config.seed
+    front, end = texts.front(model.tokenizer), texts.end_of_text(model.tokenizer)
+    cutter = pieces.Cutter(tokenize, settings.length, tuple(front), end)
+    encoded = [(x[0].source, x[0].text, tokenize(x[0].text)) for x in found.values()]
+    common.warn_of_unknown(model, encoded, "kinds")
+    parts = []
+    for kind, given in found.items():
+        splits = [documents.split(x, settings.held_out, settings.dev) for x in given]
+        for split, count in _asked(settings).items():
+            chosen = [x for x, where in zip(given, splits, strict=True) if where == split]
+            order = documents.shuffled(chosen, seed)
+            cut = pieces.cut(order, cutter, settings.documents, seed)
+            rows = [_row(settings, *one) for one in itertools.islice(cut, count or None)]
+            if not rows:
+                raise UserError(_why_none(settings, kind, split, len(chosen), len(given)))
+            ids = np.stack([row["input_ids"] for row in rows])
+            api.check_known(model, [ids.min(), ids.max()], f"text of kind {kind!r}")
+            parts.append(Part(split, kind, len(chosen), rows))
+    return parts
+
+
+def _find(entries: Sequence[str], own: Path) -> list[Place]:
+    """The files of all entries.
 
     Args:
       own: the run directory, whose files are no text, even if it is below an entry.
     """
-    found, seen = [], set()
+    found = []
     for entry in entries:
         kind, equals, where = entry.partition("=")
         if not equals or "/" in kind:
@@ -155,17 +178,33 @@ def _read(entries: Sequence[str], column: str, own: Path) -> list[Part]:
             if not where.strip():
                 raise UserError("no file, directory or pattern after the kind")
             paths, package = corpora.find(where)
-            paths = [x for x in paths if not x.resolve().is_relative_to(own.resolve())]
-            read = documents.read(kind, paths, column, seen)
+        paths = [path for path in paths if not path.resolve().is_relative_to(own.resolve())]
+        found.append(Place(entry, kind, where, package, paths))
+    return found
+
+
+def _read(places: Sequence[Place], column: str) -> list[documents.Read]:
+    """The documents of all places, each once; says which files and rows are left out."""
+    found, seen = [], set()
+    for place in places:
+        with common.of_field(f"traces.text: {place.entry!r}"):
+            read = documents.read(place.kind, place.paths, column, seen)
             if read.unusable:
                 (source, why), more = read.unusable[0], len(read.unusable) - 1
                 others = f", and {more} more files or rows" if more else ""
                 common.say(f"traces.text: {source} left out ({why}){others}")
             if not read.documents:
                 why = f"{read.copies} texts that were read before" if read.copies else "no text"
-                raise UserError(f"{len(paths)} files with {why}")
-        found.append(Part(kind, where, package, read))
+                raise UserError(f"{len(place.paths)} files with {why}")
+        found.append(read)
     return found
+
+
+def _asked(settings: ConfigDict) -> dict[str, int]:
+    """How many traces of each kind are wanted, by split; 0 for all."""
+    shares = {"train": 1.0, "dev": settings.dev, "heldout": settings.held_out}
+    counts = {split: settings[field] for split, field in COUNTS.items() if shares[split]}
+    return {split: n for split, n in counts.items() if n or split == "train"}
 
 
 def _row(settings: ConfigDict, document: documents.Document, piece: int, ids) -> dict:
@@ -187,16 +226,21 @@ def _why_none(settings: ConfigDict, kind: str, split: str, chosen: int, found: i
             f"traces.text: none of the {chosen} {split} documents of kind {kind!r} has "
             f"traces.length = {settings.length} tokens: add text, or set traces.documents = packed"
         )
-    fix = "raise" if split == "heldout" else "lower"
+    fix = {"train": "lower both", "dev": "raise the latter", "heldout": "raise the former"}[split]
     return (
-        f"traces.text: of {found} documents of kind {kind!r} none is {split} at traces.held_out = "
-        f"{settings.held_out}: {fix} it, or add text"
+        f"traces.text: of {found} documents of kind {kind!r} none is in {split}, with "
+        f"traces.held_out = {settings.held_out} and traces.dev = {settings.dev}: {fix}, or add text"
     )
 
 
-def _write(path: Path, planned: dict[Path, list[dict]], settings: dict) -> int:
+def _write(path: Path, parts: Sequence[Part], settings: dict) -> int:
     """Writes the files that are not there yet, or have fewer traces; returns how many traces."""
-    there = {x: traces.written(x) for split in SPLITS for x in path.glob(f"{split}/*/*.parquet")}
+    planned = {
+        path / part.split / part.kind / f"traces-{i // ROWS:05d}.parquet": part.rows[i : i + ROWS]
+        for part in parts
+        for i in range(0, len(part.rows), ROWS)
+    }
+    there = {x: traces.written(x) for split in COUNTS for x in path.glob(f"{split}/*/*.parquet")}
     for file, keys in there.items():
         wanted = [(row["id"], row["sample"]) for row in planned.get(file, ())]
         if keys != wanted[: len(keys)] or not wanted:
@@ -214,22 +258,14 @@ def _write(path: Path, planned: dict[Path, list[dict]], settings: dict) -> int:
     return written
 
 
-def _summary(parts, counts, written: int, settings: ConfigDict, path: Path) -> str:
-    lines = [f"{written} traces written to {path}: {', '.join(SPLITS)} and {CARD}"]
-    for (kind, split), (chosen, rows) in counts.items():
-        asked = settings.count if split == "train" else settings.held_out_count
-        short = f" (of {asked} asked for: the text has no more)" if len(rows) < asked else ""
-        used = len({row["id"] for row in rows})
-        lines.append(f"  {split}/{kind}: {len(rows)} traces{short} of {used} of {chosen} documents")
-    copies = sum(part.read.copies for part in parts)
-    return "\n".join(
-        [*lines, f"  {copies} documents left out, as copies" if copies else ""]
-    ).rstrip()
-
-
-def _card(config: ConfigDict, run: rundir.Run, parts: Sequence[Part], counts) -> str:
+def _card(
+    config: ConfigDict,
+    inputs: Mapping[str, str],
+    read: Iterable[tuple[Place, documents.Read]],
+    parts: Sequence[Part],
+) -> str:
+    """What the traces are made of, in Markdown."""
     settings = config.traces
-    inputs = rundir.read_inputs(run.path)
     lines = [
         "# Traces of text",
         "",
@@ -239,31 +275,33 @@ def _card(config: ConfigDict, run: rundir.Run, parts: Sequence[Part], counts) ->
         "| split | kind | traces | tokens | documents used | documents |",
         "|---|---|---|---|---|---|",
     ]
-    for (kind, split), (chosen, rows) in counts.items():
-        used, tokens = len({row["id"] for row in rows}), sum(row["tokens"] for row in rows)
-        lines.append(f"| {split} | {kind} | {len(rows):,} | {tokens:,} | {used:,} | {chosen:,} |")
+    for part in parts:
+        count = len(part.rows)
+        lines.append(
+            f"| {part.split} | {part.kind} | {count:,} | {count * settings.length:,} | "
+            f"{part.used:,} | {part.documents:,} |"
+        )
     lines += [
         "",
-        "A document is held out by a hash of its words: none of its copies is trained on, in no "
-        "corpus that is made like this, whatever its length of traces and seed.",
+        "The split of a document is a hash of its words: with the same shares, no other traces "
+        "made like this, of whatever length, seed and other text, train on what is held out here.",
         "",
         "| kind | text | of | files | documents | characters | copies left out | unusable |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for part in parts:
-        read = part.read
-        characters = sum(len(document.text) for document in read.documents)
+    for place, one in read:
+        characters = sum(len(document.text) for document in one.documents)
         lines.append(
-            f"| {part.kind} | `{part.where}` | {part.package} | {read.files:,} | "
-            f"{len(read.documents):,} | {characters:,} | {read.copies:,} | {len(read.unusable):,} |"
+            f"| {place.kind} | `{place.where}` | {place.package} | {one.files:,} | "
+            f"{len(one.documents):,} | {characters:,} | {one.copies:,} | {len(one.unusable):,} |"
         )
-    shown = {name: run.config["traces"][name] for name in _SHOWN}
+    shown = {"seed": config.seed, **{name: settings[name] for name in _SHOWN}}
     lines += [
         "",
         f"Tokenizer: that of `{config.model}` {config.revision}".rstrip()
         + f", SHA-256 {inputs['model: its tokenizer'][:16]}.",
         "",
-        f"Settings: `{json.dumps({'seed': config.seed, **shown})}`.",
+        f"Settings: `{json.dumps(shown)}`.",
         "",
     ]
     return "\n".join(lines)
@@ -271,5 +309,5 @@ def _card(config: ConfigDict, run: rundir.Run, parts: Sequence[Part], counts) ->
 
 _SHOWN = (
     "text", "text_column", "length", "documents", "prompt_tokens", "count", "held_out",
-    "held_out_count",
+    "held_out_count", "dev", "dev_count",
 )  # fmt: skip

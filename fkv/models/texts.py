@@ -175,7 +175,7 @@ def unknown(tokenizer: Any, text: str, ids: Sequence[int]) -> str:
 
 def _ids(tokenizer: Any, text: str, special: bool) -> list[int]:
     try:
-        return list(tokenizer(text, add_special_tokens=special)["input_ids"])
+        return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
     except Exception as error:
         raise UserError(f"the tokenizer can't read {said(text)} ({_reason(error)})") from error
 

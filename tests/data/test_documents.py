@@ -145,15 +145,22 @@ def test_html_is_what_a_browser_shows():
     ]  # fmt: skip
 
 
-def test_held_out_by_its_words_whatever_its_path():
+def test_split_by_its_words_whatever_its_path():
+    def splits(texts, *shares):
+        return [documents.split(x, *shares) for x in texts]
+
     texts = [documents.Document("k", f"{i}", f"text number {i}") for i in range(2000)]
-    held = [documents.held_out(x, 0.2) for x in texts]
-    assert 340 < sum(held) < 460
+    found = splits(texts, 0.2, 0.1)
+    assert 340 < found.count("heldout") < 460 and 150 < found.count("dev") < 250
+    assert {*found} == {*documents.SPLITS}
     moved = [documents.Document("other", "x", f"text  number\r\n{i}") for i in range(2000)]
-    assert [documents.held_out(x, 0.2) for x in moved] == held
-    more = [documents.held_out(x, 0.3) for x in texts]
-    assert all(b for a, b in zip(held, more, strict=True) if a)  # none goes back
-    assert not any(documents.held_out(x, 0.0) for x in texts)
+    assert splits(moved, 0.2, 0.1) == found
+    # More held out: none goes back. Other shares of dev: the same are held out.
+    more, none = splits(texts, 0.3, 0.1), splits(texts, 0.2, 0.0)
+    for before, after, without in zip(found, more, none, strict=True):
+        assert before != "heldout" or after == "heldout"
+        assert (before == "heldout") == (without == "heldout") and without != "dev"
+    assert {*splits(texts, 0.0, 0.0)} == {"train"}
     orders = [[x.source for x in documents.shuffled(texts[:9], seed)] for seed in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2]
     some = [x.source for x in documents.shuffled(texts[:5], 0)]

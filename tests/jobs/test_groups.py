@@ -48,7 +48,9 @@ GROUPS = {
 # Where zero means something; elsewhere it is refused, too.
 ZERO = {
     "seed", "pretrain.warmup", "pretrain.weight_decay", "pretrain.temperature", "traces.count",
-    "traces.new_tokens", "traces.temperature", "traces.top_k", "sft.at_once", "sft.warmup",
+    "traces.new_tokens", "traces.temperature", "traces.top_k", "traces.prompt_tokens",
+    "traces.held_out", "traces.held_out_count", "traces.dev", "traces.dev_count", "sft.at_once",
+    "sft.warmup",
     "sft.margin", "sft.scorer_seed", "grpo.traces_at_once", "grpo.warmup", "grpo.eta",
     "grpo.high_fraction", "grpo.kl_weight", "grpo.kl_steps", "grpo.answers",
     "grpo.rollouts_at_once",

