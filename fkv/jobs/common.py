@@ -115,15 +115,18 @@ def check_kernel(config: ConfigDict, name: str, where: str = "attention_kernel")
 
 
 def model_config(config: ConfigDict) -> ModelConfig:
-    """From `config.json`, or a known shape; no weights are read or downloaded."""
-    if config.model in costs.SHAPES and not files.expand(config.model).is_dir():
+    """From `config.json`, a GGUF file or a known shape; no weights are read.
+
+    Of models on the hub only `config.json` is downloaded, but GGUF files whole.
+    """
+    if config.model in costs.SHAPES and not files.expand(config.model).exists():
         return as_configured(config, costs.SHAPES[config.model])
     model = models.read(models.find(model_path(config), revision(config), weights=False))
     return as_configured(config, model)
 
 
 def model_path(config: ConfigDict) -> str | Path:
-    """The model's directory or hub id."""
+    """The model's directory, GGUF file or hub id."""
     return tasks.REASONER if config.model == api.EMBEDDED else config.model
 
 
@@ -138,8 +141,8 @@ def language_inputs(model: api.Model) -> dict[str, str]:
 
 
 def revision(config: ConfigDict) -> str | None:
-    """Of a hub id; a directory has none."""
-    return None if files.expand(config.model).is_dir() else config.revision or None
+    """Of a hub id; what is here has none."""
+    return None if files.expand(config.model).exists() else config.revision or None
 
 
 def check_vocabulary(config: ConfigDict, vocabulary: int) -> None:

@@ -1,8 +1,8 @@
 """The frozen language models."""
 
-from fkv.models.config import ModelConfig, read
+from fkv.models.config import ModelConfig
 from fkv.models.decoder import LM, Params, embed, finish, init, project, rotate, unembed, unstack
-from fkv.models.loading import find, load, load_judges, save
+from fkv.models.loading import find, load, load_judges, read, save
 
 __all__ = [
     "LM",

@@ -57,7 +57,8 @@ class ModelConfig:
       vocab_size, width, layers, heads, kv_heads, head_dim, mlp_width: sizes.
       rms_eps: epsilon of every RMSNorm.
       rope_theta: base of the rotary frequencies.
-      rope_scaling: sorted (name, value) pairs, `rope_type` among them; empty for none.
+      rope_scaling: sorted (name, value) pairs, `rope_type` among them; empty for none. A GGUF file
+        may have `factors` [head_dim / 2], which divide the frequencies.
       qk_norm: RMSNorm on queries and keys per head before the rotation (Qwen3).
       qkv_bias, out_bias, mlp_bias: which projections have biases.
       tied_embeddings: the unembedding is the embedding transposed.
@@ -79,7 +80,7 @@ class ModelConfig:
     mlp_width: int
     rms_eps: float = 1e-6
     rope_theta: float = 10_000.0
-    rope_scaling: tuple[tuple[str, float | str], ...] = ()
+    rope_scaling: tuple[tuple[str, float | str | tuple[float, ...]], ...] = ()
     qk_norm: bool = False
     qkv_bias: bool = False
     out_bias: bool = False
@@ -124,6 +125,8 @@ class ModelConfig:
         kind = rope.get("rope_type", "default")
         if kind == "linear":
             return inv / rope["factor"], 1.0
+        if kind == "factors":
+            return inv / np.array(rope["factors"]), 1.0
         if kind == "llama3":
             # Long wavelengths are stretched, short ones kept, those between are blended.
             low, high = rope["low_freq_factor"], rope["high_freq_factor"]

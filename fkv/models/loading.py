@@ -1,4 +1,6 @@
-"""Hugging Face checkpoints: loads a directory or a hub id into our parameters, and saves them."""
+"""Checkpoints: loads a Hugging Face directory, a GGUF file or a hub id into our parameters, and
+saves them as Hugging Face directories.
+"""
 
 import contextlib
 import dataclasses
@@ -6,7 +8,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +17,13 @@ import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
@@ -25,7 +33,9 @@ from safetensors.numpy import save_file
 from fkv import files
 from fkv.errors import UserError
 from fkv.kinds import said
-from fkv.models.config import ARCHITECTURES, ModelConfig, from_hf, read
+from fkv.models import config as hf_config
+from fkv.models import gguf
+from fkv.models.config import ARCHITECTURES, ModelConfig, from_hf
 from fkv.models.decoder import LM, Params, param_shapes, sharding
 
 # Our names to Hugging Face's, for arrays that are the same on both sides.
@@ -34,28 +44,31 @@ _TOP = {
     "final_norm_m": "model.norm.weight",
     "head_vm": "lm_head.weight",
 }
-# Our names to those under `model.layers.N.`, and how many of our leading axes are inputs: a
-# Linear's weight is [out, in] there and [*in, *out] here; norms and biases have outputs only.
+# Our names to those under `model.layers.N.`.
 _LAYER = {
-    "attn_norm_m": ("input_layernorm.weight", 0),
-    "q_mhd": ("self_attn.q_proj.weight", 1),
-    "k_mkd": ("self_attn.k_proj.weight", 1),
-    "v_mkd": ("self_attn.v_proj.weight", 1),
-    "o_hdm": ("self_attn.o_proj.weight", 2),
-    "mlp_norm_m": ("post_attention_layernorm.weight", 0),
-    "gate_mf": ("mlp.gate_proj.weight", 1),
-    "up_mf": ("mlp.up_proj.weight", 1),
-    "down_fm": ("mlp.down_proj.weight", 1),
-    "q_norm_d": ("self_attn.q_norm.weight", 0),
-    "k_norm_d": ("self_attn.k_norm.weight", 0),
-    "q_bias_hd": ("self_attn.q_proj.bias", 0),
-    "k_bias_kd": ("self_attn.k_proj.bias", 0),
-    "v_bias_kd": ("self_attn.v_proj.bias", 0),
-    "o_bias_m": ("self_attn.o_proj.bias", 0),
-    "gate_bias_f": ("mlp.gate_proj.bias", 0),
-    "up_bias_f": ("mlp.up_proj.bias", 0),
-    "down_bias_m": ("mlp.down_proj.bias", 0),
+    "attn_norm_m": "input_layernorm.weight",
+    "q_mhd": "self_attn.q_proj.weight",
+    "k_mkd": "self_attn.k_proj.weight",
+    "v_mkd": "self_attn.v_proj.weight",
+    "o_hdm": "self_attn.o_proj.weight",
+    "mlp_norm_m": "post_attention_layernorm.weight",
+    "gate_mf": "mlp.gate_proj.weight",
+    "up_mf": "mlp.up_proj.weight",
+    "down_fm": "mlp.down_proj.weight",
+    "q_norm_d": "self_attn.q_norm.weight",
+    "k_norm_d": "self_attn.k_norm.weight",
+    "q_bias_hd": "self_attn.q_proj.bias",
+    "k_bias_kd": "self_attn.k_proj.bias",
+    "v_bias_kd": "self_attn.v_proj.bias",
+    "o_bias_m": "self_attn.o_proj.bias",
+    "gate_bias_f": "mlp.gate_proj.bias",
+    "up_bias_f": "mlp.up_proj.bias",
+    "down_bias_m": "mlp.down_proj.bias",
 }
+# How many of our leading axes are inputs: a Linear's weight is [out, in] in a checkpoint and
+# [*in, *out] here; norms and biases have outputs only.
+_INPUTS = dict.fromkeys(("q_mhd", "k_mkd", "v_mkd", "gate_mf", "up_mf", "down_fm"), 1)
+_INPUTS["o_hdm"] = 2
 JUDGE = "model.layers.{}.self_attn.judge_model."
 # What a checkpoint may hold besides the decoder: ForesightKV's released scorers, and the rotary
 # buffers of old versions of transformers.
@@ -66,6 +79,18 @@ _BESIDE = re.compile(
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 _AT_ONCE = 2**23  # numbers of a matrix held in memory while two are compared
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+class _Names(NamedTuple):
+    """Names of tensors in one kind of checkpoint: at the top, and of a layer after a prefix."""
+
+    top: Mapping[str, str]
+    layer: Mapping[str, str]
+    prefix: str
+
+
+_HF = _Names(_TOP, _LAYER, "model.layers.{}.")
+_GGUF = _Names(gguf.TOP, gguf.LAYER, gguf.PREFIX)
 
 
 class _Tensor(NamedTuple):
@@ -85,6 +110,11 @@ class _Stored(NamedTuple):
     shape: tuple[int, ...]
     dtype: str
 
+    def read(self, _: Any = None) -> np.ndarray:
+        """Its numbers, in the dtype that they are stored in."""
+        with _open(self.path) as file:
+            return file.get_tensor(self.name)
+
 
 def load(
     path_or_hub_id: str | Path,
@@ -95,10 +125,11 @@ def load(
     """Loads a Qwen3, Qwen2 or Llama checkpoint tensor by tensor.
 
     Args:
-      path_or_hub_id: a directory with `config.json` and `model.safetensors` or its shards, or the
-        id of a model on the Hugging Face hub, downloaded to the hub's cache.
+      path_or_hub_id: a directory with `config.json` and `model.safetensors` or its shards, a GGUF
+        file, the id of a model on the Hugging Face hub (`owner/name`, or `owner/name/file.gguf`),
+        downloaded to the hub's cache, or `pip:` and the name of a package that brings a GGUF file.
       dtype: float32, bfloat16 or float16; None for that of the checkpoint (the widest if it
-        mixes several).
+        mixes several; quantised tensors count as float32).
       revision: branch, tag or commit on the hub.
       mesh: devices of this process, from `parallel.make_mesh`, over which tensors are sharded;
         by default all go to the default device.
@@ -115,35 +146,36 @@ def load(
         raise UserError(f"dtype {dtype!r} is not supported; use {_some(_DTYPES.values())}")
     if not isinstance(mesh, Mesh | None):
         raise UserError(f"mesh = {said(mesh)} must be devices, from fkv.runs.parallel.make_mesh()")
-    directory = find(path_or_hub_id, revision)
-    config = read(directory)
-    stored = _stored(directory)
-    head, embedding = _TOP["head_vm"], _TOP["embed_vm"]
+    place = find(path_or_hub_id, revision)
+    config, stored, names = read(place), _stored(place), _GGUF if place.is_file() else _HF
+    head, embedding = names.top["head_vm"], names.top["embed_vm"]
     if config.tied_embeddings and head in stored and embedding not in stored:
         stored[embedding] = stored.pop(head)
     both = config.tied_embeddings and head in stored
-    wanted = list(_tensors(dataclasses.replace(config, tied_embeddings=False) if both else config))
+    untied = dataclasses.replace(config, tied_embeddings=False)
+    wanted = list(_tensors(untied if both else config, names))
     tensors = {t.name: t for t in wanted}
     strangers = [n for n in stored if n not in tensors and not _BESIDE.fullmatch(n)]
-    _refuse(directory, "tensors that do not belong to this decoder", strangers)
-    _check(directory, {t.name: t.shape for t in wanted}, stored)
+    _refuse(place, "tensors that do not belong to this decoder", strangers)
+    _check(place, {t.name: t.shape for t in wanted}, stored)
     if both:
         # As in transformers 5: a head that differs from the embedding is used, tied or not.
         config = dataclasses.replace(config, tied_embeddings=_same(stored[head], stored[embedding]))
         if config.tied_embeddings:
             del tensors[head]
     if dtype is None:
-        dtype = jnp.result_type(*{jnp.dtype(_DTYPES[stored[name].dtype]) for name in tensors})
+        found = {_DTYPES.get(stored[name].dtype, "float32") for name in tensors}
+        dtype = jnp.result_type(*map(jnp.dtype, found))
     dtype = jnp.dtype(dtype)
 
     shapes = param_shapes(config)
     stacked = shapes.pop("layers")
-    place = {name: sharding(name, x.shape, mesh) for name, x in (shapes | stacked).items()}
-    layers = {n: jnp.zeros(x.shape, dtype, device=place[n]) for n, x in stacked.items()}
+    split = {name: sharding(name, x.shape, mesh) for name, x in (shapes | stacked).items()}
+    layers = {n: jnp.zeros(x.shape, dtype, device=split[n]) for n, x in stacked.items()}
     params = {"layers": layers}
     for t in sorted(tensors.values(), key=lambda t: stored[t.name].path):
-        ours = place[t.ours]
-        tensor = jax.device_put(_read(stored[t.name]), _as_stored(t, ours))
+        ours = split[t.ours]
+        tensor = jax.device_put(stored[t.name].read(dtype), _as_stored(t, ours))
         if t.layer is None:
             params[t.ours] = tensor.astype(dtype)
         else:
@@ -174,7 +206,7 @@ def _as_stored(tensor: _Tensor, ours: NamedSharding | None) -> NamedSharding | N
     """The sharding of a checkpoint's tensor whose shards are those of our parameter."""
     if ours is None or tensor.layer is None:
         return ours
-    axes, inputs = ours.spec[1:], _LAYER[tensor.ours][1]
+    axes, inputs = ours.spec[1:], _INPUTS.get(tensor.ours, 0)
     # Of several axes merged in the checkpoint, only the first may be sharded.
     stored = (axes[inputs], axes[0]) if inputs else axes[:1]
     return NamedSharding(ours.mesh, PartitionSpec(*stored))
@@ -202,7 +234,7 @@ def save(directory: str | Path, lm: LM) -> None:
         raise UserError(f"no {config.family} config.json can describe {config}")
 
     host, tensors = jax.device_get(params), {}
-    for t in _tensors(config):
+    for t in _tensors(config, _HF):
         if t.layer is None:
             tensor = host[t.ours]
         else:
@@ -242,6 +274,8 @@ def load_judges(path_or_hub_id: str | Path, revision: str | None = None) -> dict
       UserError: the checkpoint has no scorers, or not those of its decoder.
     """
     directory = find(path_or_hub_id, revision)
+    if directory.is_file():
+        raise UserError(f"{directory}: a file, and scorers are read from directories")
     config, stored = read(directory), _stored(directory)
     k, features = config.kv_heads, 2 * config.head_dim + 8 * config.group_size
     shapes = {"fc1.weight": (k, features, 16), "fc1.bias": (k, 16),
@@ -250,7 +284,7 @@ def load_judges(path_or_hub_id: str | Path, revision: str | None = None) -> dict
     _check(directory, {p + name: shape for p in layers for name, shape in shapes.items()}, stored)
 
     w1, b1, w2, b2 = (
-        np.stack([_read(stored[p + name]).astype(np.float32) for p in layers]) for name in shapes
+        np.stack([stored[p + name].read().astype(np.float32) for p in layers]) for name in shapes
     )
     return {"w1": w1, "b1": b1, "w2": w2[..., 0], "b2": b2[..., 0]}
 
@@ -263,57 +297,88 @@ def files_of_tensors(directory: Path) -> tuple[dict[str, str], int]:
     return {name: t.path.name for name, t in stored.items()}, size
 
 
-def _tensors(config: ModelConfig) -> Iterator[_Tensor]:
+def _tensors(config: ModelConfig, names: _Names) -> Iterator[_Tensor]:
     """Every tensor of a checkpoint of this decoder."""
     shapes = param_shapes(config)
-    for ours, name in _TOP.items():
+    for ours, name in names.top.items():
         if ours in shapes:
             yield _Tensor(name, shapes[ours].shape, ours, None)
     for ours, leaf in shapes["layers"].items():
-        name, inputs = _LAYER[ours]
+        inputs = _INPUTS.get(ours, 0)
         shape = (math.prod(leaf.shape[1 + inputs :]),)
         if inputs:
             shape += (math.prod(leaf.shape[1 : 1 + inputs]),)
         for layer in range(config.layers):
-            yield _Tensor(f"model.layers.{layer}.{name}", shape, ours, layer)
+            name = names.prefix.format(layer) + names.layer[ours]
+            yield _Tensor(name, shape, ours, layer)
+
+
+def read(place: Path) -> ModelConfig:
+    """The decoder of a directory or GGUF file, as `find` returns them; no weights are read."""
+    return gguf.read(place) if place.is_file() else hf_config.read(place)
 
 
 def find(path_or_hub_id: str | Path, revision: str | None = None, weights: bool = True) -> Path:
-    """The directory itself, or the downloaded snapshot of a hub id.
+    """The directory or GGUF file itself, or the downloaded one of a hub id.
 
     Args:
-      weights: without them only `config.json` is downloaded.
+      weights: without them only `config.json` of a directory is downloaded.
     """
     name, path = str(path_or_hub_id), files.expand(path_or_hub_id)
-    if path.is_dir():
+    pip = name.startswith(gguf.PIP)
+    if pip or path.exists():
+        what = "a pip package" if pip else "a directory" if path.is_dir() else "a file"
         if revision is not None:
-            raise UserError(f"{path}: revision {revision!r} is for a hub id; this is a directory")
-        return path
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+            raise UserError(f"{path}: revision {revision!r} is for a hub id; this is {what}")
+        return gguf.of_pip(name.removeprefix(gguf.PIP)) if pip else _complete(path)
+    if found := re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)/(.+\.gguf)", name):
+        repo, file = found.groups()
+        download = functools.partial(huggingface_hub.hf_hub_download, repo, file)
+    elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        repo, wanted = name, _FILES if weights else ["config.json"]
+        snapshot = huggingface_hub.snapshot_download
+        download = functools.partial(snapshot, name, allow_patterns=wanted)
+    elif name.endswith(".gguf"):
+        raise UserError(f"{path}: no such file, and not one on the hub, owner/name/file.gguf")
+    else:
         raise UserError(f"{path}: no such directory, and not a hub id of the form owner/name")
-    wanted = _FILES if weights else ["config.json"]
+    return _downloaded(name, repo, revision, download)
+
+
+def _complete(path: Path) -> Path:
+    """The path; a directory that holds nothing but GGUF files is refused."""
+    if path.is_dir() and not (path / "config.json").exists():
+        if found := sorted(path.glob("*.gguf")):
+            raise UserError(f"{path}: no config.json; of a GGUF file give the path: {found[0]}")
+    return path
+
+
+def _downloaded(name: str, repo: str, revision: str | None, download: Callable[..., str]) -> Path:
+    what = "file" if name.endswith(".gguf") else "directory"
     try:
-        return Path(
-            huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=wanted)
-        )
+        return Path(download(revision=revision))
     except GatedRepoError:
-        reason = f"access is gated; accept the terms at https://huggingface.co/{name} and log in"
+        reason = f"access is gated; accept the terms at https://huggingface.co/{repo} and log in"
     except RepositoryNotFoundError:
-        reason = "no such directory or model on the Hugging Face hub; check the spelling, or log in"
+        reason = f"no such {what} or model on the Hugging Face hub; check the spelling, or log in"
     except RevisionNotFoundError:
         raise UserError(f"{name}: the hub has no revision {revision!r} of this model") from None
     # Offline, the hub's client raises whatever its HTTP library raises.
     except Exception as error:
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            raise UserError(f"{name}: the model is on the hub, but has no such file") from None
         reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"{name}: no such directory, and the download from the Hugging Face hub failed "
-            f"({type(error).__name__}: {reason}); check the network, or give a local directory"
+            f"{name}: no such {what}, and the download from the Hugging Face hub failed "
+            f"({type(error).__name__}: {reason}); check the network, or give a local {what}"
         ) from error
     raise UserError(f"{name}: {reason} with `hf auth login`")
 
 
-def _stored(directory: Path) -> dict[str, _Stored]:
+def _stored(directory: Path) -> dict[str, _Stored | gguf.Stored]:
     """The tensors of a checkpoint by name, from the headers of its files only."""
+    if directory.is_file():
+        return gguf.stored(directory)
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     paths, places = [single], {}
     if index.is_file() and not single.is_file():
@@ -327,7 +392,7 @@ def _stored(directory: Path) -> dict[str, _Stored]:
         paths = [directory / shard for shard in sorted(set(places.values()))]
     elif not single.is_file():
         both = f"neither {single.name} nor {index.name} is here"
-        raise UserError(f"{directory}: {both}; only safetensors are read")
+        raise UserError(f"{directory}: {both}; only safetensors and GGUF files are read")
     stored = {}
     for path in paths:
         if not path.is_file():
@@ -369,27 +434,25 @@ def _open(path: Path) -> Iterator[Any]:
         raise UserError(f"{path}: unreadable ({error}); download the file again") from None
 
 
-def _read(tensor: _Stored) -> np.ndarray:
-    with _open(tensor.path) as file:
-        return file.get_tensor(tensor.name)
-
-
 def _check(directory: Path, wanted: dict[str, tuple[int, ...]], stored: dict[str, _Stored]):
     """Refuses a checkpoint in which wanted tensors are missing, of the wrong shape or quantised."""
     _refuse(directory, "missing tensors", [n for n in wanted if n not in stored])
     shapes = [(n, list(stored[n].shape), list(shape)) for n, shape in wanted.items()]
     misshapen = [f"{n} {is_} instead of {shape}" for n, is_, shape in shapes if is_ != shape]
     _refuse(directory, "tensors of the wrong shape", misshapen)
+    if directory.is_file():
+        others = gguf.undequantised({n: stored[n] for n in wanted})
+        return _refuse(directory, "tensors of types that the package gguf can't dequantise", others)
     others = [f"{n} {stored[n].dtype}" for n in wanted if stored[n].dtype not in _DTYPES]
     _refuse(directory, f"tensors that are not {_some(_DTYPES.values())}", others)
 
 
-def _refuse(directory: Path, what: str, names: list[str]):
+def _refuse(place: Path, what: str, names: list[str]):
     if names:
-        raise UserError(
-            f"{directory}: {what} ({len(names)}): {_some(names)}; "
-            "is config.json that of this checkpoint, and is the checkpoint complete?"
-        )
+        hint = "is config.json that of this checkpoint, and is the checkpoint complete?"
+        if place.is_file() and place.suffix != ".json":
+            hint = "convert the model again, or give another file"
+        raise UserError(f"{place}: {what} ({len(names)}): {_some(names)}; {hint}")
 
 
 def _some(names: Iterable[str]) -> str:

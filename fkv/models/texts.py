@@ -8,6 +8,7 @@ from typing import Any
 from fkv import files, hub, kinds
 from fkv.errors import UserError
 from fkv.kinds import Kind, said
+from fkv.models import gguf_texts
 
 _CONFIG, _TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 # All optional, except that one of the first two is needed.
@@ -58,11 +59,13 @@ _KINDS = {
 
 
 def load_tokenizer(directory: Path) -> Any:
-    """The tokenizer of a checkpoint; None if the directory has none.
+    """The tokenizer of a checkpoint, a directory or a GGUF file; None if it has none.
 
     Raises:
       UserError: one of its files is damaged, or does not belong to this tokenizer.
     """
+    if directory.is_file():
+        return gguf_texts.load_tokenizer(directory)
     found = {name: directory / name for name in _FILES if (directory / name).exists()}
     if not found.keys() & set(_FILES[:2]):
         return None
@@ -102,7 +105,7 @@ def _reason(error: Exception) -> str:
 def stop_tokens(directory: Path, tokenizer: Any, vocabulary: int) -> tuple[int, ...]:
     """Ids of the stop tokens, from the generation config or else the tokenizer.
 
-    An empty list in the config means that there are none.
+    An empty list in the config means that there are none. Of a GGUF file, from its metadata.
 
     Args:
       vocabulary: ids must be below this.
@@ -110,6 +113,8 @@ def stop_tokens(directory: Path, tokenizer: Any, vocabulary: int) -> tuple[int, 
     Raises:
       UserError: a file is damaged, or gives an id outside the vocabulary.
     """
+    if directory.is_file():
+        return gguf_texts.stop_tokens(directory, vocabulary)
 
     def fits(value):
         ids = value if isinstance(value, list) else [value]

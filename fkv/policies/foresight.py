@@ -55,9 +55,9 @@ class Trained:
 
 
 def _place(model: str, revision: str | None) -> str:
-    """A model and its revision; a directory has none."""
+    """A model and its revision; a directory or file has none."""
     path = os.path.expanduser(model)
-    if os.path.isdir(path):
+    if os.path.exists(path):
         return os.path.realpath(path)
     return model if revision in (None, "", "main") else f"{model}@{revision}"
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from fkv import files
 from fkv.cache.cadence import Cadence
 from fkv.errors import UserError
-from fkv.models import ModelConfig, read
+from fkv.models import ModelConfig, find, read
 from fkv.models.decoder import param_shapes
 from fkv.policies.scorer import ScorerConfig, feature_size
 
@@ -72,15 +72,16 @@ SHAPES = {
 
 
 def shape_of(model: str | Path, layers: int = 0) -> ModelConfig:
-    """The shape of a model, from a directory with `config.json` or `SHAPES`; 0 `layers` for all."""
-    if (files.expand(model) / "config.json").is_file():
-        config = read(files.expand(model))
+    """The shape of a model, from its files here or `SHAPES`; 0 `layers` for all."""
+    path = files.expand(model)
+    if (path / "config.json").is_file() or path.is_file() or str(model).startswith("pip:"):
+        config = read(find(model))
     elif model in SHAPES:
         config = SHAPES[model]
     else:
         raise UserError(
-            f"model = {model!r}: no directory with a config.json; shapes known by name are "
-            + ", ".join(SHAPES)
+            f"model = {model!r}: no directory with a config.json, and no GGUF file; shapes known "
+            "by name are " + ", ".join(SHAPES)
         )
     if not 0 <= layers <= config.layers:
         raise UserError(f"benchmark.layers = {layers} must be 0 (all) to {config.layers}")

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from fkv.data.traces import Traces
-from fkv.models import loading
+from fkv.models import gguf, loading
 from fkv.policies.base import Policy
 
 WHOLE = 2**28  # bytes; smaller files are read whole
@@ -56,36 +56,54 @@ def of_questions(questions: Iterable[tuple]) -> list[str]:
     return found
 
 
-def of_weights(directory: Path) -> str:
-    """Digest of a checkpoint's `config.json` and tensors.
+def of_weights(place: Path) -> str:
+    """Digest of a checkpoint's `config.json` and tensors, or of a GGUF file.
 
     From files above 256 MiB it reads the header and 16 evenly spaced blocks of 4 KiB per tensor:
     20 MB of the 16 GB of an 8 B model.
     """
-    sha = hashlib.sha256((directory / "config.json").read_bytes())
-    for name in sorted(set(loading.files_of_tensors(directory)[0].values())):
-        path = directory / name
-        sha.update(f"{name} {path.stat().st_size} ".encode())
+    sha = hashlib.sha256()
+    paths = [place]
+    if place.is_dir():
+        sha.update((place / "config.json").read_bytes())
+        names = set(loading.files_of_tensors(place)[0].values())
+        paths = [place / name for name in sorted(names)]
+    for path in paths:
+        sha.update(f"{path.name} {path.stat().st_size} ".encode())
         with path.open("rb") as file:
             if path.stat().st_size <= WHOLE:
                 sha.update(hashlib.file_digest(file, "sha256").digest())
                 continue
-            size = file.read(8)
-            header = file.read(*struct.unpack("<Q", size))
-            sha.update(size + header)
-            tensors = json.loads(header)
-            tensors.pop("__metadata__", None)
-            for name in sorted(tensors):
-                first, end = tensors[name]["data_offsets"]
+            header, places = _layout(path)
+            sha.update(file.read(header))
+            for first, end in places:
                 last = max(first, end - _BLOCK)
                 for start in sorted({*np.linspace(first, last, _BLOCKS, dtype=np.int64).tolist()}):
-                    file.seek(8 + len(header) + start)
+                    file.seek(start)
                     sha.update(file.read(min(_BLOCK, end - start)))
     return sha.hexdigest()
 
 
+def _layout(path: Path) -> tuple[int, list[tuple[int, int]]]:
+    """Bytes of the header of a file, and of each tensor the first and the end, by names."""
+    if path.suffix != ".safetensors":
+        header = gguf.header(path)
+        return header.size, [(t.start, t.start + t.size) for _, t in sorted(header.tensors.items())]
+    with path.open("rb") as file:
+        size = file.read(8)
+        tensors = json.loads(file.read(*struct.unpack("<Q", size)))
+    before = 8 + struct.unpack("<Q", size)[0]
+    tensors.pop("__metadata__", None)
+    places = [tensors[name]["data_offsets"] for name in sorted(tensors)]
+    return before, [(before + first, before + end) for first, end in places]
+
+
 def of_tokenizer(directory: Path) -> str:
-    """Digest of the files that define tokenization and stop tokens."""
+    """Digest of the files, or of a GGUF file's metadata, that define tokenization and stops."""
+    if directory.is_file():
+        metadata = gguf.header(directory).metadata
+        ours = {key: x for key, x in metadata.items() if key.startswith("tokenizer.")}
+        return hashlib.sha256(json.dumps(ours, sort_keys=True).encode()).hexdigest()
     sha = hashlib.sha256()
     for path in sorted(directory.iterdir()):
         if path.is_file() and _TOKENIZER.fullmatch(path.name):

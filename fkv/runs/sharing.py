@@ -176,6 +176,8 @@ def export_released(policy: Foresight, model: str | os.PathLike, directory: str 
         plain = "scorers of 16 hidden units on plain features of both kinds"
         raise UserError(f"the released code has {plain}; these are {config}")
     source, target = files.expand(model), check_directory(directory, released=True)
+    if source.is_file():
+        raise UserError(f"{source}: the released code reads no GGUF files: give a directory")
     places, size = loading.files_of_tensors(source)
     if theirs := [name for name in places if ".judge_model." in name]:
         raise UserError(f"{source} has scorers of its own ({theirs[0]}): give the base model")

@@ -108,17 +108,18 @@ class Arm:
 def peers(bench: Bench) -> list[dict]:
     """Decoding here and by the peers, with the same weights, prompts, lengths, dtype and cores."""
     s, config = bench.settings, bench.config
-    if s.random_weights:
-        directory = bench.path / "model"
-        models.save(directory, bench.lm)
-    else:
-        directory = models.find(common.model_path(config), common.revision(config))
+    place = None
+    if not s.random_weights:
+        place = models.find(common.model_path(config), common.revision(config))
+    if place is None or place.is_file():  # random weights, or of a GGUF file
+        place = bench.path / "model"
+        models.save(place, bench.lm)
     others = []
     try:
         for name, python in s.peers.items():
             if python:
                 common.say(f"  starting {name}")
-                others.append(Peer(name, python, str(directory), config.dtype))
+                others.append(Peer(name, python, str(place), config.dtype))
                 common.say(f"    {others[-1].about}")
         return [r for batch in s.peer_batches for r in _beside(bench, others, batch)]
     finally:
