@@ -241,6 +241,10 @@ def test_growth_is_of_the_chunks_it_names():
         ({"budgets": (20,)}, "benchmark.budgets: budget = 20 must be a multiple"),
         ({"policies": ("no",)}, "policy 'no' is not known"),
         ({"label_lengths": (24,)}, "the longest trace has 24 tokens"),
+        ({"step_length": 24, "sections": ("steps",)}, "the longest trace has 24 tokens"),
+        # Lengths of other sections do not count.
+        ({"label_lengths": (24,), "sections": ("steps",), "layers": 1}, "benchmark.layers is for"),
+        ({"step_length": 24, "sections": ("labels",), "layers": 1}, "benchmark.layers is for"),
         ({"kernels": ("plain", "fast")}, "benchmark.kernels: 'fast' must be 'plain' or 'pallas'"),
         (
             {"kernels": ("pallas",)},

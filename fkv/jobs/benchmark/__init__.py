@@ -121,8 +121,9 @@ def _check(config: ConfigDict, s: groups.Benchmark) -> ModelConfig:
         )
     if "growth" in s.sections and s.growth_tokens < 2 * interval:
         raise UserError(f"benchmark.growth_tokens = {s.growth_tokens} must be at least 2 L")
-    if {"labels", "steps"} & set(s.sections):
-        replay.check_lengths([min([*s.label_lengths, s.step_length])], cadence)
+    lengths = {"labels": s.label_lengths, "steps": (s.step_length,)}
+    if asked := [n for name in s.sections for n in lengths.get(name, ())]:
+        replay.check_lengths([min(asked)], cadence)
     if s.layers and not s.random_weights:
         raise UserError("benchmark.layers is for benchmark.random_weights = True")
     if s.random_weights:
