@@ -47,8 +47,9 @@ def shared_reference() -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
-    """Programs compiled once a session: several tests, and the commands they start, share some."""
-    path = str(tmp_path_factory.mktemp("jax"))
+    """Programs compiled once a session: workers, and the commands that tests start, share some."""
+    base = tmp_path_factory.getbasetemp()
+    path = str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "jax")
     settings = {"compilation_cache_dir": path, "persistent_cache_min_compile_time_secs": 0.2}
     for name, value in settings.items():
         jax.config.update(f"jax_{name}", value)
