@@ -191,6 +191,8 @@ def eval() -> ConfigDict:
     config.traces = 64  # held-out traces, at most
     config.batch = 32  # traces at a time
     config.policies = BASELINES  # besides the scorers
+    # policy that tables of losses compare others with; '' for the best rule-based one
+    config.baseline = ""
     return config
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from fkv import files
 from fkv.errors import UserError
-from fkv.evaluation import accuracy, answers, loss_ratio, tables
+from fkv.evaluation import accuracy, answers, loss_table, paired, tables
 from fkv.evaluation.accuracy import Accuracy, Cell
 from fkv.evaluation.loss_ratio import Losses
 from fkv.runs import rundir
@@ -62,7 +62,7 @@ def load(name: str, workdir: str | Path) -> Other:
     rows, _ = answers.read(path / "samples.jsonl")
     losses, traces = (), ()
     if (path / TRACES).is_file():
-        losses, traces = loss_ratio.read_traces(path / TRACES)
+        losses, traces = loss_table.read_traces(path / TRACES)
     by_cell = {(one.policy, one.budget): one for one in losses}
     return Other(path, {answers.key(row): row for row in rows}, by_cell, traces)
 
@@ -120,8 +120,8 @@ def compare(
         if cell in cells:
             theirs = [other.rows[answers.key(row)] for row in mine]
             (there,), (here,) = accuracy.summarise(theirs), accuracy.summarise(mine)
-            paired = accuracy.paired(accuracy.verdicts(mine), accuracy.verdicts(theirs))
-            found[cell] = Compared(*cell, there, here, *paired)
+            both = accuracy.paired(accuracy.verdicts(mine), accuracy.verdicts(theirs))
+            found[cell] = Compared(*cell, there, here, *both)
     for one in losses:
         cell = one.policy, one.budget
         theirs = other.losses.get(cell)
@@ -151,7 +151,7 @@ def cells(one: Compared) -> list[str]:
         answered = [f"{x:.1f} ({100 * low:.1f}-{100 * high:.1f})" for x, low, high in both]
         answered += map(str, (one.difference, one.lost, one.gained))
     if one.losses_here is not None:
-        difference = loss_ratio.difference(one.losses_here, one.losses_there)
+        difference = paired.difference(one.losses_here, one.losses_there)
         measured = [
             "{:.3f} ± {:.3f}".format(*x.ratio()) for x in (one.losses_there, one.losses_here)
         ]
@@ -179,7 +179,7 @@ def csv(results: Sequence[Compared]) -> str:
             theirs, measured = one.losses_there, []
             for kind in range(3):
                 measured += [*theirs.ratio(kind), *ours.ratio(kind)]
-                measured += loss_ratio.difference(ours, theirs, kind)
+                measured += paired.difference(ours, theirs, kind)
         rows.append([one.policy, one.budget, *answered, *measured])
     return tables.comma_separated(head, rows)
 

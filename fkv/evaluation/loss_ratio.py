@@ -5,11 +5,8 @@ changes earlier ones. Low-entropy tokens are those of lowest full-cache entropy,
 the rewards of the reinforcement stage.
 """
 
-import csv as csv_module
 import dataclasses
-import io
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import flax.struct
@@ -18,12 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from fkv import files
 from fkv.cache.cadence import Cadence
 from fkv.engine import beginnings, replay
 from fkv.engine.batch import Batch
-from fkv.errors import UserError
-from fkv.evaluation import tables
 from fkv.learning import golden
 from fkv.learning.tokens import low_entropy, token_losses
 from fkv.models import LM
@@ -97,6 +91,7 @@ class Losses:
 
     Attributes:
       policy, budget, interval: of the run.
+      rule: whether it is rule-based: an evicting policy without parameters.
       trained: the budget of its scorers in training, by `Trained.at`; else empty.
       evicted, full: loss per trace, summed over the counted tokens, nats, each [n, 3]: all,
         low-entropy and high-entropy tokens.
@@ -119,6 +114,7 @@ class Losses:
     regret_nyk: np.ndarray | None = None
     excess_nt: np.ndarray | None = None
     trained: str = ""
+    rule: bool = False
 
     @property
     def overlap(self) -> np.ndarray | None:
@@ -146,17 +142,6 @@ class Losses:
         return float(self.overlap.mean()), float(
             self.overlap.std(ddof=1) / len(self.overlap) ** 0.5
         )
-
-
-def difference(ours: Losses, theirs: Losses, kind: int = 0) -> tuple[float, float]:
-    """Our loss ratio minus theirs on the same traces, and its standard error (delta method)."""
-    ratios, parts = [], []
-    for one in (ours, theirs):
-        ratios.append(one.ratio(kind)[0])
-        full = one.full[:, kind]
-        parts.append((one.evicted[:, kind] - ratios[-1] * full) / full.mean())
-    spread = (parts[0] - parts[1]).std(ddof=1)
-    return ratios[0] - ratios[1], float(spread / len(parts[0]) ** 0.5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,9 +282,14 @@ def measure(
             regret_nyk=regret.get(name),
             excess_nt=np.where(counted, x - nll["full"], np.nan),
             trained=trained_at(policies.get(name), cadence.interval),
+            rule=_is_rule(policies.get(name)),
         )
         for name, x in nll.items()
     ]
+
+
+def _is_rule(policy: Policy | None) -> bool:
+    return policy is not None and policy.evicts and not jax.tree.leaves(policy)
 
 
 def _batches(width_b: np.ndarray, batch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -312,86 +302,3 @@ def _batches(width_b: np.ndarray, batch: int) -> Iterator[tuple[np.ndarray, np.n
         for start in range(0, len(ids), batch):
             rows = ids[np.arange(start, start + batch) % len(ids)]
             yield rows, ids[start : start + batch]
-
-
-HEAD = (
-    "policy", "budget", "loss ratio", "low-entropy", "high-entropy", "added nats, low", "overlap",
-    "trained at",
-)  # fmt: skip
-
-
-def cells(result: Losses) -> list[str]:
-    """One row of the table, as text: figures ± one standard error."""
-    ratios = [f"{value:.3f} ± {error:.3f}" for value, error in map(result.ratio, range(3))]
-    value, error = result.added(1)
-    mean, spread = result.mean_overlap()
-    overlap = "" if result.overlap is None else f"{mean:.3f} ± {spread:.3f}"
-    added = f"{value:.4f} ± {error:.4f}"
-    return [result.policy, str(result.budget), *ratios, added, overlap, result.trained]
-
-
-def csv(results: Sequence[Losses]) -> str:
-    """The table as CSV, with a header."""
-    head = (
-        "policy,budget,interval,traces,ratio,ratio_se,ratio_low,ratio_low_se,ratio_high,"
-        "ratio_high_se,added_low,added_low_se,overlap,overlap_se,"
-        "trained_at"
-    ).split(",")
-    rows = []
-    for r in results:
-        numbers = [*r.ratio(0), *r.ratio(1), *r.ratio(2), *r.added(1), *r.mean_overlap()]
-        rows.append([r.policy, r.budget, r.interval, len(r.full), *(f"{x:.6g}" for x in numbers)])
-        rows[-1].append(r.trained)
-    return tables.comma_separated(head, rows)
-
-
-TRACE_HEAD = (
-    "policy,budget,interval,trace,tokens,evicted,full,tokens_low,evicted_low,full_low,tokens_high,"
-    "evicted_high,full_high"
-).split(",")
-
-
-def traces_csv(results: Sequence[Losses], names: Sequence[str]) -> str:
-    """Losses and tokens of every trace, identified by `names`, as CSV."""
-    rows = []
-    for r in results:
-        sums_nk3 = np.stack([r.tokens, r.evicted, r.full], axis=-1)  # [n, kinds, 3]
-        for name, sums in zip(names, sums_nk3.reshape(len(names), 9).tolist(), strict=True):
-            rows.append([r.policy, r.budget, r.interval, name, *sums])
-    return tables.comma_separated(TRACE_HEAD, rows)
-
-
-def read_traces(path: Path) -> tuple[list[Losses], list[str]]:
-    """Reads what `traces_csv` wrote.
-
-    Returns:
-      The losses, and the names of their traces.
-
-    Raises:
-      UserError: the file is not of this form.
-    """
-    text = files.read_text(path)
-    lines = list(csv_module.reader(io.StringIO(text)))
-    try:
-        if not text.endswith("\n"):
-            raise ValueError("cut off")
-        if lines[:1] != [TRACE_HEAD]:
-            raise ValueError("another header")
-        found = {}
-        for policy, budget, interval, name, *sums in lines[1:]:
-            cell = found.setdefault((policy, int(budget), int(interval)), {})
-            if name in cell:
-                raise ValueError(f"trace {name} twice")
-            cell[name] = np.array(sums, float).reshape(3, 3)
-            if not np.isfinite(cell[name]).all():
-                raise ValueError(f"{policy!r} has NaN or infinity for trace {name}")
-        names = [list(cell) for cell in found.values()]
-        if not names or any(one != names[0] for one in names):
-            raise ValueError("its policies have different traces, or none")
-    except ValueError as error:
-        raise UserError(f"{path} is not what an evaluation writes ({error}): delete it") from None
-    results = []
-    for key, cell in found.items():
-        tokens, evicted, full = np.moveaxis(np.stack(list(cell.values())), -1, 0)
-        results.append(Losses(*key, evicted, full, tokens))
-    return results, names[0]

@@ -12,6 +12,7 @@ import numpy as np
 from fkv import files
 from fkv.evaluation.accuracy import Accuracy
 from fkv.evaluation.loss_ratio import Losses
+from fkv.evaluation.paired import against_baseline
 
 Name = str | Path
 PANELS = (("all tokens", 0), ("low-entropy tokens, added nats", 1), ("high-entropy tokens", 2))
@@ -95,18 +96,42 @@ def _styles(names: Sequence[str]) -> dict[str, dict]:
     return styles
 
 
-def loss_ratios(results: Sequence[Losses], path: Name, title: str) -> None:
-    """Loss ratio against budget, a line per policy, ± 2 standard errors."""
-    names = dict.fromkeys(r.policy for r in results if r.policy != "full")
-    with _figure(path, (14, 4.2), (1, 3), title, _BUDGET) as axes:
-        for axis, (label, kind) in zip(axes[0], PANELS, strict=True):
-            for name, style in _styles(names).items():
+def loss_ratios(results: Sequence[Losses], path: Name, title: str, baseline: str = "") -> None:
+    """Loss ratio against budget, a line per policy, ± 2 standard errors.
+
+    The last panel has differences to the baseline, paired by trace, if there is one.
+
+    Args:
+      baseline: see `against_baseline`.
+    """
+    styles = _styles(dict.fromkeys(r.policy for r in results if r.policy != "full"))
+    pairs = against_baseline(results, baseline)
+    against = {p.baseline: None for p in pairs if p.baseline}
+    panels = len(PANELS) + bool(against)
+    with _figure(path, (4.2 * panels + 1.4, 4.2), (1, panels), title, _BUDGET) as axes:
+        for axis, (label, kind) in zip(axes[0], PANELS, strict=False):
+            for name, style in styles.items():
                 rows = [r for r in results if r.policy == name]
                 found = [(r.budget, r.added(kind) if kind == 1 else r.ratio(kind)) for r in rows]
                 _curve(axis, [(x, y, 2 * error) for x, (y, error) in found], name, **style)
             _horizontal(axis, 0 if kind == 1 else 1)
             what = "nats per token" if kind == 1 else "loss / full-cache loss"
-            axis.set(title=label, ylabel=what, xticks=sorted({r.budget for r in results}))
+            axis.set(title=label, ylabel=what)
+        if against:
+            axis = axes[0, -1]
+            for name, style in styles.items():
+                found = [
+                    (r.budget, p.difference[0], 2 * p.difference[1])
+                    for r, p in zip(results, pairs, strict=True)
+                    if r.policy == name and p.difference
+                ]
+                if found:
+                    _curve(axis, found, name, **style)
+            _horizontal(axis, 0)
+            what = next(iter(against)) if len(against) == 1 else "the best baseline"
+            axis.set(title=f"all tokens, minus {what}", ylabel="difference of ratios, paired")
+        for axis in axes[0]:
+            axis.set_xticks(sorted({r.budget for r in results}))
 
 
 def accuracy(results: Sequence[Accuracy], path: Name) -> None:

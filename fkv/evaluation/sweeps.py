@@ -15,9 +15,10 @@ from fkv.evaluation import plots, tables
 from fkv.runs.sweep import DONE, Point, is_done
 
 FIGURES = {  # file of a run directory: its columns
-    "loss_ratio.csv": ("ratio", "ratio_low", "added_low", "overlap"),
+    "loss_ratio.csv": ("ratio", "ratio_low", "added_low", "overlap", "gap_closed"),
     "accuracy.csv": ("pass_at_1",),
 }
+_OPTIONAL = ("gap_closed",)  # missing in files of earlier versions, empty without a baseline
 _CELL = ("group", "policy", "budget", "figure")
 
 
@@ -49,6 +50,7 @@ def _figures(path: Path, figures: Sequence[str]) -> Iterator[dict[str, Any]]:
     lines, number = csv.DictReader(io.StringIO(text, newline="")), None
     try:
         known = lines.fieldnames or ()
+        figures = [name for name in figures if name in known or name not in _OPTIONAL]
         if missing := [name for name in ("policy", "budget", *figures) if name not in known]:
             raise refuse(f"no column {missing[0]!r}")
         for number, line in enumerate(lines, 1):
@@ -56,6 +58,8 @@ def _figures(path: Path, figures: Sequence[str]) -> Iterator[dict[str, Any]]:
                 raise refuse(f"row {number} does not have one field per column")
             about = {"policy": line["policy"], "budget": int(line["budget"])}
             for figure in figures:
+                if figure in _OPTIONAL and not line[figure]:
+                    continue
                 yield {**about, "figure": figure, "value": float(line[figure])}
     except (ValueError, csv.Error) as error:
         raise refuse(f"row {number}: {error}") from error

@@ -14,8 +14,8 @@ from fkv.cache.cadence import Cadence
 from fkv.data import traces
 from fkv.engine import replay
 from fkv.engine.batch import Batch
-from fkv.errors import UserError
-from fkv.evaluation import loss_ratio, plots, tables
+from fkv.errors import UserError, suggest
+from fkv.evaluation import loss_ratio, loss_table, plots
 from fkv.jobs import READS
 from fkv.keys import Purpose, key_of
 from fkv.learning import tokens
@@ -310,13 +310,28 @@ def measure_losses(
     return results
 
 
-def write_losses(run: Run, results: Sequence[loss_ratio.Losses], show: bool = True) -> None:
-    """Writes loss ratios as text, Markdown, CSV and picture; prints the table if asked to."""
+def check_baseline(config: ConfigDict, named: Iterable[str]) -> None:
+    """Refuses an `eval.baseline` that is not among the policies of the table."""
+    baseline, known = config.eval.baseline, list(named)
+    if baseline and baseline not in known:
+        raise UserError(
+            f"eval.baseline = {baseline!r} is not in the table{suggest(baseline, known)}; it has "
+            f"{', '.join(known) or 'no policies'}"
+        )
+
+
+def write_losses(
+    run: Run, results: Sequence[loss_ratio.Losses], baseline: str = "", show: bool = True
+) -> None:
+    """Writes loss ratios as text, Markdown, CSV and picture; prints the table if asked to.
+
+    Args:
+      baseline: `eval.baseline`.
+    """
     if not parallel.first():
         return
-    path, rows = run.path / "loss_ratio", [loss_ratio.cells(result) for result in results]
-    table = tables.write(path, loss_ratio.HEAD, rows, loss_ratio.csv(results))
+    table = loss_table.write(run.path / "loss_ratio", results, baseline)
     title = f"loss under eviction, {len(results[0].full)} held-out traces, ± 2 standard errors"
-    plots.loss_ratios(results, run.path / "loss_ratio.png", title)
+    plots.loss_ratios(results, run.path / "loss_ratio.png", title, baseline)
     shown = f"\n{table}\n\n" if show else ""
     say(f"{shown}written to {run.path}: loss_ratio.(txt md csv png)")

@@ -18,7 +18,16 @@ from fkv.data.traces import Traces
 from fkv.engine import decoding
 from fkv.engine.batch import Batch
 from fkv.errors import UserError
-from fkv.evaluation import accuracy, answers, comparison, diagnosis, loss_ratio, plots, tables
+from fkv.evaluation import (
+    accuracy,
+    answers,
+    comparison,
+    diagnosis,
+    loss_ratio,
+    loss_table,
+    plots,
+    tables,
+)
 from fkv.evaluation import math_answers as judge
 from fkv.files import write_text
 from fkv.jobs import answering, common, groups
@@ -29,7 +38,9 @@ from fkv.tasks import ledger
 
 # What a run may be asked for more of; everything else must stay as it was.
 _MORE = "scorers any_interval policies budgets problems samples batch traces compare"
-MAY_DIFFER = (*common.other_jobs("evaluate"), *(f"evaluate.{x}" for x in _MORE.split()))
+MAY_DIFFER = (
+    *common.other_jobs("evaluate"), *(f"evaluate.{x}" for x in _MORE.split()), "eval.baseline",
+)  # fmt: skip
 
 Cell = tuple[str, int, Policy]  # a policy by its name, at a budget (or `FULL`)
 
@@ -170,6 +181,8 @@ def _plan(
     """Checks and loads what is needed, the cheapest first."""
     at = common.cadences(config.evaluate.budgets, config.interval, "evaluate.budgets")
     named, inputs = _policies(config)
+    if config.evaluate.traces:
+        common.check_baseline(config, named)
     free = {rundir.answers_of(name) for name in anew}
     known = {name: x for name, x in inputs.items() if name not in free}
     rundir.check_run(workdir, config, MAY_DIFFER, known)
@@ -397,11 +410,11 @@ def _measure_traces(config, model, named, run, held_out) -> list[loss_ratio.Loss
     """Loss ratios, diagnosis and pictures on held-out traces."""
     settings = config.evaluate
     results = common.measure_losses(config, model.lm, named, held_out, settings.budgets)
-    common.write_losses(run, results)
+    common.write_losses(run, results, config.eval.baseline)
     if not parallel.first():
         return results
     path = run.path
-    write_text(path / comparison.TRACES, loss_ratio.traces_csv(results, held_out.digests()))
+    write_text(path / comparison.TRACES, loss_table.traces_csv(results, held_out.digests()))
     write_text(path / "diagnosis.csv", diagnosis.csv(results))
     plots.loss_by_position(results, path / "loss_by_position.png")
     plots.regret(results, path / "regret.png")

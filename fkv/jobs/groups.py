@@ -127,6 +127,7 @@ class Eval(Settings):
     traces: int = setting(COUNT)
     batch: int = setting(COUNT)
     policies: Names = setting(NAMES)
+    baseline: str = setting(TEXT)
 
 
 @settings

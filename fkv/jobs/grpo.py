@@ -24,7 +24,10 @@ from fkv.runs import parallel, provenance
 from fkv.tasks import ledger
 
 # More of these may be asked for, or no result depends on them.
-MAY_DIFFER = ("grpo.log_every", "grpo.steps", "grpo.answers", *common.other_jobs("grpo"))
+MAY_DIFFER = (
+    *("grpo.log_every", "grpo.steps", "grpo.answers", "eval.baseline"),
+    *common.other_jobs("grpo"),
+)
 
 
 def plan_of(config: ConfigDict, mesh: Mesh) -> grpo.Plan:
@@ -55,6 +58,7 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     groups.check(config, "grpo")
     mesh = parallel.make_mesh(config.model_axis)
     plan, supervised = plan_of(config, mesh), _supervised(config)
+    common.check_baseline(config, ["supervised", "grpo", *config.eval.policies])
     scorers = {"grpo.scorer": supervised}
     stage = training.prepare({workdir: config}, workdir, plan, mesh, scorers, plan.traces)
     answers = _evaluation(config, workdir)
@@ -84,7 +88,7 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
         "grpo": supervised.replace(params=jax.device_get(state.params), trained=trained),
     }
     results = stage.measure(learned)
-    common.write_losses(run, results)
+    common.write_losses(run, results, config.eval.baseline)
     run.close()
     if answering:  # scorers that have been trained on since answer anew
         evaluate.run(*answers, anew=("grpo",))

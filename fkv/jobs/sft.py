@@ -23,7 +23,7 @@ from fkv.runs import parallel
 
 NAME = "foresight"  # of the scorers of a run in its table
 # No result depends on these.
-MAY_DIFFER = ("sft.log_every", *common.other_jobs("sft"))
+MAY_DIFFER = ("sft.log_every", "eval.baseline", *common.other_jobs("sft"))
 
 
 def plan_of(config: ConfigDict, mesh: Mesh) -> sft.Plan:
@@ -91,6 +91,8 @@ def together(
         about = training.trained_for(config, workdir)
         shapes = jax.eval_shape(inits[-1])
         learned[names[workdir]] = policies.Foresight(shapes, plan.scorer, trained=about)
+    tabled = [Path(name).name for name in learned]
+    common.check_baseline(first, [*tabled, *first.eval.policies])
     stage = training.prepare(configs, where, plans[0], mesh, learned, plans[0].batch)
     table = [] if whole is None else [stage.open(where, whole, MAY_DIFFER)]
     runs = [stage.open(workdir, config, MAY_DIFFER) for workdir, config in configs.items()]
@@ -109,11 +111,11 @@ def together(
     for run, name in zip(runs, learned, strict=True):
         others = learned.keys() - {name}
         own = [_named(x, {name: NAME}) for x in results if x.policy not in others]
-        common.write_losses(run, own, show=len(runs) == 1)
+        common.write_losses(run, own, first.eval.baseline, show=len(runs) == 1)
         run.close()
     results = [_named(x, {name: Path(name).name for name in learned}) for x in results]
     for run in table:
-        common.write_losses(run, results)
+        common.write_losses(run, results, first.eval.baseline)
         run.close()
     return results
 

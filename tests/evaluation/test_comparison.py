@@ -10,7 +10,7 @@ import pytest
 
 from fkv.data import traces
 from fkv.errors import UserError
-from fkv.evaluation import accuracy, answers, comparison, loss_ratio
+from fkv.evaluation import accuracy, answers, comparison, loss_table, paired
 from fkv.evaluation.loss_ratio import Losses
 
 MARKS = {"+": "right", "-": "wrong", "0": "no answer"}
@@ -43,7 +43,7 @@ def write(path, rows, losses=()):
     path.mkdir(exist_ok=True)
     (path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if losses:
-        (path / comparison.TRACES).write_text(loss_ratio.traces_csv(losses, NAMES))
+        (path / comparison.TRACES).write_text(loss_table.traces_csv(losses, NAMES))
     return path
 
 
@@ -102,16 +102,16 @@ def test_losses_are_paired_by_trace(there):
     gap = a.evicted[:, 0] - b.evicted[:, 0]
     rest = gap - (ratio_a - ratio_b) * a.full[:, 0]
     error = np.sqrt((rest**2).sum() / 5 / 6) / a.full[:, 0].mean()
-    assert loss_ratio.difference(a, b) == pytest.approx((ratio_a - ratio_b, error))
+    assert paired.difference(a, b) == pytest.approx((ratio_a - ratio_b, error))
     assert comparison.cells(golden)[7:] == [
         "{:.3f} ± {:.3f}".format(*b.ratio()), "{:.3f} ± {:.3f}".format(*a.ratio()),
         f"{ratio_a - ratio_b:+.3f} ± {error:.3f}",
     ]  # fmt: skip
-    assert loss_ratio.difference(a, a) == (0, 0)
+    assert paired.difference(a, a) == (0, 0)
 
     lines = list(csv.DictReader(io.StringIO(comparison.csv(found))))
     assert [line["policy"] for line in lines] == ["knorm", "golden"]
-    assert float(lines[1]["ratio_low_difference"]) == loss_ratio.difference(a, b, 1)[0]
+    assert float(lines[1]["ratio_low_difference"]) == paired.difference(a, b, 1)[0]
     assert float(lines[1]["ratio_there_se"]) == pytest.approx(b.ratio()[1])
     assert lines[1]["here"] == "" and float(lines[0]["here"]) == 1
     assert float(lines[0]["there"]) == 0.5 and lines[0]["lost"] == "0"
@@ -128,8 +128,8 @@ def test_losses_of_other_tokens_are_not_compared(there, kind):
 def test_losses_of_traces_are_read_as_written(tmp_path):
     some = [losses_of("knorm", 16, 1), losses_of("rkv:mix=0.05,kernel=1", 24, 2)]
     path = tmp_path / "trace_losses.csv"
-    path.write_text(loss_ratio.traces_csv(some, NAMES))
-    found, names = loss_ratio.read_traces(path)
+    path.write_text(loss_table.traces_csv(some, NAMES))
+    found, names = loss_table.read_traces(path)
     assert names == NAMES
     for one, two in zip(some, found, strict=True):
         assert (one.policy, one.budget, one.interval) == (two.policy, two.budget, two.interval)

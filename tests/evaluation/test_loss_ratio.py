@@ -16,7 +16,7 @@ from fkv.cache.cadence import Cadence
 from fkv.engine import replay
 from fkv.engine.batch import Batch
 from fkv.errors import UserError
-from fkv.evaluation import loss_ratio, plots, tables
+from fkv.evaluation import loss_ratio, loss_table, plots, tables
 from fkv.learning.tokens import token_losses
 from tests import oracles
 from tests.policies.test_policies import h2o, snapkv
@@ -169,7 +169,7 @@ def test_measure_is_the_plain_computation(measured, expected, batch):
     assert [r.policy for r in results] == ["full", "golden", *POLICIES]
     sums, overlap, tokens = expected
     for r in results:
-        assert (r.budget, r.interval) == (BUDGET, INTERVAL)
+        assert (r.budget, r.interval, r.rule) == (BUDGET, INTERVAL, r.policy in POLICIES)
         np.testing.assert_array_equal(r.tokens, tokens, err_msg=r.policy)
         np.testing.assert_allclose(r.full, sums["full"], rtol=1e-5, atol=1e-4)
         if r.policy in sums:
@@ -253,7 +253,7 @@ def test_budgets_shared_unevenly_have_losses_and_no_recall(model):
             want = row[BUDGET + INTERVAL - 1 : n - 1].sum()
             assert evicted[0] == pytest.approx(float(want), rel=1e-5)
         assert (abs(r.evicted - r.full)[[0, 2], 0] > 0.1).all()
-    assert "pyramid" in [loss_ratio.cells(r)[0] for r in results]
+    assert "pyramid" in [loss_table.cells(r)[0] for r in results]
 
 
 def test_rows_do_not_depend_on_the_batch(measured):
@@ -362,22 +362,21 @@ def several():
 
 
 def test_table_has_a_line_for_every_policy_and_budget(several):
-    rows = [loss_ratio.cells(r) for r in several]
-    head, rule, *lines = tables.text(loss_ratio.HEAD, rows).splitlines()
+    rows = [loss_table.cells(r) for r in several]
+    head, rule, *lines = tables.text(loss_table.HEAD, rows).splitlines()
     assert head.startswith("policy") and set(rule) == {"-"}
     assert len(lines) == len(several)
     for line, r in zip(lines, several, strict=True):
         assert line.split()[:2] == [r.policy, str(r.budget)]
-        numbers = [*r.ratio(0), *r.ratio(1), *r.ratio(2)]
         found = line.replace("±", " ").split()[2:]
-        assert found[:6] == [f"{x:.3f}" for x in numbers]
-        assert found[6:8] == [f"{x:.4f}" for x in r.added(1)]
+        assert found[:2] == [f"{x:.3f}" for x in r.ratio()]
+        assert found[2:4] == [f"{x:.4f}" for x in r.added(1)]  # no baseline between them
         overlap = [] if r.overlap is None else [f"{x:.3f}" for x in r.mean_overlap()]
-        assert found[8:] == overlap
+        assert found[4:] == overlap
 
 
 def test_csv_has_a_line_for_every_policy_and_budget(several):
-    lines = list(csv.DictReader(io.StringIO(loss_ratio.csv(several))))
+    lines = list(csv.DictReader(io.StringIO(loss_table.csv(several))))
     assert len(lines) == len(several)
     for line, r in zip(lines, several, strict=True):
         assert (line["policy"], line["budget"], line["interval"]) == (r.policy, str(r.budget), "8")

@@ -239,3 +239,18 @@ def test_what_is_missing_is_named_with_the_command_that_makes_it(
     said = value[0] if isinstance(value, tuple) else value
     assert message.startswith(f"{field} = {said!r}: no ") and command in message
     assert "\n" not in message and not (tmp_path / "run").exists()
+
+
+def test_a_baseline_that_is_not_in_the_table_is_refused():
+    config = tiny.get_config()
+    for fine in ("", "rkv", "foresight"):
+        config.eval.baseline = fine
+        common.check_baseline(config, ["foresight", "rkv"])
+    config.eval.baseline = "rvk"
+    with pytest.raises(UserError) as error:
+        common.check_baseline(config, ["foresight", "rkv"])
+    assert str(error.value) == (
+        "eval.baseline = 'rvk' is not in the table: did you mean rkv?"
+    )
+    with pytest.raises(UserError, match="is not in the table; it has no policies"):
+        common.check_baseline(config, [])

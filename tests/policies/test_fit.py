@@ -22,7 +22,7 @@ from fkv import api, kinds, policies
 from fkv.cache.cadence import Cadence
 from fkv.engine import decoding, replay
 from fkv.errors import UserError
-from fkv.evaluation import accuracy, diagnosis, loss_ratio
+from fkv.evaluation import accuracy, diagnosis, loss_ratio, loss_table
 from fkv.jobs import benchmark, common, evaluate, generate, grpo, sft
 from fkv.policies import scorer
 from fkv.policies.base import _REGISTRY, check_given
@@ -283,9 +283,9 @@ def test_tables_say_at_which_budget_scorers_were_trained():
     trained = Trained("runs/x", "owner/name", "", 32, 8)
     found = run_measure(scorers(trained=trained))
     assert [r.trained for r in found] == ["", "", "32"]
-    assert [loss_ratio.cells(r)[-1] for r in found] == ["", "", "32"]
-    assert loss_ratio.HEAD[-1] == "trained at"
-    full, _, mine = csv.DictReader(io.StringIO(loss_ratio.csv(found)))
+    assert [loss_table.cells(r)[-1] for r in found] == ["", "", "32"]
+    assert loss_table.HEAD[-1] == "trained at"
+    full, _, mine = csv.DictReader(io.StringIO(loss_table.csv(found)))
     assert (full["trained_at"], mine["trained_at"]) == ("", "32")
     assert trained.at(8) == "32" and trained.at(16) == "32, L = 8" and Trained().at(8) == ""
     cells = accuracy.cells(accuracy.Accuracy("x", 16, np.ones((1, 1)), 1, 0, 0, trained="32"))

@@ -12,7 +12,7 @@ from fkv import api, policies
 from fkv.cache.cadence import Cadence
 from fkv.engine import replay
 from fkv.errors import UserError
-from fkv.evaluation import accuracy, loss_ratio
+from fkv.evaluation import accuracy, loss_ratio, loss_table
 from fkv.policies import scorer
 from fkv.policies.foresight import Trained
 from launch import flags
@@ -277,7 +277,7 @@ def test_names_come_back_from_command_lines_and_tables(tmp_path):
     width = np.full(2, batch.token_bt.shape[1])
     traces = loss_ratio.Traces(batch, jax.random.split(jax.random.key(0)), width, at_once=2)
     found = loss_ratio.measure(LM, named, traces, CADENCE)
-    (tmp_path / "x").write_text(loss_ratio.traces_csv(found, ["a", "b"]))
-    assert [r.policy for r in loss_ratio.read_traces(tmp_path / "x")[0]][2:] == list(names)
+    (tmp_path / "x").write_text(loss_table.traces_csv(found, ["a", "b"]))
+    assert [r.policy for r in loss_table.read_traces(tmp_path / "x")[0]][2:] == list(names)
     cell = accuracy.cells(accuracy.Accuracy(names[1], 16, np.ones((1, 1)), 1, 0, 0))
-    assert names[1] in cell and [loss_ratio.cells(r)[0] for r in found][2:] == list(names)
+    assert names[1] in cell and [loss_table.cells(r)[0] for r in found][2:] == list(names)
