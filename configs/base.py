@@ -42,6 +42,7 @@ def shared() -> ConfigDict:
     config.model_axis = 1  # devices that share one replica of the language model
     config.budget = 1024  # B: entries that every KV head keeps after an eviction
     config.interval = 256  # L: tokens between two evictions
+    config.protect_prompt = 0  # first tokens of a prompt that are never evicted; part of the budget
     config.dry_run = False  # only estimate what the job would take: memory, operations, time
     return config
 

@@ -248,6 +248,7 @@ def generate(
     top_p: float = 0.95,
     seed: int = 0,
     chat: bool = False,
+    protect_prompt: int = 0,
 ) -> list[list[Generation]]:
     """Continues prompts with a cache bounded by a policy, all in one batch.
 
@@ -261,6 +262,7 @@ def generate(
       temperature, top_k, top_p: see `Sampling`; the defaults are the paper's.
       seed: same seed, same samples.
       chat: put texts into the chat template.
+      protect_prompt: so many of a prompt's first tokens are never evicted; part of the budget.
 
     Returns:
       For each prompt its samples.
@@ -275,7 +277,7 @@ def generate(
     ids = _encode_all(model, prompts, chat)
     kinds.check("samples", samples, kinds.whole(1, 2**16))
     kinds.check("new_tokens", new_tokens, kinds.whole(1))
-    cadence = Cadence(budget, interval)
+    cadence = Cadence(budget, interval, protect_prompt)
     plan = decoding.Plan(cadence, Sampling(temperature, top_k, top_p), model.stop)
     policy = _policy(policy, model, cadence)
     _warn_of_length(model, max(map(len, ids)), new_tokens)
@@ -310,6 +312,7 @@ def stream(
     top_p: float = 0.95,
     seed: int = 0,
     chat: bool = False,
+    protect_prompt: int = 0,
 ) -> Generator[str, None, Generation]:
     """The text of one continuation as it is generated, a piece for every `L` tokens.
 
@@ -319,7 +322,7 @@ def stream(
     if model.tokenizer is None:
         raise UserError(f"model {model.name} has no tokenizer: there is no text to stream")
     kinds.check("new_tokens", new_tokens, kinds.whole(1))
-    cadence = Cadence(budget, interval)
+    cadence = Cadence(budget, interval, protect_prompt)
     plan = decoding.Plan(cadence, Sampling(temperature, top_k, top_p), model.stop)
     policy = _policy(policy, model, cadence)
     found = _encode_all(model, prompt, chat)

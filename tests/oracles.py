@@ -282,8 +282,8 @@ def block_scores(p_htt, kv_heads, interval):
     return mean.transpose(0, 2, 1)
 
 
-def golden(score_tj, budget, interval):
-    """Golden Eviction of one group.
+def golden(score_tj, budget, interval, kept=0):
+    """Golden Eviction of one group; the first `kept` positions stay.
 
     Returns:
       For each eviction that a token follows: candidates, their future scores, and the positions
@@ -294,6 +294,7 @@ def golden(score_tj, budget, interval):
     while t > budget + interval * (1 + len(events)):
         alpha = score_tj[candidates, 1 + budget // interval + len(events) :].max(1)
         order = sorted(range(budget), key=lambda n: (alpha[n], candidates[n]))
+        order = [n for n in order if candidates[n] >= kept]
         drop = [candidates[n] for n in order[:interval]]
         events.append((candidates, alpha, drop))
         start = budget + interval * (len(events) - 1)
@@ -341,7 +342,7 @@ def replay_by_chunks(lm, batch, policy, cadence, key_b, observe=None):
 
     def layer(hidden, inputs):
         index, weights, policy = inputs
-        site = engine.Site(config, cadence, index, key_b)
+        site = engine.Site(config, cadence, index, key_b, batch.prompt_b)
 
         def step(cache, inputs):
             at, q, k, v, position = inputs

@@ -16,6 +16,8 @@ class Cadence:
     Attributes:
       budget: B, entries that a KV head keeps after an eviction.
       interval: L, tokens between evictions; B is a larger multiple of L.
+      protect_prompt: this many tokens of a prompt, its first, are never evicted. They are part of
+        the budget.
 
     Raises:
       UserError: the two don't fit together.
@@ -23,9 +25,11 @@ class Cadence:
 
     budget: int
     interval: int
+    protect_prompt: int = 0
 
     def __post_init__(self):
-        kinds.check_fields("", self, budget=kinds.whole(1), interval=kinds.whole(1))
+        size = kinds.whole(1)
+        kinds.check_fields("", self, budget=size, interval=size, protect_prompt=kinds.whole(0))
         if self.budget <= self.interval:
             raise UserError(
                 f"budget = {self.budget} must be larger than interval = {self.interval}"
@@ -34,11 +38,22 @@ class Cadence:
             raise UserError(
                 f"budget = {self.budget} must be a multiple of interval = {self.interval}"
             )
+        self.check_protected(1)
+
+    def check_protected(self, intervals: int) -> None:
+        """Refuses a protected prompt that leaves fewer candidates than this many intervals."""
+        free = intervals * self.interval
+        if self.protect_prompt > self.budget - free:
+            raise UserError(
+                f"protect_prompt = {self.protect_prompt} must be at most {self.budget - free}: an "
+                f"eviction at budget = {self.budget}, interval = {self.interval} needs {free} "
+                "other candidates"
+            )
 
     @classmethod
-    def of(cls, budget: int, interval: int) -> Self:
+    def of(cls, budget: int, interval: int, protect_prompt: int = 0) -> Self:
         """The cadence of a table's cell; for `FULL` only the interval matters."""
-        return cls(budget or 2 * interval, interval)
+        return cls(budget, interval, protect_prompt) if budget else cls(2 * interval, interval)
 
     @property
     def slots(self) -> int:
@@ -58,3 +73,8 @@ class Cadence:
     def evictions(self, length: int) -> int:
         """Evictions of a trace of `length` tokens that affect a later token."""
         return max(0, -(-(length - self.budget) // self.interval) - 1)
+
+
+def said_budget(budget: int, protect_prompt: int) -> str:
+    """A budget, and how many tokens of the prompt it protects, as tables show them."""
+    return f"{budget}, prompt {protect_prompt}" if budget and protect_prompt else str(budget or "")

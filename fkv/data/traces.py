@@ -54,9 +54,11 @@ class Traces:
         data = [np.array([p, *token_t[:n]], "<i4").tobytes() for p, token_t, n in columns]
         return [f"{i}-{hashlib.sha256(x).hexdigest()[:16]}" for i, x in enumerate(data)]
 
-    def rows(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens [b, t] of these traces, as wide as the widest of their buckets, and lengths."""
-        return self.token_nt[ids, : self.padded_n[ids].max()], self.length_n[ids]
+    def rows(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens [b, t] of these traces, as wide as the widest of their buckets, and the lengths
+        of the traces and of their prompts."""
+        width = self.padded_n[ids].max()
+        return self.token_nt[ids, :width], self.length_n[ids], self.prompt_n[ids]
 
 
 def collect(

@@ -101,7 +101,8 @@ def replay_from(
     def layer(hidden, inputs):
         index, weights, layer_policy, staged = inputs
         qkv = models.project(lm.config, weights, hidden, position)
-        site, staged = Site(lm.config, begun.cadence, index, key_b), jax.tree.map(repeat, staged)
+        site = Site(lm.config, begun.cadence, index, key_b, batch.prompt_b)
+        staged = jax.tree.map(repeat, staged)
         out, _, *found = replay.pass_from(layer_policy, site, staged, qkv, position, observe, acc)
         return models.finish(lm.config, weights, hidden, out), found
 

@@ -115,6 +115,7 @@ class State:
       position_b: its absolute position.
       left_b: how many more tokens each row may add after `token_b`; 0 when done.
       key_b: one PRNG key per row; a draw depends only on it and on the position.
+      prompt_b: tokens of each row's prompt.
       chunk: chunks processed, prompt included, int32.
     """
 
@@ -123,6 +124,7 @@ class State:
     position_b: Array
     left_b: Array
     key_b: Array
+    prompt_b: Array
     chunk: Array
 
 
@@ -164,13 +166,14 @@ def prefill(
     room = -(-new_tokens // plan.cadence.interval) * plan.cadence.interval
     caches = []
     for layer in range(lm.config.layers):
-        site = Site(lm.config, plan.cadence, layer, key_b)
+        site = Site(lm.config, plan.cadence, layer, key_b, prompts.prompt_b)
         hidden, cache = prefill_layer(lm.params["layers"], policy, site, hidden, position, room)
         caches.append(cache)
     token, position_b, left = _first_token(lm, plan, hidden, position, key_b, limit_b)
     chunk = jnp.asarray(-(-position.shape[1] // plan.cadence.interval), jnp.int32)
     # Copied, as decoding donates the state and the keys are the caller's.
-    return State(tuple(caches), token, position_b, left, jnp.copy(key_b), chunk)
+    kept = jnp.copy(key_b), jnp.array(prompts.prompt_b)
+    return State(tuple(caches), token, position_b, left, *kept, chunk)
 
 
 @jax.jit
@@ -265,9 +268,10 @@ def decode_chunk(
             Chunk(jnp.moveaxis(q, 0, 1), jnp.moveaxis(lse, 0, -1), at.T, state.chunk)
             for q, lse in queries
         ]
-        caches = evict(policy, caches, chunks, Site(config, plan.cadence, 0, state.key_b))
+        site = Site(config, plan.cadence, 0, state.key_b, state.prompt_b)
+        caches = evict(policy, caches, chunks, site)
     token = jnp.where(done, NO_TOKEN, token)
-    state = State(caches, token, position, left, state.key_b, state.chunk + 1)
+    state = State(caches, token, position, left, state.key_b, state.prompt_b, state.chunk + 1)
     return state, tokens.T
 
 

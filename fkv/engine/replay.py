@@ -94,12 +94,14 @@ class Site:
       cadence: of the evictions.
       layer: index of the layer.
       key_b: one PRNG key per row.
+      prompt_b: tokens of each row's prompt.
     """
 
     config: ModelConfig = flax.struct.field(pytree_node=False)
     cadence: Cadence = flax.struct.field(pytree_node=False)
     layer: Array | int
     key_b: Array
+    prompt_b: Array
 
 
 def _accumulate(
@@ -149,7 +151,7 @@ def look(policy: Policy, cache: kv.Cache, chunk: Chunk, site: Site) -> View:
     layer = jnp.asarray(site.layer)
     return View(
         cache, chunk.query_blhd, chunk.position_bl, chunk.index, random_b, stats, site.cadence,
-        layer, site.config,
+        layer, site.config, site.prompt_b,
     )  # fmt: skip
 
 
@@ -207,7 +209,8 @@ def _one_eviction(policy, config, cadence, rows):
         jnp.zeros((rows, cadence.interval), jnp.int32),
         jnp.int32(0),
     )
-    site = Site(config, cadence, jnp.int32(0), row_keys(key_of(0, Purpose.REPLAY), rows))
+    key_b, none = row_keys(key_of(0, Purpose.REPLAY), rows), jnp.zeros(rows, jnp.int32)
+    site = Site(config, cadence, jnp.int32(0), key_b, none)
     return evict(policy, cache, chunk, site)[1]
 
 
@@ -422,7 +425,7 @@ def replay(
         index, weights, layer_policy = inputs
         qkv = models.project(lm.config, weights, hidden, position)
         if policy.evicts:
-            site = Site(lm.config, cadence, index, key_b)
+            site = Site(lm.config, cadence, index, key_b, batch.prompt_b)
             out, _, layer_acc, observed = layer_pass(
                 layer_policy, site, qkv, position, observe, acc
             )

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from scipy import special
 
+from fkv.cache.cadence import said_budget
 from fkv.evaluation import answers, tables
 from fkv.evaluation.math_answers import FAILED, NO_ANSWER, TIMEOUT
 
@@ -64,6 +65,7 @@ class Accuracy:
     undecided: tuple[int, int] = (0, 0)  # counted as wrong: deadline exceeded, math-verify failed
     difference: Difference | None = None  # to the full cache, if it ran
     trained: str = ""  # the scorers' budget in training, see `Trained.at`
+    protect_prompt: int = 0  # of the cadence
 
     @property
     def pass_at_1(self) -> float:
@@ -156,7 +158,7 @@ def cells(result: Accuracy) -> list[str]:
     low, high = result.interval()
     return [
         result.policy,
-        str(result.budget or ""),
+        said_budget(result.budget, result.protect_prompt),
         f"{100 * result.pass_at_1:.1f}",
         f"{100 * low:.1f}-{100 * high:.1f}",
         f"{result.tokens:.0f}",
@@ -172,14 +174,14 @@ def csv(results: Sequence[Accuracy]) -> str:
     """CSV, with shares instead of points."""
     head = (
         "policy,budget,answers,pass_at_1,low,high,tokens,cut off,no answer,evictions,difference,"
-        "difference_low,difference_high,lost,gained,trained_at"
+        "difference_low,difference_high,lost,gained,trained_at,protect_prompt"
     )
     rows = []
     for r in results:
         against = (None,) * 3 if r.difference is None else dataclasses.astuple(r.difference)
         means = (r.tokens, r.truncated, r.no_answer, r.evictions)
         row = [r.policy, r.budget, r.right_pn.size, r.pass_at_1, *r.interval(), *means, *against]
-        rows.append([*row, r.lost, r.gained, r.trained])
+        rows.append([*row, r.lost, r.gained, r.trained, r.protect_prompt])
     return tables.comma_separated(head.split(","), rows)
 
 

@@ -27,6 +27,7 @@ class Other:
     rows: Mapping[tuple, dict]  # answers, by `answers.key`
     losses: Mapping[Cell, Losses]  # on its traces
     traces: Sequence[str]  # their `Traces.digests`
+    protect_prompt: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,16 @@ def load(name: str, workdir: str | Path) -> Other:
     if (path / TRACES).is_file():
         losses, traces = loss_table.read_traces(path / TRACES)
     by_cell = {(one.policy, one.budget): one for one in losses}
-    return Other(path, {answers.key(row): row for row in rows}, by_cell, traces)
+    kept = _config(path).get("protect_prompt", 0)
+    return Other(path, {answers.key(row): row for row in rows}, by_cell, traces, kept)
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """The config of another evaluation; empty if it can't be read."""
+    try:
+        return dict(json.loads(files.read_bytes(path / "config.json")))
+    except (UserError, ValueError, TypeError, RecursionError):
+        return {}
 
 
 def shared(
@@ -196,9 +206,8 @@ def check_questions(
       ids: of its problems.
       inputs: its digests.
     """
-    try:
-        there = dict(json.loads(files.read_bytes(other.path / "config.json"))["evaluate"])
-    except (UserError, ValueError, TypeError, KeyError, RecursionError):
+    there = _config(other.path).get("evaluate")
+    if not isinstance(there, dict):
         return
     theirs, tokenizer = rundir.read_inputs(other.path), "model: its tokenizer"
     alike = theirs.get(tokenizer) == inputs.get(tokenizer) and all(

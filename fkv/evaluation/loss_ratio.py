@@ -91,6 +91,7 @@ class Losses:
 
     Attributes:
       policy, budget, interval: of the run.
+      protect_prompt: of the cadence.
       rule: whether it is rule-based: an evicting policy without parameters.
       trained: the budget of its scorers in training, by `Trained.at`; else empty.
       evicted, full: loss per trace, summed over the counted tokens, nats, each [n, 3]: all,
@@ -115,6 +116,7 @@ class Losses:
     excess_nt: np.ndarray | None = None
     trained: str = ""
     rule: bool = False
+    protect_prompt: int = 0
 
     @property
     def overlap(self) -> np.ndarray | None:
@@ -241,7 +243,7 @@ def measure(
         width, key_b = traces.width_b[rows[0]], traces.key_b[rows]
         if width <= first:  # no token counts
             continue
-        part = Batch.of(batch.token_bt[rows, :width], batch.length_b[rows])
+        part = Batch.of(batch.token_bt[rows, :width], batch.length_b[rows], batch.prompt_b[rows])
 
         def put(table, found, wanted=wanted, width=width):
             table[wanted, first - 1 : width - 1] = np.asarray(found)[: len(wanted)]
@@ -283,6 +285,7 @@ def measure(
             excess_nt=np.where(counted, x - nll["full"], np.nan),
             trained=trained_at(policies.get(name), cadence.interval),
             rule=_is_rule(policies.get(name)),
+            protect_prompt=cadence.protect_prompt,
         )
         for name, x in nll.items()
     ]

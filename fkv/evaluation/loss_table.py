@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from fkv import files
+from fkv.cache.cadence import said_budget
 from fkv.errors import UserError
 from fkv.evaluation import tables
 from fkv.evaluation.loss_ratio import Losses
@@ -44,7 +45,7 @@ def cells(result: Losses, paired: Paired = ALONE) -> list[str]:
         to, closed = "baseline", ""
     return [
         result.policy,
-        str(result.budget),
+        said_budget(result.budget, result.protect_prompt),
         _said("{:.3f}", result.ratio()),
         to,
         closed,
@@ -67,7 +68,7 @@ def csv(results: Sequence[Losses], pairs: Sequence[Paired] = ()) -> str:
     head = (
         "policy,budget,interval,traces,ratio,ratio_se,ratio_low,ratio_low_se,ratio_high,"
         "ratio_high_se,added_low,added_low_se,overlap,overlap_se,"
-        "trained_at,baseline,difference,difference_se,gap_closed,gap_closed_se"
+        "trained_at,baseline,difference,difference_se,gap_closed,gap_closed_se,protect_prompt"
     ).split(",")
     rows = []
     for r, paired in zip(results, pairs or [ALONE] * len(results), strict=True):
@@ -77,6 +78,7 @@ def csv(results: Sequence[Losses], pairs: Sequence[Paired] = ()) -> str:
         for estimate in (paired.difference, paired.gap_closed):
             values = estimate or (float("nan"),) * 2
             rows[-1] += ["" if np.isnan(x) else f"{x:.6g}" for x in values]
+        rows[-1].append(r.protect_prompt)
     return tables.comma_separated(head, rows)
 
 

@@ -88,7 +88,7 @@ def _styles(names: Sequence[str]) -> dict[str, dict]:
     styles, lines = {}, collections.defaultdict(lambda: itertools.cycle(("-", "--", "-.", ":")))
     free = [c for c in OTHERS if c not in {LEARNED.get(name) for name in names}]
     for name in names:
-        kind = re.split("[:(]", name)[0]
+        kind = re.split("[:()]", name.removeprefix("prompt("))[0]
         colour = COLOURS.get(kind) or LEARNED.get(kind) or (free.pop(0) if free else "crimson")
         line = "--" if kind == "golden" else next(lines[colour])
         width = 1.3 if kind in COLOURS else 2.6
@@ -138,6 +138,8 @@ def accuracy(results: Sequence[Accuracy], path: Name) -> None:
     """pass@1 against budget with 95 % intervals, the full cache as a band."""
     evicted = [r for r in results if r.budget]
     title = "pass@1 with 95 % intervals over problems"
+    if kept := max(r.protect_prompt for r in results):
+        title += f"; {kept} tokens of the prompt protected"
     with _figure(path, (8.5, 4.8), (1, 1), title, _BUDGET, "pass@1, %") as axes:
         axis = axes[0, 0]
         for r in results:

@@ -2,7 +2,7 @@
 
 _MODEL = (
     "seed", "model", "revision", "dtype", "cache_dtype", "attention_kernel", "model_axis", "budget",
-    "interval", "task",
+    "interval", "protect_prompt", "task",
 )  # fmt: skip
 # Fields, and groups of fields, that each job reads. The pipeline's stages read their own.
 READS = {

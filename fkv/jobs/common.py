@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from fkv import api, files, models, tasks
-from fkv.cache.cadence import Cadence
+from fkv.cache.cadence import Cadence, said_budget
 from fkv.data import traces
 from fkv.engine import replay
 from fkv.engine.batch import Batch
@@ -50,7 +50,8 @@ def announce(
     parts = [parallel.describe()]
     if model is not None:
         parts.append(f"{config.model} ({size_of(model)}, {config.dtype})")
-    parts.append(what or f"B = {config.budget}, L = {config.interval}")
+    budget = said_budget(config.budget, config.get("protect_prompt", 0))
+    parts.append(what or f"B = {budget}, L = {config.interval}")
     say(f"{job}: {', '.join(parts)}, in {workdir}")
 
 
@@ -221,6 +222,11 @@ def load_traces(
     found = traces.collect(
         sequences, slots, config.interval, where, prompts, config.data.buckets, at_least
     )
+    if config.protect_prompt and not found.prompt_n.any():
+        raise UserError(
+            f"protect_prompt = {config.protect_prompt}, but no trace of {where} has a prompt: set "
+            "data.prompt_column, or protect_prompt to 0"
+        )
     if found.skipped:
         say(
             f"{where}: skipped {found.skipped} of {len(sequences)} traces, not longer than "
@@ -251,10 +257,17 @@ def warn_of_unknown(
         say("warning: {}: {}".format(*warned[0]) + others)
 
 
-def cadences(budgets: Sequence[int], interval: int, where: str) -> list[Cadence]:
-    """The cadences of these budgets; `where` names the field in errors."""
+def cadence(config: ConfigDict, budget: int | None = None) -> Cadence:
+    """The cadence of a config, at its own budget or another (or `FULL`)."""
+    budget = config.budget if budget is None else budget
+    return Cadence.of(budget, config.interval, config.protect_prompt)
+
+
+def cadences(config: ConfigDict, where: str) -> list[Cadence]:
+    """The cadences of the budgets in a field, which errors name."""
+    group, field = where.split(".")
     with of_field(where):
-        return [Cadence(budget, interval) for budget in budgets]
+        return [cadence(config, budget) for budget in config[group][field]]
 
 
 def check_policies(
@@ -299,8 +312,7 @@ def measure_losses(
     )
     results = []
     for budget in progress(budgets or config.eval.budgets, desc="budgets"):
-        cadence = Cadence(budget, config.interval)
-        results += loss_ratio.measure(lm, named, measured, cadence)
+        results += loss_ratio.measure(lm, named, measured, cadence(config, budget))
     for one in results:
         if not (np.isfinite(one.evicted).all() and np.isfinite(one.full).all()):
             raise UserError(
@@ -314,7 +326,8 @@ def check_baseline(config: ConfigDict, named: Iterable[str]) -> None:
     """Refuses an `eval.baseline` that is not among the policies of the table."""
     baseline, known = config.eval.baseline, list(named)
     if baseline and baseline not in known:
-        raise UserError(f"eval.baseline = {baseline!r} is not in the table{suggest(baseline, known)}")
+        others = suggest(baseline, known)
+        raise UserError(f"eval.baseline = {baseline!r} is not in the table{others}")
 
 
 def write_losses(
@@ -329,6 +342,8 @@ def write_losses(
         return
     table = loss_table.write(run.path / "loss_ratio", results, baseline)
     title = f"loss under eviction, {len(results[0].full)} held-out traces, ± 2 standard errors"
+    if kept := results[0].protect_prompt:
+        title += f"; {kept} tokens of the prompt protected"
     plots.loss_ratios(results, run.path / "loss_ratio.png", title, baseline)
     shown = f"\n{table}\n\n" if show else ""
     say(f"{shown}written to {run.path}: loss_ratio.(txt md csv png)")

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from fkv import api, files, policies
-from fkv.cache.cadence import FULL, Cadence
+from fkv.cache.cadence import FULL
 from fkv.engine import decoding
 from fkv.engine.batch import Batch
 from fkv.errors import UserError
@@ -38,7 +38,7 @@ def run(job: str, config: ConfigDict) -> str:
     groups.check(config, job)
     if job == "traces" and config.traces.text:
         raise UserError("launch.traces has no dry run for traces.text, which runs no model")
-    cadence = Cadence(config.budget, config.interval)
+    cadence = common.cadence(config)
     model = common.model_config(config)
     lines = [
         f"launch.{job}, {config.model}: {costs.parameters(model) / 1e6:,.2f} million parameters in "
@@ -145,9 +145,7 @@ def _generation(config: ConfigDict, model: ModelConfig, job: str) -> list[str]:
     common.say(f"compiling for {len(cells)} kinds of cache and two batches")
     memory, speed, lm = [], [], _lm(config, model)
     for name, budget, policy in cells:
-        plan = decoding.Plan(
-            Cadence.of(budget, config.interval), decoding.Sampling.of(settings), (0,)
-        )
+        plan = decoding.Plan(common.cadence(config, budget), decoding.Sampling.of(settings), (0,))
         slots = prompt + _up(new_tokens, config.interval)
         slots = policy.capacity(budget) + config.interval if budget else slots
         row = costs.cache_bytes(model, slots, config.dtype, bool(policy.statistics))
@@ -178,7 +176,7 @@ def _generation(config: ConfigDict, model: ModelConfig, job: str) -> list[str]:
 def _cells(config: ConfigDict, model: ModelConfig) -> list[tuple[str, int, Policy]]:
     """The full cache if asked for, and one policy at every budget: scorers, which need most."""
     settings, cells = config.evaluate, []
-    at = common.cadences(settings.budgets, config.interval, "evaluate.budgets")
+    at = common.cadences(config, "evaluate.budgets")
     named = {name: policies.get(name) for name in settings.policies}
     if full := named.pop("full", None):
         cells.append(("full", FULL, full))

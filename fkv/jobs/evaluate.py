@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from fkv import api, policies
 from fkv.api import Model
-from fkv.cache.cadence import FULL, Cadence
+from fkv.cache.cadence import FULL
 from fkv.data import benchmarks
 from fkv.data.traces import Traces
 from fkv.engine import decoding
@@ -116,6 +116,8 @@ def run(config: ConfigDict, workdir: str, anew: Sequence[str] = ()) -> list[accu
     checker = judge.Checker(settings.deadline)
     budgets, count = settings.budgets, len(settings.policies) + len(settings.scorers)
     what = f"{count} policies, B = {', '.join(map(str, budgets))}, L = {config.interval}"
+    if config.protect_prompt:
+        what += f", prompt {config.protect_prompt}"
     common.announce("evaluate", config, workdir, common.model_config(config), what)
     plan = _plan(config, workdir, checker, anew)
     named, model, problems = plan.named, plan.model, plan.problems
@@ -156,7 +158,11 @@ def run(config: ConfigDict, workdir: str, anew: Sequence[str] = ()) -> list[accu
         samples.rows[name, budget, problems[i].id, j] for name, budget, _ in cells for i, j in asked
     ]
     found = [
-        dataclasses.replace(r, trained=trained_at(named.get(r.policy), config.interval))
+        dataclasses.replace(
+            r,
+            trained=trained_at(named.get(r.policy), config.interval),
+            protect_prompt=config.protect_prompt if r.budget else 0,
+        )
         for r in accuracy.summarise(rows)
     ]
     _write_answers(run, found, rows)
@@ -179,7 +185,7 @@ def _plan(
     config: ConfigDict, workdir: str, checker: judge.Checker, anew: Sequence[str] = ()
 ) -> Plan:
     """Checks and loads what is needed, the cheapest first."""
-    at = common.cadences(config.evaluate.budgets, config.interval, "evaluate.budgets")
+    at = common.cadences(config, "evaluate.budgets")
     named, inputs = _policies(config)
     if config.evaluate.traces:
         common.check_baseline(config, named)
@@ -314,7 +320,7 @@ def _answer(
     if not part:
         return []
     _, budget, policy = cell
-    how = decoding.Plan(Cadence.of(budget, config.interval), plan.sampling, plan.model.stop)
+    how = decoding.Plan(common.cadence(config, budget), plan.sampling, plan.model.stop)
     prompts = [plan.problems[i].prompt for i, _ in part]
     keys = [api.sample_key(config.seed, i, j) for i, j in part]
     out = answering.answer(plan.model.lm, policy, how, plan.shape, prompts, keys)
@@ -389,6 +395,10 @@ def _write_comparison(run: Run, other: comparison.Other, found: Sequence) -> Non
         f"here: {run.path}; there: {other.path}; pass@1 in % and points with 95 % intervals, "
         "paired by problem; loss ratios ± one standard error, paired by trace"
     )
+    if run.config["protect_prompt"] or other.protect_prompt:
+        about += (
+            f"; protect_prompt = {run.config['protect_prompt']} here, {other.protect_prompt} there"
+        )
     table = tables.write(run.path / "compared", comparison.HEAD, body, csv, about)
     common.say(f"\n{table}\n\n{about}\nwritten to {run.path}: compared.(txt md csv)")
 
@@ -420,7 +430,7 @@ def _measure_traces(config, model, named, run, held_out) -> list[loss_ratio.Loss
     plots.regret(results, path / "regret.png")
 
     trace = Batch.of(*held_out.rows(np.array([np.argmax(held_out.length_n)])))
-    cadence = Cadence(settings.budgets[len(settings.budgets) // 2], config.interval)
+    cadence = common.cadence(config, settings.budgets[len(settings.budgets) // 2])
     maps = diagnosis.retention(model.lm, named, trace, cadence)
     title = f"held at B = {cadence.budget}, mean over heads"
     plots.retention(maps, path / "retention.png", title)

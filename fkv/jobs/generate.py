@@ -6,7 +6,7 @@ import warnings
 from ml_collections import ConfigDict
 
 from fkv import api, policies
-from fkv.cache.cadence import Cadence
+from fkv.cache.cadence import said_budget
 from fkv.errors import UserError
 from fkv.files import write_text
 from fkv.jobs import common, groups
@@ -20,7 +20,7 @@ def run(config: ConfigDict, workdir: str) -> str:
     """Answers `generate.prompt` under one policy; returns the answer."""
     groups.check(config, "generate")
     settings = config.generate
-    cadence = Cadence(config.budget, config.interval)
+    cadence = common.cadence(config)
     if settings.scorer and settings.policy != "foresight":
         raise UserError("generate.scorer is for generate.policy=foresight")
     if settings.scorer:
@@ -29,7 +29,8 @@ def run(config: ConfigDict, workdir: str) -> str:
     else:
         policy = policies.get(settings.policy)
     shape = common.model_config(config)
-    label = f"{settings.policy}, B = {config.budget}, L = {config.interval}"
+    budget = said_budget(config.budget, config.protect_prompt)
+    label = f"{settings.policy}, B = {budget}, L = {config.interval}"
     common.announce("generate", config, workdir, shape, label)
     common.check_policies(config, shape, {settings.policy: policy}, [cadence])
     model = common.load_language_model(config)
@@ -44,13 +45,15 @@ def run(config: ConfigDict, workdir: str) -> str:
     longest, what = len(ids) + settings.new_tokens, "prompt + generate.new_tokens"
     common.warn_of_length(model.config, longest, what)
 
-    may_differ = ("generate", "budget", "interval", "seed", *common.other_jobs("generate"))
+    own = "generate", "budget", "interval", "protect_prompt", "seed"
+    may_differ = (*own, *common.other_jobs("generate"))
     run = open_run(workdir, config, may_differ)
     common.say(f"{prompt}\n")
     start = time.perf_counter()
     sizes = config.budget, config.interval, settings.new_tokens
     sampling = settings.temperature, settings.top_k, settings.top_p
-    pieces, one = api.stream(model, ids, policy, *sizes, *sampling, config.seed), None
+    rest = {"seed": config.seed, "protect_prompt": config.protect_prompt}
+    pieces, one = api.stream(model, ids, policy, *sizes, *sampling, **rest), None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*max_position_embeddings")  # said above
         while one is None:

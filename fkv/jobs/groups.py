@@ -44,6 +44,7 @@ class Shared(Settings):
     model_axis: int = setting(COUNT)
     budget: int = setting(COUNT)
     interval: int = setting(COUNT)
+    protect_prompt: int = setting(ANY)
     dry_run: bool = setting(SWITCH)
 
 

@@ -9,7 +9,6 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from fkv import api, policies
-from fkv.cache.cadence import Cadence
 from fkv.data.traces import Traces
 from fkv.engine import replay
 from fkv.engine.batch import Batch
@@ -34,7 +33,7 @@ def plan_of(config: ConfigDict, mesh: Mesh) -> grpo.Plan:
     """The training that a config asks for on these devices."""
     plan = grpo.Plan.of(
         config.grpo,
-        cadence=Cadence(config.budget, config.interval),
+        cadence=common.cadence(config),
         scorer=scorer.ScorerConfig(**config.scorer),
         grpo=grpo.GRPOConfig.of(config.grpo),
     )
@@ -163,7 +162,7 @@ class FullCache:
 
 def _rollouts(plan: grpo.Plan, found: Traces, full: FullCache, ids, key) -> grpo.Rollouts:
     """The rows of a step: every trace, repeated for each of its rollouts."""
-    rows = (Batch.of(*found.rows(ids), found.prompt_n[ids]), *full(ids))
+    rows = (Batch.of(*found.rows(ids)), *full(ids))
     rows = jax.tree.map(lambda x: np.repeat(x, plan.grpo.rollouts, axis=0), rows)
     random = replay.row_keys(key, len(ids) * plan.grpo.rollouts)
     return grpo.Rollouts(*rows, np.asarray(jax.random.key_data(random)))

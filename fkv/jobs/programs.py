@@ -104,6 +104,6 @@ def prefill_layer(
         lambda lm, prompts: (models.embed(lm, prompts.token_bt), prompts.position_bt), lm, prompts
     )
     room = -(-new_tokens // plan.cadence.interval) * plan.cadence.interval
-    site = replay.Site(lm.config, plan.cadence, 0, key_b)
+    site = replay.Site(lm.config, plan.cadence, 0, key_b, prompts.prompt_b)
     inputs = lm.params["layers"], policy, site, hidden, position
     return functools.partial(decoding.prefill_layer.lower, *inputs, room=room), state.caches

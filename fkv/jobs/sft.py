@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from fkv import policies
-from fkv.cache.cadence import Cadence
 from fkv.engine.batch import Batch
 from fkv.errors import UserError
 from fkv.evaluation import loss_ratio
@@ -30,7 +29,7 @@ def plan_of(config: ConfigDict, mesh: Mesh) -> sft.Plan:
     """The training that a config asks for on these devices, without its variants."""
     plan = sft.Plan.of(
         config.sft,
-        cadence=Cadence(config.budget, config.interval),
+        cadence=common.cadence(config),
         scorer=scorer.ScorerConfig(**config.scorer),
         loss=sft.LossConfig.of(config.sft),
     )

@@ -120,7 +120,7 @@ def prepare(
       batch: traces of a step.
     """
     config = next(iter(configs.values()))
-    at = common.cadences(config.eval.budgets, config.interval, "eval.budgets")
+    at = common.cadences(config, "eval.budgets")
     baselines = {name: policies.get(name) for name in config.eval.policies}
     shape = common.model_config(config)
     common.announce(plan.group, config, where, shape)
@@ -150,4 +150,4 @@ def training_inputs(config: ConfigDict, train: Traces, held_out: Traces) -> dict
 def trained_for(config: ConfigDict, workdir: str) -> Trained:
     """What is known of the scorers that a run of this config trains in `workdir`."""
     where = (config.model, config.revision, config.budget, config.interval)
-    return Trained(str(workdir), *where)
+    return Trained(str(workdir), *where, config.protect_prompt)

@@ -62,12 +62,18 @@ def at(x_e: Array, eviction: Array) -> Array:
     return jnp.where(known, one, jnp.zeros_like(one))
 
 
+def protected(position_xbkn: Array, cadence: Cadence, prompt_b: Array) -> Array:
+    """Which positions are of protected tokens of the prompt."""
+    return position_xbkn < jnp.minimum(prompt_b, cadence.protect_prompt)[:, None, None]
+
+
 def search(
     future_rows: Callable[[Array, int], Array],
     length_b: Array,
     blocks: int,
     cadence: Cadence,
     at_once: int = 1,
+    prompt_b: Array | None = None,
 ) -> Labels:
     """The search, a `lax.scan` over chunks for all rows and heads.
 
@@ -78,6 +84,7 @@ def search(
       length_b: tokens of each row.
       blocks: number of query blocks, `ceil(T / L)`.
       at_once: number of chunks that `future_rows` is asked for at a time.
+      prompt_b: tokens of each row's prompt; read if the cadence protects prompts.
     """
     budget, interval, first = cadence.budget, cadence.interval, cadence.fill_chunks
     b = len(length_b)
@@ -94,7 +101,10 @@ def search(
 
         future = jax.lax.dynamic_index_in_dim(score, chunk + 1, axis=3, keepdims=False)
         (future, newest), candidate = jnp.split(future, [budget], -1), position[..., :budget]
-        evict = kv.choose(future, candidate, interval)
+        importance = future
+        if cadence.protect_prompt:
+            importance = jnp.where(protected(candidate, cadence, prompt_b), jnp.inf, future)
+        evict = kv.choose(importance, candidate, interval)
         labels = Labels(
             jnp.take_along_axis(candidate, evict, axis=-1),
             candidate,
@@ -140,6 +150,7 @@ def from_attention(
     position_bt: Array,
     cadence: Cadence,
     queries: int = 4096,
+    prompt_b: Array | None = None,
 ) -> Labels:
     """Golden evictions of one layer, streamed from the queries and keys of its full pass.
 
@@ -150,6 +161,7 @@ def from_attention(
       queries: number of queries multiplied with a group of keys at a time, at least `L`; memory is
         `b * h * queries * max(L, 256)` floats. On a CPU rows go one by one, at most 256 queries
         at a time.
+      prompt_b: see `search`.
     """
     (b, t, k, _), interval = k_btkd.shape, cadence.interval
     blocks = -(-t // interval)
@@ -192,7 +204,7 @@ def from_attention(
         return suffix_max(score)
 
     length_b = (position_bt >= 0).sum(-1)
-    return search(rows, length_b, blocks, cadence, at_once)
+    return search(rows, length_b, blocks, cadence, at_once, prompt_b)
 
 
 def _block_scores(at_once, chunk, q_bkjzd, lse_bkjz, key_bknd):
@@ -226,6 +238,7 @@ def layer_labels(
     hidden_btm: Array,
     position_bt: Array,
     cadence: Cadence,
+    prompt_b: Array | None = None,
 ) -> tuple[Array, Labels, tuple[Projections, Array]]:
     """One layer of the full pass: its output, its golden evictions, and its attention.
 
@@ -237,7 +250,7 @@ def layer_labels(
     """
     q, k, v = models.project(config, weights, hidden_btm, position_bt)
     out, lse = attention.full_attention(q, k, v, position_bt)
-    labels = from_attention(q, k, lse, position_bt, cadence)
+    labels = from_attention(q, k, lse, position_bt, cadence, prompt_b=prompt_b)
     return models.finish(config, weights, hidden_btm, out), labels, ((q, k, v), lse)
 
 
@@ -279,7 +292,9 @@ def _policy(lm, batch, cadence, keep):
     position = batch.position_bt
 
     def layer(hidden, weights):
-        hidden, labels, attended = layer_labels(lm.config, weights, hidden, position, cadence)
+        hidden, labels, attended = layer_labels(
+            lm.config, weights, hidden, position, cadence, batch.prompt_b
+        )
         return hidden, (labels, keep(*attended))
 
     hidden = models.embed(lm, batch.token_bt)

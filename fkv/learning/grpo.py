@@ -33,7 +33,7 @@ from fkv.engine.beginnings import Begun
 from fkv.errors import UserError
 from fkv.kinds import setting
 from fkv.learning import fit, surrogate, tokens
-from fkv.models import LM
+from fkv.models import LM, numerics
 from fkv.policies import Foresight, View, scorer
 from fkv.policies.base import Policy
 
@@ -97,6 +97,7 @@ class Plan(fit.Fit):
 
     def __post_init__(self):
         super().__post_init__()
+        self.cadence.check_protected(2)  # the pool of a draw
         if self.micro_batches > 1 and self.grpo.epochs > 1:
             raise UserError("grpo.epochs must be 1 with micro-batches of traces (traces_at_once)")
 
@@ -303,6 +304,15 @@ def drop_weight(plan: Plan, batch: Batch, view: View) -> Array:
     return jnp.where(live, 1 / drops, 0.0)[:, None, None]
 
 
+def scores(importance_bkn: Array, view: View, temperature: float) -> Array:
+    """Eviction scores [b, k, n] that evictions are drawn by; those protected are never drawn."""
+    score = -importance_bkn / temperature
+    if view.cadence.protect_prompt:
+        # Finite, as what has no weight may be infinitely unlikely, too.
+        score = jnp.where(view.candidate_bkn, score, numerics.MASKED)
+    return score
+
+
 def losses(lm: LM, hidden: Array, batch: Batch) -> Array:
     """Losses per token under eviction [b, t - 1], from the hidden states of the last tokens.
 
@@ -389,7 +399,8 @@ def gather(plan: Plan, actor: Actor, view: View, weight_b11: Array) -> tuple[Arr
         return jax.vmap(one)(params_b, feature)
 
     def log_prob(importance):
-        return surrogate.log_prob(plan.grpo.log_prob, -importance / plan.grpo.temperature, index)
+        score = scores(importance, view, plan.grpo.temperature)
+        return surrogate.log_prob(plan.grpo.log_prob, score, index)
 
     # Parameters of its own for each row: so the gradients are those of rows.
     params_b = jax.tree.map(
@@ -404,8 +415,9 @@ def gather(plan: Plan, actor: Actor, view: View, weight_b11: Array) -> tuple[Arr
     weight = jnp.broadcast_to(weight_b11, new.shape)
     both = jnp.stack([weight, *to_new(weight)])
     grads = jax.vmap(lambda x: to_params(*to_importance(x))[0])(both)
-    score = -jnp.take_along_axis(importance, index, axis=-1) / plan.grpo.temperature
-    entropy = surrogate.first_entropy(score) * weight.sum(-1)
+    score = scores(importance, view, plan.grpo.temperature)
+    drawn = jnp.take_along_axis(score, index, axis=-1)
+    entropy = surrogate.first_entropy(drawn) * weight.sum(-1)
     return pool, Gathered(
         (kl * weight).sum(),
         entropy.sum(),

@@ -104,7 +104,8 @@ def loss_and_grads(
         old = jax.lax.dynamic_index_in_dim(policy.old_yebkl, view.eviction, 0, keepdims=False)
 
         def log_prob(params):
-            score = -scorer.apply(plan.scorer, params, feature) / config.temperature
+            importance = scorer.apply(plan.scorer, params, feature)
+            score = grpo.scores(importance, view, config.temperature)
             return surrogate.log_prob(config.log_prob, score, pool), score
 
         reference, _ = log_prob(policy.reference)

@@ -90,8 +90,13 @@ class Plan(Fit):
         return adam(schedule, self.clip, self.micro_batches)
 
 
-def pair_weights(future_xn: Array, weighting: str) -> tuple[Array, Array]:
+def pair_weights(
+    future_xn: Array, weighting: str, candidate_xn: Array | None = None
+) -> tuple[Array, Array]:
     """Weights of all pairs, known from the labels.
+
+    Args:
+      candidate_xn: which entries may be evicted, by default all; others are in no pair.
 
     Returns:
       [x, n, n], antisymmetric: of i and j positive where the future score of i is strictly below
@@ -101,6 +106,8 @@ def pair_weights(future_xn: Array, weighting: str) -> tuple[Array, Array]:
     weight = (one < other).astype(jnp.float32) - (one > other)
     if weighting == "sqrt_gap":
         weight = weight * jnp.sqrt(jnp.abs(other - one))
+    if candidate_xn is not None:
+        weight = jnp.where(candidate_xn[..., :, None] & candidate_xn[..., None, :], weight, 0.0)
     return weight, jnp.abs(weight).sum((-2, -1)) / 2
 
 
@@ -135,9 +142,12 @@ def ranking_loss(
     return hinge_loss(importance_xn, pairs, config.margin), pairs[1] > 0
 
 
-def has_pair(future_xn: Array) -> Array:
-    """Whether two candidates of a group differ in future score."""
-    return future_xn.max(-1) > future_xn.min(-1)
+def has_pair(future_xn: Array, candidate_xn: Array | None = None) -> Array:
+    """Whether two candidates of a group, by default all entries, differ in future score."""
+    high = low = future_xn
+    if candidate_xn is not None:
+        high, low = (jnp.where(candidate_xn, future_xn, x) for x in (-jnp.inf, jnp.inf))
+    return high.max(-1) > low.min(-1)
 
 
 @flax.struct.dataclass
@@ -175,7 +185,7 @@ def loss_and_grads(
     counted = (batch.length_b > first).astype(jnp.float32).sum()
     # Golden evictions need no PRNG keys and have even budgets.
     unused = replay.row_keys(key_of(0, Purpose.REPLAY), len(position))
-    site = replay.Site(lm.config, cadence, 0, unused)
+    site = replay.Site(lm.config, cadence, 0, unused, batch.prompt_b)
     (form,) = {plan.scorer.form for plan in plans}
     # What plans see: features do not depend on the hidden width.
     seen = [dataclasses.replace(plan.scorer, hidden=1) for plan in plans]
@@ -183,11 +193,16 @@ def loss_and_grads(
     def layer(hiddens, inputs):
         weights, params = inputs
         full, begun, evicted = hiddens
-        full, labels, (qkv, lse) = golden.layer_labels(lm.config, weights, full, position, cadence)
+        full, labels, (qkv, lse) = golden.layer_labels(
+            lm.config, weights, full, position, cadence, batch.prompt_b
+        )
         policy = Forced(labels.evict_position_ebkl, form)
 
         # Weights of each eviction's groups, known from the labels: a mean over a trace's groups.
-        pairs = has_pair(labels.future_score_ebkn) & labels.valid_eb[..., None]
+        free = None
+        if cadence.protect_prompt:
+            free = ~golden.protected(labels.candidate_position_ebkn, cadence, batch.prompt_b)
+        pairs = has_pair(labels.future_score_ebkn, free) & labels.valid_eb[..., None]
         loss_weight = pairs / jnp.maximum(pairs.sum((0, 2), keepdims=True), 1)
         valid = jnp.broadcast_to(labels.valid_eb[..., None], pairs.shape)
         overlap_weight = valid / jnp.maximum(valid.sum((0, 2), keepdims=True), 1)
@@ -196,6 +211,7 @@ def loss_and_grads(
             by_eviction = (labels.future_score_ebkn, loss_weight, overlap_weight)
             future, *shares = (golden.at(x, view.eviction) for x in by_eviction)
             counts = shares[1].any()
+            free = view.candidate_bkn if cadence.protect_prompt else None
 
             # XLA compiles what is under a condition by itself: what one plan gets does not depend
             # on what is computed beside it, down to the last bit.
@@ -209,12 +225,12 @@ def loss_and_grads(
                 for how in dict.fromkeys(seen)
             }
             pairs = {
-                name: apart(functools.partial(pair_weights, weighting=name), future)
+                name: apart(lambda x, free, name=name: pair_weights(x, name, free), future, free)
                 for name in dict.fromkeys(plan.loss.weighting for plan in plans)
             }
 
             def learned(plan, how, params):
-                own = (features[how], pairs[plan.loss.weighting], *shares, evict)
+                own = (features[how], pairs[plan.loss.weighting], *shares, evict, free)
                 return apart(functools.partial(_one_eviction, plan), params, *own)
 
             sums = [learned(*each) for each in zip(plans, seen, params, strict=True)]
@@ -245,8 +261,9 @@ def loss_and_grads(
     return jax.lax.scan(layer, hiddens, (lm.params["layers"], list(params)))[1]
 
 
-def _one_eviction(plan, params, feature_bknf, pairs, loss_weight_bk, overlap_weight_bk, evict):
-    """The sums of one layer's eviction."""
+def _one_eviction(plan, params, feature_bknf, pairs, loss_weight_bk, overlap_weight_bk, *chosen):
+    """The sums of one layer's eviction; `chosen` are the slots evicted, and the candidates."""
+    evict, free = chosen
 
     def objective(importance):
         return (hinge_loss(importance, pairs, plan.loss.margin) * loss_weight_bk).sum()
@@ -258,6 +275,8 @@ def _one_eviction(plan, params, feature_bknf, pairs, loss_weight_bk, overlap_wei
     # Shifting all scores of a head does not change the loss; Adam would amplify the rounding error
     # in the gradient of that shift.
     grads = {**grads, "b2": jnp.zeros_like(grads["b2"])}
+    if free is not None:
+        importance = jnp.where(free, importance, jnp.inf)
     chosen = jax.lax.top_k(-importance, evict.shape[-1])[1]
     agree = (chosen[..., :, None] == evict[..., None, :]).any(-1).mean(-1)
     return Sums(jnp.zeros(()), loss, (agree * overlap_weight_bk).sum(), grads)

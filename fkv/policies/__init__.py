@@ -16,6 +16,7 @@ from fkv.policies.h2o import H2O as H2O
 from fkv.policies.keydiff import KeyDiff as KeyDiff
 from fkv.policies.knorm import Knorm as Knorm
 from fkv.policies.lagkv import LagKV as LagKV
+from fkv.policies.prompt import Prompt as Prompt
 from fkv.policies.pyramid import Pyramid as Pyramid
 from fkv.policies.random import Random as Random
 from fkv.policies.rkv import RKV as RKV

@@ -40,12 +40,15 @@ class View:
       query_blhd, query_position_bl: the last `L` queries, rotated; position -1 marks padding.
       chunk: index of the chunk of `L` tokens just processed, int32.
       random_b: a PRNG key per row, different in every layer and chunk.
+      prompt_b: tokens of each row's prompt, int32; positions below are the prompt's.
       statistics: attention statistics if the policy asks for them, else None.
       cadence: budget and interval, static.
       layer: index of this layer, int32.
       config: of the model.
       budget, interval: B and L.
       eviction: index of the eviction, int32; negative while the cache fills.
+      kept_prompt_bks: which slots hold protected tokens of the prompt (`Cadence.protect_prompt`).
+      candidate_bkn: which of the slots before the newest `L` hold entries that may be evicted.
       capacity: slots before the newest `L`: B unless the policy asks for more.
       key_bksd, value_bksd: keys and values of all slots, as floats whatever the cache's dtype.
       cumulative_bksg, decayed_bksg: attention that each entry has received, kept if the policy
@@ -61,6 +64,7 @@ class View:
     cadence: Cadence = flax.struct.field(pytree_node=False)
     layer: Array | int = 0
     config: ModelConfig | None = flax.struct.field(pytree_node=False, default=None)
+    prompt_b: Array | None = None
 
     budget = property(lambda self: self.cadence.budget)
     interval = property(lambda self: self.cadence.interval)
@@ -70,6 +74,21 @@ class View:
     value_bksd = property(lambda self: kv.dense(self.cache.value_bksd))
     cumulative_bksg = property(lambda self: self._sums("cumulative"))
     decayed_bksg = property(lambda self: self._sums("decayed"))
+
+    @property
+    def kept_prompt_bks(self) -> Array:
+        position = self.cache.position_bks
+        if not self.cadence.protect_prompt:
+            return jnp.zeros(position.shape, bool)
+        kept_b = jnp.minimum(self.prompt_b, self.cadence.protect_prompt)
+        return (position >= 0) & (position < kept_b[:, None, None])
+
+    @property
+    def candidate_bkn(self) -> Array:
+        held = self.cache.position_bks[..., : self.capacity] >= 0
+        if not self.cadence.protect_prompt:
+            return held
+        return held & ~self.kept_prompt_bks[..., : self.capacity]
 
     def _sums(self, name: str) -> Array:
         if not self.cache.entry:
@@ -184,14 +203,19 @@ class Policy:
         return view.interval
 
     def importance(self, view: View) -> Array:
-        """`score`, with infinity where protected and minus infinity where empty."""
+        """`score`, with infinity where protected and minus infinity where empty.
+
+        Protected are the newest entries, and the prompt's that the cadence protects.
+        """
         score, position = self.score(view), view.cache.position_bks
         check_given(self, "score", score, position.shape, jnp.floating)
         newest, slots = self.protected(view), position.shape[-1]
         kinds.check(f"{name_of(self)}: protected(view)", newest, kinds.whole(0, view.capacity))
-        newest = jnp.arange(slots) >= slots - newest
+        protected = (jnp.arange(slots) >= slots - newest)[None, None]
+        if view.cadence.protect_prompt:
+            protected |= view.kept_prompt_bks
         score = jnp.where(jnp.isnan(score), -jnp.inf, score)  # NaN would go before empty slots
-        return jnp.where(position < 0, -jnp.inf, jnp.where(newest[None, None], jnp.inf, score))
+        return jnp.where(position < 0, -jnp.inf, jnp.where(protected, jnp.inf, score))
 
     def evict(self, view: View) -> Array:
         """Slots to drop [b, k, L], some of them empty while fewer than `B + L` are held."""

@@ -9,7 +9,7 @@ from jax import Array
 
 from fkv import kinds
 from fkv.cache import slots as kv
-from fkv.cache.cadence import Cadence
+from fkv.cache.cadence import Cadence, said_budget
 from fkv.errors import UserError
 from fkv.models import ModelConfig
 from fkv.policies import scorer
@@ -27,7 +27,7 @@ class Trained:
     Attributes:
       source: the directory or hub id they were loaded from.
       model, revision: of the language model.
-      budget, interval: B and L in training.
+      budget, interval, protect_prompt: of `Cadence`, in training.
     """
 
     source: str = dataclasses.field(default="", compare=False)
@@ -35,16 +35,19 @@ class Trained:
     revision: str = dataclasses.field(default="", compare=False)
     budget: int = dataclasses.field(default=0, compare=False)
     interval: int = dataclasses.field(default=0, compare=False)
+    protect_prompt: int = dataclasses.field(default=0, compare=False)
 
     def __post_init__(self):
         kinds.check_fields("", self, source=kinds.TEXT, model=kinds.TEXT, revision=kinds.TEXT)
-        kinds.check_fields("", self, budget=kinds.whole(0), interval=kinds.whole(0))
+        size = kinds.whole(0)
+        kinds.check_fields("", self, budget=size, interval=size, protect_prompt=size)
 
     def at(self, interval: int) -> str:
         """The budget in training, and its interval if it differs, as tables show it."""
+        budget = said_budget(self.budget, self.protect_prompt)
         if self.budget and self.interval not in (0, interval):
-            return f"{self.budget}, L = {self.interval}"
-        return str(self.budget or "")
+            return f"{budget}, L = {self.interval}"
+        return budget
 
     def other_model(self, model: str, revision: str | None) -> str:
         """A warning that names both models if they differ; else empty."""
@@ -107,6 +110,8 @@ class Foresight(Policy):
                 f"(scorer.inputs = {self.config.inputs!r})"
             )
         super().check(config, cadence)
+        if self.action == "sample":
+            cadence.check_protected(2)
         trained, interval = self.trained.interval, cadence.interval
         if trained and trained != interval and not self.any_interval:  # the budget may differ
             raise UserError(
@@ -137,8 +142,7 @@ class Foresight(Policy):
 
 def perturb(importance_bkn: Array, view: View, pool: int) -> Array:
     """Perturbed importances, whose `L` lowest sample the `pool` lowest (Gumbel top-k)."""
-    held = view.cache.position_bks[..., : view.capacity] >= 0
-    score = jnp.where(held, -importance_bkn, -jnp.inf)  # an eviction score
+    score = jnp.where(view.candidate_bkn, -importance_bkn, -jnp.inf)  # an eviction score
     border = jax.lax.top_k(score, min(pool, score.shape[-1]))[0][..., -1:]
     gumbel = jax.vmap(lambda key: jax.random.gumbel(key, score.shape[1:]))(view.random_b)
     return jnp.where(score >= border, -(score + gumbel), jnp.inf)

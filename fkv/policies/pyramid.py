@@ -26,7 +26,8 @@ class Pyramid(Wrapper):
         return 2 * budget - self._last(budget, 0)
 
     def keep(self, view: View, importance_bks: Array) -> Array:
-        last = self._last(view.budget, self.policy.protected(view))
+        protected = self.policy.protected(view) + view.cadence.protect_prompt
+        last = self._last(view.budget, protected)
         first, steps = 2 * view.budget - last, view.config.layers - 1
         share = first - (first - last) * view.layer / steps if steps else view.budget
         return jnp.full(importance_bks.shape[:2], jnp.round(share).astype(jnp.int32))

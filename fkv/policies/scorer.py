@@ -129,8 +129,8 @@ def features(config: ScorerConfig, view: View) -> Array:
     """Features of the `B` (or `view.capacity`) candidates, [b, k, n, f] float32.
 
     In this order: key [d], value [d], then blocks of `g`: max, min and sum over the last `L`
-    queries, sum over the last 16, 8 and 32 queries, cumulative and decayed cumulative sum. Empty
-    slots have arbitrary features.
+    queries, sum over the last 16, 8 and 32 queries, cumulative and decayed cumulative sum. Slots
+    without a candidate have arbitrary features.
     """
     group = view.query_blhd.shape[2] // view.cache.position_bks.shape[1]
     if config.statistics == "reference" and group > 8:
@@ -144,7 +144,7 @@ def features(config: ScorerConfig, view: View) -> Array:
         parts += [view.cumulative_bksg, view.decayed_bksg]
     parts = [x[:, :, : view.capacity].astype(jnp.float32) for x in parts]
     if config.norm == "rms":
-        held = (view.cache.position_bks[..., : view.capacity] >= 0)[..., None]
+        held = view.candidate_bkn[..., None]
 
         def scaled(x):
             number = jnp.maximum(held.sum((-2, -1), keepdims=True) * x.shape[-1], 1)

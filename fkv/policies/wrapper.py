@@ -6,17 +6,20 @@ from fkv import kinds
 from fkv.policies.base import Policy, View, defines, name_of
 from fkv.policies.snapkv import SnapKV
 
-AROUND = "a policy that scores each head by itself and shares the budget evenly"
-
 
 class Wrapper(Policy):
     """Scores as `policy` does; subclasses define by `capacity` and `keep` how many entries stay."""
 
     policy: Policy = SnapKV()
 
+    around = (
+        "a policy that scores each head by itself and shares the budget evenly "
+        "(only ada wraps pyramid)"
+    )
+
     def __post_init__(self):
         super().__post_init__()
-        kind = kinds.Kind(f"{AROUND} (only ada wraps pyramid)", self.fits)
+        kind = kinds.Kind(self.around, self.fits)
         kinds.check(f"{name_of(self)}: policy", self.policy, kind)
 
     def fits(self, policy: Policy) -> bool:

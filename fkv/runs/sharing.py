@@ -29,7 +29,8 @@ from fkv.policies.scorer import ScorerConfig
 from fkv.runs import checkpoint
 
 WEIGHTS, ABOUT, CARD = "scorer.safetensors", "scorer.json", "README.md"
-KNOWN = ("model", "revision", "budget", "interval")  # of the training, see `Trained`
+# Of the training, see `Trained`.
+KNOWN = ("model", "revision", "budget", "interval", "protect_prompt")
 _BASE, _JUDGES = "model-base.safetensors", "model-judges.safetensors"
 _INDEX = "model.safetensors.index.json"
 _FILES = (".json", ".safetensors", ".jinja", ".model", ".txt")

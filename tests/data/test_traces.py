@@ -335,7 +335,7 @@ def seven():
 
 
 def test_rows_are_the_traces(seven):
-    token, length = seven.rows(np.array([2, 0]))
+    token, length, _ = seven.rows(np.array([2, 0]))
     assert token.shape == (2, 40) and length.tolist() == [40, 30]
     for row, n in zip(token, length, strict=True):
         assert row.tolist() == [*range(1, n + 1), *[ledger.PAD] * (40 - n)]

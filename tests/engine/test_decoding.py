@@ -137,7 +137,7 @@ def test_rows_are_independent_of_the_batch(name, cache_dtype):
 
 
 EVERY = ["full", "snapkv", "rkv", "h2o", "tova", "random", "lagkv", "pyramid", "ada", "foresight"]
-EVERY += ["ada(foresight)", "ada(pyramid(h2o))"]
+EVERY += ["ada(foresight)", "ada(pyramid(h2o))", "prompt(random):tokens=7", "prompt(ada(h2o))"]
 
 
 @pytest.mark.parametrize(
@@ -392,7 +392,7 @@ def test_eviction_makes_no_copy_of_the_cache(name):
     lse = jax.ShapeDtypeStruct((4, config.kv_heads, config.group_size, 16), jnp.float32)
     position = jax.ShapeDtypeStruct((4, 16), jnp.int32)
     chunks = [replay.Chunk(query, lse, position, state.chunk)] * config.layers
-    site = replay.Site(config, WIDE.cadence, 0, state.key_b)
+    site = replay.Site(config, WIDE.cadence, 0, state.key_b, state.prompt_b)
     call = jax.jit(decoding.evict, donate_argnames="caches")
     compiled = call.lower(policy, caches, chunks, site).compile()
     memory = compiled.memory_analysis()

@@ -22,6 +22,18 @@ CASES = {
     "T = B + 2L": dict(lengths=[20], budget=12, interval=4, h=2, k=1),
     "T = B + 2L + 1": dict(lengths=[21], budget=12, interval=4, h=2, k=1),
     "interval 1": dict(lengths=[15], budget=6, interval=1, h=4, k=1),
+    "prompts are kept": dict(
+        lengths=[61, 45, 50, 61, 30],
+        budget=16,
+        interval=4,
+        h=4,
+        k=2,
+        protect=7,
+        prompts=[7, 0, 3, 40, 12],
+    ),
+    "all but an interval is kept": dict(
+        lengths=[45, 45], budget=16, interval=8, h=2, k=1, protect=8, prompts=[9, 4]
+    ),
     "rows of different lengths": dict(
         lengths=[61, 40, 33, 25, 24, 9], budget=16, interval=8, h=4, k=2
     ),
@@ -78,9 +90,12 @@ def test_from_attention_is_brute_force(case):
     length = np.array(case["lengths"])
     position = np.where(np.arange(t)[None] < length[:, None], np.arange(t)[None], -1)
 
+    cadence = Cadence(budget, interval, case.get("protect", 0))
+    prompt = np.array(case.get("prompts", [0] * b))
+
     def search(q, key, value, position, queries):
         _, lse = attention.full_attention(q, key, value, position)
-        return golden.from_attention(q, key, lse, position, Cadence(budget, interval), queries)
+        return golden.from_attention(q, key, lse, position, cadence, queries, prompt)
 
     search = jax.jit(search, static_argnums=4)
     labels = search(q, key, value, position, 4096)
@@ -89,7 +104,8 @@ def test_from_attention_is_brute_force(case):
         rows = [x[row, :n].astype(np.float64) for x in (q, key, value)]
         score = oracles.block_scores(oracles.full_attention(*rows)[1], k, interval)
         for head in range(k):
-            want = oracles.golden(score[head], budget, interval)
+            kept = min(prompt[row], cadence.protect_prompt)
+            want = oracles.golden(score[head], budget, interval, kept)
             assert len(want) == Cadence(budget, interval).evictions(n)
             compare(labels, row, head, want, budget, interval)
 

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from fkv import policies
+from fkv.cache.cadence import Cadence
 from fkv.engine import replay
 from fkv.engine.batch import Batch
 from fkv.learning import fit, grpo, replayed, tokens
@@ -18,6 +19,7 @@ from tests import oracles
 from tests.learning import CADENCE, grpo_plan
 
 ROLLOUTS = 4
+KEPT = Cadence(16, 4, 6)  # of prompts, the first 6 tokens
 LENGTHS = [45, 61, 24, 33]  # that of 24 sees no eviction
 
 
@@ -35,12 +37,12 @@ class Plan(grpo.Plan):
 RULES = scorer.ScorerConfig(norm="rms")
 
 
-def plan_of(rules=RULES, micro_batches=1, **settings):
+def plan_of(rules=RULES, micro_batches=1, cadence=CADENCE, **settings):
     config = grpo.GRPOConfig(
         **dict(rollouts=ROLLOUTS, eta=0.01, temperature=0.5, kl_weight=0.1) | settings
     )
     plan = grpo_plan(rules, config)
-    return Plan(**vars(plan) | {"micro_batches": micro_batches})
+    return Plan(**vars(plan) | {"micro_batches": micro_batches, "cadence": cadence})
 
 
 def make(plan, seed=0, lengths=LENGTHS, **model):
@@ -101,6 +103,7 @@ def same(one, two):
         (1, "none", "attention", dict(log_prob="independent", kl_weight=0.0), dict(family="qwen2")),
         (2, "rms", "kv", dict(rollouts_at_once=2, reward="all", clip=1e-6), {}),
         (3, "none", "both", dict(rollouts_at_once=8, kl_steps=0), dict(cache_dtype="int8")),
+        (4, "none", "both", dict(cadence=KEPT, log_prob="independent"), {}),
     ],
 )
 def test_gradients_and_metrics_are_those_of_a_replay(seed, norm, inputs, settings, model):

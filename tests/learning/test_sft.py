@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import re
 
@@ -108,8 +109,8 @@ def model(family, heads, kv_heads, cache_dtype=""):
     return LM(params, config)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def collect(rules, lm, batch):
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def collect(rules, lm, batch, cadence):
     """Labels of every eviction, and what an observer sees at it, [layers, e, b, k, ...]."""
 
     def look(acc, policy, view, evict):
@@ -117,9 +118,9 @@ def collect(rules, lm, batch):
         dropped = jnp.take_along_axis(position, evict, axis=-1)
         return acc, (position[..., :BUDGET], scorer.features(rules, view), dropped)
 
-    policy, labels, _ = golden.policy(lm, batch, CADENCE)
+    policy, labels, _ = golden.policy(lm, batch, cadence)
     policy = policies.Forced(policy.position_yebkl, rules.statistics)
-    _, _, seen = replay.replay(lm, batch, policy, CADENCE, observe=look)
+    _, _, seen = replay.replay(lm, batch, policy, cadence, observe=look)
     return labels, seen
 
 
@@ -133,17 +134,20 @@ CASES = {
     ),
     "int8": (("qwen2", 4, 2, "int8"), RULES, LOSS),  # labels and the full pass are not quantised
     "keys and values": (("qwen2", 2, 2), scorer.ScorerConfig(inputs="kv"), sft.LossConfig()),
+    "prompts are kept": (("qwen3", 4, 2), RULES, sft.LossConfig(1.0, "sqrt_gap"), 5),
 }
+PROMPTS = np.array([9, 3, 5, 2, 9, 0])
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_sums_are_those_of_the_plain_objective(case):
-    of_model, rules, loss_config = case
-    lm = model(*of_model)
-    config, batch = lm.config, Batch.of(*oracles.make_tokens(lm.config, LENGTHS))
+    of_model, rules, loss_config, *protect = case
+    lm, cadence = model(*of_model), Cadence(BUDGET, INTERVAL, *protect)
+    config, batch = lm.config, Batch.of(*oracles.make_tokens(lm.config, LENGTHS), PROMPTS)
     scorers = scorer.init(jax.random.key(1), config, rules)
-    sums = grads_fn(sft_plan(rules, loss_config), scorers, lm, batch)
-    labels, (position, feature, dropped) = collect(rules, lm, batch)
+    plan = dataclasses.replace(sft_plan(rules, loss_config), cadence=cadence)
+    sums = grads_fn(plan, scorers, lm, batch)
+    labels, (position, feature, dropped) = collect(rules, lm, batch, cadence)
 
     def apply(scorers):  # all evictions at once
         batches = feature.reshape(config.layers, -1, *feature.shape[3:])
@@ -159,15 +163,18 @@ def test_sums_are_those_of_the_plain_objective(case):
         for event, head in np.ndindex(EVENTS[row], config.kv_heads):
             group = layer, event, row, head
             np.testing.assert_array_equal(position[group], labels.candidate_position_ebkn[group])
-            *both, has_pair = plain_ranking_loss(
-                score[group].astype(float),
-                labels.future_score_ebkn[group].astype(float),
+            free = position[group] >= min(PROMPTS[row], cadence.protect_prompt)
+            one, grad, has_pair = plain_ranking_loss(
+                score[group][free].astype(float),
+                labels.future_score_ebkn[group][free].astype(float),
                 loss_config.margin,
                 loss_config.weighting,
             )
             if has_pair:
-                found.append((group, *both))
-            lowest = position[group][np.argsort(score[group])[:INTERVAL]]
+                whole = np.zeros(BUDGET)
+                whole[free] = grad
+                found.append((group, one, whole))
+            lowest = position[group][free][np.argsort(score[group][free])[:INTERVAL]]
             agree.append(len({*lowest.tolist()} & {*dropped[group].tolist()}) / INTERVAL)
         for group, one, grad in found:
             loss[layer] += one / len(found)

@@ -11,7 +11,6 @@ import jax
 from ml_collections import ConfigDict
 
 from fkv import models, policies
-from fkv.cache.cadence import Cadence
 from fkv.engine import replay
 from fkv.errors import UserError
 from fkv.evaluation import plots, tables
@@ -109,7 +108,7 @@ def _check(config: ConfigDict, s: groups.Benchmark) -> ModelConfig:
         if name not in SECTIONS:
             known = ", ".join(SECTIONS)
             raise UserError(f"benchmark.sections has {name!r}; known sections are {known}")
-    cadence, interval = Cadence(config.budget, config.interval), config.interval
+    cadence, interval = common.cadence(config), config.interval
     common.check_kernel(config, config.attention_kernel)
     for name in s.kernels:
         common.check_kernel(config, name, "benchmark.kernels")
@@ -133,7 +132,7 @@ def _check(config: ConfigDict, s: groups.Benchmark) -> ModelConfig:
         model = common.model_config(config)
     names = sorted({*s.policies, *s.peer_policies} - {"foresight"})
     named = {name: policies.get(name) for name in names}
-    at = common.cadences(s.budgets, interval, "benchmark.budgets")
+    at = common.cadences(config, "benchmark.budgets")
     common.check_policies(config, model, named, at)
     if "steps" in s.sections:
         passes.stages_of(config, model, parallel.make_mesh())

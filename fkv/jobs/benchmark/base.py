@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from fkv import policies
-from fkv.cache.cadence import FULL, Cadence
+from fkv.cache.cadence import FULL
 from fkv.engine import decoding
 from fkv.jobs import common, groups, programs
 from fkv.jobs.benchmark import device
@@ -97,7 +97,7 @@ class Bench:
 
     def plan(self, budget: int) -> decoding.Plan:
         sampling = decoding.Sampling.of(vars(self.settings))
-        return decoding.Plan(Cadence.of(budget, self.interval), sampling)
+        return decoding.Plan(common.cadence(self.config, budget), sampling)
 
     def policy(self, name: str) -> Policy:
         """By its name; `foresight` with untrained scorers, which cost what trained ones do."""

@@ -120,7 +120,7 @@ def synthetic_state(bench: Bench, arm: Arm, key: jax.Array) -> decoding.State:
     row = jnp.zeros((arm.batch,), jnp.int32)
     return decoding.State(
         tuple(one(i) for i in range(config.layers)), row, row + prompt, row + jnp.int32(2**30),
-        keys_of(fold(key, 0), arm.batch), jnp.asarray(-(-prompt // interval)),
+        keys_of(fold(key, 0), arm.batch), row + prompt, jnp.asarray(-(-prompt // interval)),
     )  # fmt: skip
 
 
@@ -159,7 +159,8 @@ def _eviction(bench: Bench, arm: Arm) -> Callable:
     position = jnp.broadcast_to(_prompt(bench, arm) + jnp.arange(interval), (arm.batch, interval))
     index = jnp.asarray(-(-_prompt(bench, arm) // interval))
     chunks = [replay.Chunk(query, lse, position, index)] * config.layers
-    site = replay.Site(config, bench.plan(arm.budget).cadence, 0, bench.row_keys(arm.batch))
+    rows = bench.row_keys(arm.batch), jnp.full(arm.batch, _prompt(bench, arm))
+    site = replay.Site(config, bench.plan(arm.budget).cadence, 0, *rows)
     program, _ = bench.compiled(
         ("evict", _shape(arm)),
         lambda: jax.jit(evict, donate_argnums=1).lower(policy, state.caches, chunks, site),

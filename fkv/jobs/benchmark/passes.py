@@ -9,10 +9,9 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from fkv.cache.cadence import Cadence
 from fkv.engine import decoding, replay
 from fkv.engine.batch import Batch
-from fkv.jobs import programs
+from fkv.jobs import common, programs
 from fkv.jobs.benchmark.base import Arm, Bench, measure, spread
 from fkv.jobs.benchmark.device import timed
 from fkv.learning import golden, replayed
@@ -75,7 +74,7 @@ def prefill(bench: Bench) -> list[dict]:
 
 def labels(bench: Bench) -> list[dict]:
     """Golden evictions of all layers of a trace."""
-    cadence = Cadence(bench.config.budget, bench.interval)
+    cadence = common.cadence(bench.config)
     label = jax.jit(golden.policy, static_argnums=2)
 
     def prepare(arm):
@@ -110,7 +109,7 @@ def steps(bench: Bench) -> list[dict]:
     mesh, length = parallel.make_mesh(), bench.settings.step_length
     stages = stages_of(bench.config, bench.lm.config, mesh)
     traces = next(iter(stages.values())).traces
-    plain, cadence = bench.policy("full"), Cadence(bench.config.budget, bench.interval)
+    plain, cadence = bench.policy("full"), common.cadence(bench.config)
 
     @functools.partial(jax.jit, static_argnames="losses")
     def a_pass(lm, policy, batch, losses):
