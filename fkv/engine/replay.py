@@ -151,7 +151,7 @@ def look(policy: Policy, cache: kv.Cache, chunk: Chunk, site: Site) -> View:
     layer = jnp.asarray(site.layer)
     return View(
         cache, chunk.query_blhd, chunk.position_bl, chunk.index, random_b, stats, site.cadence,
-        layer, site.config, site.prompt_b,
+        layer, site.config, site.prompt_b, site.cadence.protect_prompt,
     )  # fmt: skip
 
 

@@ -307,7 +307,7 @@ def drop_weight(plan: Plan, batch: Batch, view: View) -> Array:
 def scores(importance_bkn: Array, view: View, temperature: float) -> Array:
     """Eviction scores [b, k, n] that evictions are drawn by; those protected are never drawn."""
     score = -importance_bkn / temperature
-    if view.cadence.protect_prompt:
+    if view.protect_prompt:
         # Finite, as what has no weight may be infinitely unlikely, too.
         score = jnp.where(view.candidate_bkn, score, numerics.MASKED)
     return score

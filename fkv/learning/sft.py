@@ -211,7 +211,7 @@ def loss_and_grads(
             by_eviction = (labels.future_score_ebkn, loss_weight, overlap_weight)
             future, *shares = (golden.at(x, view.eviction) for x in by_eviction)
             counts = shares[1].any()
-            free = view.candidate_bkn if cadence.protect_prompt else None
+            free = view.candidate_bkn if view.protect_prompt else None
 
             # XLA compiles what is under a condition by itself: what one plan gets does not depend
             # on what is computed beside it, down to the last bit.

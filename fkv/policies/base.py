@@ -47,7 +47,8 @@ class View:
       config: of the model.
       budget, interval: B and L.
       eviction: index of the eviction, int32; negative while the cache fills.
-      kept_prompt_bks: which slots hold protected tokens of the prompt (`Cadence.protect_prompt`).
+      protect_prompt: how many tokens of a prompt, its first, are not to be evicted; static.
+      kept_prompt_bks: which slots hold these tokens.
       candidate_bkn: which of the slots before the newest `L` hold entries that may be evicted.
       capacity: slots before the newest `L`: B unless the policy asks for more.
       key_bksd, value_bksd: keys and values of all slots, as floats whatever the cache's dtype.
@@ -65,6 +66,7 @@ class View:
     layer: Array | int = 0
     config: ModelConfig | None = flax.struct.field(pytree_node=False, default=None)
     prompt_b: Array | None = None
+    protect_prompt: int = flax.struct.field(pytree_node=False, default=0)
 
     budget = property(lambda self: self.cadence.budget)
     interval = property(lambda self: self.cadence.interval)
@@ -78,15 +80,15 @@ class View:
     @property
     def kept_prompt_bks(self) -> Array:
         position = self.cache.position_bks
-        if not self.cadence.protect_prompt:
+        if not self.protect_prompt:
             return jnp.zeros(position.shape, bool)
-        kept_b = jnp.minimum(self.prompt_b, self.cadence.protect_prompt)
+        kept_b = jnp.minimum(self.prompt_b, self.protect_prompt)
         return (position >= 0) & (position < kept_b[:, None, None])
 
     @property
     def candidate_bkn(self) -> Array:
         held = self.cache.position_bks[..., : self.capacity] >= 0
-        if not self.cadence.protect_prompt:
+        if not self.protect_prompt:
             return held
         return held & ~self.kept_prompt_bks[..., : self.capacity]
 
@@ -205,14 +207,14 @@ class Policy:
     def importance(self, view: View) -> Array:
         """`score`, with infinity where protected and minus infinity where empty.
 
-        Protected are the newest entries, and the prompt's that the cadence protects.
+        Protected are the newest entries, and the first of the prompt (`View.protect_prompt`).
         """
         score, position = self.score(view), view.cache.position_bks
         check_given(self, "score", score, position.shape, jnp.floating)
         newest, slots = self.protected(view), position.shape[-1]
         kinds.check(f"{name_of(self)}: protected(view)", newest, kinds.whole(0, view.capacity))
         protected = (jnp.arange(slots) >= slots - newest)[None, None]
-        if view.cadence.protect_prompt:
+        if view.protect_prompt:
             protected |= view.kept_prompt_bks
         score = jnp.where(jnp.isnan(score), -jnp.inf, score)  # NaN would go before empty slots
         return jnp.where(position < 0, -jnp.inf, jnp.where(protected, jnp.inf, score))

@@ -26,7 +26,7 @@ class Pyramid(Wrapper):
         return 2 * budget - self._last(budget, 0)
 
     def keep(self, view: View, importance_bks: Array) -> Array:
-        protected = self.policy.protected(view) + view.cadence.protect_prompt
+        protected = self.policy.protected(view) + view.protect_prompt
         last = self._last(view.budget, protected)
         first, steps = 2 * view.budget - last, view.config.layers - 1
         share = first - (first - last) * view.layer / steps if steps else view.budget

@@ -1,6 +1,7 @@
 """What jobs share: the settings that may change when one goes on, and the model they load."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 
 from configs import tiny
 from fkv import models, policies
+from fkv.cache.cadence import FULL, Cadence
 from fkv.data import traces
 from fkv.errors import DivergedError, UserError
 from fkv.evaluation import loss_ratio
@@ -252,3 +254,19 @@ def test_a_baseline_that_is_not_in_the_table_is_refused():
     assert str(error.value) == ("eval.baseline = 'rvk' is not in the table: did you mean rkv?")
     with pytest.raises(UserError, match=r"is not in the table$"):
         common.check_baseline(config, [])
+
+
+def test_a_prompt_that_leaves_too_little_is_refused_with_its_field(tmp_path):
+    config = tiny.get_config()
+    config.protect_prompt, config.eval.budgets = 48, (64, 48)
+    with pytest.raises(UserError, match=r"eval\.budgets: protect_prompt = 48 must be at most 32:"):
+        common.cadences(config, "eval.budgets")
+    assert common.cadence(config) == Cadence(64, 16, 48)
+    assert common.cadence(config, FULL) == Cadence(32, 16)
+    path = tmp_path / "traces.jsonl"
+    path.write_text(json.dumps({"input_ids": list(range(30)) * 4}) + "\n")
+    config.data.path = str(path)
+    with pytest.raises(UserError, match=r"protect_prompt = 48, but no trace of .* has a prompt"):
+        common.load_traces(config, "train", 1, 64, 40)
+    config.protect_prompt = 0
+    assert len(common.load_traces(config, "train", 1, 64, 40)) == 1

@@ -47,7 +47,10 @@ def test_protected_entries_are_never_dropped(name):
             held[row, head, lowest] = np.arange(kept)
         cadence = Cadence(budget, interval, protect)
         cache = view.cache.replace(position_bks=held)
-        seen = view.replace(cache=cache, cadence=cadence, prompt_b=prompt, layer=jnp.int32(1))
+        seen = view.replace(
+            cache=cache, cadence=cadence, prompt_b=prompt, layer=jnp.int32(1),
+            protect_prompt=protect,
+        )  # fmt: skip
         policy = policy_of(name)
         slots = policy.capacity(budget) + interval
         if slots > budget + interval:
@@ -99,12 +102,31 @@ def test_prompts_stay_through_a_replay_in_any_batch():
     np.testing.assert_array_equal(np.sort(alone)[:, :, 0], np.sort(found)[:, :, 1])
 
 
+def test_prompts_on_top_of_the_budget_leave_it_whole():
+    lengths, prompts, budget = [70, 70, 55, 61], np.array([5, 40, 0, 11]), 12
+    token, length = oracles.make_tokens(LM.config, lengths)
+    batch, cadence = Batch.of(token, length, prompts), Cadence(budget, 4)
+    policy = policies.get("prompt(h2o):tokens=20,on_top=True")
+    held = held_at_evictions(policy, cadence, batch)
+    for row, n in enumerate(np.minimum(prompts, 20)):
+        at = held[:, : lengths[row] // 4 - 1, row]  # evictions with a full ring, after L tokens
+        number = np.minimum(4 * (1 + np.arange(at.shape[1])), budget + n + 4)
+        np.testing.assert_array_equal(
+            (at >= 0).sum(-1), np.broadcast_to(number[:, None], at.shape[:3])
+        )
+        there = np.minimum(n, number)[:, None] > np.arange(n)
+        assert ((at[..., None] == np.arange(n)).any(-2) >= there[:, None]).all(), row
+        one = jax.tree.map(lambda x, row=row: x[row : row + 1], batch)
+        alone = held_at_evictions(policy, cadence, one)
+        np.testing.assert_array_equal(np.sort(alone[:, :, 0]), np.sort(held[:, :, row]))
+
+
 def test_candidates_are_held_and_not_protected():
     view = random_view(3, 2, 24, 12, 4, 2, 5).replace(prompt_b=np.array([9, 30]))
     position = np.asarray(view.cache.position_bks)
     np.testing.assert_array_equal(view.candidate_bkn, position[..., :24] >= 0)
     assert not view.kept_prompt_bks.any()
-    view = view.replace(cadence=Cadence(24, 12, 12))
+    view = view.replace(protect_prompt=12)
     want = (position >= 0) & (position < np.array([9, 12])[:, None, None])
     assert want.any()
     np.testing.assert_array_equal(view.kept_prompt_bks, want)
@@ -113,7 +135,7 @@ def test_candidates_are_held_and_not_protected():
 
 def test_features_are_scaled_by_the_candidates_alone():
     view = random_view(3, 2, 24, 12, 4, 2, 0).replace(prompt_b=np.array([9, 30]))
-    view = view.replace(cadence=Cadence(24, 12, 12))
+    view = view.replace(protect_prompt=12)
     key = np.asarray(view.key_bksd)[:, :, :24]
     free = np.asarray(view.candidate_bkn)
     got = np.asarray(scorer.features(RULES, view))[..., : key.shape[-1]]
@@ -165,6 +187,9 @@ def test_wrappers_are_checked():
     }.items():
         with pytest.raises(UserError, match=message):
             replay.check(policies.get(name), LM.config, cadence)
+    replay.check(policies.get("prompt(ada(h2o)):tokens=99,on_top=True"), LM.config, cadence)
+    with pytest.raises(UserError, match="prompt: on_top = 1 must be"):
+        policies.get("prompt(h2o):on_top=1")
     for name in ("prompt(full)", "prompt(prompt(h2o))", "prompt(h2o):tokens=-1", "ada(prompt)"):
         with pytest.raises(UserError, match=r"must be a (policy that|whole number)"):
             policies.get(name)
