@@ -64,7 +64,8 @@ def at(x_e: Array, eviction: Array) -> Array:
 
 def protected(position_xbkn: Array, cadence: Cadence, prompt_b: Array) -> Array:
     """Which positions are of protected tokens of the prompt."""
-    return position_xbkn < jnp.minimum(prompt_b, cadence.protect_prompt)[:, None, None]
+    kept_bkn = jnp.minimum(prompt_b, cadence.protect_prompt)[:, None, None]
+    return position_xbkn < jnp.expand_dims(kept_bkn, range(position_xbkn.ndim - 3))
 
 
 def search(

@@ -19,7 +19,7 @@ from tests import oracles
 from tests.learning import CADENCE, grpo_plan
 
 ROLLOUTS = 4
-KEPT = Cadence(16, 4, 6)  # of prompts, the first 6 tokens
+KEPT = Cadence(20, 4, 6)  # of prompts, the first 6 tokens
 LENGTHS = [45, 61, 24, 33]  # that of 24 sees no eviction
 
 

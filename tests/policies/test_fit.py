@@ -216,7 +216,7 @@ def test_a_directory_that_says_less_loads(tmp_path):
         del about[name]
     (path / "scorer.json").write_text(json.dumps(about))
     policy = fkv.load_scorer(path)
-    assert dataclasses.astuple(policy.trained) == (str(path), "", "", 0, 0)
+    assert dataclasses.astuple(policy.trained) == (str(path), "", "", 0, 0, 0)
     run_generate(policy)
 
 
@@ -227,6 +227,7 @@ def test_a_directory_that_says_less_loads(tmp_path):
         (dict(interval=16.5), r"scorer.json: interval = 16.5 must be"),
         (dict(budget=True), r"scorer.json: budget = True must be"),
         (dict(budget=-1), r"scorer.json: budget = -1 must be"),
+        (dict(protect_prompt=-1), r"scorer.json: protect_prompt = -1 must be"),
         (dict(model=3), r"scorer.json: model = 3 must be text"),
         (dict(scorer=dict(hidden=16)), r"scorer.json: scorer lacks 'form': it has form, hidden"),
         (dict(scorer=[1]), r"can't be read \(scorer.json does not describe .*: scorer is \[1\]\)"),
@@ -357,7 +358,7 @@ def test_jobs_take_another_interval_when_asked_to(tmp_path, monkeypatch, capsys)
             job.run(config, str(tmp_path / "out"))
     config.generate.any_interval = True
 
-    def stream(*args):
+    def stream(*args, **more):
         yield ""
         return api.Generation("", np.zeros(1), True, 0)
 

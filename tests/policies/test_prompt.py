@@ -41,6 +41,8 @@ def test_protected_entries_are_never_dropped(name):
     for protect in (0, 1, 14, budget - 2 * interval, budget - interval):
         # As many of the prompt's entries as may be there.
         held = np.asarray(view.cache.position_bks).copy()
+        if name == "tova":  # whose heads hold the same entries
+            held[:] = held[:, :1]
         for row, head in np.ndindex(held.shape[:2]):
             kept = min(prompt[row], protect)
             lowest = np.argsort(held[row, head])[:kept]
