@@ -56,7 +56,9 @@ def _figures(path: Path, figures: Sequence[str]) -> Iterator[dict[str, Any]]:
         for number, line in enumerate(lines, 1):
             if None in line or None in line.values():
                 raise refuse(f"row {number} does not have one field per column")
-            about = {"policy": line["policy"], "budget": int(line["budget"])}
+            kept = int(line.get("protect_prompt", 0))  # not in files of earlier versions
+            policy = line["policy"] + (f", prompt {kept}" if kept else "")
+            about = {"policy": policy, "budget": int(line["budget"])}
             for figure in figures:
                 if figure in _OPTIONAL and not line[figure]:
                     continue

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from fkv import api, policies
 from fkv.api import Model
-from fkv.cache.cadence import FULL
+from fkv.cache.cadence import FULL, said_budget
 from fkv.data import benchmarks
 from fkv.data.traces import Traces
 from fkv.engine import decoding
@@ -432,7 +432,8 @@ def _measure_traces(config, model, named, run, held_out) -> list[loss_ratio.Loss
     trace = Batch.of(*held_out.rows(np.array([np.argmax(held_out.length_n)])))
     cadence = common.cadence(config, settings.budgets[len(settings.budgets) // 2])
     maps = diagnosis.retention(model.lm, named, trace, cadence)
-    title = f"held at B = {cadence.budget}, mean over heads"
+    budget = said_budget(cadence.budget, cadence.protect_prompt)
+    title = f"held at B = {budget}, mean over heads"
     plots.retention(maps, path / "retention.png", title)
     table_ykj = diagnosis.block_scores(model.lm, trace, config.interval)
     plots.attention_patterns(

@@ -147,6 +147,21 @@ def test_the_summary_is_the_mean_over_seeds(fake_jobs, tmp_path):
     assert len(list(csv.DictReader((tmp_path / "results.csv").open()))) == 4 * 2 * 4
 
 
+def test_shares_of_the_gap_and_protected_prompts_are_in_the_summary(fake_jobs, tmp_path):
+    some = list(points())[:2]
+    sweep.run_local(some, tmp_path, ["--config=x"])
+    for point, share in zip(some, (0.5, 0.7), strict=True):
+        (tmp_path / point.name / "loss_ratio.csv").write_text(
+            "policy,budget,ratio,ratio_low,added_low,overlap,gap_closed,protect_prompt\n"
+            f"full,16,1,1,0,nan,,0\nforesight,16,1.1,1.1,0.5,0.7,{share},8\n"
+        )
+    text = sweeps.write_summary(some, tmp_path)
+    head, _, full, foresight = text.splitlines()[:4]
+    assert head.split()[-1] == "gap_closed"
+    assert "foresight, prompt 8" in foresight and foresight.endswith("0.600 ± 0.100")
+    assert full.rstrip().endswith("0.000 ± 0.000")
+
+
 # ---- several points as one job
 
 SHARED = {"a1": "x", "a2": "y", "a3": "x", "b1": "x"}
