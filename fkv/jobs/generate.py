@@ -51,9 +51,9 @@ def run(config: ConfigDict, workdir: str) -> str:
     common.say(f"{prompt}\n")
     start = time.perf_counter()
     sizes = config.budget, config.interval, settings.new_tokens
-    sampling = settings.temperature, settings.top_k, settings.top_p
-    rest = {"seed": config.seed, "protect_prompt": config.protect_prompt}
-    pieces, one = api.stream(model, ids, policy, *sizes, *sampling, **rest), None
+    sampling = settings.temperature, settings.top_k, settings.top_p, config.seed
+    kept = config.protect_prompt
+    pieces, one = api.stream(model, ids, policy, *sizes, *sampling, protect_prompt=kept), None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*max_position_embeddings")  # said above
         while one is None:

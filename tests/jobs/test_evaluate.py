@@ -901,18 +901,19 @@ def test_generate_counts_what_it_wrote(finished, answered):
 def test_generate_takes_the_prompt_and_settings_given(tmp_path, capsys, monkeypatch):
     given = []
 
-    def stream(model, ids, *args):
-        given.append((api.decode(model, ids), *args))
+    def stream(model, ids, *args, protect_prompt):
+        given.append((api.decode(model, ids), *args, protect_prompt))
         yield from ("fan ", "", "</think> total 3")
         return api.Generation("fan </think> total 3", np.arange(5), False, 2)
 
     monkeypatch.setattr(api, "stream", stream)
     config = one_answer(generate__policy="h2o", generate__prompt="start fan <think>", seed=5)
+    config.protect_prompt = 7
     config.generate.temperature, config.generate.top_k, config.generate.top_p = 0.0, 3, 0.5
     assert generate.run(config, str(tmp_path)) == "fan </think> total 3"
     ((prompt, policy, *settings),) = given
     assert prompt == "start fan <think>" and policy == policies.get("h2o")
-    assert settings == [16, 8, 12, 0.0, 3, 0.5, 5]
+    assert settings == [16, 8, 12, 0.0, 3, 0.5, 5, 7]
     said = capsys.readouterr().out
     assert "fan </think> total 3" in said and "3 + 5 tokens, 2 evictions" in said
     assert "the right answer" not in said  # no one knows it
