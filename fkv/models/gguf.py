@@ -68,7 +68,7 @@ _NEUTRAL = {
     **dict.fromkeys(("swin_norm", "use_parallel_residual"), (False,)),
     "attention.causal": (True,),
     "attention.scale": (),  # the default, 1 / sqrt(head_dim), is not written
-    "rope.dimension_sections": (),
+    **dict.fromkeys(("rope.dimension_sections", "rope.scaling.alpha"), ()),
 }  # fmt: skip
 _SCALARS = dict(enumerate(("u1", "i1", "<u2", "<i2", "<u4", "<i4", "<f4", "u1"))) | {
     10: "<u8", 11: "<i8", 12: "<f8",
@@ -364,13 +364,7 @@ def undequantised(tensors: Mapping[str, Stored]) -> list[str]:
 
 def _config(found: Header) -> ModelConfig:
     """The config, by way of the fields that Hugging Face would have."""
-    families = {family: name for name, family in ARCHITECTURES.items()}
-    family = found.get("general.architecture", kinds.TEXT)
-    if family not in families:
-        raise UserError(
-            f"{found.path}: architecture {said(family)} is not supported; use one of "
-            + ", ".join(families)
-        )
+    family = family_of(found)
 
     def get(key, kind, default=None):
         return found.get(f"{family}.{key}", kind, default)
@@ -396,7 +390,7 @@ def _config(found: Header) -> ModelConfig:
         raise UserError(f"{found.path}: sliding-window attention is not supported")
     below_one = kinds.number(0, 1, below=True)
     config = from_hf({
-        "architectures": [families[family]],
+        "model_type": family,
         "vocab_size": vocabulary(found),
         "hidden_size": width, "num_hidden_layers": size("block_count"),
         "num_attention_heads": heads, "head_dim": head_dim,
@@ -415,6 +409,15 @@ def _config(found: Header) -> ModelConfig:
     if scaling:
         raise UserError(f"{found.path}: {FACTORS} beside rope.scaling is not supported")
     return dataclasses.replace(config, rope_scaling=_factors(found, config))
+
+
+def family_of(found: Header) -> str:
+    """The decoder's family; others than ours are refused."""
+    family = found.get("general.architecture", kinds.TEXT)
+    if family not in ARCHITECTURES.values():
+        known = ", ".join(ARCHITECTURES.values())
+        raise UserError(f"{found.path}: architecture {said(family)} is not supported, only {known}")
+    return family
 
 
 def _check_neutral(found: Header, family: str) -> None:

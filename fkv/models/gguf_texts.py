@@ -65,21 +65,23 @@ def load_tokenizer(path: Path) -> Any:
     if wrong := next((merge for merge in merges if len(merge) != 2), None):
         raise UserError(f"{path}: tokenizer.ggml.merges holds {said(' '.join(wrong))}, not a pair")
     ids = {token: i for i, token in enumerate(tokens)}
+    template, named = header.get("tokenizer.chat_template", kinds.TEXT, ""), _named(header, tokens)
     try:
         bpe = tokenizers.models.BPE(ids, merges, ignore_merges=pre in _WHOLE)
-    except Exception as error:  # whatever tokenizers raises on damaged merges
+        inner = tokenizers.Tokenizer(bpe)
+        inner.normalizer = normalizers.NFC() if pre in _COMPOSED else None
+        inner.pre_tokenizer = pre_tokenizers.Sequence(_SPLITS[pre]())
+        inner.decoder = decoders.ByteLevel()
+        _add_special(header, inner, tokens, set(named.values()))
+        _add_ends(header, inner, named, ids)
+        tokenizer = hub.transformers().PreTrainedTokenizerFast(
+            tokenizer_object=inner, clean_up_tokenization_spaces=False, **named
+        )
+    except UserError:
+        raise
+    except Exception as error:  # whatever tokenizers raises on damaged merges and tokens
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: its tokenizer can't be built ({reason[:300]})") from None
-    inner = tokenizers.Tokenizer(bpe)
-    if pre in _COMPOSED:
-        inner.normalizer = normalizers.NFC()
-    inner.pre_tokenizer = pre_tokenizers.Sequence(_SPLITS[pre]())
-    inner.decoder = decoders.ByteLevel()
-    named = _named(header, tokens)
-    _add_special(header, inner, tokens, set(named.values()))
-    _add_ends(header, inner, named, ids)
-    tokenizer = hub.transformers().PreTrainedTokenizerFast(tokenizer_object=inner, **named)
-    template = header.get("tokenizer.chat_template", kinds.TEXT, "")
     tokenizer.chat_template = template or None
     return tokenizer
 
@@ -98,8 +100,7 @@ def stop_tokens(path: Path, vocabulary: int) -> tuple[int, ...]:
             found.append(header.get(key, kinds.whole(0, vocabulary - 1)))
     if "tokenizer.ggml.tokens" in header.metadata:
         ids = {token: i for i, token in enumerate(_tokens(header))}
-        ends = _ENDS.get(header.metadata["general.architecture"], ())
-        found += [ids[end] for end in ends if end in ids]
+        found += [ids[end] for end in _ENDS[gguf.family_of(header)] if end in ids]
     return tuple(dict.fromkeys(found))
 
 
@@ -153,7 +154,7 @@ def _add_ends(
     for role, asked in around:
         if asked and role not in named:
             raise UserError(f"{header.path}: tokenizer.ggml.add_{role} is set, but it has none")
-    front, back = (f"{named[role]}" if asked else "" for role, asked in around)
+    front, back = (named[role] if asked else "" for role, asked in around)
     if begins or ends:
         inner.post_processor = processors.TemplateProcessing(
             single=[x for x in (front, "$A", back) if x],
