@@ -1,6 +1,7 @@
 """GGUF files: the decoder and the tokenizer that they describe, against PyTorch's reading."""
 
 import dataclasses
+import functools
 import importlib.metadata
 import itertools
 import json
@@ -237,9 +238,12 @@ def read_by_torch(path):
     torch = pytest.importorskip("torch")
     pytest.importorskip("accelerate")
     transformers = pytest.importorskip("transformers")
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32
-    ).eval()
+    # It asks for the names of all tensors once for every module.
+    names = functools.cache(package.get_tensor_name_map)
+    with mock.patch.object(package, "get_tensor_name_map", names):
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32
+        ).eval()
 
 
 def assert_as_in_torch(lm, model, token_bt):
