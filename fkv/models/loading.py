@@ -234,7 +234,7 @@ def save(directory: str | Path, lm: LM) -> None:
         raise UserError(f"no {config.family} config.json can describe {config}")
 
     host, tensors = jax.device_get(params), {}
-    for t in _tensors(config, _HF):
+    for t in _tensors(config):
         if t.layer is None:
             tensor = host[t.ours]
         else:
@@ -297,7 +297,7 @@ def files_of_tensors(directory: Path) -> tuple[dict[str, str], int]:
     return {name: t.path.name for name, t in stored.items()}, size
 
 
-def _tensors(config: ModelConfig, names: _Names) -> Iterator[_Tensor]:
+def _tensors(config: ModelConfig, names: _Names = _HF) -> Iterator[_Tensor]:
     """Every tensor of a checkpoint of this decoder."""
     shapes = param_shapes(config)
     for ours, name in names.top.items():

@@ -11,6 +11,7 @@ import struct
 import sys
 import types
 import unicodedata
+import weakref
 from unittest import mock
 
 import huggingface_hub
@@ -280,6 +281,23 @@ def test_dtypes(sound):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, 4e-3, 1e-7), exact.params, lm.params)
     want = jax.tree.map(lambda x: x.astype(jnp.bfloat16), exact.params)
     assert_equal(models.load(path, "bfloat16").params, want)
+
+
+def test_one_tensor_at_a_time_lies_in_memory_twice(sound, monkeypatch):
+    """What has been read is gone when the next tensor is read."""
+    read_so_far, held, read = [], [], gguf.Stored.read
+
+    def watched(self, dtype):
+        held.append(sum(reference() is not None for reference in read_so_far))
+        tensor = read(self, dtype)
+        assert tensor.dtype == dtype  # what follows needs no other copy
+        if self.name.startswith("blk"):  # a CPU keeps the others as parameters, without a copy
+            read_so_far.append(weakref.ref(tensor if tensor.base is None else tensor.base))
+        return tensor
+
+    monkeypatch.setattr(gguf.Stored, "read", watched)
+    models.load(sound[0], "bfloat16")
+    assert len(held) == len(gguf.stored(sound[0])) and max(held) <= 1
 
 
 def test_numbers_that_are_not_finite(sound, tmp_path):
