@@ -217,8 +217,8 @@ def render(tokenizer: Any, text: str, name: str) -> str:
             raise ValueError("its output does not contain the message")
     except Exception as error:  # a template is a program
         raise UserError(
-            f"model {name}: its chat template fails ({_reason(error)}): fix {_TEMPLATE}, or "
-            f"'chat_template' of {_CONFIG}, or {raw}"
+            f"model {name}: its chat template fails ({_reason(error)}): fix {_TEMPLATE}, "
+            f"'chat_template' of {_CONFIG} or the GGUF file's, or {raw}"
         ) from error
     return whole
 

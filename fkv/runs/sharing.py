@@ -153,9 +153,10 @@ def export(
 def _card(data: Mapping[str, Any], metrics: str) -> str:
     model = data.get("model", "unknown")
     rest = {k: v for k, v in data.items() if k not in ("scorer", "fkv", "model", "revision")}
+    on_hub = "/".join(model.split("/")[:2])  # without the name of a GGUF file
     text = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
     return string.Template(text).substitute(
-        base=f"base_model: {model}\n" if "/" in model and not files.expand(model).exists() else "",
+        base=f"base_model: {on_hub}\n" if "/" in model and not files.expand(model).exists() else "",
         model=model,
         version=data["fkv"],
         revision=data.get("revision") or "main",

@@ -25,10 +25,11 @@ from huggingface_hub import errors
 from safetensors.numpy import load_file
 
 import fkv
-from fkv import models
+from fkv import models, policies
 from fkv.errors import UserError
 from fkv.models import ModelConfig, gguf, texts
-from fkv.runs import costs, provenance
+from fkv.policies import scorer
+from fkv.runs import costs, provenance, sharing
 from tests.models import full_logits, random_lm, tokens
 
 package = pytest.importorskip("gguf")
@@ -457,6 +458,9 @@ def test_what_is_no_file_of_this_kind(sound, tmp_path):
     message = refusal(models.load, sound[0].parent)  # it holds the file
     assert f"no config.json; of a GGUF file give the path: {sound[0]}" in message
     assert "a file, and scorers" in refusal(models.load_judges, sound[0])
+    policy = policies.Foresight({}, scorer.ScorerConfig())
+    message = refusal(sharing.export_released, policy, sound[0], tmp_path / "out")
+    assert f"{sound[0]}: the released code reads no GGUF files" in message
     assert "x.gguf: no such file" in refusal(models.load, "no/such/place/x.gguf".replace("/", "//"))
     assert "revision 'v1' is for a hub id; this is a file" in refusal(
         models.load, sound[0], revision="v1"

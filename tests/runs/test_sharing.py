@@ -52,6 +52,9 @@ def test_a_shared_directory_gives_the_scorers_back(tmp_path):
     assert card.startswith("---\nlibrary_name: fkv\nbase_model: owner/name\n")
     assert "| a table |" in card and "| budget | 64 |" in card and "| norm | rms |" in card
     assert not list(tmp_path.glob("*.tmp"))
+    sharing.export(policy, tmp_path, ABOUT | {"model": "owner/name/x.gguf"})
+    card = (tmp_path / "README.md").read_text()
+    assert "base_model: owner/name\n" in card and "owner/name/x.gguf" in card
     # It acts alike.
     lm = oracles.make_lm()
     batch = oracles.make_batch(lm.config, [50])
