@@ -607,7 +607,7 @@ def worded(tmp_path, vocabulary):
             "bos_token_id": 1, "eos_token_id": 2, "chat_template": TEMPLATE,
         }  # fmt: skip
         config = dataclasses.replace(
-            LLAMA, family=family, vocab_size=len(words), width=2, head_dim=2, layers=1
+            LLAMA, family=family, vocab_size=len(words), width=2, heads=1, kv_heads=1, head_dim=2
         )
         kept = {key: x for key, x in (keys | changes).items() if x is not None}
         embedding = {"token_embd.weight": np.zeros((len(words), 2), np.float32)}
@@ -631,6 +631,17 @@ def test_texts_become_tokens_as_the_slow_way_says(worded, vocabulary, pre):
         back = texts.load_tokenizer(path).decode(got)
         assert back == (unicodedata.normalize("NFC", text) if pre == "qwen2" else text)
     assert set(range(3)) <= set(ids_of(path, PAGE))
+
+
+@pytest.mark.parametrize("pre", PATTERNS)
+def test_texts_become_tokens_as_in_transformers(worded, pre):
+    """Which needs PyTorch for it, and splits no numbers into digits for `smollm`."""
+    pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    path = worded(tokenizer_pre=pre, add_bos_token=False)
+    theirs = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    text = regex.sub(r"\p{N}", "", PAGE) if pre == "smollm" else PAGE
+    assert ids_of(path, text) == theirs(text)["input_ids"]
 
 
 def test_special_tokens_and_ends(worded, vocabulary):
