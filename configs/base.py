@@ -206,7 +206,7 @@ def evaluate() -> ConfigDict:
     config.action_temperature = 1.0  # of sample and multinomial; should be that of training
     config.policies = ("full", *BASELINES)  # besides the scorers
     config.budgets = (1024, 2048, 4096)  # B
-    # embedded, aime24, aime25, math500, gsm8k, gpqa, a .jsonl or .parquet file, or a hub id
+    # embedded, aime24, aime25, math500, gsm8k, gpqa, a file, a hub id, or '' to measure losses only
     config.benchmark = "embedded"
     config.split = "test"  # of a file or hub id, as the next three fields
     config.subset = ""  # of a data set on the hub

@@ -45,7 +45,7 @@ class Corpus:
             ]
             if kept:
                 return kept, self.version(root)
-        raise UserError(f"no files {' or '.join(self.patterns)} here: {self.advice}")
+        raise UserError(f"not found ({', '.join(self.patterns)}): {self.advice}")
 
 
 def _debian(package: str, *patterns: str, real: str = "", left_out: tuple[str, ...] = ()) -> Corpus:

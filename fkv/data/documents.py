@@ -82,8 +82,9 @@ def find(where: str) -> list[Path]:
         raise UserError(
             f"{where}: no files match" if _MAGIC.search(where) else f"{where}: no files"
         )
-    first = {os.path.realpath(path): path for path in sorted(found, reverse=True)}
-    return sorted(first.values())
+    # Links may lead to a file in many ways: the shortest stays.
+    found.sort(key=lambda path: (len(path.parts), path), reverse=True)
+    return sorted({os.path.realpath(path): path for path in found}.values())
 
 
 def _below(place: Path) -> list[Path]:
@@ -126,15 +127,16 @@ def read(kind: str, paths: Iterable[Path], column: str, seen: set[str]) -> Read:
 
 def _texts(path: Path, column: str) -> Iterable[tuple[str, str | ValueError | None]]:
     """(source, text) of a file, or of its rows; in place of a text the reason why it is none."""
+    name = os.fsencode(path).decode(errors="backslashreplace")
     if path.suffix.lower() in _ROWS:
         values = sources.column(sources.open_file(str(path)), column, str(path))
         for row, value in enumerate(values):
-            yield f"{path}:{row}", benchmarks.words(value)
+            yield f"{name}:{row}", benchmarks.words(value)
         return
     try:
-        yield str(path), text_of(path.name, files.read_bytes(path))
+        yield name, text_of(path.name, files.read_bytes(path))
     except ValueError as error:
-        yield str(path), error
+        yield name, error
 
 
 def text_of(name: str, data: bytes) -> str:

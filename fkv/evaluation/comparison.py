@@ -56,12 +56,13 @@ def load(name: str, workdir: str | Path) -> Other:
         raise UserError(
             f"evaluate.compare = {name!r} is the workdir of this evaluation: give another"
         )
-    if not (path / "samples.jsonl").is_file():
+    if not any((path / file).is_file() for file in ("samples.jsonl", TRACES)):
         raise UserError(
             f"evaluate.compare = {name!r} has no samples.jsonl: give the workdir of an evaluation"
         )
-    rows, _ = answers.read(path / "samples.jsonl")
-    losses, traces = (), ()
+    rows, losses, traces = (), (), ()
+    if (path / "samples.jsonl").is_file():
+        rows, _ = answers.read(path / "samples.jsonl")
     if (path / TRACES).is_file():
         losses, traces = loss_table.read_traces(path / TRACES)
     by_cell = {(one.policy, one.budget): one for one in losses}
@@ -90,13 +91,13 @@ def shared(
     Raises:
       UserError: none is shared, or the other lacks some of their answers or has other references.
     """
-    there = {key[:2] for key in other.rows}
+    there = {key[:2] for key in other.rows} if references else {*other.losses}
     found = [cell for cell in cells if cell in there]
     if not found:
         names = ", ".join(map(label, sorted(there))) or "nothing"
         raise UserError(
-            f"evaluate.compare: {other.path} has answers of {names}, but of no policy and budget "
-            "of this run"
+            f"evaluate.compare: {other.path} has {'answers' if references else 'losses'} of "
+            f"{names}, but of no policy and budget of this run"
         )
     for cell, (problem, reference), sample in itertools.product(
         found, references.items(), range(samples)

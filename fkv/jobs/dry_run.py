@@ -38,6 +38,8 @@ def run(job: str, config: ConfigDict) -> str:
     groups.check(config, job)
     if job == "traces" and config.traces.text:
         raise UserError("launch.traces has no dry run for traces.text, which runs no model")
+    if job == "evaluate" and not config.evaluate.benchmark:
+        raise UserError("launch.evaluate has a dry run of answers, and evaluate.benchmark is empty")
     cadence = common.cadence(config)
     model = common.model_config(config)
     lines = [

@@ -105,7 +105,7 @@ def run(config: ConfigDict, workdir: str, anew: Sequence[str] = ()) -> list[accu
     Each of several processes takes a batch at a time; all of them get all answers. Writes
     `samples.jsonl`, `accuracy.{txt,md,csv}`, `regressions.csv`, from the traces `loss_ratio.*`,
     `trace_losses.csv`, `diagnosis.csv` and pictures, and `compared.{txt,md,csv}` with another
-    evaluation.
+    evaluation. Without a benchmark only losses are measured.
 
     Args:
       anew: names of scorers that may have been trained further: then their earlier answers are
@@ -121,8 +121,9 @@ def run(config: ConfigDict, workdir: str, anew: Sequence[str] = ()) -> list[accu
     common.announce("evaluate", config, workdir, common.model_config(config), what)
     plan = _plan(config, workdir, checker, anew)
     named, model, problems = plan.named, plan.model, plan.problems
-    longest = plan.shape.width + plan.shape.new_tokens
-    common.warn_of_length(model.config, longest, "prompt + new_tokens")
+    if problems:
+        longest = plan.shape.width + plan.shape.new_tokens
+        common.warn_of_length(model.config, longest, "prompt + new_tokens")
     if plan.held_out is not None:
         common.warn_of_length(model.config, plan.held_out.length_n.max(), "the longest trace")
 
@@ -136,7 +137,7 @@ def run(config: ConfigDict, workdir: str, anew: Sequence[str] = ()) -> list[accu
     samples.check_references({problem.id: problem.reference for problem in problems})
     run.resume({})  # metrics are written again from all samples
 
-    cells = _cells(config, named)
+    cells = _cells(config, named) if problems else []
     asked = list(itertools.product(range(len(problems)), range(settings.samples)))
     several = settings.batch * jax.process_count()
     with checker, preemption.noticed() as asked_to_end:
@@ -165,7 +166,8 @@ def run(config: ConfigDict, workdir: str, anew: Sequence[str] = ()) -> list[accu
         )
         for r in accuracy.summarise(rows)
     ]
-    _write_answers(run, found, rows)
+    if problems:
+        _write_answers(run, found, rows)
     for result in found:
         name = f"{result.policy}_{result.budget}" if result.budget else result.policy
         run.log(result.budget, {f"pass_at_1/{name}": result.pass_at_1})
@@ -200,11 +202,12 @@ def _plan(
     problems = _problems(config, model, checker)
     embedded = config.evaluate.benchmark == api.EMBEDDED
     new_tokens = answering.new_tokens(config, "evaluate", embedded)
-    width = max(len(problem.prompt) for problem in problems)
+    width = max((len(problem.prompt) for problem in problems), default=0)
     shape = answering.Shape(config.evaluate.batch, width, new_tokens)
     inputs |= common.language_inputs(model)
-    asked = ((problem.prompt, problem.id, problem.reference) for problem in problems)
-    inputs["evaluate.benchmark: questions"] = provenance.of_questions(asked)
+    if problems:
+        asked = ((problem.prompt, problem.id, problem.reference) for problem in problems)
+        inputs["evaluate.benchmark: questions"] = provenance.of_questions(asked)
     shared = []
     if other is not None:
         cells = [cell[:2] for cell in _cells(config, named)]
@@ -255,6 +258,8 @@ def _policies(config: ConfigDict) -> tuple[dict[str, Policy], dict[str, str]]:
 
 def _problems(config: ConfigDict, model: Model, checker: judge.Checker) -> list[Problem]:
     settings = config.evaluate
+    if not settings.benchmark:
+        return []
     if settings.benchmark == api.EMBEDDED:
         if not settings.problems:
             raise UserError("evaluate.problems must be at least 1: the embedded task has no end")
@@ -383,6 +388,8 @@ def _shared(
         common.say(f"not compared, as {other.path} has none of it: {', '.join(left_out)}")
     if held_out is not None and held_out.digests() != other.traces:
         why = "other traces" if other.traces else f"no {comparison.TRACES}"
+        if not problems:
+            raise UserError(f"evaluate.compare: {other.path} has {why}, and there are no answers")
         common.say(f"loss ratios are not compared: {other.path} has {why}")
     return found
 
@@ -406,9 +413,14 @@ def _write_comparison(run: Run, other: comparison.Other, found: Sequence) -> Non
 def _traces(config: ConfigDict, model: Model) -> Traces | None:
     """Held-out traces to measure losses on, if any are asked for."""
     settings = config.evaluate
+    if not settings.benchmark and not (settings.traces and settings.budgets):
+        raise UserError(
+            "evaluate.benchmark is empty, so only losses are measured: set evaluate.traces to at "
+            "least 1, and evaluate.budgets"
+        )
     if not settings.traces or not settings.budgets:
         return None
-    if settings.benchmark != api.EMBEDDED and not config.data.eval_path:
+    if settings.benchmark not in ("", api.EMBEDDED) and not config.data.eval_path:
         common.say("no loss ratios: set data.eval_path to held-out traces for them")
         return None
     return common.load_traces(

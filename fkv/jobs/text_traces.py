@@ -75,8 +75,30 @@ def run(config: ConfigDict, workdir: str) -> int:
             f"warning: traces.length = {settings.length} is not above budget + interval = {slots}: "
             "no token would attend after an eviction"
         )
-    made = parallel.on_first(lambda: _make(config, path, places, model), "write traces of text")
-    return made or 0
+    column = settings.text_column
+    reads = parallel.on_first(lambda: _read(places, column), "read the text") or []
+    found: dict[str, list[documents.Document]] = {}
+    for place, read in zip(places, reads, strict=bool(reads)):
+        found.setdefault(place.kind, []).extend(read.documents)
+    names = sorted(document.id for kind in found.values() for document in kind)
+    inputs = {
+        "model: its tokenizer": provenance.of_tokenizer(model.directory),
+        "traces.text: documents": hashlib.sha256("\n".join(names).encode()).hexdigest(),
+    }
+    rundir.check_run(path, config, MAY_DIFFER, inputs)
+    parts = parallel.on_first(lambda: _cut(config, model, found), "cut the text") or []
+    run = rundir.open_run(path, config, MAY_DIFFER, inputs)
+
+    def write():
+        written = _write(path, parts, run.config)
+        files.write_text(path / CARD, _card(config, inputs, zip(places, reads, strict=True), parts))
+        return written
+
+    written = parallel.on_first(write, "write the traces") or 0
+    common.say(f"{written} traces written to {path}: {', '.join(_asked(settings))}, {CARD}")
+    _report(settings, reads, parts)
+    run.close()
+    return written
 
 
 def load_tokenizer(config: ConfigDict) -> Model:
@@ -102,34 +124,6 @@ def _check(config: ConfigDict) -> None:
             f"traces.prompt_tokens = {settings.prompt_tokens} must be below traces.length = "
             f"{settings.length}"
         )
-
-
-def _make(config: ConfigDict, path: Path, places: Sequence[Place], model: Model) -> int:
-    """Reads and cuts the text, and writes what is not there yet; returns how many traces."""
-    reads = _read(places, config.traces.text_column)
-    found: dict[str, list[documents.Document]] = {}
-    for place, read in zip(places, reads, strict=True):
-        found.setdefault(place.kind, []).extend(read.documents)
-    names = sorted(document.id for kind in found.values() for document in kind)
-    inputs = {
-        "model: its tokenizer": provenance.of_tokenizer(model.directory),
-        "traces.text: documents": hashlib.sha256("\n".join(names).encode()).hexdigest(),
-    }
-    rundir.check_run(path, config, MAY_DIFFER, inputs)
-    parts = _cut(config, model, found)
-    run = rundir.open_run(path, config, MAY_DIFFER, inputs)
-    written = _write(path, parts, run.config)
-    files.write_text(path / CARD, _card(config, inputs, zip(places, reads, strict=True), parts))
-    common.say(f"{written} traces written to {path}: {', '.join(_asked(config.traces))}, {CARD}")
-    for part in parts:
-        asked, count = config.traces[COUNTS[part.split]], len(part.rows)
-        short = f" (of {asked} asked for: the text has no more)" if count < asked else ""
-        where, used = f"{part.split}/{part.kind}", f"{part.used} of {part.documents} documents"
-        common.say(f"  {where}: {count} traces{short} of {used}")
-    if copies := sum(read.copies for read in reads):
-        common.say(f"  {copies} documents left out, as copies")
-    run.close()
-    return written
 
 
 def _cut(
@@ -222,9 +216,10 @@ def _row(settings: ConfigDict, document: documents.Document, piece: int, ids) ->
 
 def _why_none(settings: ConfigDict, kind: str, split: str, chosen: int, found: int) -> str:
     if chosen:
+        packed = "" if settings.documents == "packed" else ", or set traces.documents to packed"
         return (
             f"traces.text: none of the {chosen} {split} documents of kind {kind!r} has "
-            f"traces.length = {settings.length} tokens: add text, or set traces.documents = packed"
+            f"traces.length = {settings.length} tokens: lower it, add text{packed}"
         )
     fix = {"train": "lower both", "dev": "raise the latter", "heldout": "raise the former"}[split]
     return (
@@ -256,6 +251,17 @@ def _write(path: Path, parts: Sequence[Part], settings: dict) -> int:
             traces.write(file, rows, settings)
             written += len(rows) - len(there.get(file, ()))
     return written
+
+
+def _report(settings: ConfigDict, reads: Sequence[documents.Read], parts: Sequence[Part]) -> None:
+    """Prints what there is now."""
+    for part in parts:
+        asked, count = settings[COUNTS[part.split]], len(part.rows)
+        short = f" (of {asked} asked for: the text has no more)" if count < asked else ""
+        where, used = f"{part.split}/{part.kind}", f"{part.used} of {part.documents} documents"
+        common.say(f"  {where}: {count} traces{short} of {used}")
+    if copies := sum(read.copies for read in reads):
+        common.say(f"  {copies} documents left out, as copies")
 
 
 def _card(

@@ -41,6 +41,7 @@ def test_files_are_found_once_by_name_directory_and_pattern(tree, monkeypatch):
     assert names(documents.find(f"{tree}/*.txt"), tree) == ["again.txt"]
     assert names(documents.find(f"{tree}/a/*/*.md"), tree) == ["a/deep/d.md"]
     assert "a/deep/d.md" in names(documents.find(f"{tree}/**/*.md"), tree)
+    assert names(documents.find(f"{tree}/**/*.py"), tree) == ["a/c.py"]  # not through the loop
     assert names(documents.find(f"{tree}/a/dee*"), tree) == ["a/deep/d.md"]
     monkeypatch.setenv("HOME", str(tree))
     assert names(documents.find("~/a/*.py"), tree) == ["a/c.py"]
@@ -81,6 +82,14 @@ def test_each_text_is_read_once(tmp_path):
     assert (found.files, found.copies, found.unusable) == (3, 1, [])
     assert [d.source for d in found.documents] == [str(tmp_path / "a"), str(tmp_path / "c")]
     assert read(tmp_path / "c", seen=seen).copies == 1
+
+
+def test_names_of_files_may_be_any_bytes(tmp_path):
+    path = os.fsencode(tmp_path) + b"/caf\xe9.txt"
+    with open(path, "w") as file:
+        file.write("one")
+    [document] = read(*documents.find(str(tmp_path))).documents
+    assert document.source == f"{tmp_path}/caf\\xe9.txt"
 
 
 def test_rows_are_documents_and_unusable_ones_are_named(tmp_path):
@@ -183,7 +192,7 @@ def test_packages_of_debian_are_found_installed_or_unpacked(tmp_path, monkeypatc
     monkeypatch.setattr(corpora, "DEBIAN", (tmp_path / "none", tmp_path / "unpacked"))
     with pytest.raises(UserError) as caught:
         corpora.find("python3-doc")
-    assert str(caught.value).startswith("python3-doc: no files ")
+    assert str(caught.value).startswith("python3-doc: not found (usr/share/")
     assert "`apt-get install python3-doc`" in str(caught.value)
     assert "`apt-get download 'python3.*-doc'` and `dpkg -x python3.*-doc_*.deb" in str(
         caught.value

@@ -110,6 +110,33 @@ def by_key(rows):
     return found
 
 
+# ---- losses only
+
+
+def test_without_a_benchmark_the_losses_are_those_of_a_whole_run(
+    finished, scorer_dir, tmp_path, fake_model
+):
+    path = tmp_path / "losses"
+    config = recipe(scorer_dir, evaluate__traces=3, evaluate__benchmark="")
+    assert evaluate.run(config, str(path)) == [] and not fake_model
+    for name in ("loss_ratio.csv", "trace_losses.csv", "diagnosis.csv"):
+        assert (path / name).read_text() == (finished[0] / name).read_text()
+    assert not [*path.glob("samples.jsonl"), *path.glob("accuracy.*")]
+    config.evaluate.compare = str(finished[0])
+    evaluate.run(config, str(path))
+    rows = [line.split(",")[:2] for line in (path / "compared.csv").read_text().splitlines()]
+    assert rows[1:] == [["foresight", "16"], ["streaming_llm", "16"]]
+    config.evaluate.traces = 2
+    with pytest.raises(UserError, match="has other traces, and there are no answers"):
+        evaluate.run(config, str(path))
+    config.evaluate.compare = ""
+    for changes in (dict(traces=0), dict(traces=2, budgets=())):
+        config.evaluate.update(changes)
+        with pytest.raises(UserError, match=r"evaluate.benchmark is empty, so only losses|budgets"):
+            evaluate.run(config, str(tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
+
+
 # ---- a whole run
 
 

@@ -1,12 +1,14 @@
 """The jobs in several processes: what is computed is faked, who writes what is not."""
 
 import hashlib
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import fkv
 from fkv.engine import decoding
 from fkv.evaluation import loss_ratio, plots
 from fkv.jobs import grpo as grpo_job
@@ -82,7 +84,12 @@ def run_jobs(root):
             grpo_job.run(recipe, str(root / "grpo"))
         patch.setattr(checkpoint, "save", save)
         grpo_job.run(recipe, str(root / "grpo"))
-        return traces.run(test_traces.recipe(batch=2), str(root / "traces"))
+        places = tuple(
+            f"code={Path(fkv.__file__).parent}/{room}/*.py" for room in ("data", "cache")
+        )
+        changes = dict(text=places, length=100, held_out=0.4, count=20, held_out_count=3)
+        of_text = traces.run(test_traces.recipe(**changes), str(root / "text"))
+        return of_text, traces.run(test_traces.recipe(batch=2), str(root / "traces"))
 
 
 SCRIPT = """
@@ -100,8 +107,8 @@ print("said:", run_jobs(Path(sys.argv[1])))
 def test_two_processes_write_what_one_does(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     started = start(SCRIPT, two, processes=2)
-    assert run_jobs(one) == 5
-    assert finish(started) == [["3"], ["2"]]  # traces written by each
+    assert run_jobs(one) == (23, 5)
+    assert finish(started) == [["(23, 3)"], ["(0, 2)"]]  # traces written by each
 
     def files(root):
         found = (path.relative_to(root) for path in root.rglob("*") if path.is_file())
@@ -117,6 +124,8 @@ def test_two_processes_write_what_one_does(tmp_path):
     for job in ("sft", "grpo"):
         states = (checkpoint.load(root / job).state for root in (one, two))
         jax.tree.map(np.testing.assert_array_equal, *states)
+    for part in ("train/code", "heldout/code"):
+        assert test_traces.rows(one / "text" / part) == test_traces.rows(two / "text" / part)
     rows = [sorted(test_traces.rows(root / "traces"), key=lambda r: r["id"]) for root in (one, two)]
     assert rows[0] == rows[1]
     assert len(list((two / "traces").glob("traces-001-*"))) == 1
