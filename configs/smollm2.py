@@ -54,6 +54,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.budget, config.interval = 128, 32
 
     config.traces.text = TEXT
+    config.traces.instruction = ""  # for answers of its own, with text=()
     config.traces.length = 1024
     config.traces.count = 400
     config.traces.held_out, config.traces.dev = 0.2, 0.1
