@@ -212,7 +212,8 @@ def _plan(
     if other is not None:
         cells = [cell[:2] for cell in _cells(config, named)]
         shared = _shared(config, other, cells, problems, held_out)
-        comparison.check_questions(other, config.evaluate, [p.id for p in problems], inputs)
+        if problems:
+            comparison.check_questions(other, config.evaluate, [p.id for p in problems], inputs)
     sampling = decoding.Sampling.of(config.evaluate)
     return Plan(named, inputs, model, held_out, problems, shape, sampling, other, shared)
 

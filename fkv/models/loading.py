@@ -313,8 +313,9 @@ def _tensors(config: ModelConfig, names: _Names = _HF) -> Iterator[_Tensor]:
             yield _Tensor(name, shape, ours, layer)
 
 
-def read(place: Path) -> ModelConfig:
+def read(place: str | Path) -> ModelConfig:
     """The decoder of a directory or GGUF file, as `find` returns them; no weights are read."""
+    place = files.expand(place)
     return gguf.read(place) if place.is_file() else hf_config.read(place)
 
 
