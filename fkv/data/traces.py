@@ -32,6 +32,7 @@ SCHEMA = pa.schema(
         ("kind", pa.string()),
     ]
 )
+_EPOCHS = 2**40  # as good as endless; batches of one overflow grain's endless repetition
 _KEYS = pa.schema([SCHEMA.field(name) for name in ("id", "sample")])
 
 
@@ -217,7 +218,7 @@ def batches(traces: Traces, batch: int, seed: int) -> grain.MapDataset:
     parts, shares = [], []
     for width in np.unique(traces.padded_n):
         ids = np.flatnonzero(traces.padded_n == width)
-        rows = grain.MapDataset.range(len(ids)).seed(seed).shuffle().repeat().batch(batch)
+        rows = grain.MapDataset.range(len(ids)).seed(seed).shuffle().repeat(_EPOCHS).batch(batch)
         parts.append(rows.map(lambda row, ids=ids: ids[row]))
         shares.append(len(ids) / len(traces))
     return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, shares)

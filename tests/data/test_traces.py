@@ -367,6 +367,11 @@ def test_a_batch_can_hold_all_traces_and_no_more(seven):
         traces.batches(seven, 8, seed=0)
 
 
+def test_a_batch_can_be_one_trace(seven):
+    order = traces.iterate(traces.batches(seven, 1, seed=0))
+    assert sorted(next(order).tolist() for _ in range(7)) == [[i] for i in range(7)]
+
+
 # ---- buckets
 
 MIXED = (90, 30, 26, 200, 45, 50, 101, 33, 99, 40, 130, 160)
