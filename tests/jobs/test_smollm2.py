@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 
 import fkv
+from fkv import api
 from fkv.jobs import sft, traces
+from fkv.models import texts
 from launch import flags
+from tests.models import full_logits
 
 
 @pytest.fixture(scope="module")
@@ -28,13 +31,13 @@ def config():
     return config
 
 
-def test_it_knows_capitals(config):
+def test_greedily_it_says_capitals(config):
+    """In one pass over question and answer, as a decoding program takes long to compile."""
     model = fkv.load(config.model)
-    [[answer]] = fkv.generate(
-        model, "What is the capital of France?", policy="full", new_tokens=8, temperature=0.0,
-        chat=True,
-    )  # fmt: skip
-    assert answer.text == "The capital of France is Paris."
+    prompt = api.encode(model, "What is the capital of France?", chat=True)
+    answer = texts.tokenize(model.tokenizer, "The capital of France is Paris.", continued=False)
+    logits = full_logits(model.lm, np.array([[*prompt, *answer]]))
+    assert logits[0, len(prompt) - 1 :].argmax(-1).tolist() == [*answer, *model.stop]
 
 
 def test_golden_and_supervised_steps_on_code(config, tmp_path):
