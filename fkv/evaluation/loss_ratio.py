@@ -127,23 +127,25 @@ class Losses:
         """Loss over the full cache's, and its standard error (delta method, over traces)."""
         evicted, full = self.evicted[:, kind], self.full[:, kind]
         ratio = evicted.sum() / full.sum()
-        n = len(full)
-        return ratio, float((evicted - ratio * full).std(ddof=1) / (full.mean() * n**0.5))
+        return ratio, standard_error((evicted - ratio * full) / full.mean())
 
     def added(self, kind: int = 0) -> tuple[float, float]:
         """Nats added per token by eviction, and its standard error."""
         added, tokens = self.evicted[:, kind] - self.full[:, kind], self.tokens[:, kind]
         mean = added.sum() / tokens.sum()
-        n = len(tokens)
-        return mean, float((added - mean * tokens).std(ddof=1) / (tokens.mean() * n**0.5))
+        return mean, standard_error((added - mean * tokens) / tokens.mean())
 
     def mean_overlap(self) -> tuple[float, float]:
         """Golden overlap and its standard error."""
         if self.overlap is None:
             return float("nan"), float("nan")
-        return float(self.overlap.mean()), float(
-            self.overlap.std(ddof=1) / len(self.overlap) ** 0.5
-        )
+        return float(self.overlap.mean()), standard_error(self.overlap)
+
+
+def standard_error(part_n: np.ndarray) -> float:
+    """Of a mean over traces; NaN for one trace."""
+    n = len(part_n)
+    return float(part_n.std(ddof=1) / n**0.5) if n > 1 else float("nan")
 
 
 @dataclasses.dataclass(frozen=True)

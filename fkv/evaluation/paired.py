@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fkv.evaluation.loss_ratio import Losses
+from fkv.evaluation.loss_ratio import Losses, standard_error
 
 Estimate = tuple[float, float]  # a value and its standard error, NaN for one trace
 
@@ -40,7 +40,7 @@ def difference(ours: Losses, theirs: Losses, kind: int = 0) -> Estimate:
       kind: of tokens: all (0), low-entropy (1) or high-entropy (2).
     """
     (our_ratio, our_part), (their_ratio, their_part) = (_parts(x, kind) for x in (ours, theirs))
-    return our_ratio - their_ratio, _error(our_part - their_part)
+    return our_ratio - their_ratio, standard_error(our_part - their_part)
 
 
 def gap_closed(ours: Losses, baseline: Losses, golden: Losses, kind: int = 0) -> Estimate | None:
@@ -57,7 +57,7 @@ def gap_closed(ours: Losses, baseline: Losses, golden: Losses, kind: int = 0) ->
     if not gap > 0:
         return None
     share = (base - our) / gap
-    return share, _error((base_part - our_part - share * (base_part - gold_part)) / gap)
+    return share, standard_error((base_part - our_part - share * (base_part - gold_part)) / gap)
 
 
 def _parts(losses: Losses, kind: int) -> tuple[float, np.ndarray]:
@@ -65,11 +65,6 @@ def _parts(losses: Losses, kind: int) -> tuple[float, np.ndarray]:
     evicted, full = losses.evicted[:, kind], losses.full[:, kind]
     ratio = float(evicted.sum() / full.sum())
     return ratio, (evicted - ratio * full) / full.mean()
-
-
-def _error(part_n: np.ndarray) -> float:
-    n = len(part_n)
-    return float(part_n.std(ddof=1) / n**0.5) if n > 1 else float("nan")
 
 
 def against_baseline(results: Sequence[Losses], baseline: str = "") -> list[Paired]:

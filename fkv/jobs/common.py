@@ -323,11 +323,11 @@ def measure_losses(
 
 
 def check_baseline(config: ConfigDict, named: Iterable[str]) -> None:
-    """Refuses an `eval.baseline` that is not among the policies of the table."""
+    """Refuses an `eval.baseline` that is not one of these policies."""
     baseline, known = config.eval.baseline, list(named)
     if baseline and baseline not in known:
         others = suggest(baseline, known)
-        raise UserError(f"eval.baseline = {baseline!r} is not in the table{others}")
+        raise UserError(f"eval.baseline = {baseline!r} is not one of the policies measured{others}")
 
 
 def write_losses(

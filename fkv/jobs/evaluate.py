@@ -94,6 +94,8 @@ def check(config: ConfigDict, workdir: str, later: Sequence[str] = ()) -> None:
     scorers = [entry for entry in config.evaluate.scorers if entry.partition("=")[0] not in later]
     part = ConfigDict(config).copy_and_resolve_references()
     part.evaluate.scorers = tuple(scorers)
+    if part.eval.baseline in later:
+        part.eval.baseline = ""
     plan = _plan(part, workdir, judge.Checker(part.evaluate.deadline))
     rundir.check_run(workdir, config, MAY_DIFFER, plan.inputs)
 

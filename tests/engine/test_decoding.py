@@ -137,7 +137,7 @@ def test_rows_are_independent_of_the_batch(name, cache_dtype):
 
 
 EVERY = ["full", "snapkv", "rkv", "h2o", "tova", "random", "lagkv", "pyramid", "ada", "foresight"]
-EVERY += ["ada(foresight)", "ada(pyramid(h2o))", "prompt(random):tokens=7", "prompt(ada(h2o))"]
+EVERY += ["ada(foresight)", "ada(pyramid(h2o))", "prompt(random):tokens=7"]
 EVERY += ["prompt(snapkv):tokens=30,on_top=True"]
 
 
