@@ -70,9 +70,7 @@ def stage(job: str, config: ConfigDict, model: ModelConfig, mesh: Mesh) -> Stage
     def init():
         if job == "sft":
             key = key_of(config.seed, Purpose.SCORER)
-            return [
-                fit.TrainState.init(scorer.init(key, model, x.scorer), x.optimiser) for x in plans
-            ]
+            return [x.start(scorer.init(key, model, x.scorer)) for x in plans]
         params = new_scorers(config, model).params
         return grpo.TrainState.init(params, plan.optimiser, reference=params)
 

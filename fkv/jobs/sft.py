@@ -16,7 +16,7 @@ from fkv.errors import UserError
 from fkv.evaluation import loss_ratio
 from fkv.jobs import common, groups, training, variants
 from fkv.keys import Purpose, key_of
-from fkv.learning import fit, sft
+from fkv.learning import sft
 from fkv.policies import scorer
 from fkv.runs import parallel
 
@@ -95,9 +95,7 @@ def together(
     stage = training.prepare(configs, where, plans[0], mesh, learned, plans[0].batch)
     table = [] if whole is None else [stage.open(where, whole, MAY_DIFFER)]
     runs = [stage.open(workdir, config, MAY_DIFFER) for workdir, config in configs.items()]
-    states = [
-        fit.TrainState.init(init(), plan.optimiser) for init, plan in zip(inits, plans, strict=True)
-    ]
+    states = [plan.start(init()) for init, plan in zip(inits, plans, strict=True)]
 
     def rows_of(ids, step):
         return Batch.of(*stage.train.rows(ids))

@@ -16,7 +16,7 @@ from fkv.errors import UserError, suggest
 
 FIELDS = (
     "scorer.inputs", "scorer.hidden", "scorer.norm", "sft.margin", "sft.weighting",
-    "sft.learning_rate", "sft.warmup", "sft.clip", "sft.scorer_seed",
+    "sft.updates", "sft.states", "sft.learning_rate", "sft.warmup", "sft.clip", "sft.scorer_seed",
 )  # fmt: skip
 _TAKEN = ("checkpoints", "tb")  # directories of a run
 

@@ -164,6 +164,31 @@ def from_attention(
         at a time.
       prompt_b: see `search`.
     """
+    rows, blocks, at_once = _future_rows(q_bthd, k_btkd, lse_bkgt, position_bt, cadence, queries)
+    length_b = (position_bt >= 0).sum(-1)
+    return search(rows, length_b, blocks, cadence, at_once, prompt_b)
+
+
+def future_scores(
+    q_bthd: Array, k_btkd: Array, lse_bkgt: Array, position_bt: Array, cadence: Cadence
+) -> Array:
+    """Future scores of every token, whatever is evicted, from block j on: [j, b, k, t].
+
+    That is `T * T / L` floats per KV head, of one layer.
+
+    Args:
+      q_bthd, k_btkd, lse_bkgt, position_bt: see `from_attention`.
+    """
+    arrays = (q_bthd, k_btkd, lse_bkgt, position_bt)
+    rows, blocks, at_once = _future_rows(*arrays, cadence, 4096)
+    groups = jnp.arange(-(-blocks // at_once))
+    found = jax.lax.map(lambda i: rows(i * at_once, at_once), groups)  # [i, b, k, n, j]
+    found = jnp.moveaxis(found, (4, 1, 2), (0, 1, 2))
+    return found.reshape(*found.shape[:3], -1)[..., : position_bt.shape[1]]
+
+
+def _future_rows(q_bthd, k_btkd, lse_bkgt, position_bt, cadence, queries):
+    """What `search` asks for: `future_rows`, the number of blocks, and of chunks at a time."""
     (b, t, k, _), interval = k_btkd.shape, cadence.interval
     blocks = -(-t // interval)
     at_once = max(1, _KEYS // interval)
@@ -204,8 +229,7 @@ def from_attention(
         score = jnp.where(own_real[:, None, :, None] & later[None, None], score, 0.0)
         return suffix_max(score)
 
-    length_b = (position_bt >= 0).sum(-1)
-    return search(rows, length_b, blocks, cadence, at_once, prompt_b)
+    return rows, blocks, at_once
 
 
 def _block_scores(at_once, chunk, q_bkjzd, lse_bkjz, key_bknd):

@@ -9,7 +9,7 @@ to the first eviction.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import flax.struct
@@ -28,9 +28,11 @@ from fkv.kinds import setting
 from fkv.learning import golden
 from fkv.learning.fit import Fit, TrainState, adam, mean_so_far, updates_made
 from fkv.models import LM
-from fkv.policies import Forced, View, scorer
+from fkv.policies import Forced, Foresight, View, scorer
 
 WEIGHTINGS = ("plain", "sqrt_gap")
+UPDATES = ("batch", "eviction")
+STATES = ("golden", "own")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +58,10 @@ class Plan(Fit):
       batch: traces per step, `at_once` (0: all) per micro-batch of a device.
       learning_rate, warmup: of Adam: linear warm-up, then cosine to zero at `steps`.
       clip: of the gradient's global norm.
+      updates: one a `batch`, as in the paper, or one an `eviction`: every layer's scorers are
+        updated at each, on the way, and `clip` is of the layer's norm.
+      states: the caches that scorers see: those of `golden` evictions, as in the paper, or their
+        `own`.
       cadence: of evictions.
       scorer: what is trained.
       loss: the ranking loss.
@@ -69,6 +75,8 @@ class Plan(Fit):
     learning_rate: float = setting(kinds.POSITIVE)
     warmup: int = setting(kinds.whole(0))
     clip: float = setting(kinds.POSITIVE)
+    updates: str = setting(kinds.one_of(UPDATES), "batch")
+    states: str = setting(kinds.one_of(STATES), "golden")
     cadence: Cadence
     scorer: scorer.ScorerConfig
     loss: LossConfig
@@ -80,14 +88,30 @@ class Plan(Fit):
             raise UserError(
                 f"sft.warmup = {self.warmup} must be less than sft.steps = {self.steps}"
             )
+        if self.updates == "eviction" and self.micro_batches > 1:
+            raise UserError(
+                f"sft.at_once = {self.at_once}: with sft.updates = 'eviction' micro-batches would "
+                "be batches of their own: set sft.batch lower, and sft.at_once to 0"
+            )
+
+    @property
+    def schedule(self) -> optax.Schedule:
+        """The learning rate of a step."""
+        return optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, self.warmup, self.steps)
 
     @property
     def optimiser(self) -> optax.GradientTransformation:
-        """Adam after clipping."""
-        schedule = optax.warmup_cosine_decay_schedule(
-            0.0, self.learning_rate, self.warmup, self.steps
-        )
-        return adam(schedule, self.clip, self.micro_batches)
+        """Adam after clipping; with updates at evictions, of one layer, without learning rate."""
+        if self.updates == "batch":
+            return adam(self.schedule, self.clip, self.micro_batches)
+        return optax.chain(optax.clip_by_global_norm(self.clip), optax.scale_by_adam())
+
+    def start(self, params: dict) -> TrainState:
+        """The state of new scorers."""
+        state = TrainState.init(params, self.optimiser)
+        if self.updates == "batch":
+            return state
+        return state.replace(opt_state=jax.vmap(self.optimiser.init)(params))
 
 
 def pair_weights(
@@ -156,15 +180,43 @@ class Sums:
 
     Attributes:
       traces: number of traces long enough to count.
+      weight: number of traces with a group that has a pair.
       loss: ranking loss, mean over the evictions and heads of a trace, summed over traces.
-      overlap: share of the golden `L` among the scorer's top `L`, averaged and summed alike.
+      overlap: share of the `L` of lowest future score among the scorer's, averaged and summed
+        alike.
       grads: gradient of `loss` in the layer's scorer parameters.
     """
 
     traces: Array
+    weight: Array
     loss: Array
     overlap: Array
     grads: dict
+
+    @classmethod
+    def zero(cls, traces: Array, params: dict) -> "Sums":
+        """Before the first eviction."""
+        none = jnp.zeros(())
+        return cls(traces, none, none, none, jax.tree.map(jnp.zeros_like, params))
+
+
+@flax.struct.dataclass
+class Learner:
+    """What a plan carries from eviction to eviction, of one layer or stacked over layers.
+
+    Attributes:
+      params: of the scorers.
+      sums: see `Sums`; without gradients if there are updates at evictions.
+      opt_state, rate: of these updates: the layer's, and the learning rate.
+      norm, updates: the sum of the squared norms of their gradients, and their number.
+    """
+
+    params: dict
+    sums: Sums | None = None
+    opt_state: optax.OptState = ()
+    rate: Array | None = None
+    norm: Array | None = None
+    updates: Array | None = None
 
 
 def loss_and_grads(
@@ -179,24 +231,53 @@ def loss_and_grads(
         alone, bit for bit on a CPU.
       params: of these scorers.
     """
+
+    found = _learn(plans, [Learner(x) for x in params], lm, batch, lambda plan, *x: _added(*x))
+    return [learner.sums for learner in found]
+
+
+def _added(learner: Learner, found: Sums) -> Learner:
+    return learner.replace(sums=jax.tree.map(jnp.add, learner.sums, found))
+
+
+def _learn(
+    plans: Sequence[Plan],
+    learners: Sequence[Learner],
+    lm: LM,
+    batch: Batch,
+    learn: Callable[[Plan, Learner, Sums], Learner],
+) -> list[Learner]:
+    """Runs the full pass and the evicted ones; the scorers learn at every eviction.
+
+    Args:
+      learners: stacked over layers; their sums are set.
+      learn: from a learner of one layer, and what an eviction adds to its sums, to the learner
+        after it.
+    """
     cadence = plans[0].cadence
     replay.check_lengths([batch.token_bt.shape[1]], cadence)
     position, first = batch.position_bt, cadence.first_evicting_token
     counted = (batch.length_b > first).astype(jnp.float32).sum()
-    # Golden evictions need no PRNG keys and have even budgets.
+    # These evictions need no PRNG keys and have even budgets.
     unused = replay.row_keys(key_of(0, Purpose.REPLAY), len(position))
     site = replay.Site(lm.config, cadence, 0, unused, batch.prompt_b)
     (form,) = {plan.scorer.form for plan in plans}
     # What plans see: features do not depend on the hidden width.
     seen = [dataclasses.replace(plan.scorer, hidden=1) for plan in plans]
+    # All that learn from golden states share one evicted stream.
+    golds = tuple(i for i, plan in enumerate(plans) if plan.states == "golden")
+    owns = [(i,) for i, plan in enumerate(plans) if plan.states == "own"]
+    streams = [golds, *owns] if golds else owns
 
     def layer(hiddens, inputs):
-        weights, params = inputs
+        weights, learners = inputs
         full, begun, evicted = hiddens
         full, labels, (qkv, lse) = golden.layer_labels(
             lm.config, weights, full, position, cadence, batch.prompt_b
         )
-        policy = Forced(labels.evict_position_ebkl, form)
+        if owns:
+            future_jbkt = golden.future_scores(qkv[0], qkv[1], lse, position, cadence)
+        golden_policy = Forced(labels.evict_position_ebkl, form)
 
         # Weights of each eviction's groups, known from the labels: a mean over a trace's groups.
         free = None
@@ -207,9 +288,7 @@ def loss_and_grads(
         valid = jnp.broadcast_to(labels.valid_eb[..., None], pairs.shape)
         overlap_weight = valid / jnp.maximum(valid.sum((0, 2), keepdims=True), 1)
 
-        def observe(acc: list[Sums], policy: Forced, view: View, evict: Array):
-            by_eviction = (labels.future_score_ebkn, loss_weight, overlap_weight)
-            future, *shares = (golden.at(x, view.eviction) for x in by_eviction)
+        def observe(stream, acc: list[Learner], view: View, future, best, shares):
             counts = shares[1].any()
             free = view.candidate_bkn if view.protect_prompt else None
 
@@ -222,43 +301,73 @@ def loss_and_grads(
 
             features = {
                 how: apart(functools.partial(scorer.features, how), view)
-                for how in dict.fromkeys(seen)
+                for how in dict.fromkeys(seen[i] for i in stream)
             }
             pairs = {
                 name: apart(lambda x, free, name=name: pair_weights(x, name, free), future, free)
-                for name in dict.fromkeys(plan.loss.weighting for plan in plans)
+                for name in dict.fromkeys(plans[i].loss.weighting for i in stream)
             }
-
-            def learned(plan, how, params):
-                own = (features[how], pairs[plan.loss.weighting], *shares, evict, free)
-                return apart(functools.partial(_one_eviction, plan), params, *own)
-
-            sums = [learned(*each) for each in zip(plans, seen, params, strict=True)]
+            found = []
+            for i, learner in zip(stream, acc, strict=True):
+                own = (features[seen[i]], pairs[plans[i].loss.weighting], *shares, best, free)
+                one = functools.partial(_one_eviction, plans[i])
+                found.append(apart(one, learner.params, *own))
             # Statistics are in use whatever is seen of them: without, XLA rounds hidden states
             # otherwise.
-            sums[0] = sums[0].replace(traces=0.0 * view.statistics.total[0, 0, 0, 0])
-            return jax.tree.map(jnp.add, acc, sums), ()
+            if view.statistics is not None:
+                unseen = 0.0 * view.statistics.total[0, 0, 0, 0]
+                found[0] = found[0].replace(traces=unseen)
+            learned = zip(stream, acc, found, strict=True)
+            return [learn(plans[i], learner, one) for i, learner, one in learned]
 
-        zero = [
-            Sums(counted, jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, x))
-            for x in params
-        ]
+        def on_golden(stream, acc, policy, view, evict):
+            by_eviction = (labels.future_score_ebkn, loss_weight, overlap_weight)
+            future, *shares = (golden.at(x, view.eviction) for x in by_eviction)
+            return observe(stream, acc, view, future, evict, shares), ()
+
+        def on_own(stream, acc, policy, view):
+            policy = policy.replace(params=acc[0].params)
+            position = view.cache.position_bks[..., : view.capacity]
+            future = jax.lax.dynamic_index_in_dim(future_jbkt, view.chunk + 1, keepdims=False)
+            future = jnp.take_along_axis(future, jnp.maximum(position, 0), axis=-1)
+            future = jnp.where(view.candidate_bkn, future, 0.0)
+            best = jnp.where(view.candidate_bkn, future, jnp.inf)
+            best = jax.lax.top_k(-best, view.interval)[1]
+            shares = 2 * [golden.at(overlap_weight, view.eviction)]
+            return observe(stream, acc, view, future, best, shares), policy.evict(view), ()
+
         before, after = position[:, :first], position[:, first:]
         if lm.config.cache_dtype:  # quantised, which the full pass is not
             qkv = models.project(lm.config, weights, begun, before)
-            out, staged = replay.begin_layer(policy, lm.config, cadence, qkv, before)
-            begun = models.finish(lm.config, weights, begun, out)
         else:
             qkv, lse = [x[:, :first] for x in qkv], lse[..., :first]
-            staged = replay.stage(policy, lm.config, cadence, qkv, lse, before)
-        qkv = models.project(lm.config, weights, evicted, after)
-        out, _, sums, _ = replay.pass_from(policy, site, staged, qkv, after, observe, zero)
-        return (full, begun, models.finish(lm.config, weights, evicted, out)), sums
+        learned, outs = {}, []
+        for stream, hidden in zip(streams, evicted, strict=True):
+            acc = []
+            for i in stream:
+                summed = learners[i].params if plans[i].updates == "batch" else {}
+                acc.append(learners[i].replace(sums=Sums.zero(counted, summed)))
+            if stream == golds:
+                policy, see = golden_policy, functools.partial(on_golden, stream)
+            else:
+                policy = Foresight(acc[0].params, plans[stream[0]].scorer)
+                see = replay.Chooser(functools.partial(on_own, stream))
+            if lm.config.cache_dtype:
+                out, staged = replay.begin_layer(policy, lm.config, cadence, qkv, before)
+            else:
+                staged = replay.stage(policy, lm.config, cadence, qkv, lse, before)
+            rest = models.project(lm.config, weights, hidden, after)
+            after_out, _, acc, _ = replay.pass_from(policy, site, staged, rest, after, see, acc)
+            outs.append(models.finish(lm.config, weights, hidden, after_out))
+            learned |= dict(zip(stream, acc, strict=True))
+        if lm.config.cache_dtype:
+            begun = models.finish(lm.config, weights, begun, out)
+        return (full, begun, outs), [learned[i] for i in range(len(plans))]
 
     hidden = models.embed(lm, batch.token_bt)
     begun = hidden[:, :first] if lm.config.cache_dtype else ()
-    hiddens = (hidden, begun, hidden[:, first:])
-    return jax.lax.scan(layer, hiddens, (lm.params["layers"], list(params)))[1]
+    hiddens = (hidden, begun, [hidden[:, first:]] * len(streams))
+    return jax.lax.scan(layer, hiddens, (lm.params["layers"], list(learners)))[1]
 
 
 def _one_eviction(plan, params, feature_bknf, pairs, loss_weight_bk, overlap_weight_bk, *chosen):
@@ -279,34 +388,64 @@ def _one_eviction(plan, params, feature_bknf, pairs, loss_weight_bk, overlap_wei
         importance = jnp.where(free, importance, jnp.inf)
     chosen = jax.lax.top_k(-importance, evict.shape[-1])[1]
     agree = (chosen[..., :, None] == evict[..., None, :]).any(-1).mean(-1)
-    return Sums(jnp.zeros(()), loss, (agree * overlap_weight_bk).sum(), grads)
+    weight, overlap = loss_weight_bk.sum(), (agree * overlap_weight_bk).sum()
+    return Sums(jnp.zeros(()), weight, loss, overlap, grads)
 
 
 def train_step(
     plans: Sequence[Plan], states: Sequence[TrainState], lm: LM, batch: Batch, axis: str
 ) -> tuple[list[TrainState], list[dict]]:
-    """One update of each plan's scorers on this device's part of the batch.
+    """One step of each plan's scorers on this device's part of the batch.
 
     Collectives are over `axis`.
 
     Returns:
       The new states, and of each plan metrics: loss [layers], overlap [layers], grad_norm (of the
-      mean of the micro-batches so far).
+      mean of the micro-batches so far; with updates at evictions, root mean square over these).
     """
-    found = loss_and_grads(plans, [state.params for state in states], lm, batch)
-    updated = [
-        _update(*parts) for parts in zip(plans, states, jax.lax.psum(found, axis), strict=True)
-    ]
+
+    def learn(plan, learner, found):
+        if plan.updates == "batch":
+            return _added(learner, found)
+        return _at_eviction(plan, learner, found, axis)
+
+    learners = []
+    for plan, state in zip(plans, states, strict=True):
+        learners.append(Learner(state.params))
+        if plan.updates == "eviction":
+            zero = jnp.zeros(lm.config.layers)
+            rate = zero + plan.schedule(state.step)
+            learners[-1] = Learner(state.params, None, state.opt_state, rate, zero, zero)
+    found = _learn(plans, learners, lm, batch, learn)
+    updated = [_update(*parts, axis) for parts in zip(plans, states, found, strict=True)]
     return [state for state, _ in updated], [metrics for _, metrics in updated]
 
 
-def _update(plan: Plan, state: TrainState, sums: Sums) -> tuple[TrainState, dict]:
+def _at_eviction(plan: Plan, learner: Learner, found: Sums, axis: str) -> Learner:
+    """A learner after an update by the mean over the groups of this eviction that count."""
+    weight, grads = jax.lax.psum((found.weight, found.grads), axis)
+    learner = _added(learner, found.replace(grads={}))
+
+    def update(learner):
+        mean = jax.tree.map(lambda x: x / weight, grads)
+        change, opt_state = plan.optimiser.update(mean, learner.opt_state, learner.params)
+        change = jax.tree.map(lambda x: -learner.rate * x, change)
+        norm, updates = learner.norm + optax.tree.norm(mean, squared=True), learner.updates + 1
+        params = optax.apply_updates(learner.params, change)
+        return learner.replace(params=params, opt_state=opt_state, norm=norm, updates=updates)
+
+    return jax.lax.cond(weight > 0, update, lambda learner: learner, learner)
+
+
+def _update(plan: Plan, state: TrainState, learner: Learner, axis: str) -> tuple[TrainState, dict]:
+    sums = jax.lax.psum(learner.sums, axis)
     sums = jax.tree.map(lambda x: x / jnp.maximum(sums.traces[0], 1.0), sums)
-    updates, opt_state = plan.optimiser.update(sums.grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    metrics = {
-        "loss": sums.loss,
-        "overlap": sums.overlap,
-        "grad_norm": optax.tree.norm(mean_so_far(sums.grads, state.opt_state)),
-    }
+    if plan.updates == "batch":
+        updates, opt_state = plan.optimiser.update(sums.grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        norm = optax.tree.norm(mean_so_far(sums.grads, state.opt_state))
+    else:
+        params, opt_state = learner.params, learner.opt_state
+        norm = jnp.sqrt(learner.norm.sum() / jnp.maximum(learner.updates.max(), 1))
+    metrics = {"loss": sums.loss, "overlap": sums.overlap, "grad_norm": norm}
     return TrainState(updates_made(state.step, opt_state), params, opt_state), metrics
