@@ -27,14 +27,28 @@ def future_queries(view: View, horizon: int) -> Array:
     return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
 
 
+def expected_logits(view: View, horizon: int) -> Array:
+    """Logarithm of the expected `exp(q k / sqrt(d))` of future queries, [b, k, g, s].
+
+    Future queries are modelled as normal, with the mean and covariance of the last `L` queries
+    before the rotation, at the mean rotation of the next `horizon` positions: mean + variance / 2.
+    """
+    key = view.key_bksd
+    q = numerics.group_queries(future_queries(view, horizon), key.shape[1])
+    x = numerics.einsum_f32("bqkgd,bksd->bkgqs", q, key) * q.shape[-1] ** -0.5
+    real = (view.query_position_bl >= 0)[:, None, None, :, None]
+    count = jnp.maximum(real.sum(3), 1)
+    mean = jnp.where(real, x, 0.0).sum(3) / count
+    variance = jnp.where(real, (x - mean[:, :, :, None]) ** 2, 0.0).sum(3) / count
+    return mean + variance / 2
+
+
 @register("expected_attention")
 class ExpectedAttention(Policy):
     """Keeps entries with large expected attention times value norm (arXiv 2510.00636).
 
-    Future queries are modelled as normal, with the mean and covariance of the last `L` queries
-    before the rotation, at the mean rotation of the next `horizon` positions. The expectation of
-    `exp(q k / sqrt(d))` is then `exp(mean + variance / 2)`; softmax over the entries held, mean
-    over the group. The first `sinks` positions are kept.
+    That is the softmax of `expected_logits` over the entries held, mean over the group. The first
+    `sinks` positions are kept.
     """
 
     horizon: int = setting(kinds.whole(1, 2**20), 512)
@@ -44,14 +58,9 @@ class ExpectedAttention(Policy):
         return {"sinks": cadence.budget - cadence.interval}
 
     def score(self, view: View) -> Array:
-        key, position = view.key_bksd, view.cache.position_bks
-        q = numerics.group_queries(future_queries(view, self.horizon), key.shape[1])
-        x = numerics.einsum_f32("bqkgd,bksd->bkgqs", q, key) * q.shape[-1] ** -0.5
-        real = (view.query_position_bl >= 0)[:, None, None, :, None]
-        count = jnp.maximum(real.sum(3), 1)
-        mean = jnp.where(real, x, 0.0).sum(3) / count
-        variance = jnp.where(real, (x - mean[:, :, :, None]) ** 2, 0.0).sum(3) / count
-        x = jnp.where((position >= 0)[:, :, None], mean + variance / 2, numerics.MASKED)
+        position = view.cache.position_bks
+        x = expected_logits(view, self.horizon)
+        x = jnp.where((position >= 0)[:, :, None], x, numerics.MASKED)
         expected = jax.nn.softmax(x, axis=-1).mean(2)
         score = expected * jnp.linalg.norm(view.value_bksd.astype(jnp.float32), axis=-1)
         sinks = min(self.sinks, view.budget - view.interval)

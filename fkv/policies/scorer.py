@@ -1,8 +1,8 @@
 """The scorer: a tiny MLP per layer and KV head that predicts the importance of an entry.
 
-Its input is the entry's rotated key, its value, and eight attention features per query head of the
-group; its output is an importance, higher is kept (paper section 3.2). The released scorers give an
-eviction score instead: their output weights are negated on import.
+In the paper its input is the entry's rotated key, its value, and eight attention features per query
+head of the group; its output is an importance, higher is kept (section 3.2). The released scorers
+give an eviction score instead: their output weights are negated on import.
 """
 
 import dataclasses
@@ -18,13 +18,32 @@ from jax import Array
 from fkv import kinds
 from fkv.errors import UserError
 from fkv.keys import keys_of
-from fkv.models import ModelConfig
+from fkv.models import ModelConfig, rotate
 from fkv.models.numerics import einsum_f32
+from fkv.policies import expected_attention
 from fkv.policies.base import View
 
-INPUTS = ("both", "attention", "kv")
+# What an input may consist of, and the paper's choices of it.
+PARTS = ("key", "value", "content", "attention", "log_attention", "expected", "age")
+INPUTS = {
+    "both": ("key", "value", "attention"),
+    "attention": ("attention",),
+    "kv": ("key", "value"),
+}
 NORMS = ("none", "rms")
 FORMS = ("windowed", "reference")
+
+
+def _are_inputs(value: Any) -> bool:
+    if not isinstance(value, str) or value in INPUTS:
+        return isinstance(value, str)
+    parts = value.split("+")
+    return set(parts) <= set(PARTS) and len(set(parts)) == len(parts)
+
+
+_INPUT = kinds.Kind(
+    f"one of {', '.join(INPUTS)}, or some of {', '.join(PARTS)} joined by +", _are_inputs
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,22 +52,30 @@ class ScorerConfig(kinds.Settings):
 
     Attributes:
       hidden: width of the hidden layer.
-      inputs: `both`, or only `attention` or `kv`.
+      inputs: `both`, or only `attention` or `kv`; or parts joined by `+`: the rotated `key`, the
+        `value`, the `content` (the key before its rotation), the `attention` features or their
+        logarithms (`log_attention`), the logits `expected` of future queries, and the `age`.
       norm: `none` as released, or `rms`: key, value and each of the eight attention features are
-        divided by their root mean square over the candidates of an eviction.
+        divided by their root mean square over the candidates of an eviction. Logarithms and logits
+        are standardised over these candidates, whatever the norm.
       form: `windowed` or `reference` attention statistics.
     """
 
     group: ClassVar[str] = "scorer"
     hidden: int = kinds.setting(kinds.whole(1, 2**16), 16)
-    inputs: str = kinds.setting(kinds.one_of(INPUTS), "both")
+    inputs: str = kinds.setting(_INPUT, "both")
     norm: str = kinds.setting(kinds.one_of(NORMS), "none")
     form: str = kinds.setting(kinds.one_of(FORMS), "windowed")
 
     @property
     def statistics(self) -> str | None:
         """The form of attention statistics that the features need, or None."""
-        return None if self.inputs == "kv" else self.form
+        return self.form if {"attention", "log_attention"} & {*self.parts} else None
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The inputs, of `PARTS`."""
+        return INPUTS.get(self.inputs) or tuple(self.inputs.split("+"))
 
 
 class Scorer(nn.Module):
@@ -72,8 +99,10 @@ class Scorer(nn.Module):
 
 def feature_size(model: ModelConfig, scorer: ScorerConfig) -> int:
     """Length of a feature vector."""
-    kv, attention = 2 * model.head_dim, 8 * model.group_size
-    return {"both": kv + attention, "kv": kv, "attention": attention}[scorer.inputs]
+    d, g = model.head_dim, model.group_size
+    sizes = dict(key=d, value=d, content=d, attention=8 * g, log_attention=8 * g, age=3)
+    sizes["expected"] = len(HORIZONS) * g
+    return sum(sizes[part] for part in scorer.parts)
 
 
 def init(key: Array, model: ModelConfig, scorer: ScorerConfig) -> dict:
@@ -125,34 +154,81 @@ def check_params(where: str, params: Any, hidden: int) -> None:
             raise UserError(f"{where} {name} holds numbers that are not finite")
 
 
+# Attention below which candidates are not told apart: its logarithm is finite, and little noise.
+_LEAST = 1e-5
+HORIZONS = (16, 64, 256)  # tokens ahead, over which expected queries are averaged
+
+
 def features(config: ScorerConfig, view: View) -> Array:
     """Features of the `B` (or `view.capacity`) candidates, [b, k, n, f] float32.
 
-    In this order: key [d], value [d], then blocks of `g`: max, min and sum over the last `L`
-    queries, sum over the last 16, 8 and 32 queries, cumulative and decayed cumulative sum. Slots
-    without a candidate have arbitrary features.
+    The parts of the input in their order. `attention` is blocks of `g`: max, min and sum over the
+    last `L` queries, sum over the last 16, 8 and 32 queries, cumulative and decayed cumulative sum.
+    `expected` is blocks of `g`, one per horizon. `age` is logarithms of the age and of the
+    position, and how near this is to the first. Slots without a candidate have arbitrary features.
     """
     group = view.query_blhd.shape[2] // view.cache.position_bks.shape[1]
     if config.statistics == "reference" and group > 8:
         raise UserError("scorer.form = 'reference' is defined for at most 8 query heads per group")
-    parts = []
-    if config.inputs != "attention":
-        parts += [view.key_bksd, view.value_bksd]
-    if config.inputs != "kv":
-        s = view.statistics
-        parts += [s.largest, s.smallest, s.total, s.last_16, s.last_8, s.last_32]
-        parts += [view.cumulative_bksg, view.decayed_bksg]
-    parts = [x[:, :, : view.capacity].astype(jnp.float32) for x in parts]
-    if config.norm == "rms":
-        held = view.candidate_bkn[..., None]
+    held = view.candidate_bkn[..., None]
+    found = []
+    for part in config.parts:
+        parts = [x[:, :, : view.capacity].astype(jnp.float32) for x in _PART[part](view)]
+        if part in ("log_attention", "expected"):
+            parts = [_standardised(x, held) for x in parts]
+        elif config.norm == "rms" and part != "age":
+            parts = [x * jax.lax.rsqrt(_mean(x * x, held) + 1e-30) for x in parts]
+        found += parts
+    return jnp.concatenate(found, axis=-1)
 
-        def scaled(x):
-            number = jnp.maximum(held.sum((-2, -1), keepdims=True) * x.shape[-1], 1)
-            total = jnp.where(held, x * x, 0.0).sum((-2, -1), keepdims=True)
-            return x * jax.lax.rsqrt(total / number + 1e-30)
 
-        parts = [scaled(x) for x in parts]
-    return jnp.concatenate(parts, axis=-1)
+def _mean(x_bknf: Array, held: Array) -> Array:
+    """Mean over candidates and features."""
+    number = jnp.maximum(held.sum((-2, -1), keepdims=True) * x_bknf.shape[-1], 1)
+    return jnp.where(held, x_bknf, 0.0).sum((-2, -1), keepdims=True) / number
+
+
+def _standardised(x_bknf: Array, held: Array) -> Array:
+    x = x_bknf - _mean(x_bknf, held)
+    return x * jax.lax.rsqrt(_mean(x * x, held) + 1e-6)
+
+
+def _attention(view: View) -> list[Array]:
+    s = view.statistics
+    parts = [s.largest, s.smallest, s.total, s.last_16, s.last_8, s.last_32]
+    return [*parts, view.cumulative_bksg, view.decayed_bksg]
+
+
+def _content(view: View) -> list[Array]:
+    """Keys before their rotation."""
+    b, k, s, d = view.key_bksd.shape
+    key = view.key_bksd.astype(jnp.float32).reshape(b * k, s, 1, d)
+    position = view.cache.position_bks.reshape(b * k, s)
+    _, scale = view.config.inv_frequencies()
+    return [rotate(key, -position, view.config).reshape(b, k, s, d) / scale**2]
+
+
+def _expected(view: View) -> list[Array]:
+    logits = [expected_attention.expected_logits(view, horizon) for horizon in HORIZONS]
+    return [jnp.moveaxis(x, 2, 3) for x in logits]
+
+
+def _age(view: View) -> list[Array]:
+    position = jnp.maximum(view.cache.position_bks, 0)
+    age = view.query_position_bl.max(-1)[:, None, None] - position
+    logs = [jnp.log1p(jnp.maximum(x, 0).astype(jnp.float32)) / 4 for x in (age, position)]
+    return [jnp.stack([*logs, 4.0 / (4 + position)], axis=-1)]
+
+
+_PART = {
+    "key": lambda view: [view.key_bksd],
+    "value": lambda view: [view.value_bksd],
+    "content": _content,
+    "attention": _attention,
+    "log_attention": lambda view: [jnp.log(x + _LEAST) for x in _attention(view)],
+    "expected": _expected,
+    "age": _age,
+}
 
 
 def apply(config: ScorerConfig, params: dict, feature_bknf: Array) -> Array:
