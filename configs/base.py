@@ -133,7 +133,8 @@ def scorer() -> ConfigDict:
     """The scorers: one MLP per layer and KV head."""
     config = ConfigDict()
     config.hidden = 16  # width of the hidden layer
-    config.inputs = "both"  # both, attention or kv
+    # both, attention or kv, or parts joined by +, as in content+value+log_attention+expected+age
+    config.inputs = "both"
     config.norm = "none"  # none as released, or rms of keys, values and attention features
     config.form = "windowed"  # attention features: windowed, or reference as released
     return config

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -7,6 +8,7 @@ import pytest
 
 from fkv.cache import attention
 from fkv.errors import UserError
+from fkv.models import rotate
 from fkv.policies import scorer
 from tests import oracles
 from tests.policies.test_policies import random_view, state_of
@@ -58,6 +60,82 @@ def test_features_are_their_definition(form, kv_heads, inputs):
         want = oracles.features(state_of(view, row, head), BUDGET, form)[:, columns]
         got = by_position(view, row, head, feature)
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-10)  # minima are tiny
+
+
+def expected_logits(view, row, head, horizon):
+    """Of each head of a group [g, n]: mean and half the variance over the queries of the logits."""
+    state, config = state_of(view, row, head), view.config
+    ahead = state.query_positions.max() + 1 + np.arange(horizon)
+
+    def turned(x_d, positions, sign=1):  # the mean rotation
+        inv, _ = config.inv_frequencies()
+        angle = sign * np.asarray(positions, float)[:, None] * np.asarray(inv)[None]
+        cos, sin = np.cos(angle).mean(0), np.sin(angle).mean(0)
+        low, high = np.split(x_d, 2)
+        return np.concatenate([low * cos - high * sin, high * cos + low * sin])
+
+    found = []
+    for g in range(state.queries.shape[1]):
+        queries = [
+            turned(turned(q, [p], -1), ahead)
+            for q, p in zip(state.queries[:, g], state.query_positions, strict=True)
+        ]
+        logits = np.stack(queries) @ state.keys.T / DIM**0.5
+        found.append(logits.mean(0) + logits.var(0) / 2)
+    return np.stack(found)
+
+
+@pytest.mark.parametrize("empty", [0, 33])
+def test_parts_are_their_definition(empty):
+    view, number = view_of(empty=empty), BUDGET - empty
+    parts = ["content", "log_attention", "expected", "age"]
+    config = scorer.ScorerConfig(inputs="+".join(parts))
+    feature = features_fn(config, view)
+    sizes = [DIM, 16, 2 * len(scorer.HORIZONS), 3]
+    model, _ = oracles.make_model(heads=4, kv_heads=2)
+    assert feature.shape[-1] == scorer.feature_size(model, config) == sum(sizes)
+
+    def standardised(blocks):
+        return np.concatenate([(x - x.mean()) / np.sqrt(x.var() + 1e-6) for x in blocks], axis=1)
+
+    for row, head in np.ndindex(2, 2):
+        state = state_of(view, row, head)
+        got = by_position(view, row, head, feature)
+        content, logs, expected, age = np.split(got, np.cumsum(sizes)[:-1], axis=1)
+        position = state.positions[:number]
+        again = rotate(content[None, :, None], jnp.asarray(position)[None], view.config)
+        np.testing.assert_allclose(again[0, :, 0], state.keys[:number], atol=1e-5)
+        attention = np.log(oracles.features(state, number)[:, 2 * DIM :] + 1e-5)
+        want = standardised(np.split(attention, 8, axis=1))
+        np.testing.assert_allclose(logs, want, rtol=1e-3, atol=1e-4)
+        logits = [expected_logits(view, row, head, n)[:, :number].T for n in scorer.HORIZONS]
+        np.testing.assert_allclose(expected, standardised(logits), rtol=1e-3, atol=1e-4)
+        newest = state.query_positions.max()
+        logs = [np.log1p(newest - position) / 4, np.log1p(position) / 4, 4 / (4 + position)]
+        np.testing.assert_allclose(age, np.stack(logs, axis=1), rtol=1e-5)
+
+
+def test_parts_come_in_the_order_given_and_statistics_only_where_asked_for():
+    view = view_of()
+    one, other = (
+        features_fn(scorer.ScorerConfig(inputs=inputs, norm="rms"), view)
+        for inputs in ("age+value", "value+age")
+    )
+    np.testing.assert_array_equal(one[..., 3:], other[..., :DIM])
+    np.testing.assert_array_equal(one[..., :3], other[..., DIM:])
+    both = scorer.ScorerConfig(inputs="key+value+attention", norm="rms")
+    same = features_fn(dataclasses.replace(both, inputs="both"), view)
+    np.testing.assert_array_equal(features_fn(both, view), same)
+    assert both.statistics == "windowed"
+    assert scorer.ScorerConfig(inputs="content+expected+age").statistics is None
+
+
+@pytest.mark.parametrize("inputs", ["", "+", "key+key", "key+", "Key", "both+age", "key + value"])
+def test_refuses_other_inputs(inputs):
+    with pytest.raises(
+        UserError, match=r"^scorer.inputs = .* must be one of both, attention, kv, "
+    ):
+        scorer.ScorerConfig(inputs=inputs)
 
 
 def test_the_windows_differ_and_the_reference_has_none():
@@ -150,7 +228,7 @@ def test_init(inputs, size):
 @pytest.mark.parametrize(
     ("field", "known"),
     [
-        ("inputs", "both, attention, kv"),
+        ("inputs", "both, attention, kv, or some of .* joined by .+"),
         ("norm", "none, rms"),
         ("form", "windowed, reference"),
     ],
