@@ -22,7 +22,7 @@ COLOURS = {
     "full": "gray", "golden": "black", "rkv": "tab:orange", "snapkv": "tab:blue",
     "h2o": "tab:green", "streaming_llm": "tab:brown", "keydiff": "tab:cyan", "tova": "tab:olive",
     "lagkv": "gold", "knorm": "darkseagreen", "expected_attention": "slateblue",
-    "pyramid": "navy", "ada": "skyblue", "random": "silver",
+    "pyramid": "navy", "ada": "skyblue", "prompt": "steelblue", "random": "silver",
 }  # fmt: skip
 # Scorers have names of the user's choice.
 LEARNED = {"foresight": "crimson", "supervised": "crimson", "grpo": "darkviolet"}
