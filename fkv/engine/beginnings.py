@@ -24,11 +24,11 @@ from fkv.policies.base import Policy
 
 @flax.struct.dataclass
 class Begun:
-    """The part of a replay before the first eviction, which does not depend on the policy.
+    """The part of a replay before an eviction: before the first it does not depend on the policy.
 
     Attributes:
       hidden_btm: hidden states after the last layer, of these tokens.
-      staged_y: all layers before their first eviction, [layers, ...].
+      staged_y: all layers before that eviction, [layers, ...].
       cadence: of the evictions.
     """
 
@@ -62,6 +62,25 @@ def begin(lm: LM, batch: Batch, policy: Policy, cadence: Cadence) -> Begun:
     return Begun(hidden, staged, cadence)
 
 
+def go_on(lm: LM, batch: Batch, begun: Begun, policy: Policy, key_b: Array | None = None) -> Begun:
+    """A longer beginning, which ends before the eviction after the last token of the batch.
+
+    Several continuations of the same context share it: the policy's evictions up to there do not
+    depend on what comes.
+
+    Args:
+      batch: the traces of `begun`, of a multiple of `L` tokens each, padding included.
+      policy: the one that goes on from here, too.
+      key_b: see `replay`.
+    """
+    if batch.token_bt.shape[1] % begun.cadence.interval:
+        raise ValueError(f"{batch.token_bt.shape[1]} tokens are no whole number of intervals")
+    if batch.token_bt.shape[1] == begun.tokens:
+        return begun
+    hidden, staged, _ = _rest(lm, batch, begun, policy, key_b)
+    return Begun(jnp.concatenate([begun.hidden_btm, hidden], axis=1), staged, begun.cadence)
+
+
 def replay_from(
     lm: LM,
     batch: Batch,
@@ -78,8 +97,8 @@ def replay_from(
     Args:
       batch: the rows: the traces of `begun` in their order, each as often as the others, its rows
         adjacent.
-      begun: from `begin`, with another policy of the same capacity. Statistics that it has and
-        this one does not need are dropped.
+      begun: from `begin`, with another policy of the same capacity, or from `go_on` with this one.
+        Statistics that it has and this one does not need are dropped.
       key_b, observe, acc: see `replay`.
 
     Returns:
@@ -87,6 +106,13 @@ def replay_from(
       first tokens on: the earlier ones are those of `begun`. So
       `token_losses(lm, hidden, batch.token_bt[:, n - 1:])` are the losses from token n on.
     """
+    hidden, _, found = _rest(lm, batch, begun, policy, key_b, (observe, acc))
+    last = jnp.repeat(begun.hidden_btm[:, -1:], len(hidden) // len(begun.hidden_btm), axis=0)
+    return jnp.concatenate([last, hidden], axis=1), *found
+
+
+def _rest(lm, batch, begun, policy, key_b, observing=None):
+    """Hidden states after `begun`, and either what `observing` sees or the layers at the end."""
     base.check(policy, lm.config, begun.cadence)
     rows, traces = len(batch.token_bt), len(begun.hidden_btm)
     if rows % traces:
@@ -103,11 +129,13 @@ def replay_from(
         qkv = models.project(lm.config, weights, hidden, position)
         site = Site(lm.config, begun.cadence, index, key_b, batch.prompt_b)
         staged = jax.tree.map(repeat, staged)
-        out, _, *found = replay.pass_from(layer_policy, site, staged, qkv, position, observe, acc)
-        return models.finish(lm.config, weights, hidden, out), found
+        out, staged, *found = replay.pass_from(
+            layer_policy, site, staged, qkv, position, *(observing or ())
+        )
+        kept = ((), found) if observing else (staged, ())  # several layers' caches are large
+        return models.finish(lm.config, weights, hidden, out), kept
 
     inputs = (jnp.arange(lm.config.layers), lm.params["layers"], policy, begun.staged_y)
     hidden = models.embed(lm, batch.token_bt[:, begun.tokens :])
-    hidden, (accs, observed) = jax.lax.scan(layer, hidden, inputs)
-    last = repeat(begun.hidden_btm[:, -1:])
-    return jnp.concatenate([last, hidden], axis=1), accs, observed
+    hidden, (staged, found) = jax.lax.scan(layer, hidden, inputs)
+    return hidden, staged, found

@@ -290,3 +290,43 @@ def test_memory_is_linear_in_the_length():
         return memory(call, lm, one, two)
 
     assert_linear([(t, at(t)) for t in (4096, 8192)], 8)
+
+
+@pytest.mark.parametrize("name", ["h2o", "random", "tova", "ada"])
+def test_continuations_share_the_context_and_what_was_evicted_in_it(name):
+    lm, repeats, width, after = model(), 3, 60, 14
+    # Left-padded contexts, of which the shortest fits into the cache.
+    context = batch_of(lm, [60, 47, 30], [0, 13, 30])
+    rng = np.random.default_rng(3)
+    tail = rng.integers(lm.config.vocab_size, size=(3 * repeats, after), dtype=np.int32)
+    token = np.concatenate([np.repeat(context.token_bt, repeats, 0), tail], axis=1)
+    padding = np.repeat(context.padding_b, repeats)
+    length = width - padding + np.tile([14, 9, 1], 3)
+    rows = Batch(jnp.asarray(token), length, np.zeros_like(length), padding)
+    policy, key_c = policies.get(name), replay.row_keys(jax.random.key(5), 3)
+    key_b = jnp.repeat(key_c, repeats)
+
+    @jax.jit
+    def both(policy):
+        begun = beginnings.begin(lm, context, policy, CADENCE)
+        ended = beginnings.go_on(lm, context, begun, policy, key_c)
+        shared = beginnings.replay_from(lm, rows, ended, policy, key_b)[0]
+        return ended.hidden_btm, shared, replay.replay(lm, rows, policy, CADENCE, key_b)[0]
+
+    ended, shared, alone = both(policy)
+    real = np.asarray(rows.position_bt) >= 0
+    begun, later = real[::repeats, :width], real[:, width:]
+    np.testing.assert_allclose(ended[begun], alone[::repeats, :width][begun], atol=5e-5)
+    np.testing.assert_allclose(shared[:, 1:][later], alone[:, width:][later], atol=5e-5)
+    np.testing.assert_array_equal(shared[::repeats, 0], ended[:, -1])
+
+
+def test_a_beginning_that_goes_on_ends_with_an_interval():
+    lm, batch = model(), batch_of(model(), [61])
+    policy = policies.get("knorm")
+    begun = beginnings.begin(lm, batch, policy, CADENCE)
+    with pytest.raises(ValueError, match="61 tokens"):
+        beginnings.go_on(lm, batch, begun, policy)
+    short = batch_of(lm, [36])  # not longer than the beginning
+    begun = beginnings.begin(lm, short, policy, CADENCE)
+    assert beginnings.go_on(lm, short, begun, policy) is begun
