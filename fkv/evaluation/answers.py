@@ -1,5 +1,6 @@
-"""`samples.jsonl` of an evaluation: one answer per line, validated on reading."""
+"""Files of results, such as `samples.jsonl`: one per line, validated on reading."""
 
+import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -28,9 +29,27 @@ FIELDS = {
 }
 
 
-def key(row: dict) -> tuple[str, int, str, int]:
-    """The fields that identify an answer."""
-    return row["policy"], row["budget"], row["problem"], row["sample"]
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """What the lines of a file look like.
+
+    Attributes:
+      what: a line is.
+      fields: of every line.
+      named: those that identify it.
+    """
+
+    what: str
+    fields: Mapping[str, kinds.Kind]
+    named: tuple[str, ...]
+
+    def key(self, row: dict) -> tuple:
+        """The fields that identify a line."""
+        return tuple(row[name] for name in self.named)
+
+
+SAMPLE = Form("a sample", FIELDS, ("policy", "budget", "problem", "sample"))
+key = SAMPLE.key
 
 
 def right(row: dict) -> bool:
@@ -38,7 +57,7 @@ def right(row: dict) -> bool:
     return row["verdict"] == RIGHT
 
 
-def read(path: Path, interval: int | None = None) -> tuple[list[dict], int]:
+def read(path: Path, interval: int | None = None, form: Form = SAMPLE) -> tuple[list[dict], int]:
     """The rows of a file, and the bytes of an incomplete last line (of a killed run).
 
     Args:
@@ -53,7 +72,7 @@ def read(path: Path, interval: int | None = None) -> tuple[list[dict], int]:
     for number, line in enumerate(whole.split(b"\n")[:-1], 1):
         try:
             row = json.loads(line.decode())
-            wrong = _wrong(row)
+            wrong = _wrong(row, form)
         except (ValueError, RecursionError):
             row, wrong = {}, "it is not JSON in UTF-8"
         found = row.get("interval") if isinstance(row, dict) else None
@@ -62,20 +81,20 @@ def read(path: Path, interval: int | None = None) -> tuple[list[dict], int]:
                 f"{path}, line {number} is of interval {found}, not {interval}: use another "
                 "--workdir"
             )
-        if not wrong and key(row) in lines:
-            wrong = f"it repeats the answer of line {lines[key(row)]}"
+        if not wrong and form.key(row) in lines:
+            wrong = f"it repeats the answer of line {lines[form.key(row)]}"
         if wrong:
-            raise UserError(f"{path}, line {number} is not a sample: delete that line ({wrong})")
-        lines[key(row)] = number
+            raise UserError(f"{path}, line {number} is not {form.what}: delete that line ({wrong})")
+        lines[form.key(row)] = number
         rows.append(row)
     return rows, len(data) - len(whole)
 
 
-def _wrong(row: Any) -> str:
+def _wrong(row: Any, form: Form) -> str:
     """What is wrong with a row; empty if nothing is."""
     if not isinstance(row, dict):
         return "it is not a JSON object"
-    for name, kind in FIELDS.items():
+    for name, kind in form.fields.items():
         if name not in row:
             return f"it has no field {name!r}"
         if not kind.fits(row[name]):
@@ -84,28 +103,28 @@ def _wrong(row: Any) -> str:
 
 
 class Samples:
-    """The answers of an evaluation, one per line of `samples.jsonl`, appended batch by batch.
+    """The lines of a file of an evaluation, appended batch by batch.
 
     Every process holds all of them; process 0 writes.
 
     Attributes:
-      rows: by their `key`.
+      rows: by their `Form.key`.
     """
 
-    def __init__(self, path: Path, interval: int):
-        self.path, found = path, []
+    def __init__(self, path: Path, interval: int, form: Form = SAMPLE):
+        self.path, self.form, found = path, form, []
         if path.exists():
-            found, unfinished = read(path, interval)
+            found, unfinished = read(path, interval, form)
             # An incomplete last line of a killed run is dropped, and answered again.
             if unfinished and parallel.first():
                 files.write_text(path, _lines(found))
-        self.rows = {key(row): row for row in found}
+        self.rows = {form.key(row): row for row in found}
 
     def add(self, rows: Iterable[dict]) -> None:
         rows = list(rows)
         if parallel.first():
             files.append_text(self.path, _lines(rows))
-        self.rows |= {key(row): row for row in rows}
+        self.rows |= {self.form.key(row): row for row in rows}
 
     def check_references(self, references: Mapping[str, str]) -> None:
         """Refuses answers to other problems, also in runs that recorded no digests.
