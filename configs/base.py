@@ -230,6 +230,18 @@ def evaluate() -> ConfigDict:
     return config
 
 
+def recall() -> ConfigDict:
+    """Agreement with the full cache, and look-ups; policies and budgets are those of `evaluate`."""
+    config = ConfigDict()
+    config.prompts = 32  # held-out traces whose beginnings are continued, 0 for none
+    config.prompt_tokens = 4352  # of such a beginning, a multiple of the interval
+    config.new_tokens = 256  # of the full cache's greedy continuation, at most
+    config.lookups = 240  # questions about held-out documents of `traces.text`, 0 for none
+    config.context = 8704  # tokens before a question, a multiple of the interval
+    config.batch = 8  # prompts, or contexts of look-ups, at a time
+    return config
+
+
 def pipeline() -> ConfigDict:
     """Several stages in one run directory."""
     config = ConfigDict()

@@ -8,6 +8,7 @@ python -m launch.sft --config=smollm2       scorers, and the table of losses
 python -m launch.grpo --config=smollm2      better scorers
 python -m launch.evaluate --config=smollm2  losses of every policy, of all kinds of text; of one by
                                             --config.data.eval_path=data/smollm2/heldout/code
+python -m launch.recall --config=smollm2    agreement with the full cache, look-ups
 python -m launch.pipeline --config=smollm2  these three in one directory
 python -m launch.generate --config=smollm2  one answer, streamed
 python -m launch.export --config=smollm2    the scorers, to share
@@ -47,8 +48,8 @@ def get_config(arg: str = "") -> ConfigDict:
         raise UserError(f"--config=configs/smollm2.py:{arg}: use :pip, or nothing for the hub")
     name = f"smollm2_{arg}" if arg else "smollm2"  # as launch names run directories
     config = base.recipe(
-        "data", "traces", "scorer", "sft", "grpo", "eval", "evaluate", "pipeline", "benchmark",
-        "export", "generate",
+        "data", "traces", "scorer", "sft", "grpo", "eval", "evaluate", "recall", "pipeline",
+        "benchmark", "export", "generate",
     )  # fmt: skip
     config.model, config.revision = MODELS[arg]
     config.budget, config.interval = 128, 32
@@ -87,6 +88,9 @@ def get_config(arg: str = "") -> ConfigDict:
     config.evaluate.policies = ("full", *BASELINES)
     config.evaluate.action = "top"
     config.evaluate.benchmark = ""  # it answers too little right
+
+    config.recall.prompt_tokens = 512
+    config.recall.context = 640
 
     config.generate.policy = "h2o"
     config.generate.new_tokens = 256

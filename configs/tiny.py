@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
     """The recipe; see `configs.base` for what the fields mean."""
     config = base.recipe(
         "task", "pretrain", "data", "traces", "scorer", "sft", "grpo", "eval", "evaluate",
-        "pipeline", "benchmark", "export", "generate",
+        "recall", "pipeline", "benchmark", "export", "generate",
     )  # fmt: skip
     config.budget, config.interval = 64, 16
 
@@ -72,6 +72,10 @@ def get_config() -> ConfigDict:
     config.evaluate.scorers = ("foresight=runs/sft_tiny",)
     config.evaluate.action = "top"
     config.evaluate.policies = ("full", *BASELINES)
+
+    config.recall.prompt_tokens = 128
+    config.recall.new_tokens = 128
+    config.recall.lookups = 0
 
     few = ("full", TUNED_RKV, "snapkv", "h2o", "lagkv", "random:sinks=4")
     config.pipeline.changes.grpo = dict(budget=48, grpo=dict(answers=0))

@@ -26,6 +26,7 @@ class Purpose(enum.IntEnum):
     TRACE = 6  # answers collected as traces; question, sample
     PRETRAIN = 7  # answers of the embedded reasoner after its training; problem
     BENCHMARK = 8  # inputs of a benchmark; 0 and row, 1, layer and keys or values, 2 for queries
+    LOOKUP = 11  # evictions before and in look-ups; context
     # From the key of a row:
     TOKEN = 9  # the next token; its position
     EVICTION = 10  # what a policy draws; layer, newest position

@@ -29,8 +29,9 @@ INDICES = {
     Purpose.ANSWER: 2,
     Purpose.TRACE: 2,
     Purpose.PRETRAIN: 1,
+    Purpose.LOOKUP: 1,
 }
-OF_ROWS = (Purpose.ROLLOUT, Purpose.REPLAY, Purpose.ANSWER, Purpose.TRACE, Purpose.PRETRAIN)
+OF_ROWS = {*INDICES} - {Purpose.MODEL, Purpose.SCORER}
 EACH = jnp.arange(8)
 
 

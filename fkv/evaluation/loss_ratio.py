@@ -64,7 +64,7 @@ def _kinds(policies: Sequence[Policy]) -> list[list[int]]:
     return list(found.values())
 
 
-def _one_of(policies: Sequence[Policy], index: int, layers: int) -> OneOf:
+def one_of(policies: Sequence[Policy], index: int, layers: int) -> OneOf:
     """A policy as one of as many as there are kinds, so that one program runs all of them."""
     kinds = _kinds(policies)
     own = next((i for i, kind in enumerate(kinds) if index in kind), 0)  # of none, none
@@ -199,7 +199,7 @@ def measure(
 
     @jax.jit
     def run_golden(lm, several, part, key_b):
-        one = _one_of(several, 0, config.layers)
+        one = one_of(several, 0, config.layers)
         forced, labels, full, begun = golden.policy_and_beginning(lm, part, cadence, one)
         scores = jnp.concatenate([labels.future_score_ebkn, labels.newest_score_ebkl], axis=-1)
 
@@ -257,7 +257,7 @@ def measure(
         recalls[:, wanted] = np.asarray(recall)[:, : len(wanted)]
         regrets[:, wanted] = np.asarray(regret)[:, : len(wanted)]
         for i, name in enumerate(names):
-            one = _one_of(several, i, config.layers)
+            one = one_of(several, i, config.layers)
             put(nll[name], run_from(lm, begun, one, part, key_b))
         for name, policy in uneven.items():
             put(nll[name], run(lm, policy, part, key_b))
@@ -286,14 +286,14 @@ def measure(
             regret_nyk=regret.get(name),
             excess_nt=np.where(counted, x - nll["full"], np.nan),
             trained=trained_at(policies.get(name), cadence.interval),
-            rule=_is_rule(policies.get(name)),
+            rule=is_rule(policies.get(name)),
             protect_prompt=cadence.protect_prompt,
         )
         for name, x in nll.items()
     ]
 
 
-def _is_rule(policy: Policy | None) -> bool:
+def is_rule(policy: Policy | None) -> bool:
     return policy is not None and policy.evicts and not jax.tree.leaves(policy)
 
 

@@ -190,7 +190,7 @@ def _plan(
 ) -> Plan:
     """Checks and loads what is needed, the cheapest first."""
     at = common.cadences(config, "evaluate.budgets")
-    named, inputs = _policies(config)
+    named, inputs = policies_of(config)
     if config.evaluate.traces:
         common.check_baseline(config, named)
     free = {rundir.answers_of(name) for name in anew}
@@ -229,7 +229,7 @@ def _cells(config: ConfigDict, named: dict[str, Policy]) -> list[Cell]:
     return cells
 
 
-def _policies(config: ConfigDict) -> tuple[dict[str, Policy], dict[str, str]]:
+def policies_of(config: ConfigDict) -> tuple[dict[str, Policy], dict[str, str]]:
     """The policies to run, by the name they are reported under, and the digests of all."""
     scorers, inputs = {}, {}
     for entry in config.evaluate.scorers:

@@ -149,6 +149,17 @@ class Evaluate(Answers):
 
 
 @settings
+class Recall(Settings):
+    group: ClassVar[str] = "recall"
+    prompts: int = setting(ANY)
+    prompt_tokens: int = setting(COUNT)
+    new_tokens: int = setting(COUNT)
+    lookups: int = setting(ANY)
+    context: int = setting(COUNT)
+    batch: int = setting(COUNT)
+
+
+@settings
 class Pipeline(Settings):
     group: ClassVar[str] = "pipeline"
     stages: Names = setting(NAMES)
@@ -219,8 +230,8 @@ class Generate(Sampling):
 # In the order of `configs/base.py`, which errors list them in.
 GROUPS = (
     Shared, ledger.Spec, Reasoner, pretrain.Plan, Data, Traces, ScorerConfig, sft.Plan,
-    sft.LossConfig, Supervised, Reinforcement, grpo.GRPOConfig, grpo.Plan, Eval, Evaluate, Pipeline,
-    Benchmark, Peers, Export, Generate,
+    sft.LossConfig, Supervised, Reinforcement, grpo.GRPOConfig, grpo.Plan, Eval, Evaluate, Recall,
+    Pipeline, Benchmark, Peers, Export, Generate,
 )  # fmt: skip
 FIELDS = {
     f"{cls.group}.{name}".lstrip("."): kind for cls in GROUPS for name, kind in cls.kinds().items()

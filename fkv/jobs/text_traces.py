@@ -194,6 +194,28 @@ def _read(places: Sequence[Place], column: str) -> list[documents.Read]:
     return found
 
 
+def of_split(config: ConfigDict, split: str, own: Path) -> list[documents.Document]:
+    """The documents of `traces.text` in a split, in a random order.
+
+    Args:
+      own: see `_find`.
+
+    Raises:
+      UserError: there are none, or a place can't be read.
+    """
+    settings = config.traces
+    reads = _read(_find(settings.text, own), settings.text_column)
+    found = [document for read in reads for document in read.documents]
+    shares = settings.held_out, settings.dev
+    chosen = [document for document in found if documents.split(document, *shares) == split]
+    if not chosen:
+        raise UserError(
+            f"traces.text: of {len(found)} documents none is {split} at traces.held_out = "
+            f"{settings.held_out}: raise it, or add text"
+        )
+    return documents.shuffled(chosen, config.seed)
+
+
 def _asked(settings: ConfigDict) -> dict[str, int]:
     """How many traces of each kind are wanted, by split; 0 for all."""
     shares = {"train": 1.0, "dev": settings.dev, "heldout": settings.held_out}

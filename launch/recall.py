@@ -1,0 +1,13 @@
+"""What policies still find: agreement with the full cache's continuations, and look-ups."""
+
+from launch import app
+
+
+def main(config, workdir):
+    from fkv.jobs import recall
+
+    recall.run(config, workdir)
+
+
+if __name__ == "__main__":
+    app.run(main)
