@@ -179,7 +179,7 @@ def test_less_than_asked_for_is_said(letters, text, tmp_path, capsys):
         ({"evaluate.budgets": (40,)}, r"^evaluate.budgets: budget = 40 must be a multiple"),
         ({"evaluate.policies": ("h20",)}, r"^policy 'h20' is not known"),
         ({"evaluate.scorers": ("a=nowhere",)}, r"^evaluate.scorers = 'a=nowhere': .*nowhere"),
-        ({"eval.baseline": "rkv"}, r"^eval.baseline = 'rkv' is not in the table"),
+        ({"eval.baseline": "rkv"}, r"^eval.baseline = 'rkv' is not one of the pol"),
         ({"data.eval_path": "none.jsonl"}, r"^data.eval_path = 'none.jsonl': no such file"),
         ({"recall.prompt_tokens": 80}, r"none of the 5 traces .* is longer than"),
         ({"traces.text": ("code=none/*.py",)}, r"^traces.text: 'code=none/\*.py': "),

@@ -26,7 +26,10 @@ from safetensors.numpy import load_file
 
 import fkv
 from fkv import models, policies
+from fkv.data import lookups
+from fkv.data.documents import Document
 from fkv.errors import UserError
+from fkv.evaluation import recall
 from fkv.models import ModelConfig, gguf, texts
 from fkv.policies import scorer
 from fkv.runs import costs, provenance, sharing
@@ -751,6 +754,55 @@ def test_words_of_a_real_model(pip_model):
     assert got == slow_ids(PAGE, ids, merges, "smollm", special)
     assert pip_model.tokenizer.decode(got) == PAGE
     assert pip_model.stop == (2,) == (ids["<|im_end|>"],)
+
+
+PARCELS = '''"""Delivers parcels along a route that is planned in the morning."""
+
+FIRST_STOP = "Gorinchem"
+PARCELS_PER_VAN = 73916
+DEPOT_CODE = "QX-5508"
+
+
+def plan(parcels, vans):
+    """Gives every van its parcels, the heaviest first, so that none has to turn back."""
+    waiting = sorted(parcels, key=lambda parcel: -parcel.weight)
+    while waiting:
+        for van in vans:
+            if waiting and van.fits(waiting[0]):
+                van.load(waiting.pop(0))
+        if not any(van.changed for van in vans):
+            raise ValueError("no van has any room left for the rest of the parcels")
+    return vans
+
+
+def drive(van, streets):
+    """Lets a van visit all the streets that its parcels are for, and counts the kilometres."""
+    total = 0
+    for street in streets:
+        if any(parcel.street == street for parcel in van.parcels):
+            total += van.go(street)
+            van.deliver(street)
+    if van.parcels:
+        print("some of the parcels could not be delivered today")
+    return total
+
+
+def report(vans):
+    for van in vans:
+        print(van.name, van.kilometres, len(van.parcels))
+'''
+
+
+def test_a_real_model_looks_up_what_the_text_says(pip_model):
+    def tokenize(text):
+        return texts.tokenize(pip_model.tokenizer, text, continued=False)
+
+    maker = lookups.Maker(tokenize, 256, 32, 6)
+    (context,) = lookups.contexts([Document("code", "parcels.py", PARCELS)], maker, 0)
+    asked = [i for i, one in enumerate(context.lookups) if one.kind == "constant"]
+    found = recall.select(pip_model.lm, [context], (256, 6, 32), 32)
+    assert len(asked) == 3
+    assert [found[i] for i in asked].count((True, False)) >= 2  # only if the line is there
 
 
 def test_a_package_that_is_not_installed(monkeypatch):
