@@ -3,8 +3,8 @@
 Not run at full size yet. Times are for one H100 at 40 % of its peak and traces of 32,768 tokens,
 as --config.dry_run=True estimates them; more devices divide them.
 python -m launch.traces --config=r1_llama --workdir=data/r1_llama_train   and _eval
-python -m launch.sft --config=r1_llama       scorers; 3.9 h, 14 s a step, 26.7 GB
-python -m launch.grpo --config=r1_llama      better scorers; 95 h, 23 min a step, 43.5 GB
+python -m launch.sft --config=r1_llama       scorers; 3.8 h, 14 s a step, 25.4 GB
+python -m launch.grpo --config=r1_llama      better scorers; 95 h, 23 min a step, 41.3 GB
 python -m launch.evaluate --config=r1_llama  AIME 2024, 32 samples per problem
 
 `--config=r1_llama:2k` and `:4k` set the budget, `:long` is for traces beyond 12,000 tokens.

@@ -3,8 +3,8 @@
 Not run at full size yet. Times are for one H100 at 40 % of its peak and traces of 32,768 tokens,
 as --config.dry_run=True estimates them; more devices divide them.
 python -m launch.traces --config=r1_qwen --workdir=data/r1_qwen_train   and _eval
-python -m launch.sft --config=r1_qwen       scorers; 3.4 h, 12 s a step, 27.1 GB
-python -m launch.grpo --config=r1_qwen      better scorers; 88 h, 21 min a step, 48.3 GB
+python -m launch.sft --config=r1_qwen       scorers; 3.3 h, 12 s a step, 26.0 GB
+python -m launch.grpo --config=r1_qwen      better scorers; 88 h, 21 min a step, 46.7 GB
 python -m launch.evaluate --config=r1_qwen  AIME 2024, 32 samples per problem
 
 `--config=r1_qwen:2k` and `:4k` set the budget, `:long` is for traces beyond 12,000 tokens.
