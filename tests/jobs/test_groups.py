@@ -151,7 +151,7 @@ def test_missing_fields_are_named(job, tmp_path):
 
 
 UNKNOWN = {
-    "sft.stpes": "config.sft has no field 'stpes': did you mean steps?",
+    "sft.stpes": "config.sft has no field 'stpes': did you mean steps or states?",
     "grpo.colour": "config.grpo has no field 'colour': choose from scorer,",
     "scorer.colour": "config.scorer has no field 'colour': choose from hidden, inputs",
     "task.colour": "config.task has no field 'colour': choose from facts, hops",
