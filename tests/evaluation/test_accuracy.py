@@ -238,7 +238,8 @@ def test_cells_and_tables():
         "policy": "h2o", "budget": "64", "answers": "8", "pass_at_1": "0.625", "low": str(low),
         "high": str(high), "tokens": "1234.4", "cut off": "0.125", "no answer": "0.25",
         "evictions": "7.25", "difference": "-0.25", "difference_low": "-0.5",
-        "difference_high": "0.0625", "lost": "3", "gained": "0", "trained_at": "", "protect_prompt": "0",
+        "difference_high": "0.0625", "lost": "3", "gained": "0", "trained_at": "",
+        "protect_prompt": "0",
     }  # fmt: skip
     assert lines[0]["difference"] == lines[0]["lost"] == ""
 
