@@ -35,10 +35,10 @@ FORMS = ("windowed", "reference")
 
 
 def _are_inputs(value: Any) -> bool:
-    if not isinstance(value, str) or value in INPUTS:
-        return isinstance(value, str)
+    if not isinstance(value, str):
+        return False
     parts = value.split("+")
-    return set(parts) <= set(PARTS) and len(set(parts)) == len(parts)
+    return value in INPUTS or (set(parts) <= {*PARTS} and len({*parts}) == len(parts))
 
 
 _INPUT = kinds.Kind(
