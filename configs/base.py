@@ -152,7 +152,8 @@ def sft() -> ConfigDict:
     config.margin = 0.01  # of the hinge, in units of the score
     config.weighting = "plain"  # of pairs: plain, or sqrt_gap of the future-score gap
     config.updates = "batch"  # one a batch, or one an eviction
-    config.states = "golden"  # what scorers see: caches of golden evictions, or of their own
+    # the caches that scorers see: those of golden evictions, their own, or mixed, trace by trace
+    config.states = "golden"
     config.scorer_seed = 0  # added to `seed` for the scorers' initial parameters
     # name:field=value,... of scorers that learn side by side, from one pass; see launch/README.md
     config.variants = ()

@@ -32,7 +32,7 @@ from fkv.policies import Forced, Foresight, View, scorer
 
 WEIGHTINGS = ("plain", "sqrt_gap")
 UPDATES = ("batch", "eviction")
-STATES = ("golden", "own")
+STATES = ("golden", "own", "mixed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Plan(Fit):
       updates: one a `batch`, as in the paper, or one an `eviction`: every layer's scorers are
         updated at each, on the way, and `clip` is of the layer's norm.
       states: the caches that scorers see: those of `golden` evictions, as in the paper, or their
-        `own`.
+        `own`, or `mixed`: for about half of the traces, always the same ones, their own.
       cadence: of evictions.
       scorer: what is trained.
       loss: the ranking loss.
@@ -266,8 +266,10 @@ def _learn(
     seen = [dataclasses.replace(plan.scorer, hidden=1) for plan in plans]
     # All that learn from golden states share one evicted stream.
     golds = tuple(i for i, plan in enumerate(plans) if plan.states == "golden")
-    owns = [(i,) for i, plan in enumerate(plans) if plan.states == "own"]
+    owns = [(i,) for i, plan in enumerate(plans) if plan.states != "golden"]
     streams = [golds, *owns] if golds else owns
+    # As good as a coin for each trace, and the same in every batch.
+    even_b = jnp.where(position >= 0, batch.token_bt, 0).sum(-1) % 2 == 0
 
     def layer(hiddens, inputs):
         weights, learners = inputs
@@ -334,7 +336,10 @@ def _learn(
             best = jnp.where(view.candidate_bkn, future, jnp.inf)
             best = jax.lax.top_k(-best, view.interval)[1]
             shares = 2 * [golden.at(overlap_weight, view.eviction)]
-            return observe(stream, acc, view, future, best, shares), policy.evict(view), ()
+            evict = policy.evict(view)
+            if plans[stream[0]].states == "mixed":
+                evict = jnp.where(even_b[:, None, None], golden_policy.evict(view), evict)
+            return observe(stream, acc, view, future, best, shares), evict, ()
 
         before, after = position[:, :first], position[:, first:]
         if lm.config.cache_dtype:  # quantised, which the full pass is not

@@ -167,6 +167,25 @@ def test_scorers_learn_from_the_caches_that_they_leave(cache_dtype):
     assert not np.allclose(golden_sums.loss, sums.loss, rtol=1e-3)
 
 
+def test_mixed_states_are_golden_or_own_trace_by_trace():
+    lm, params, batch = start()
+    plans = {x: sft_plan(RULES, LOSS, states=x) for x in sft.STATES}
+    found = []
+    for i, count in enumerate(EVENTS):
+        one = jax.tree.map(lambda x, i=i: x[i : i + 1], batch)
+        sums = {x: grads_fn(plan, params, lm, one) for x, plan in plans.items()}
+        own = int(batch.token_bt[i, : LENGTHS[i]].sum()) % 2
+        # Losses of golden states leave out groups whose entries are all alike.
+        want = sums["own" if own else "golden"]
+        np.testing.assert_allclose(sums["mixed"].overlap, want.overlap, rtol=1e-5)
+        if own:
+            np.testing.assert_allclose(sums["mixed"].loss, want.loss, rtol=1e-5)
+        found += [bool(own)] * (count > 1)
+    assert len(set(found)) == 2  # the batch has both
+    whole = grads_fn(plans["mixed"], params, lm, batch)
+    np.testing.assert_array_equal(whole.traces, [(np.array(EVENTS) > 0).sum()] * lm.config.layers)
+
+
 def test_a_plan_with_own_states_asks_the_scorers_as_they_are_now():
     """With updates on the way, evictions are those of the updated scorers."""
     lm, params, batch = start()
