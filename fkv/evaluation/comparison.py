@@ -61,12 +61,13 @@ def load(name: str, workdir: str | Path) -> Other:
             f"evaluate.compare = {name!r} has no samples.jsonl: give the workdir of an evaluation"
         )
     rows, losses, traces = (), (), ()
+    kept = _config(path).get("protect_prompt")
+    kept = kept if isinstance(kept, int) else 0
     if (path / "samples.jsonl").is_file():
         rows, _ = answers.read(path / "samples.jsonl")
     if (path / TRACES).is_file():
-        losses, traces = loss_table.read_traces(path / TRACES)
+        losses, traces = loss_table.read_traces(path / TRACES, kept)
     by_cell = {(one.policy, one.budget): one for one in losses}
-    kept = _config(path).get("protect_prompt", 0)
     return Other(path, {answers.key(row): row for row in rows}, by_cell, traces, kept)
 
 

@@ -30,10 +30,9 @@ def csv(results: Sequence[Losses]) -> str:
         recall, regret = r.recall_nyk.mean(0), r.regret_nyk.mean(0)
         for layer, head in np.ndindex(recall.shape):
             numbers = (f"{x[layer, head]:.6g}" for x in (regret, recall))
-            rows.append([r.policy, r.budget, layer, head, *numbers])
-    return tables.comma_separated(
-        ["policy", "budget", "layer", "kv_head", "regret", "recall"], rows
-    )
+            rows.append([r.policy, r.budget, layer, head, *numbers, r.protect_prompt])
+    columns = ["policy", "budget", "layer", "kv_head", "regret", "recall", "protect_prompt"]
+    return tables.comma_separated(columns, rows)
 
 
 def retention(

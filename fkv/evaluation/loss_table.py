@@ -84,7 +84,7 @@ def csv(results: Sequence[Losses], pairs: Sequence[Paired] = ()) -> str:
 
 TRACE_HEAD = (
     "policy,budget,interval,trace,tokens,evicted,full,tokens_low,evicted_low,full_low,tokens_high,"
-    "evicted_high,full_high"
+    "evicted_high,full_high,protect_prompt"
 ).split(",")
 
 
@@ -94,12 +94,15 @@ def traces_csv(results: Sequence[Losses], names: Sequence[str]) -> str:
     for r in results:
         sums_nk3 = np.stack([r.tokens, r.evicted, r.full], axis=-1)  # [n, kinds, 3]
         for name, sums in zip(names, sums_nk3.reshape(len(names), 9).tolist(), strict=True):
-            rows.append([r.policy, r.budget, r.interval, name, *sums])
+            rows.append([r.policy, r.budget, r.interval, name, *sums, r.protect_prompt])
     return tables.comma_separated(TRACE_HEAD, rows)
 
 
-def read_traces(path: Path) -> tuple[list[Losses], list[str]]:
+def read_traces(path: Path, protect_prompt: int = 0) -> tuple[list[Losses], list[str]]:
     """Reads what `traces_csv` wrote.
+
+    Args:
+      protect_prompt: of files of earlier versions, which have no column of it.
 
     Returns:
       The losses, and the names of their traces.
@@ -112,11 +115,13 @@ def read_traces(path: Path) -> tuple[list[Losses], list[str]]:
     try:
         if not text.endswith("\n"):
             raise ValueError("cut off")
+        if lines[:1] == [TRACE_HEAD[:-1]]:
+            lines = [TRACE_HEAD, *([*line, protect_prompt] for line in lines[1:])]
         if lines[:1] != [TRACE_HEAD]:
             raise ValueError("another header")
         found = {}
-        for policy, budget, interval, name, *sums in lines[1:]:
-            cell = found.setdefault((policy, int(budget), int(interval)), {})
+        for policy, budget, interval, name, *sums, kept in lines[1:]:
+            cell = found.setdefault((policy, int(budget), int(interval), int(kept)), {})
             if name in cell:
                 raise ValueError(f"trace {name} twice")
             cell[name] = np.array(sums, float).reshape(3, 3)
@@ -128,7 +133,7 @@ def read_traces(path: Path) -> tuple[list[Losses], list[str]]:
     except ValueError as error:
         raise UserError(f"{path} is not what an evaluation writes ({error}): delete it") from None
     results = []
-    for key, cell in found.items():
+    for (*key, kept), cell in found.items():
         tokens, evicted, full = np.moveaxis(np.stack(list(cell.values())), -1, 0)
-        results.append(Losses(*key, evicted, full, tokens))
+        results.append(Losses(*key, evicted, full, tokens, protect_prompt=kept))
     return results, names[0]

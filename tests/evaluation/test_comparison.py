@@ -1,6 +1,7 @@
 """Two evaluations side by side, against counting by hand; and what can't be compared."""
 
 import csv
+import dataclasses
 import io
 import json
 import re
@@ -127,14 +128,32 @@ def test_losses_of_other_tokens_are_not_compared(there, kind):
 
 def test_losses_of_traces_are_read_as_written(tmp_path):
     some = [losses_of("knorm", 16, 1), losses_of("rkv:mix=0.05,kernel=1", 24, 2)]
+    some[1] = dataclasses.replace(some[1], protect_prompt=5)
     path = tmp_path / "trace_losses.csv"
     path.write_text(loss_table.traces_csv(some, NAMES))
     found, names = loss_table.read_traces(path)
     assert names == NAMES
     for one, two in zip(some, found, strict=True):
-        assert (one.policy, one.budget, one.interval) == (two.policy, two.budget, two.interval)
+        for name in ("policy", "budget", "interval", "protect_prompt"):
+            assert getattr(one, name) == getattr(two, name)
         for name in ("evicted", "full", "tokens"):
             np.testing.assert_array_equal(getattr(one, name), getattr(two, name))
+
+
+@pytest.mark.parametrize("config", ['{"protect_prompt": 3}', '{"protect_prompt": null}', "{}", ""])
+def test_losses_of_traces_without_protected_prompts_are_those_of_the_config(there, config):
+    path = there / comparison.TRACES
+    new = comparison.load(str(there), "here")
+    lines = [line.rpartition(",")[0] for line in path.read_text().splitlines()]
+    assert lines[0].endswith("full_high")  # the header of earlier versions
+    path.write_text("\n".join(lines) + "\n")
+    (there / "config.json").write_text(config)
+    old = comparison.load(str(there), "here")
+    assert old.losses.keys() == new.losses.keys() and old.traces == new.traces
+    kept = 3 if "3" in config else 0
+    for cell, one in old.losses.items():
+        assert one.protect_prompt == old.protect_prompt == kept
+        np.testing.assert_array_equal(one.evicted, new.losses[cell].evicted)
 
 
 @pytest.mark.parametrize(
@@ -145,6 +164,9 @@ def test_losses_of_traces_are_read_as_written(tmp_path):
         lambda text: text.splitlines()[0] + "\n",
         lambda text: text[:-9],
         lambda text: text.replace("knorm,16", "knorm,x", 1),
+        lambda text: text.replace(",0\n", ",x\n", 1),
+        lambda text: text.replace(",0\n", "\n", 1),
+        lambda text: text.replace(",protect_prompt", "", 1),
         lambda text: re.sub(r"\d+\.\d+", "nan", text, count=1),
         lambda text: re.sub(r"\d+\.\d+", "inf", text, count=1),
         lambda text: text.replace("0-abc", "1-abc", 1),
