@@ -58,8 +58,9 @@ def stage(job: str, config: ConfigDict, model: ModelConfig, mesh: Mesh) -> Stage
         plans = sft_job.plans_of(variants.resolve(config, groups.FIELDS) or {"": config}, mesh)
         plan, traces, rollouts = plans[0], plans[0].batch, 1
         step = functools.partial(sft.train_step, plans, axis=parallel.AXIS)
-        scorers = [x.scorer for x in plans]
-        flops = functools.partial(costs.sft_flops, model, scorers, cadence=plan.cadence)
+        golden, owns = ([x.scorer for x in plans if (x.states != "golden") == y] for y in (0, 1))
+        more = {"cadence": plan.cadence, "owns": owns}
+        flops = functools.partial(costs.sft_flops, model, golden, **more)
     else:
         plan = grpo_job.plan_of(config, mesh)
         traces, rollouts = plan.traces, plan.grpo.rollouts

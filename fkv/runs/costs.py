@@ -160,21 +160,33 @@ def label_flops(config: ModelConfig, length: int) -> int:
 
 
 def sft_flops(
-    config: ModelConfig, scorers: Sequence[ScorerConfig], length: int, cadence: Cadence
+    config: ModelConfig,
+    scorers: Sequence[ScorerConfig],
+    length: int,
+    cadence: Cadence,
+    owns: Sequence[ScorerConfig] = (),
 ) -> int:
-    """FLOPs per trace of a supervised step: labels, and a pass under eviction with the scorers.
+    """FLOPs per trace of a supervised step: labels, and passes under eviction with the scorers.
 
-    Up to the first eviction it is the pass of the labels, unless the cache is quantised. Scorers
-    take two passes, forward and weight gradient: features carry no gradient.
+    Up to the first eviction they are the pass of the labels, or, if the cache is quantised, one of
+    their own. Scorers take two passes, forward and weight gradient: features carry no gradient.
+    Those that evict take a third, and scores of what they hold, every query against all earlier
+    keys once more.
 
     Args:
-      scorers: that learn side by side.
+      scorers: that learn side by side from one pass, of golden evictions.
+      owns: that learn from passes of their own, one each.
     """
-    first, *rest = sorted(scorers, key=lambda x: x.statistics is None)
-    evicted = _evicted_flops(config, first, length, cadence, 2)
-    more = sum(_scorer_flops(config, x, length, cadence, 2) for x in rest)
-    shared = 0 if config.cache_dtype else pass_flops(config, min(length, cadence.slots))
-    return int(label_flops(config, length) + evicted - shared + more)
+    found = label_flops(config, length)
+    if scorers:
+        first, *rest = sorted(scorers, key=lambda x: x.statistics is None)
+        found += _evicted_flops(config, first, length, cadence, 2)
+        found += sum(_scorer_flops(config, x, length, cadence, 2) for x in rest)
+    if owns:
+        found += label_flops(config, length) - pass_flops(config, length)
+        found += sum(_evicted_flops(config, x, length, cadence, 3) for x in owns)
+    shared = bool(scorers) + len(owns) - bool(config.cache_dtype)
+    return int(found - shared * pass_flops(config, min(length, cadence.slots)))
 
 
 def grpo_flops(

@@ -7,7 +7,9 @@ import pytest
 
 from configs import qwen3_4b, tiny
 from fkv.errors import UserError
-from fkv.jobs import dry_run
+from fkv.jobs import common, dry_run, programs
+from fkv.learning import sft
+from fkv.runs import costs, parallel
 from launch import app
 
 
@@ -49,6 +51,19 @@ def check_stage(text, steps):
 
 def test_the_supervised_stage(described):
     check_stage(dry_run.run("sft", described), described.sft.steps)
+
+
+def test_states_of_their_own_take_another_pass(described):
+    mesh, steps = parallel.make_mesh(1), {}
+    for states in sft.STATES:
+        described.sft.states = states
+        model = common.model_config(described)
+        steps[states] = programs.stage("sft", described, model, mesh).flops(256)
+    assert steps["own"] == steps["mixed"] > steps["golden"]
+    described.sft.variants = ("a", "b:sft.states=golden", "c:sft.states=own")  # a is mixed
+    both = programs.stage("sft", described, model, mesh).flops(256)
+    evicted = costs.pass_flops(model, 256) - costs.pass_flops(model, 48)
+    assert both - steps["own"] > 1.5 * evicted  # a pass each
 
 
 def test_traces_of_which_half_is_too_short_to_evict_from(described):

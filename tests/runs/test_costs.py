@@ -80,6 +80,16 @@ def test_formulas_by_hand():
     assert costs.sft_flops(small, [rules], 24, Cadence(8, 4)) == want
     want -= costs.pass_flops(SHAPE, 12)  # that of the labels
     assert costs.sft_flops(SHAPE, [rules], 24, Cadence(8, 4)) == want
+    # Two on states of their own: a pass each, on which they evict, too, and scores of all tokens.
+    wide = scorer.ScorerConfig(hidden=4)
+    third = 3 * scored
+    want = 2 * costs.label_flops(SHAPE, 24) - costs.pass_flops(SHAPE, 24)
+    want += 2 * (evicted - costs.pass_flops(SHAPE, 12)) + 3 * third
+    assert costs.sft_flops(SHAPE, [], 24, Cadence(8, 4), [rules, wide]) == want
+    want += evicted + 2 * scored
+    assert costs.sft_flops(small, [rules], 24, Cadence(8, 4), [rules, wide]) == want
+    want -= costs.pass_flops(SHAPE, 12)
+    assert costs.sft_flops(SHAPE, [rules], 24, Cadence(8, 4), [rules, wide]) == want
     want = begun / 8 + later + 4 * scored + losses
     assert costs.grpo_flops(SHAPE, rules, 24, Cadence(8, 4), 8) == want
     want = 3 * evicted + scored + 2 * 3 * scored + losses
