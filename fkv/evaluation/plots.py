@@ -187,22 +187,24 @@ def regret(results: Sequence[Losses], path: Name) -> None:
             axis = axes[budgets.index(r.budget)][names.index(r.policy)]
             image = axis.imshow(r.regret_nyk.mean(0), vmin=0, vmax=top, cmap="magma_r")
             _, layers, heads = r.regret_nyk.shape
-            axis.set(title=f"{r.policy}, {r.budget}", xticks=range(heads), yticks=range(layers))
+            ticks = {"xticks": range(heads), "yticks": range(0, layers, 1 + layers // 10)}
+            axis.set(title=f"{r.policy}, {r.budget}", **ticks)
         image.figure.colorbar(image, ax=axes, label="attention lost")
 
 
 def retention(held: Mapping[str, np.ndarray], path: Name, title: str) -> None:
-    """The entries held over time, a panel per policy and layer.
+    """The entries held over time, a panel per policy and layer; of many layers six.
 
     Args:
       held: from `diagnosis.retention`.
     """
     layers = len(next(iter(held.values())))
-    size = (4 * layers, 1.5 * len(held) + 0.8)
+    shown = np.linspace(0, layers - 1, min(layers, 6)).round().astype(int).tolist()
+    size = (4 * len(shown), 1.5 * len(held) + 0.8)
     labels = "position of the token", "position of the queries"
-    with _figure(path, size, (len(held), layers), title, *labels) as axes:
+    with _figure(path, size, (len(held), len(shown)), title, *labels) as axes:
         for row, (name, one) in zip(axes, held.items(), strict=True):
-            for layer, axis in enumerate(row):
+            for layer, axis in zip(shown, row, strict=True):
                 _held(axis, one[layer].mean(0), 1, "Greens")
                 axis.set_title(f"{name}, layer {layer}")
                 axis.label_outer()

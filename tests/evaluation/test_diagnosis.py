@@ -1,6 +1,7 @@
 """What is held and who is attended, against one trace in numpy; the pictures of it."""
 
 import csv
+import dataclasses
 import io
 
 import numpy as np
@@ -182,8 +183,11 @@ def several():
 
 
 def test_csv_has_a_line_for_every_head(several):
+    several[1] = dataclasses.replace(several[1], protect_prompt=4)
     lines = list(csv.DictReader(io.StringIO(diagnosis.csv(several))))
     assert len(lines) == 2 * 3 * 2 * 3
+    kept = {line["protect_prompt"] for line in lines if line["policy"] == "golden"}
+    assert kept == {"0", "4"} and {line["protect_prompt"] for line in lines[6:]} == {"0"}
     by_name = {(r.policy, r.budget): r for r in several}
     for line in lines:
         r, at = by_name[line["policy"], int(line["budget"])], (line["layer"], line["kv_head"])
@@ -269,6 +273,25 @@ def test_retention_is_drawn(held, tmp_path, drawn):
     extents = {kw["extent"] for kind, _, kw in drawn if kind == "imshow"}
     assert extents == {(0, PADDED, CHUNKS * INTERVAL, 0)}  # tokens on both axes
     np.testing.assert_array_equal(images[4], held["h2o"][0].mean(0))
+
+
+def test_of_many_layers_some_are_drawn_and_numbered(held, several, tmp_path, drawn, monkeypatch):
+    numbered, real = [], Axes.set
+
+    def spy(axis, **kwargs):
+        numbered.append(len(kwargs["yticks"]))
+        return real(axis, **kwargs)
+
+    monkeypatch.setattr(Axes, "set", spy)
+    deep = {"h2o": np.repeat(held["h2o"], 10, axis=0)}  # of two layers
+    plots.retention(deep, tmp_path / "a.png", "a title")
+    images = [args[0] for kind, args, _ in drawn if kind == "imshow"]
+    assert len(images) == 6
+    np.testing.assert_array_equal(images[2], held["h2o"][0].mean(0))  # 0, 4, 8 and 11, 15, 19
+    np.testing.assert_array_equal(images[3], held["h2o"][1].mean(0))
+    one = dataclasses.replace(several[2], regret_nyk=np.tile(several[2].regret_nyk, (1, 15, 1)))
+    plots.regret([several[2], one], tmp_path / "b.png")
+    assert numbered == [2, 8]  # of 2 and 30 layers
 
 
 def test_lookups_are_far_and_strong():
