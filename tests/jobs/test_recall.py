@@ -23,10 +23,8 @@ FILES = ("agreement", "lookups")
 TABLES = [f"{name}.{suffix}" for name in FILES for suffix in ("txt", "md", "csv")]
 
 
-@pytest.fixture(scope="module")
-def letters(tmp_path_factory):
-    """A random decoder of single letters."""
-    path = tmp_path_factory.mktemp("letters")
+def save_letters(path):
+    """A random decoder of single letters; returns its directory."""
     config = ModelConfig("qwen3", 64, 16, 2, 2, 1, 8, 16, qk_norm=True)
     models.save(path, models.LM(jax.device_get(models.init(jax.random.key(0), config)), config))
     ids = {sign: i for i, sign in enumerate(("<unk>", "<eos>", *SIGNS))}
@@ -39,10 +37,8 @@ def letters(tmp_path_factory):
     return str(path)
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    """Small modules: four constants each, then calls."""
-    path = tmp_path_factory.mktemp("text")
+def save_text(path):
+    """Small modules, four constants each, then calls, and traces; returns their directory."""
     rng = np.random.default_rng(0)
     for i in range(24):
         names = ["".join(rng.choice(list("abcdef"), 4)) for _ in range(4)]
@@ -52,6 +48,16 @@ def text(tmp_path_factory):
     rows = [{"input_ids": rng.integers(2, 50, 70).tolist()} for _ in range(5)]
     (path / "traces.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+@pytest.fixture(scope="module")
+def letters(tmp_path_factory):
+    return save_letters(tmp_path_factory.mktemp("letters"))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return save_text(tmp_path_factory.mktemp("text"))
 
 
 def recipe(letters, text, **changes):
