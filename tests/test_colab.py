@@ -20,7 +20,7 @@ from fkv.models import ModelConfig
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
-PICTURES = {"see_eviction_think": 5, "train_your_own_scorer": 1, "your_model": 1}
+PICTURES = {"see_eviction_think": 5, "train_your_own_scorer": 1, "your_model": 3}
 
 
 def read(path):
@@ -73,8 +73,12 @@ def test_a_notebook_runs(path, tmp_path, monkeypatch):
         assert "<b>full</b>: right" in shown and "<b>foresight</b>" in shown
     elif path.stem == "your_model":
         assert "babbles" in said and "full: 64 tokens, 0 evictions" in said
-        # 89 tokens of prompt and 63 that are read again, in 32 + 16 slots
-        assert "rkv: 64 tokens, 7 evictions" in said
+        # 76 tokens of prompt and 63 that are read again, in 32 + 16 slots
+        assert "foresight: 64 tokens, 6 evictions" in said
+        assert "gap closed" in said  # the table of losses
+        names = ["golden", "foresight", "h2o"]  # that hold tokens; and whose answers are shown
+        assert re.findall("<b>(.*?)</b>", shown) == [*names, "full", "foresight"]
+        assert shown.count("<span style") > 3 * 96
     else:
         assert "my-scorers" in said and "scorer.safetensors" in said
 
