@@ -29,9 +29,12 @@ EVEN = sorted(set(policies.names()) - {"full", "forced", "foresight", *UNEVEN})
 EVEN += ["sample", "golden"]
 
 
+golden_policy = jax.jit(golden.policy, static_argnums=2)
+
+
 def policy_of(name, lm, batch):
     if name == "golden":
-        return golden.policy(lm, batch, CADENCE)[0]
+        return golden_policy(lm, batch, CADENCE)[0]
     if name == "ada(sample)":
         return policies.Ada(policy_of("sample", lm, batch))
     if name in ("sample", "reference"):
@@ -103,11 +106,15 @@ def model(cache_dtype="", **fields):
     return lm.replace(config=dataclasses.replace(lm.config, cache_dtype=cache_dtype))
 
 
+@functools.cache
+def every_even_policy():
+    return tuple(policy_of(name, model(), batch_of(model(), LENGTHS)) for name in EVEN)
+
+
 @pytest.mark.parametrize("name", EVEN)
 def test_a_beginning_in_one_pass_is_that_chunk_by_chunk(name):
     lm = model()
-    batch = batch_of(lm, LENGTHS)
-    each = tuple(policy_of(name, lm, batch) for name in EVEN)  # in one program
+    batch, each = batch_of(lm, LENGTHS), every_even_policy()  # in one program
     policy = loss_ratio.OneOf(each, jnp.full(lm.config.layers, EVEN.index(name)))
     assert check(policy, lm, batch) == 5
 

@@ -19,6 +19,8 @@ from tests import oracles
 CADENCE = Cadence(16, 8)
 PROMPT, NEW = 40, 24
 NAMED = {name: policies.get(name) for name in ("h2o", "random", "ada")}
+replayed = jax.jit(replay.replay, static_argnums=3)
+golden_policy = jax.jit(golden.policy, static_argnums=2)
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +78,9 @@ def log_probs(lm, hidden):
 @pytest.mark.parametrize("name", ["golden", *NAMED])
 def test_agreement_is_that_of_whole_distributions(lm, continued, agreed, name):
     _, full, rows, key_b = continued
-    policy = golden.policy(lm, rows, CADENCE)[0] if name == "golden" else NAMED[name]
-    hidden = replay.replay(lm, rows, policy, CADENCE, key_b)[0]
-    whole = replay.replay(lm, rows, policies.get("full"), CADENCE)[0]
+    policy = golden_policy(lm, rows, CADENCE)[0] if name == "golden" else NAMED[name]
+    hidden = replayed(lm, rows, policy, CADENCE, key_b)[0]
+    whole = replayed(lm, rows, policies.get("full"), CADENCE)[0]
     hit, kl = agreed[name]
     for i, after in enumerate(full):
         part = slice(PROMPT - 1, PROMPT - 1 + len(after))
@@ -149,7 +151,7 @@ def alone(lm, policy, context, one, key):
     """Whether the answer is the greedy one, and its likelihood, of one sequence by itself."""
     ids = np.concatenate([context, one.ids])
     rows = Batch.of(ids[None], np.array([len(ids)], np.int32))
-    return judged(lm, replay.replay(lm, rows, policy, CADENCE, key[None])[0][0], len(context), one)
+    return judged(lm, replayed(lm, rows, policy, CADENCE, key[None])[0][0], len(context), one)
 
 
 def judged(lm, hidden, context, one):
@@ -168,7 +170,7 @@ def test_a_look_up_is_that_of_its_whole_sequence(lm, asked_of):
     rows = [(i * REPEATS + j, one) for i, mine in enumerate(lookups) for j, one in enumerate(mine)]
     for name, (right, nll) in found.items():
         policy = NAMED.get(name, policies.get("full"))
-        hidden = replay.replay(lm, asked.rows, policy, CADENCE, key_b)[0]
+        hidden = replayed(lm, asked.rows, policy, CADENCE, key_b)[0]
         want = [judged(lm, hidden[row], CONTEXT, one) for row, one in rows]
         assert asked.real(right) == [ok for ok, _ in want], name
         np.testing.assert_allclose(asked.real(nll), [x for _, x in want], rtol=1e-4)
@@ -197,7 +199,7 @@ def test_golden_eviction_knows_all_questions_of_a_context(lm, asked_of):
     contexts, lookups, asked = asked_of
     key_c = replay.row_keys(jax.random.key(4), 3)
     (_, right, nll), = recall.recall(lm, {}, asked, key_c, CADENCE, ["golden"])  # fmt: skip
-    forced = golden.policy(lm, asked.joined, CADENCE)[0]
+    forced = golden_policy(lm, asked.joined, CADENCE)[0]
     for i, mine in enumerate(lookups[:1]):
         own = forced.replace(position_yebkl=forced.position_yebkl[:, :, i : i + 1])
         for j, one in enumerate(mine):
