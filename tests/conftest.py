@@ -1,5 +1,6 @@
 """Strict numerics for every test, and the fixtures that several share."""
 
+import gc
 import os
 import signal
 from pathlib import Path
@@ -9,7 +10,8 @@ import pytest
 
 # Compiling is what takes the time, so LLVM need not try hard; commands that tests start inherit it.
 # XLA reads it when JAX first looks for devices, later than this.
-QUICK = ["--xla_backend_optimization_level=0"]
+# Both cores have tests to run, so code that is cut into pieces for other threads only takes longer.
+QUICK = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
 if jax.__version_info__ < (0, 11):
     # The same fusions by a way that takes half the time, which later versions have no more.
     QUICK.append("--xla_cpu_use_fusion_emitters=false")
@@ -36,6 +38,13 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name not in FIRST)
 
 
+def pytest_collection_finish():
+    # What all these modules are made of stays, and tracing makes much that soon goes by itself.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+
+
 @pytest.fixture(scope="session")
 def shared_reference() -> Path:
     """The folder of vectors made by the released PyTorch code."""
@@ -50,7 +59,7 @@ def compilation_cache(tmp_path_factory):
     """Programs compiled once a session: workers, and the commands that tests start, share some."""
     base = tmp_path_factory.getbasetemp()
     path = str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "jax")
-    settings = {"compilation_cache_dir": path, "persistent_cache_min_compile_time_secs": 0.2}
+    settings = {"compilation_cache_dir": path, "persistent_cache_min_compile_time_secs": 0.0}
     for name, value in settings.items():
         jax.config.update(f"jax_{name}", value)
         os.environ[f"JAX_{name.upper()}"] = str(value)
