@@ -1,6 +1,5 @@
 """Scorers that learn side by side from one golden pass: each as if it had been alone."""
 
-import dataclasses
 import json
 import os
 import runpy
@@ -27,7 +26,6 @@ VARIANTS = (
     "attention:scorer.inputs=attention,sft.updates=eviction,sft.learning_rate=0.1,sft.warmup=2,"
     "sft.clip=0.01",
 )
-MEASURED = "keys"
 NAMES = [text.partition(":")[0] for text in VARIANTS]
 # Two are enough for what does not depend on the fields; and compiling takes the time.
 PAIR = (VARIANTS[0], VARIANTS[2])
@@ -64,14 +62,9 @@ def run_all(model_dir, root):
     """All variants side by side, and each as a run of its own."""
     config = several(model_dir, VARIANTS)
     config.eval.policies = ()
-    results = {r.policy: r for r in sft.run(config, str(root / "together"))}
-    measure = common.measure_losses
+    sft.run(config, str(root / "together"))
     for name, one in variants.resolve(config, groups.FIELDS).items():
         assert one.sft.variants == () and one.is_locked
-        own = dataclasses.replace(results[name], policy=sft.NAME)
-        # One is measured alone, too: that takes as long to compile as training does.
-        known = [results["full"], results["golden"], own]
-        common.measure_losses = measure if name == MEASURED else lambda *_, known=known: known
         sft.run(one, str(root / "alone" / name))
 
 
