@@ -4,8 +4,8 @@ Text is Python's standard library (code), documentation, and essays and plays (p
 install for it is in launch/README.md#traces-of-plain-text. Commands, and times on two CPU cores:
 python -m launch.traces --config=smollm2 --workdir=data/smollm2   1,200 training traces of 1,024
                                             tokens, 144 held-out ones, 72 to tune on; a minute
-python -m launch.sft --config=smollm2       scorers, and the table of losses; 2 to 3 hours, 3
-                                            minutes on an H200, and the table
+python -m launch.sft --config=smollm2       scorers, and the table of losses; 2 to 3 hours by
+                                            estimate, 3 minutes on an H200, and the table
 python -m launch.grpo --config=smollm2      better scorers
 python -m launch.evaluate --config=smollm2  losses of every policy, of all kinds of text; of one by
                                             --config.data.eval_path=data/smollm2/heldout/code
