@@ -29,6 +29,7 @@ from fkv.engine.replay import Chunk, Site
 from fkv.errors import UserError
 from fkv.keys import Purpose, key_of
 from fkv.models import LM
+from fkv.models.numerics import top_k
 from fkv.policies.base import Policy
 
 NO_TOKEN = -1
@@ -73,13 +74,13 @@ def sample(logits_bv: Array, key_b: Array, sampling: Sampling) -> Array:
     """
     if sampling.temperature == 0:
         return logits_bv.argmax(-1).astype(jnp.int32)
-    x = logits_bv.astype(jnp.float32) / sampling.temperature
-    token = None
+    x, token = logits_bv.astype(jnp.float32), None
     if sampling.top_k and sampling.top_k < x.shape[-1]:
-        x, token = jax.lax.top_k(x, sampling.top_k)
+        x, token = top_k(x, sampling.top_k)
     elif sampling.top_p < 1:
         token = jnp.argsort(-x, axis=-1)
         x = jnp.take_along_axis(x, token, axis=-1)
+    x = x / sampling.temperature
     if sampling.top_p < 1:
         p = jax.nn.softmax(x, axis=-1)
         before = jnp.cumsum(p, axis=-1) - p  # of likelier tokens: the first always stays

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from fkv.errors import UserError
 from fkv.keys import fold
 from fkv.models.config import ModelConfig
-from fkv.models.numerics import einsum, einsum_f32
+from fkv.models.numerics import einsum_f32, linear
 
 Params = dict
 MODEL = "model"  # the mesh axis over which a replica of the model is sharded
@@ -143,9 +143,9 @@ def project(
     chex.assert_shape(hidden_btm, (b, t, config.width))
     chex.assert_shape(position_bt, ({1, b}, t))
     x = rms_norm(hidden_btm, layer["attn_norm_m"], config.rms_eps)
-    q = einsum("btm,mhd->bthd", x, layer["q_mhd"])
-    k = einsum("btm,mkd->btkd", x, layer["k_mkd"])
-    v = einsum("btm,mkd->btkd", x, layer["v_mkd"])
+    q = linear("btm,mhd->bthd", x, layer["q_mhd"])
+    k = linear("btm,mkd->btkd", x, layer["k_mkd"])
+    v = linear("btm,mkd->btkd", x, layer["v_mkd"])
     if config.qkv_bias:
         q = q + layer["q_bias_hd"][None, None]
         k = k + layer["k_bias_kd"][None, None]
@@ -158,15 +158,15 @@ def project(
 
 def finish(config: ModelConfig, layer: Params, hidden_btm: Array, attended_bthd: Array) -> Array:
     """The rest of a layer after attention: output projection, residuals and the gated MLP."""
-    out = einsum("bthd,hdm->btm", attended_bthd, layer["o_hdm"])
+    out = linear("bthd,hdm->btm", attended_bthd, layer["o_hdm"])
     if config.out_bias:
         out = out + layer["o_bias_m"][None, None]
     hidden = hidden_btm + out
     x = rms_norm(hidden, layer["mlp_norm_m"], config.rms_eps)
-    gate, up = (einsum("btm,mf->btf", x, layer[name]) for name in ("gate_mf", "up_mf"))
+    gate, up = (linear("btm,mf->btf", x, layer[name]) for name in ("gate_mf", "up_mf"))
     if config.mlp_bias:
         gate, up = gate + layer["gate_bias_f"][None, None], up + layer["up_bias_f"][None, None]
-    out = einsum("btf,fm->btm", jax.nn.silu(gate) * up, layer["down_fm"])
+    out = linear("btf,fm->btm", jax.nn.silu(gate) * up, layer["down_fm"])
     if config.mlp_bias:
         out = out + layer["down_bias_m"][None, None]
     return hidden + out
@@ -176,4 +176,4 @@ def unembed(lm: LM, hidden_btm: Array) -> Array:
     """Logits [b, t, v], float32."""
     x = rms_norm(hidden_btm, lm.params["final_norm_m"], lm.config.rms_eps)
     head = lm.params["embed_vm" if lm.config.tied_embeddings else "head_vm"]
-    return einsum_f32("btm,vm->btv", x, head)
+    return linear("btm,vm->btv", x, head, einsum_f32)

@@ -4,6 +4,7 @@ The choice is made when a program is lowered, not when it is traced: one trace c
 GPU and TPU, with or without the device.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -45,6 +46,25 @@ def einsum_f32(spec: str, x: Array, y: Array) -> Array:
     return jax.lax.platform_dependent(x, y, cpu=cast, default=product)
 
 
+# A TPU multiplies fewer rows on its vector unit, several times slower than it reads the matrix.
+ROWS = 8
+
+
+def linear(spec: str, x_bt: Array, weight: Array, product: Callable[..., Array] = einsum) -> Array:
+    """`product` of [b, t, ...] with a weight; on a TPU, of at least eight rows."""
+    b, t = x_bt.shape[:2]
+
+    def padded(x_bt, weight):
+        more = -(-ROWS // t) - b
+        x_bt = jnp.pad(x_bt, [(0, more), *[(0, 0)] * (x_bt.ndim - 1)])
+        return product(spec, x_bt, weight)[:b]
+
+    if b * t >= ROWS:
+        return product(spec, x_bt, weight)
+    default = functools.partial(product, spec)
+    return jax.lax.platform_dependent(x_bt, weight, tpu=padded, default=default)
+
+
 def einsum_int8(spec: str, x_bk: Array, y_bk: Array) -> Array:
     """`einsum_f32` of [b, k, ...] floats with [b, k, ...] int8.
 
@@ -77,6 +97,35 @@ def head_by_head(product: Callable[..., Array], q_bkgqd: Array, k_bksd: Array) -
         return jnp.concatenate(heads, axis=2)
 
     return jax.lax.platform_dependent(q_bkgqd, k_bksd, cpu=in_turn, default=product)
+
+
+_BLOCK = 128  # of a vocabulary, of whose blocks a GPU sorts only the maxima
+
+
+def top_k(x_bv: Array, k: int) -> tuple[Array, Array]:
+    """The `k` largest numbers and their indices, [b, k] each; ties go to the lower index.
+
+    XLA on a GPU sorts the whole row: there, the numbers of the `k` blocks with the largest maxima,
+    among which they are.
+    """
+    size = x_bv.shape[-1]
+    blocks = -(-size // _BLOCK)
+    if k >= blocks:
+        return jax.lax.top_k(x_bv, k)
+
+    def in_blocks(x_bv):
+        x = jnp.pad(x_bv, ((0, 0), (0, blocks * _BLOCK - size)), constant_values=-jnp.inf)
+        largest = x.reshape(-1, blocks, _BLOCK).max(-1)
+        block = jnp.sort(jax.lax.top_k(largest, k)[1], axis=-1)
+        index = (block[..., None] * _BLOCK + jnp.arange(_BLOCK)[None, None]).reshape(-1, k * _BLOCK)
+        some = jnp.take_along_axis(x_bv, jnp.minimum(index, size - 1), axis=-1)
+        value, at = jax.lax.top_k(jnp.where(index < size, some, -jnp.inf), k)
+        return value, jnp.take_along_axis(index, at, axis=-1)
+
+    def at_once(x_bv):
+        return tuple(jax.lax.top_k(x_bv, k))
+
+    return jax.lax.platform_dependent(x_bv, cuda=in_blocks, default=at_once)
 
 
 def row_by_row(

@@ -1,5 +1,7 @@
 """What differs by platform: one trace, of which each platform compiles its own part."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ RNG = np.random.default_rng(0)
 X, Y = (jnp.asarray(RNG.normal(size=s), jnp.float32) for s in ((3, 2, 4, 1, 8), (3, 2, 20, 8)))
 SPEC = "bkgqd,bksd->bkgqs"
 NARROW = [x.astype(jnp.bfloat16) for x in (X, Y)]
+MANY = jnp.round(jnp.asarray(RNG.normal(size=(3, 1000)), jnp.float32), 1)  # ties, in many blocks
 INTEGERS = (9 * Y).astype(jnp.int8)
 
 
@@ -24,6 +27,8 @@ CASES = {
     "int8": (lambda x, y: numerics.einsum_int8(SPEC, x, y), X, INTEGERS),
     "heads": (lambda x, y: numerics.head_by_head(CASES["float32"][0], x, y), X, Y),
     "rows": (rows, X, Y),
+    "most": (lambda x, y: numerics.top_k(x, 7), MANY, MANY),
+    "few rows": (lambda x, y: numerics.linear("bthqd,ksd->bthqks", x, y), X, Y[0]),
 }  # fmt: skip
 
 
@@ -40,7 +45,11 @@ def test_platforms_give_the_same_whichever_way_they_go(name, monkeypatch):
     assert "conditional(" not in compiled
     looped = {name: len(lines(jax.jit(function).trace(*inputs), name, "while")) for name in LOOPS}
     assert looped == (LOOPS if name in ("int8", "rows") else dict.fromkeys(LOOPS, 0))
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *x, cpu, default: default(*x))
+
+    def elsewhere(*x, cpu=None, cuda=None, tpu=None, default):
+        return (tpu or cuda or default)(*x)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", elsewhere)
     there = jax.jit(lambda *x: function(*x))(*inputs)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), here, there)
 
@@ -54,6 +63,24 @@ def test_only_a_cpu_casts_bfloat16():
     assert {name: "bf16" in x for name, [x] in products.items()} == {
         "cpu": False, "cuda": True, "tpu": True,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("b, t, found", [(1, 1, 8), (3, 2, 8), (3, 3, 9), (7, 1, 8), (8, 1, 8)])
+def test_a_tpu_multiplies_no_fewer_than_eight_rows(b, t, found):
+    x, weight = jnp.zeros((b, t, 4)), jnp.zeros((4, 5))
+    traced = jax.jit(lambda x, y: numerics.linear("btm,mf->btf", x, y)).trace(x, weight)
+    for platform, rows in {"tpu": found, "cuda": b * t, "cpu": b * t}.items():
+        [product] = lines(traced, platform, "dot_general")
+        shape = re.search(r"-> tensor<(\d+)x(\d+)x5xf32>", product).groups()
+        assert np.prod([int(n) for n in shape]) == rows
+
+
+def test_the_largest_numbers_of_blocks_are_those_of_the_row(monkeypatch):
+    at_most = jnp.where(RNG.random((3, 1000)) < 0.99, -jnp.inf, MANY)
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *x, cuda, default: cuda(*x))
+    for x in (MANY, at_most, MANY[:, :897], jnp.zeros((2, 1024)), MANY.at[1, 999].set(9)):
+        for found, want in zip(numerics.top_k(x, 7), jax.lax.top_k(x, 7), strict=True):
+            np.testing.assert_array_equal(found, want)
 
 
 def test_rows_in_turn_have_gradients_and_go_through_other_loops():
