@@ -207,7 +207,8 @@ def statistics(
     chex.assert_shape(key_position_bks, (b, {1, k}, s))
     chex.assert_shape(lse_bkgq, (b, k, None, q_bqhd.shape[1]))
     arrays = (q_bqhd, query_position_bq, k_bksd, key_position_bks, lse_bkgq)
-    return numerics.row_by_row(functools.partial(_statistics, form), *arrays)
+    row_bytes = 4 * q_bqhd.shape[2] * min(_BLOCK, q_bqhd.shape[1]) * s
+    return numerics.row_by_row(functools.partial(_statistics, form), *arrays, row_bytes=row_bytes)
 
 
 def _statistics(form, q_bqhd, query_position_bq, k_bksd, key_position_bks, lse_bkgq):

@@ -186,9 +186,13 @@ def admit(cache: Cache, evict_bkl: Array) -> Cache:
 def move(array_bks: Array, target_bkl: Array, source_bkl: Array) -> Array:
     """Copies rows `source` to rows `target` along the slot axis of [b, k, s, ...]."""
 
-    def one(array, target, source):
-        return array.at[target].set(
-            array[source], mode="drop", unique_indices=True, indices_are_sorted=True
-        )
+    def over_heads(function):
+        return jax.vmap(jax.vmap(function))
 
-    return jax.vmap(jax.vmap(one))(array_bks, target_bkl, source_bkl)
+    def put(array, target, row):
+        return array.at[target].set(row, mode="drop", unique_indices=True, indices_are_sorted=True)
+
+    row_bkl = over_heads(lambda array, source: array[source])(array_bks, source_bkl)
+    # Read before the first is written: else a TPU copies the whole cache, twice.
+    row_bkl = jax.lax.optimization_barrier(row_bkl)
+    return over_heads(put)(array_bks, target_bkl, row_bkl)

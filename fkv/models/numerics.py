@@ -128,26 +128,43 @@ def top_k(x_bv: Array, k: int) -> tuple[Array, Array]:
     return jax.lax.platform_dependent(x_bv, cuda=in_blocks, default=at_once)
 
 
+# Bytes that an accelerator's on-chip memory holds: 128 MB on a TPU, 50 MB (level 2) on an H100.
+_ON_CHIP = 2**26
+
+
 def row_by_row(
-    function: Callable[..., Any], *arrays_b: Any, of_one: Callable[..., Any] | None = None
+    function: Callable[..., Any],
+    *arrays_b: Any,
+    of_one: Callable[..., Any] | None = None,
+    row_bytes: int = 0,
 ) -> Any:
     """`function` of pytrees of arrays [b, ...], whose rows are independent.
 
     Intermediates for one row fit into a CPU's cache, those for eight rows do not: there, rows are
-    processed one by one (evictions 1.2 to 1.4 times faster with eight rows).
+    processed one by one (evictions 1.2 to 1.4 times faster with eight rows). Accelerators take as
+    many rows at a time as their on-chip memory holds.
 
     Args:
       of_one: the same function, written for a CPU's single rows.
+      row_bytes: of a row's largest intermediate; 0 to take all rows at a time on accelerators.
     """
+    rows = len(jax.tree.leaves(arrays_b)[0])
+    most = _ON_CHIP // row_bytes if row_bytes else rows
+    at_once = next(n for n in range(max(min(most, rows), 1), 0, -1) if rows % n == 0)
 
-    def one(row):
-        out = (of_one or function)(*jax.tree.map(lambda x: x[None], row))
-        return jax.tree.map(lambda x: x[0], out)
+    def in_turn(*arrays_b, function=of_one or function, count=1):
+        def split(x):
+            return x.reshape(-1, count, *x.shape[1:])
 
-    def in_turn(*arrays_b):
-        return jax.lax.map(one, arrays_b)
+        def join(x):
+            return x.reshape(rows, *x.shape[2:])
 
-    return jax.lax.platform_dependent(*arrays_b, cpu=in_turn, default=function)
+        found = jax.lax.map(lambda some: function(*some), jax.tree.map(split, arrays_b))
+        return jax.tree.map(join, found)
+
+    together = functools.partial(in_turn, function=function, count=at_once)
+    default = function if at_once == rows else together
+    return jax.lax.platform_dependent(*arrays_b, cpu=in_turn, default=default)
 
 
 def group_queries(q_bqhd: Array, kv_heads: int) -> Array:

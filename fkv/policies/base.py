@@ -406,8 +406,12 @@ def common_statistics(*policies: Policy) -> str | None:
     return next(iter(exact or forms), None)
 
 
-def row_by_row(function: Callable[[View], Array], view: View) -> Array:
+def row_by_row(function: Callable[[View], Array], view: View, row_bytes: int = 0) -> Array:
     """`function` of a view, by `numerics.row_by_row`."""
     of_all = {"chunk": view.chunk, "layer": view.layer}
     rows = view.replace(**dict.fromkeys(of_all))
-    return numerics.row_by_row(lambda row: function(row.replace(**of_all)), rows)
+
+    def one(row):
+        return function(row.replace(**of_all))
+
+    return numerics.row_by_row(one, rows, row_bytes=row_bytes)

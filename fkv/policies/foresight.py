@@ -123,7 +123,8 @@ class Foresight(Policy):
         def one(view):
             return scorer.apply(self.config, self.params, scorer.features(self.config, view))
 
-        importance = row_by_row(one, view)
+        heads, features = self.params["w1"].shape[-3:-1]
+        importance = row_by_row(one, view, 4 * heads * view.capacity * features)
         if self.action != "top":
             pool = 2 * view.interval if self.action == "sample" else importance.shape[-1]
             importance = perturb(importance / self.temperature, view, pool)

@@ -77,4 +77,5 @@ class RKV(SnapKV):
             repeats = redundancy(self.threshold, view.key_bksd, view.cache.position_bks)
             return self.mix * SnapKV.score(self, view) - (1 - self.mix) * repeats
 
-        return row_by_row(one, view)
+        _, heads, slots = view.cache.position_bks.shape
+        return row_by_row(one, view, 8 * heads * min(_BLOCK, slots) * slots)
