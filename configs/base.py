@@ -38,7 +38,6 @@ def shared() -> ConfigDict:
     config.revision = ""  # branch, tag or commit of a hub id
     config.dtype = "float32"  # of the language model
     config.cache_dtype = ""  # of cached keys and values: '' (the model's) or int8
-    config.attention_kernel = "plain"  # of decoding: plain, or pallas for GPUs and TPUs
     config.model_axis = 1  # devices that share one replica of the language model
     config.budget = 1024  # B: entries that every KV head keeps after an eviction
     config.interval = 256  # L: tokens between two evictions
@@ -263,7 +262,6 @@ def benchmark() -> ConfigDict:
     config.minutes = 0.0  # after which no measurement starts, 0 for no limit
     config.repeats = 3  # medians are reported
     config.compile_threads = 1  # parallel compilations; with several, compile times mislead
-    config.kernels = ()  # of attention, compared in decode; () for attention_kernel only
     config.policies = ("full", "snapkv", "h2o")  # foresight has random scorers
     config.budgets = (64,)  # B
     config.batches = (1, 8)  # rows

@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 
 from fkv import policies
-from fkv.cache import kernels
 from fkv.cache.cadence import Cadence
-from fkv.cache.slots import Cache
 from fkv.engine import decoding
 from fkv.engine.batch import Batch
 from fkv.engine.decoding import Plan, Sampling
@@ -26,7 +24,7 @@ FIT = dict(log_every=1, checkpoint_every=1, cadence=CADENCE)
 
 
 def products(jaxpr):
-    """All `dot_general` of a program, those in its loops and kernels too."""
+    """All `dot_general` of a program, those in its loops too."""
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
             yield eqn
@@ -111,13 +109,6 @@ def answering(name, cache_dtype, dtype):
     return jax.make_jaxpr(run)(lm, policy)
 
 
-def kernel(dtype):
-    q, k = jnp.ones((1, 1, 4, 16), dtype), jnp.ones((1, 2, 32, 16), dtype)
-    position = jnp.zeros((1, 1, 32), jnp.int32)
-    attend = functools.partial(kernels.decode_attention, platform="gpu", interpret=True)
-    return jax.make_jaxpr(attend)(q, Cache(k, k, position), jnp.ones(1, jnp.int32))
-
-
 RULES = sorted(set(policies.names()) - {"forced"})
 PROGRAMS = {
     "supervised step": supervised,
@@ -125,7 +116,6 @@ PROGRAMS = {
     "reinforcement step of two epochs": functools.partial(reinforced, 2),
     "golden labels and losses": labels,
     "pretraining": pretraining,
-    "decode kernel": kernel,
     **{f"answers, {name}": functools.partial(answering, name, "") for name in RULES},
     "answers, int8": functools.partial(answering, "foresight", "int8"),
 }

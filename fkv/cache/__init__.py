@@ -1,1 +1,1 @@
-"""The fixed-shape cache, attention over it, an eviction's statistics, and the decode kernel."""
+"""The fixed-shape cache, attention over it, and an eviction's statistics."""

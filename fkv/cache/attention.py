@@ -76,24 +76,10 @@ def attend(
     return out, top[..., 0] + jnp.log(total)
 
 
-def attend_one(
-    kernel: str, q_bqhd: Array, cache: kv.Cache, position_bq: Array
-) -> tuple[Array, Array]:
-    """`attend` with one query per row at `position_bq`, masked as by `visible`.
-
-    Args:
-      kernel: that of a `ModelConfig`.
-
-    Raises:
-      UserError: the kernel does not support this head dim or dtype.
-    """
-    if kernel == "plain":
-        seen = visible(position_bq, cache.position_bks)
-        return attend(q_bqhd, cache.key_bksd, cache.value_bksd, seen)
-    from fkv.cache import kernels  # Pallas is slow to import
-
-    platform, interpret = "gpu" if kernel == "interpret" else kernel, kernel == "interpret"
-    return kernels.decode_attention(q_bqhd, cache, position_bq[:, 0], platform, 0, interpret)
+def attend_one(q_bqhd: Array, cache: kv.Cache, position_bq: Array) -> tuple[Array, Array]:
+    """`attend` with one query per row at `position_bq`, masked as by `visible`."""
+    seen = visible(position_bq, cache.position_bks)
+    return attend(q_bqhd, cache.key_bksd, cache.value_bksd, seen)
 
 
 # Blocks of queries that share a prefix of the keys, each prefix a loop to compile: at most so many

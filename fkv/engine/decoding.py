@@ -246,7 +246,7 @@ def decode_chunk(
         for layer, cache in zip(weights, caches, strict=True):
             q, k, v = models.project(config, layer, hidden, at)
             cache = kv.append(cache, start + i, k, v, at)
-            out, lse = attention.attend_one(config.kernel, q, cache, at)
+            out, lse = attention.attend_one(q, cache, at)
             hidden = models.finish(config, layer, hidden, out)
             held.append(cache)
             queries.append((q[:, 0], lse[..., 0]))

@@ -318,8 +318,7 @@ def costs(found: Mapping[str, Sequence[Mapping]], directory: Path) -> list[str]:
 def _decode_cost(records: Sequence[Mapping], path: Path) -> None:
     """Time per token against context length, a panel per batch size."""
     batches = sorted({r["batch"] for r in records})
-    several = len({r["kernel"] for r in records}) > 1
-    lines = list(dict.fromkeys((r["policy"], r["budget"], r["kernel"]) for r in records))
+    lines = list(dict.fromkeys((r["policy"], r["budget"]) for r in records))
     size, labels = (4.5 * len(batches) + 2, 4.2), ("tokens of context", "ms per step")
     with _figure(path, size, (1, len(batches)), "", *labels) as axes:
         for axis, batch in zip(axes[0], batches, strict=True):
@@ -328,12 +327,12 @@ def _decode_cost(records: Sequence[Mapping], path: Path) -> None:
                 if r["batch"] == batch:
                     speeds = (r[f"tokens_per_s{end}"] for end in ("", "_high", "_low"))
                     ms, low, high = (1e3 * batch / speed for speed in speeds)
-                    line = points.setdefault((r["policy"], r["budget"], r["kernel"]), [])
+                    line = points.setdefault((r["policy"], r["budget"]), [])
                     line.append((r["length"], ms, ms - low, high - ms))
             for line, found in points.items():
-                name, budget, kernel = line
-                label = (f"{name}, B = {budget}" if budget else name) + f", {kernel}" * several
-                colour = f"C{lines.index(line) % 10}" if budget or several else "black"
+                name, budget = line
+                label = f"{name}, B = {budget}" if budget else name
+                colour = f"C{lines.index(line) % 10}" if budget else "black"
                 _curve(axis, found, label, color=colour, linestyle="-" if budget else "--")
             _log2(axis, False)
             axis.set_title(f"batch {batch}")

@@ -1,7 +1,7 @@
 """The jobs that `launch` starts, each a function of (config, workdir); callable from a notebook."""
 
 _MODEL = (
-    "seed", "model", "revision", "dtype", "cache_dtype", "attention_kernel", "model_axis", "budget",
+    "seed", "model", "revision", "dtype", "cache_dtype", "model_axis", "budget",
     "interval", "protect_prompt", "task",
 )  # fmt: skip
 # Fields, and groups of fields, that each job reads. The pipeline's stages read their own.

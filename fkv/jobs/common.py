@@ -30,7 +30,10 @@ JOBS = tuple(READS)
 
 
 def other_jobs(job: str) -> tuple[str, ...]:
-    """Parts of the config that do not affect this job: they may change when it resumes."""
+    """Parts of the config that do not affect this job: they may change when it resumes.
+
+    Directories of older runs name an `attention_kernel`.
+    """
     return ("model_axis", "attention_kernel", *(name for name in JOBS if name != job))
 
 
@@ -67,7 +70,6 @@ def load_model(config: ConfigDict, span: str = "copy") -> LM:
     Args:
       span: the devices that hold it, see `parallel.make_mesh`: one copy, or those of this process.
     """
-    check_kernel(config, config.attention_kernel)
     mesh = parallel.make_mesh(config.model_axis, span)
     lm = models.load(model_path(config), config.dtype, revision(config), mesh)
     return lm.replace(config=as_configured(config, lm.config))
@@ -75,7 +77,6 @@ def load_model(config: ConfigDict, span: str = "copy") -> LM:
 
 def load_language_model(config: ConfigDict) -> api.Model:
     """One copy with its tokenizer."""
-    check_kernel(config, config.attention_kernel)
     mesh = parallel.make_mesh(config.model_axis, "copy")
     model = api.load(config.model, config.dtype, revision(config), mesh)
     lm = model.lm.replace(config=as_configured(config, model.config))
@@ -83,36 +84,8 @@ def load_language_model(config: ConfigDict) -> api.Model:
 
 
 def as_configured(config: ConfigDict, model: ModelConfig) -> ModelConfig:
-    """The model with the cache's dtype and the kernel, which no checkpoint has."""
-    kernel = kernel_here(config.attention_kernel)
-    return dataclasses.replace(model, cache_dtype=config.cache_dtype, kernel=kernel)
-
-
-def kernel_here(name: str) -> str:
-    """The kernel of a `ModelConfig`: `pallas` stands for that of this platform."""
-    return parallel.platform() if name == "pallas" else name
-
-
-def check_kernel(config: ConfigDict, name: str, where: str = "attention_kernel") -> None:
-    """Refuses an attention kernel that does not run here; `where` names the field."""
-    if name not in ("plain", "pallas"):
-        raise UserError(f"{where}: {name!r} must be 'plain' or 'pallas'")
-    if name == "plain":
-        return
-    if config.model_axis > 1:
-        raise UserError(
-            f"{where}: 'pallas' can't be split over model_axis = {config.model_axis} devices: set "
-            "it to 'plain', or model_axis to 1"
-        )
-    if config.cache_dtype:
-        raise UserError(
-            f"{where}: 'pallas' reads caches in the model's dtype only: set it to 'plain', or "
-            "cache_dtype to ''"
-        )
-    from fkv.cache import kernels
-
-    with of_field(where):
-        kernels.for_platform(parallel.platform())
+    """The model with the cache's dtype, which no checkpoint has."""
+    return dataclasses.replace(model, cache_dtype=config.cache_dtype)
 
 
 def model_config(config: ConfigDict) -> ModelConfig:

@@ -14,7 +14,6 @@ from fkv.kinds import Kind, said
 
 ARCHITECTURES = {f"{name}ForCausalLM": name.lower() for name in ("Qwen3", "Qwen2", "Llama")}
 CACHE_DTYPES = ("", "int8")
-KERNELS = ("plain", "gpu", "tpu", "interpret")
 # `max_position_embeddings` where a config has none.
 _POSITIONS = {"qwen3": 32_768, "qwen2": 32_768, "llama": 2048}
 # Settings of related families that would change the logits, and their neutral values.
@@ -65,9 +64,6 @@ class ModelConfig:
       max_positions: the context length the checkpoint was trained for.
       cache_dtype: of cached keys and values; not part of a checkpoint. Empty for the model's own,
         `int8` for `fkv.cache.slots.Int8`.
-      kernel: decode attention; not part of a checkpoint. `plain` is `attention.attend`, `gpu` and
-        `tpu` are the Pallas kernels of `fkv.cache.kernels`; `interpret` runs the GPU's on any
-        device, slowly, for tests.
     """
 
     family: str
@@ -88,17 +84,11 @@ class ModelConfig:
     tied_embeddings: bool = False
     max_positions: int = 32_768
     cache_dtype: str = ""
-    kernel: str = "plain"
 
     def __post_init__(self):
         if self.cache_dtype not in CACHE_DTYPES:
             raise UserError(
                 f"cache_dtype = {self.cache_dtype!r} must be '' (the model's own) or 'int8'"
-            )
-        kinds.check("kernel", self.kernel, kinds.one_of(KERNELS))
-        if self.cache_dtype and self.kernel != "plain":
-            raise UserError(
-                f"kernel = {self.kernel!r} reads no int8: set it to 'plain', or cache_dtype to ''"
             )
 
     @property

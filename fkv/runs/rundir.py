@@ -261,8 +261,8 @@ def _old_config(path: Path) -> dict[str, Any] | None:
 
 def _changed_fields(old: dict, new: dict, may_differ: Sequence[str]) -> list[str]:
     old, new = (flatten_dict(x, sep=".") for x in (old, new))
-    # A field that the version of the old run did not have: turned off, it changes nothing.
-    new = {name: value for name, value in new.items() if name in old or value}
+    # A field that one of the two versions did not have: turned off, it changes nothing.
+    old, new = ({n: x for n, x in a.items() if n in b or x} for a, b in ((old, new), (new, old)))
     return [
         f"{name}: {old.get(name, 'absent')} -> {new.get(name, 'absent')}"
         for name in sorted({*old, *new})

@@ -89,23 +89,6 @@ def test_every_section_is_measured_and_written(measured):
         assert (path / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_kernels_stand_side_by_side(measured):
-    config = tiny.get_config()
-    config.benchmark.policies, config.benchmark.kernels = ("full", "h2o"), ("plain", "pallas")
-    bench = make_bench(config, SHAPE)
-    arms = bench.arms((1,), (512,), config.benchmark.kernels)
-    assert [(arm.policy, arm.kernel) for arm in arms] == [
-        ("full", "plain"), ("full", "pallas"), ("h2o", "plain"), ("h2o", "pallas"),
-    ]  # fmt: skip
-    records = measured[1]["decode"][:1]
-    assert "kernel" not in benchmark.SECTIONS["decode"].rows(records)[0]
-    records.append({**records[0], "kernel": "pallas", "fits": False, "error": "does not fit"})
-    head, rows = benchmark.SECTIONS["decode"].rows(records)
-    by_name = [dict(zip(head, row, strict=True)) for row in rows]
-    assert [row["kernel"] for row in by_name] == ["plain", "pallas"]
-    assert by_name[0]["length"] == "40" and by_name[1]["tokens/s"] == "does not fit"
-
-
 def test_what_does_not_fit_is_said(model_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(device, "peaks", lambda *_: device.Peaks(1e9, 1e9, ""))
     config = shrink(model_dir, sections=("decode", "largest_batch"), lengths=(1024,), batches=(64,))
@@ -245,11 +228,6 @@ def test_growth_is_of_the_chunks_it_names():
         # Lengths of other sections do not count.
         ({"label_lengths": (24,), "sections": ("steps",), "layers": 1}, "benchmark.layers is for"),
         ({"step_length": 24, "sections": ("labels",), "layers": 1}, "benchmark.layers is for"),
-        ({"kernels": ("plain", "fast")}, "benchmark.kernels: 'fast' must be 'plain' or 'pallas'"),
-        (
-            {"kernels": ("pallas",)},
-            "benchmark.kernels: .* needs a GPU or a TPU, and JAX runs on the CPU",
-        ),
         ({"peer_policies": ("no",), "sections": ("peers",)}, "policy 'no' is not known"),
         ({"layers": 1}, "benchmark.layers is for benchmark.random_weights = True"),
     ],

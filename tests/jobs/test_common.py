@@ -74,21 +74,6 @@ def test_a_job_first_says_what_it_does(job, monkeypatch, tmp_path):
     assert common.size_of(costs.SHAPES["Qwen/Qwen3-4B"]) == "4.02 B parameters"
 
 
-def test_models_decode_with_the_kernel_of_the_config(monkeypatch):
-    config = tiny.get_config()
-    assert common.load_model(config).config.kernel == "plain"
-    config.attention_kernel = "pallas"
-    for load in (common.load_model, common.load_language_model):
-        with pytest.raises(UserError, match="attention_kernel 'pallas' needs a GPU or a TPU"):
-            load(config)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert common.load_model(config).config.kernel == "gpu"
-    assert common.load_language_model(config).config.kernel == "gpu"
-    config.model_axis = 2
-    with pytest.raises(UserError, match="'pallas' can't be split over model_axis = 2"):
-        common.load_model(config)
-
-
 def test_every_way_to_the_model_has_the_cache_that_is_asked_for():
     config = tiny.get_config()
     config.cache_dtype = "int8"

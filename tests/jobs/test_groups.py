@@ -32,7 +32,7 @@ RUN = {
     "generate": generate.run,
 }  # fmt: skip
 TOP = (
-    "seed", "model", "dtype", "cache_dtype", "attention_kernel", "model_axis", "budget", "interval",
+    "seed", "model", "dtype", "cache_dtype", "model_axis", "budget", "interval",
     "task",
 )  # fmt: skip
 GROUPS = {

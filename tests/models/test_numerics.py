@@ -83,6 +83,24 @@ def test_the_largest_numbers_of_blocks_are_those_of_the_row(monkeypatch):
             np.testing.assert_array_equal(found, want)
 
 
+@pytest.mark.parametrize("most, at_once", [(1, 1), (4, 3), (5, 3), (6, 6), (9, 6)])
+def test_accelerators_take_as_many_rows_as_fit(most, at_once, monkeypatch):
+    x, seen = jnp.asarray(RNG.normal(size=(6, 5)), jnp.float32), []
+
+    def product(x, y):
+        seen.append(len(x))
+        return {"sum": jnp.sin(x) + y[:, None]}
+
+    def run(x):
+        return numerics.row_by_row(product, x, x[:, 0], row_bytes=2**26 // most)["sum"]
+
+    loops = [len(lines(jax.jit(run).trace(x), name, "while")) for name in LOOPS]
+    assert loops == [1, at_once < 6, at_once < 6]
+    assert set(seen) == {1, at_once}
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *x, cpu, default: default(*x))
+    np.testing.assert_array_equal(run(x), jnp.sin(x) + x[:, :1])
+
+
 def test_rows_in_turn_have_gradients_and_go_through_other_loops():
     def loss(x):
         return (rows(x, Y)["sum"] ** 2).sum()

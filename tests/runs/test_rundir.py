@@ -84,6 +84,14 @@ def test_a_field_that_an_old_run_did_not_have_may_be_off(tmp_path):
         rundir.open_run(tmp_path, make_config(**new | {"group": {"name": "a", "switch": False}}))
 
 
+def test_a_field_that_only_an_old_run_had_may_have_been_off(tmp_path):
+    rundir.open_run(tmp_path, make_config(kernels=(), kernel="plain")).close()
+    rundir.open_run(tmp_path, make_config(), may_differ=["kernel"]).close()
+    with pytest.raises(UserError, match=r"\(kernel: on -> absent\)"):
+        rundir.open_run(tmp_path / "other", make_config(kernels=(), kernel="on")).close()
+        rundir.open_run(tmp_path / "other", make_config())
+
+
 def test_checkpoints_of_another_config_are_refused(tmp_path):
     run = rundir.open_run(tmp_path, make_config())
     run.save(1, {"w": np.ones(2)})

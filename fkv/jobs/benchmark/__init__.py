@@ -109,9 +109,6 @@ def _check(config: ConfigDict, s: groups.Benchmark) -> ModelConfig:
             known = ", ".join(SECTIONS)
             raise UserError(f"benchmark.sections has {name!r}; known sections are {known}")
     cadence, interval = common.cadence(config), config.interval
-    common.check_kernel(config, config.attention_kernel)
-    for name in s.kernels:
-        common.check_kernel(config, name, "benchmark.kernels")
     least = (-(-s.new_tokens // interval) + 2) * interval
     if {"decode", "largest_batch"} & set(s.sections) and min(s.lengths) < least:
         raise UserError(

@@ -37,19 +37,16 @@ class Arm:
       budget: B; `FULL` for the full cache.
       batch: rows.
       length: tokens of the longest context: what a full cache has room for.
-      kernel: of attention while decoding.
     """
 
     policy: str
     budget: int
     batch: int
     length: int
-    kernel: str = "plain"
 
     def __str__(self) -> str:
         budget = f" B={self.budget}" if self.budget else ""
-        kernel = "" if self.kernel == "plain" else f", {self.kernel}"
-        return f"{self.policy}{budget}, batch {self.batch}, length {self.length}{kernel}"
+        return f"{self.policy}{budget}, batch {self.batch}, length {self.length}"
 
 
 @dataclasses.dataclass
@@ -105,18 +102,15 @@ class Bench:
             return policies.get(name)
         return programs.new_scorers(self.config, self.lm.config)
 
-    def arms(
-        self, batches: Sequence[int], lengths: Sequence[int], kernels: Sequence[str] = ()
-    ) -> list[Arm]:
-        """Every policy at every budget (the full cache once), batch, length and kernel."""
+    def arms(self, batches: Sequence[int], lengths: Sequence[int]) -> list[Arm]:
+        """Every policy at every budget (the full cache once), batch and length."""
         s = self.settings
         return [
-            Arm(name, budget, batch, length, kernel)
+            Arm(name, budget, batch, length)
             for length in lengths
             for batch in batches
             for name in s.policies
             for budget in (s.budgets if self.policy(name).evicts else (FULL,))
-            for kernel in kernels or (self.config.attention_kernel,)
         ]
 
     def compiled(self, key: Any, lower: Callable[[], Any]) -> tuple[Any, dict]:

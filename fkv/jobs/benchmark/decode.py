@@ -20,9 +20,9 @@ from fkv.runs import costs
 
 
 def decode(bench: Bench) -> list[dict]:
-    """Every policy at every budget, batch and length, under every kernel."""
+    """Every policy at every budget, batch and length."""
     s = bench.settings
-    return _measure(bench, bench.arms(s.batches, s.lengths, s.kernels))
+    return _measure(bench, bench.arms(s.batches, s.lengths))
 
 
 def _measure(bench: Bench, arms: Sequence[Arm]) -> list[dict]:
@@ -81,16 +81,14 @@ def _program(bench: Bench, arm: Arm) -> tuple[Callable, dict]:
     policy = bench.policy(arm.policy)
     state = jax.eval_shape(functools.partial(synthetic_state, bench, arm), bench.key)
     bench.check_fits(costs.size((bench.lm.params, state.caches)))
-    kernel = common.kernel_here(arm.kernel)
-    lm = bench.lm.replace(config=dataclasses.replace(bench.lm.config, kernel=kernel))
 
     def lower():
         width = bench.interval if policy.evicts else _prompt(bench, arm)
         call = jax.jit(decoding.decode_chunk, static_argnums=(2, 4), donate_argnums=3)
-        return call.lower(lm, policy, bench.plan(arm.budget), state, width)
+        return call.lower(bench.lm, policy, bench.plan(arm.budget), state, width)
 
     program, about = bench.compiled(("decode", _shape(arm)), lower)
-    return functools.partial(program, lm, policy), about
+    return functools.partial(program, bench.lm, policy), about
 
 
 def synthetic_state(bench: Bench, arm: Arm, key: jax.Array) -> decoding.State:

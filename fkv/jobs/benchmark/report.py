@@ -29,7 +29,7 @@ a model that fits into the processor's own cache can exceed the roofline of the 
 def about(bench: Bench) -> dict:
     """Model, settings and machine."""
     chip, config = jax.devices()[0], bench.config
-    named = ("model", "dtype", "budget", "interval", "attention_kernel")
+    named = ("model", "dtype", "budget", "interval")
     return {
         **{name: config[name] for name in named},
         "device": chip.device_kind,
@@ -113,8 +113,6 @@ def decode_rows(records: Sequence[dict]) -> Table:
         **_ARM,
         "batch": lambda r: f"{r['batch']}{' (the limit)' if r.get('limited') else ''}",
     }
-    if len({r["kernel"] for r in records}) > 1:
-        first["kernel"] = "{kernel}"
     rest = {
         "tokens/s": _spread("tokens_per_s", ".0f"),
         "ms p50": "{ms_p50:.3f}",
