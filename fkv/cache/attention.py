@@ -79,7 +79,7 @@ def attend(
 def attend_one(q_bqhd: Array, cache: kv.Cache, position_bq: Array) -> tuple[Array, Array]:
     """`attend` with one query per row at `position_bq`, masked as by `visible`."""
     seen = visible(position_bq, cache.position_bks)
-    return attend(q_bqhd, cache.key_bksd, cache.value_bksd, seen)
+    return numerics.whole_groups(attend, q_bqhd, cache.key_bksd, cache.value_bksd, seen)
 
 
 # Blocks of queries that share a prefix of the keys, each prefix a loop to compile: at most so many

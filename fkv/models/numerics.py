@@ -128,6 +128,31 @@ def top_k(x_bv: Array, k: int) -> tuple[Array, Array]:
     return jax.lax.platform_dependent(x_bv, cuda=in_blocks, default=at_once)
 
 
+def whole_groups(
+    attend: Callable[..., tuple[Array, Array]], q_bqhd: Array, *cached_bk: Any
+) -> tuple[Array, Array]:
+    """`attend` with one query per head; on a TPU, with at least eight a KV head, as in `linear`.
+
+    Args:
+      attend: of queries [b, q, h, d] and what is cached; gives [b, q, h, d] and [b, k, g, q].
+      cached_bk: keys first.
+    """
+    b, q, h, d = q_bqhd.shape
+    kv_heads = cached_bk[0].shape[1]
+    group = h // kv_heads
+
+    def padded(q_bqhd, *cached_bk):
+        x = q_bqhd.reshape(b, q, kv_heads, group, d)
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, ROWS - group), (0, 0)))
+        out, lse = attend(x.reshape(b, q, -1, d), *cached_bk)
+        out = out.reshape(b, q, kv_heads, ROWS, d)[:, :, :, :group]
+        return out.reshape(b, q, h, d), lse[:, :, :group]
+
+    if q * group >= ROWS:
+        return attend(q_bqhd, *cached_bk)
+    return jax.lax.platform_dependent(q_bqhd, *cached_bk, tpu=padded, default=attend)
+
+
 # Bytes that an accelerator's on-chip memory holds: 128 MB on a TPU, 50 MB (level 2) on an H100.
 _ON_CHIP = 2**26
 

@@ -21,6 +21,19 @@ def rows(x, y):
     return numerics.row_by_row(lambda x, y: {"sum": numerics.einsum_f32(SPEC, x, y).sum(3)}, x, y)
 
 
+def groups(x, y):
+    """Six heads a KV head."""
+
+    def attend(q_bqhd, k_bksd):
+        q = numerics.group_queries(q_bqhd, 2)
+        product = jnp.einsum(SPEC, jnp.moveaxis(q, 1, 3), k_bksd)
+        out = jnp.moveaxis(product[..., :8], 3, 1).reshape(q_bqhd.shape)
+        return out, product.sum(-1)
+
+    heads = jnp.concatenate([x, -2 * x, x + 1], axis=2)
+    return numerics.whole_groups(attend, heads, y)
+
+
 CASES = {
     "float32": (lambda x, y: numerics.einsum_f32(SPEC, x, y), X, Y),
     "bfloat16": (lambda x, y: numerics.einsum_f32(SPEC, x, y), *NARROW),
@@ -28,6 +41,7 @@ CASES = {
     "heads": (lambda x, y: numerics.head_by_head(CASES["float32"][0], x, y), X, Y),
     "rows": (rows, X, Y),
     "most": (lambda x, y: numerics.top_k(x, 7), MANY, MANY),
+    "groups": (groups, X[:, :1, :, 0], Y),
     "few rows": (lambda x, y: numerics.linear("bthqd,ksd->bthqks", x, y), X, Y[0]),
 }  # fmt: skip
 
