@@ -83,6 +83,7 @@ def load(
     revision: str | None = None,
     mesh: Mesh | None = None,
     cache_dtype: str = "",
+    separate: bool = True,
 ) -> Model:
     """Loads a Qwen3, Qwen2 or Llama model and its tokenizer.
 
@@ -94,6 +95,8 @@ def load(
       revision: branch, tag or commit on the hub.
       mesh: devices that the decoder is split over, see `models.load`; by default one.
       cache_dtype: of cached keys and values: empty for the model's, or `int8`.
+      separate: the form of the decoder's layers, see `LM`: True to generate, False to replay traces
+        or train.
 
     Raises:
       UserError: the model is absent, damaged or not supported.
@@ -104,7 +107,7 @@ def load(
     vocabulary = models.read(directory).vocab_size
     tokenizer = texts.load_tokenizer(directory)
     stop = texts.stop_tokens(directory, tokenizer, vocabulary)
-    lm = models.load(directory, dtype, mesh=mesh)
+    lm = models.load(directory, dtype, mesh=mesh, separate=separate)
     lm = lm.replace(config=dataclasses.replace(lm.config, cache_dtype=cache_dtype))
     return Model(lm, tokenizer, stop, str(path_or_hub_id), directory, revision or "")
 
@@ -295,7 +298,7 @@ def finished(
     model: Model, policy: Policy, prompt: int, tokens: np.ndarray, cadence: Cadence
 ) -> Generation:
     """The continuation of a prompt of that many tokens."""
-    fired = decoding.evictions(prompt, len(tokens), cadence) if policy.evicts else 0
+    fired = cadence.evictions_generating(prompt, len(tokens)) if policy.evicts else 0
     truncated = not len(tokens) or int(tokens[-1]) not in model.stop
     return Generation(decode(model, tokens), tokens, truncated, fired)
 

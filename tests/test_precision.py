@@ -10,7 +10,7 @@ import pytest
 from fkv import policies
 from fkv.cache.cadence import Cadence
 from fkv.engine import decoding
-from fkv.engine.batch import Batch
+from fkv.engine.batch import Batch, left_pad
 from fkv.engine.decoding import Plan, Sampling
 from fkv.keys import keys_of
 from fkv.learning import golden, grpo, pretrain, replayed, sft
@@ -99,7 +99,7 @@ def answering(name, cache_dtype, dtype):
     lm = model(dtype, cache_dtype=cache_dtype)
     policy = scorers(lm.config) if name == "foresight" else policies.get(name)
     keys, limit = keys_of(jax.random.key(0), 2), np.array([5, 5], np.int32)
-    prompts = decoding.left_pad([np.zeros(n, np.int32) for n in (12, 9)])
+    prompts = left_pad([np.zeros(n, np.int32) for n in (12, 9)])
     plan = Plan(CADENCE, Sampling(0.6, 5, 0.9), stop=(1,))
 
     def run(lm, policy):

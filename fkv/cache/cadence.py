@@ -74,6 +74,18 @@ class Cadence:
         """Evictions of a trace of `length` tokens that affect a later token."""
         return max(0, -(-(length - self.budget) // self.interval) - 1)
 
+    def evictions_generating(self, prompt: int, generated: int) -> int:
+        """How many evictions of a generated row a later token attends after.
+
+        Counted for heads that keep B entries; with uneven budgets some evict earlier.
+
+        Args:
+          prompt, generated: tokens of the row. The last generated token never enters attention.
+        """
+        cached = prompt + generated - 1
+        first = (prompt - 1) % self.interval + 1  # the prompt's first chunk is the partial one
+        return sum(end > self.budget for end in range(first, cached, self.interval))
+
 
 def said_budget(budget: int, protect_prompt: int) -> str:
     """A budget, and how many tokens of the prompt it protects, as tables show them."""

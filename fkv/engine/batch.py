@@ -1,5 +1,6 @@
 """A batch of traces or prompts: positions, and which predictions count."""
 
+from collections.abc import Sequence
 from typing import Self
 
 import flax.struct
@@ -46,3 +47,18 @@ class Batch:
         index = np.arange(1, self.token_bt.shape[1])[None]
         begin = self.prompt_b.clip(first)[:, None]
         return (index >= begin) & (index < self.length_b[:, None])
+
+
+def left_pad(prompts: Sequence[np.ndarray], multiple: int = 1, width: int = 0) -> Batch:
+    """Left-pads prompts.
+
+    Args:
+      multiple: the width is rounded up to a multiple of this.
+      width: least width of the batch.
+    """
+    length = np.array([len(prompt) for prompt in prompts], np.int32)
+    width = -(-max(width, *length) // multiple) * multiple
+    token = np.zeros((len(prompts), width), np.int32)
+    for row, prompt in zip(token, prompts, strict=True):
+        row[width - len(prompt) :] = prompt
+    return Batch(token, length, length, width - length)

@@ -58,7 +58,7 @@ def begin(lm: LM, batch: Batch, policy: Policy, cadence: Cadence) -> Begun:
         return models.finish(lm.config, weights, hidden, out), staged
 
     hidden = models.embed(lm, batch.token_bt[:, :first])
-    hidden, staged = jax.lax.scan(layer, hidden, lm.params["layers"])
+    hidden, staged = jax.lax.scan(layer, hidden, models.stacked(lm))
     return Begun(hidden, staged, cadence)
 
 
@@ -135,7 +135,7 @@ def _rest(lm, batch, begun, policy, key_b, observing=None):
         kept = ((), found) if observing else (staged, ())  # several layers' caches are large
         return models.finish(lm.config, weights, hidden, out), kept
 
-    inputs = (jnp.arange(lm.config.layers), lm.params["layers"], policy, begun.staged_y)
+    inputs = (jnp.arange(lm.config.layers), models.stacked(lm), policy, begun.staged_y)
     hidden = models.embed(lm, batch.token_bt[:, begun.tokens :])
     hidden, (staged, found) = jax.lax.scan(layer, hidden, inputs)
     return hidden, staged, found

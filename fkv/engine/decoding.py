@@ -1,38 +1,45 @@
 """Generation with eviction: prefill through replay, then decoding on the device.
 
-Decoding is step-outer: unrolled layers with one cache each, an inner `scan` of exactly `L` steps,
-one eviction, and an outer `while_loop` that ends when every row is done. A new token is written to
-the same slot in every row: prompts are left-padded to a multiple of `L`, and padding leaves empty
-slots, which nothing attends to and which are dropped first. So the output of a row depends on its
-own tokens only, whatever else is in the batch.
+Decoding is step-outer: unrolled layers with one cache each, a `scan` of exactly `L` steps, and one
+eviction of every layer; so on until every row is done. The steps are a program, and an eviction is
+another, compiled once and called layer after layer: that compiles quickly, and only one layer's
+temporaries are alive. Of shallow models all of it is a single program, see `SHALLOW`.
+
+A new token is written to the same slot in every row: prompts are left-padded to a multiple of `L`,
+and padding leaves empty slots, which nothing attends to and which are dropped first. So the output
+of a row depends on its own tokens only, whatever else is in the batch.
 
 A policy that does not evict (`full`) has a cache for prompt and answer; the rest is shared.
 """
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
 
 from fkv import kinds, models
 from fkv.cache import attention
 from fkv.cache import slots as kv
 from fkv.cache.cadence import Cadence
 from fkv.engine import replay
-from fkv.engine.batch import Batch
+from fkv.engine.batch import Batch, left_pad
 from fkv.engine.replay import Chunk, Site
 from fkv.errors import UserError
 from fkv.keys import Purpose, key_of
-from fkv.models import LM
+from fkv.models import LM, ModelConfig
 from fkv.models.numerics import top_k
 from fkv.policies.base import Policy
 
 NO_TOKEN = -1
+# Layers up to which decoding is one program with an outer `while_loop`: a small model's steps take
+# less time than the calls of several programs.
+SHALLOW = 8
 _NOT_FINITE = -2  # stands for a token where logits are NaN or infinite; ends the row
 
 
@@ -91,21 +98,6 @@ def sample(logits_bv: Array, key_b: Array, sampling: Sampling) -> Array:
     return drawn.astype(jnp.int32)
 
 
-def left_pad(prompts: Sequence[np.ndarray], multiple: int = 1, width: int = 0) -> Batch:
-    """Left-pads prompts.
-
-    Args:
-      multiple: the width is rounded up to a multiple of this.
-      width: least width of the batch.
-    """
-    length = np.array([len(prompt) for prompt in prompts], np.int32)
-    width = -(-max(width, *length) // multiple) * multiple
-    token = np.zeros((len(prompts), width), np.int32)
-    for row, prompt in zip(token, prompts, strict=True):
-        row[width - len(prompt) :] = prompt
-    return Batch(token, length, length, width - length)
-
-
 @flax.struct.dataclass
 class State:
     """The state of decoding.
@@ -159,7 +151,8 @@ def prefill(
     cache exists twice.
 
     Args:
-      prompts: from `left_pad`; with a policy that evicts, `t` is a multiple of `L`.
+      lm: with separate layers; of stacked ones each is copied in its turn.
+      prompts: from `batch.left_pad`; with a policy that evicts, `t` is a multiple of `L`.
       key_b: one PRNG key per row.
       limit_b: tokens that each row may add, at most `new_tokens` (which sizes the full cache).
     """
@@ -168,9 +161,10 @@ def prefill(
     caches = []
     for layer in range(lm.config.layers):
         site = Site(lm.config, plan.cadence, layer, key_b, prompts.prompt_b)
-        hidden, cache = prefill_layer(lm.params["layers"], policy, site, hidden, position, room)
+        weights = models.layer(lm, layer)
+        hidden, cache = prefill_layer(weights, policy, site, hidden, position, room)
         caches.append(cache)
-    token, position_b, left = _first_token(lm, plan, hidden, position, key_b, limit_b)
+    token, position_b, left = first_token(lm, plan, hidden, position, key_b, limit_b)
     chunk = jnp.asarray(-(-position.shape[1] // plan.cadence.interval), jnp.int32)
     # Copied, as decoding donates the state and the keys are the caller's.
     kept = jnp.copy(key_b), jnp.array(prompts.prompt_b)
@@ -184,7 +178,7 @@ def _begin(lm, prompts):
 
 @functools.partial(jax.jit, static_argnames="room", donate_argnames="hidden_btm")
 def prefill_layer(
-    layers: models.Params,
+    weights: models.Params,
     policy: Policy,
     site: Site,
     hidden_btm: Array,
@@ -194,11 +188,12 @@ def prefill_layer(
     """One layer of `prefill`: its output, in the buffer of its input, and its cache.
 
     Args:
-      layers, policy: of all layers; `site.layer` selects one.
+      weights: of this layer.
+      policy: of all layers; `site.layer` selects one.
       room: slots of a full cache for new tokens.
     """
     (b, t), config = position_bt.shape, site.config
-    weights, policy = jax.tree.map(lambda x: x[site.layer], (layers, policy))
+    policy = jax.tree.map(lambda x: x[site.layer], policy)
     qkv = models.project(config, weights, hidden_btm, position_bt)
     if policy.evicts:
         out, staged, _, _ = replay.layer_pass(policy, site, qkv, position_bt)
@@ -212,26 +207,49 @@ def prefill_layer(
 
 
 @functools.partial(jax.jit, static_argnames="plan")
-def _first_token(lm, plan, hidden, position, key_b, limit_b):
-    position_b = position[:, -1] + 1
-    token = _next(lm, hidden[:, -1], key_b, position_b, plan.sampling)
+def first_token(
+    lm: LM, plan: Plan, hidden_btm: Array, position_bt: Array, key_b: Array, limit_b: Array
+) -> tuple[Array, Array, Array]:
+    """The end of `prefill`: `token_b`, `position_b` and `left_b` of a `State`."""
+    position_b = position_bt[:, -1] + 1
+    token = _next(lm, hidden_btm[:, -1], key_b, position_b, plan.sampling)
     return token, position_b, _left(token, limit_b, plan.stop)
 
 
-def decode_chunk(
+@flax.struct.dataclass
+class Asked:
+    """What the steps since the last eviction asked a layer's cache; see `replay.Chunk`.
+
+    As the scan over steps leaves it, the axis of tokens first: each eviction turns its own.
+    """
+
+    query_lbhd: Array
+    lse_lbkg: Array
+    position_lb: Array
+    index: Array
+
+    def chunk(self) -> Chunk:
+        query, lse = jnp.moveaxis(self.query_lbhd, 0, 1), jnp.moveaxis(self.lse_lbkg, 0, -1)
+        return Chunk(query, lse, self.position_lb.T, self.index)
+
+
+@functools.partial(jax.jit, static_argnames=("plan", "prompt_width"), donate_argnames="state")
+def steps(
     lm: LM, policy: Policy, plan: Plan, state: State, prompt_width: int
-) -> tuple[State, Array]:
-    """`L` decoding steps and the eviction that follows.
+) -> tuple[State, Array, tuple[Asked, ...]]:
+    """`L` decoding steps, without the eviction that follows.
 
     Args:
+      lm: with separate layers, which are read in place; stacked ones are copied, all of them.
       prompt_width: padded width of the prompts, the first slots of a full cache.
 
     Returns:
-      The state, and the tokens [b, L] that entered the cache, `NO_TOKEN` for rows that were done;
-      the first was sampled in the previous call.
+      The state; the tokens [b, L] that entered the cache, `NO_TOKEN` for rows that were done; and,
+      for a policy that evicts, what `evict_layer` needs of each layer, whose staging rings are
+      full. The first token was sampled before.
     """
     config, interval = lm.config, plan.cadence.interval
-    weights = models.unstack(lm)
+    weights = [models.layer(lm, i) for i in range(config.layers)]
     prompt_chunks = -(-prompt_width // interval)
     start = prompt_width + (state.chunk - prompt_chunks) * interval
     if policy.evicts:
@@ -264,51 +282,111 @@ def decode_chunk(
     carry, (tokens, at, queries) = jax.lax.scan(step, carry, jnp.arange(interval))
     caches, token, position, left, done = carry
     caches = jax.tree.map(lambda x: jnp.expand_dims(x, axes), caches)
-    if policy.evicts:
-        chunks = [
-            Chunk(jnp.moveaxis(q, 0, 1), jnp.moveaxis(lse, 0, -1), at.T, state.chunk)
-            for q, lse in queries
-        ]
-        site = Site(config, plan.cadence, 0, state.key_b, state.prompt_b)
-        caches = evict(policy, caches, chunks, site)
+    asked = tuple(Asked(q, lse, at, state.chunk) for q, lse in queries)
     token = jnp.where(done, NO_TOKEN, token)
     state = State(caches, token, position, left, state.key_b, state.prompt_b, state.chunk + 1)
-    return state, tokens.T
+    return state, tokens.T, asked
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def evict_layer(policy: Policy, cache: kv.Cache, asked: Asked, site: Site) -> kv.Cache:
+    """The eviction of one layer, whose staging ring is full, in place.
+
+    Args:
+      policy: of all layers; `site.layer` selects one.
+    """
+    one = jax.tree.map(lambda x: x[site.layer], policy)
+    return replay.evict(one, cache, asked.chunk(), site)[2]
 
 
 def evict(
-    policy: Policy, caches: Sequence[kv.Cache], chunks: Sequence[Chunk], site: Site
-) -> tuple[kv.Cache, ...]:
-    """Evicts in every layer, when the staging rings are full.
+    config: ModelConfig,
+    policy: Policy,
+    plan: Plan,
+    state: State,
+    asked: Sequence[Asked],
+    program: Callable[..., kv.Cache] = evict_layer,
+) -> State:
+    """The evictions after `steps`, layer after layer.
 
     Args:
-      chunks: the last `L` tokens in each layer; positions are -1 for finished rows.
-      site: of any layer.
+      program: `evict_layer`, or what it was compiled to.
     """
-    held = []
-    for i, (cache, chunk) in enumerate(zip(caches, chunks, strict=True)):
-        one = jax.tree.map(lambda x, i=i: x[i], policy)
-        held.append(replay.evict(one, cache, chunk, site.replace(layer=i))[2])
-    return tuple(held)
+    site = Site(config, plan.cadence, 0, state.key_b, state.prompt_b)
+    caches = list(state.caches)
+    for i, one in enumerate(asked):
+        caches[i] = program(policy, caches[i], one, site.replace(layer=np.int32(i)))
+    return state.replace(caches=tuple(caches))
 
 
-_decode_chunk = jax.jit(
-    decode_chunk, static_argnames=("plan", "prompt_width"), donate_argnames="state"
-)
+def decode_chunk(
+    lm: LM, policy: Policy, plan: Plan, state: State, prompt_width: int
+) -> tuple[State, Array]:
+    """`steps` and `evict`: the programs of both, or under `jit` a single one.
+
+    Returns:
+      The state, which reuses the buffers of that given, and the tokens of `steps`.
+    """
+    state, tokens, asked = steps(lm, policy, plan, state, prompt_width)
+    return evict(lm.config, policy, plan, state, asked), tokens
 
 
-@functools.partial(
-    jax.jit, static_argnames=("plan", "prompt_width", "new_tokens"), donate_argnames="state"
-)
+one_chunk = jax.jit(decode_chunk, static_argnames=("plan", "prompt_width"), donate_argnames="state")
+
+
+def _settled(state: State) -> State:
+    """With what is not a cache replicated over a mesh, if there is one.
+
+    Programs leave it so, but under several names of that sharding: each would be compiled for.
+    """
+    there = state.caches[0].position_bks.sharding
+    if not isinstance(there, NamedSharding):
+        return state
+    rest = jax.device_put(state.replace(caches=()), NamedSharding(there.mesh, PartitionSpec()))
+    return rest.replace(caches=state.caches)
+
+
+def chunks(
+    lm: LM, policy: Policy, plan: Plan, state: State, prompt_width: int, new_tokens: int
+) -> Iterator[tuple[State, np.ndarray]]:
+    """Decodes chunk by chunk until every row is done, each as `decode_chunk` returns it.
+
+    The state is valid until the next chunk is asked for.
+    """
+    run = one_chunk if lm.config.layers <= SHALLOW else decode_chunk
+    for _ in range(-(-new_tokens // plan.cadence.interval)):
+        state, tokens = run(lm, policy, plan, _settled(state), prompt_width)
+        tokens, newest = jax.device_get((tokens, state.token_b))  # evictions may still run
+        yield state, tokens
+        if (newest == NO_TOKEN).all():
+            return
+
+
 def decode(
     lm: LM, policy: Policy, plan: Plan, state: State, prompt_width: int, new_tokens: int
-) -> tuple[Array, State]:
-    """Decodes until every row is done, in one program on the device.
+) -> tuple[Array | np.ndarray, State]:
+    """Decodes until every row is done.
 
     Returns:
       Tokens [b, n], `NO_TOKEN` after a row's last one, with `n` being `new_tokens` rounded up to a
       multiple of `L`; and the last state, whose caches reuse the buffers of those given.
     """
+    if lm.config.layers <= SHALLOW:
+        return decode_at_once(lm, policy, plan, state, prompt_width, new_tokens)
+    interval = plan.cadence.interval
+    out = np.full((len(state.token_b), -(-new_tokens // interval) * interval), NO_TOKEN, np.int32)
+    for i, (last, tokens) in enumerate(chunks(lm, policy, plan, state, prompt_width, new_tokens)):
+        state, out[:, i * interval : (i + 1) * interval] = last, tokens
+    return out, state
+
+
+@functools.partial(
+    jax.jit, static_argnames=("plan", "prompt_width", "new_tokens"), donate_argnames="state"
+)
+def decode_at_once(
+    lm: LM, policy: Policy, plan: Plan, state: State, prompt_width: int, new_tokens: int
+) -> tuple[Array, State]:
+    """`decode` as one program, which never returns to the host."""
     interval = plan.cadence.interval
     chunks = -(-new_tokens // interval)
     out = jnp.full((state.token_b.shape[0], chunks * interval), NO_TOKEN, jnp.int32)
@@ -359,6 +437,7 @@ def generate(
     """Continues prompts of any length under a policy.
 
     Args:
+      lm: with separate layers; if they are stacked, a second copy is made.
       prompts: token ids of each row; prefill evicts from those longer than `B + L`.
       key_b: one PRNG key per row: equal rows with different keys are different samples.
       limit: largest number of new tokens for each row; 0 leaves a row out.
@@ -370,6 +449,7 @@ def generate(
     Raises:
       UserError: a prompt is empty or has an id outside the vocabulary, or sizes are wrong.
     """
+    lm = models.separate(lm, consume=False)
     state, width = _start(lm, policy, plan, prompts, key_b, limit, width)
     out, _ = decode(lm, policy, plan, state, width, max(limit))
     rows = [
@@ -401,24 +481,9 @@ def stream(
     limit: Sequence[int],
 ) -> Iterator[list[np.ndarray]]:
     """`generate`, but yields the new tokens of every row after every `L` steps."""
+    lm = models.separate(lm, consume=False)
     state, width = _start(lm, policy, plan, prompts, key_b, limit)
-    for _ in range(-(-max(limit) // plan.cadence.interval)):
-        state, tokens = _decode_chunk(lm, policy, plan, state, width)
-        rows = [row[row != NO_TOKEN] for row in np.asarray(tokens)]
+    for _, tokens in chunks(lm, policy, plan, state, width, max(limit)):
+        rows = [row[row != NO_TOKEN] for row in tokens]
         _check_finite(rows, lm)
         yield rows
-        if (np.asarray(state.token_b) == NO_TOKEN).all():
-            return
-
-
-def evictions(prompt: int, generated: int, cadence: Cadence) -> int:
-    """How many evictions of a generated row a later token attends after.
-
-    Counted for heads that keep B entries; with uneven budgets some evict earlier.
-
-    Args:
-      prompt, generated: tokens of the row. The last generated token never enters attention.
-    """
-    cached = prompt + generated - 1
-    first = (prompt - 1) % cadence.interval + 1  # the prompt's first chunk is the partial one
-    return sum(end > cadence.budget for end in range(first, cached, cadence.interval))

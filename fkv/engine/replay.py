@@ -434,7 +434,7 @@ def replay(
             layer_acc, observed = acc, ()
         return models.finish(lm.config, weights, hidden, out), (layer_acc, observed)
 
-    inputs = (jnp.arange(lm.config.layers), lm.params["layers"], policy)
+    inputs = (jnp.arange(lm.config.layers), models.stacked(lm), policy)
     hidden, (accs, observed) = jax.lax.scan(layer, models.embed(lm, batch.token_bt), inputs)
     return hidden, accs, observed
 

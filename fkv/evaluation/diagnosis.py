@@ -134,7 +134,7 @@ def block_scores(lm: LM, trace: Batch, interval: int) -> np.ndarray:
             score = jax.lax.map(block, jnp.arange(blocks))
             return models.finish(lm.config, weights, hidden, out), jnp.moveaxis(score, 0, -1)
 
-        return jax.lax.scan(layer, models.embed(lm, trace.token_bt), lm.params["layers"])[1]
+        return jax.lax.scan(layer, models.embed(lm, trace.token_bt), models.stacked(lm))[1]
 
     return np.asarray(run(lm))
 

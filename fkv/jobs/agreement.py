@@ -1,7 +1,7 @@
 """Agreement with the full cache's greedy continuations of held-out prompts."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -14,12 +14,12 @@ from fkv.data.traces import Traces
 from fkv.engine import decoding, replay
 from fkv.engine.batch import Batch
 from fkv.evaluation import answers, recall, recall_table, tables
-from fkv.evaluation.answers import Samples
 from fkv.jobs import answering, common, measuring
 from fkv.jobs.measuring import CELL, COUNT, NATS, Job, Part
 from fkv.keys import Purpose, key_of
 from fkv.runs import parallel
 
+CONTINUATIONS = "continuations.jsonl"
 _IDS = kinds.several(COUNT, "token ids")
 CONTINUATION = answers.Form(
     "a continuation", {"prompt": kinds.TEXT, "ids": _IDS, "text": kinds.TEXT}, ("prompt",)
@@ -44,8 +44,7 @@ def run(job: Job, held_out: Traces, at: Sequence[Cadence]) -> None:
     settings, width = job.settings, job.settings.prompt_tokens
     names = held_out.digests()
     ids = [row[:width] for row in held_out.token_nt]
-    store = job.store("continuations.jsonl", CONTINUATION)
-    _continue(job, dict(zip(names, ids, strict=True)), store)
+    store = job.store(CONTINUATIONS, CONTINUATION)
     keys = replay.row_keys(key_of(job.config.seed, Purpose.REPLAY), len(names))
     continued = {name: store.rows[name,]["ids"] for name in names}
 
@@ -91,9 +90,12 @@ def run(job: Job, held_out: Traces, at: Sequence[Cadence]) -> None:
         common.say(f"\n{table}\n\n{note}\nwritten to {job.run.path}: agreement.(txt md csv jsonl)")
 
 
-def _continue(job: Job, asked: Mapping[str, np.ndarray], store: Samples) -> None:
+def continue_all(job: Job, held_out: Traces) -> None:
     """Lets the full cache continue the prompts that have no continuation yet."""
     settings, model = job.settings, job.model
+    ids = (row[: settings.prompt_tokens] for row in held_out.token_nt)
+    asked = dict(zip(held_out.digests(), ids, strict=True))
+    store = job.store(CONTINUATIONS, CONTINUATION)
     plan = decoding.Plan(
         Cadence.of(FULL, job.config.interval), decoding.Sampling(temperature=0.0), model.stop
     )

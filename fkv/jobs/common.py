@@ -75,12 +75,21 @@ def load_model(config: ConfigDict, span: str = "copy") -> LM:
     return lm.replace(config=as_configured(config, lm.config))
 
 
-def load_language_model(config: ConfigDict) -> api.Model:
-    """One copy with its tokenizer."""
+def load_language_model(config: ConfigDict, separate: bool = True) -> api.Model:
+    """One copy with its tokenizer.
+
+    Args:
+      separate: the form of its layers: True to decode first, False to replay.
+    """
     mesh = parallel.make_mesh(config.model_axis, "copy")
-    model = api.load(config.model, config.dtype, revision(config), mesh)
+    model = api.load(config.model, config.dtype, revision(config), mesh, separate=separate)
     lm = model.lm.replace(config=as_configured(config, model.config))
     return dataclasses.replace(model, lm=lm)
+
+
+def to_replay(model: api.Model) -> api.Model:
+    """The language model with stacked layers, after it has decoded; the one given is used up."""
+    return dataclasses.replace(model, lm=models.stack(model.lm))
 
 
 def as_configured(config: ConfigDict, model: ModelConfig) -> ModelConfig:

@@ -175,6 +175,7 @@ def run(config: ConfigDict, workdir: str, anew: Sequence[str] = ()) -> list[accu
         run.log(result.budget, {f"pass_at_1/{name}": result.pass_at_1})
     losses = []
     if plan.held_out is not None:
+        model = common.to_replay(model)  # that of `plan` is used up
         losses = _measure_traces(config, model, named, run, plan.held_out)
     if plan.other is not None:
         if losses and plan.held_out.digests() != plan.other.traces:
@@ -199,7 +200,7 @@ def _plan(
     compare = config.evaluate.compare
     other = comparison.load(compare, workdir) if compare else None
     common.check_policies(config, common.model_config(config), named, at)
-    model = common.load_language_model(config)
+    model = common.load_language_model(config, separate=bool(config.evaluate.benchmark))
     held_out = _traces(config, model)
     problems = _problems(config, model, checker)
     embedded = config.evaluate.benchmark == api.EMBEDDED

@@ -55,6 +55,16 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     Writes what the supervised job writes, with both scorers in the table, and what they answer.
     """
     groups.check(config, "grpo")
+    results, answers = _train(config, workdir)
+    if answers:  # scorers that have been trained on since answer anew
+        evaluate.run(*answers, anew=("grpo",))
+    return results
+
+
+def _train(
+    config: ConfigDict, workdir: str
+) -> tuple[list[loss_ratio.Losses], tuple[ConfigDict, str] | None]:
+    """Losses in the end, and what to evaluate; by then the language model is freed."""
     mesh = parallel.make_mesh(config.model_axis)
     plan, supervised = plan_of(config, mesh), _supervised(config)
     common.check_baseline(config, ["supervised", "grpo", *config.eval.policies])
@@ -89,9 +99,7 @@ def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     results = stage.measure(learned)
     common.write_losses(run, results, config.eval.baseline)
     run.close()
-    if answering:  # scorers that have been trained on since answer anew
-        evaluate.run(*answers, anew=("grpo",))
-    return results
+    return results, answers if answering else None
 
 
 def _can_answer(config: ConfigDict, model: ModelConfig) -> bool:

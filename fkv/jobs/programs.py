@@ -6,12 +6,16 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.stages import Lowered
+from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
 from fkv import models, policies
+from fkv.cache import slots as kv
 from fkv.cache.slots import Cache
 from fkv.engine import decoding, replay
 from fkv.engine.batch import Batch
@@ -21,6 +25,7 @@ from fkv.jobs import sft as sft_job
 from fkv.keys import Purpose, key_of, keys_of
 from fkv.learning import fit, grpo, sft
 from fkv.models import LM, ModelConfig
+from fkv.models.decoder import MODEL, param_shapes, sharding
 from fkv.policies import scorer
 from fkv.policies.base import Policy
 from fkv.runs import costs, parallel
@@ -93,16 +98,141 @@ def new_scorers(config: ConfigDict, model: ModelConfig) -> policies.Foresight:
     return policies.Foresight(scorer.init(key_of(config.seed, Purpose.SCORER), model, how), how)
 
 
+@dataclasses.dataclass(frozen=True)
+class Decode:
+    """Prefill and decoding of a batch, as the programs to lower, from shapes alone; see `decode`.
+
+    Attributes:
+      lm: with separate layers.
+      policy, plan: as given.
+      width, new_tokens: of the prompts, padded; and the most that are added.
+      hidden_btm, position_bt: of the prompts, before a layer.
+      state: after prefill.
+      asked: what `decoding.steps` leaves for the eviction of a layer.
+      site: of an eviction.
+    """
+
+    lm: LM
+    policy: Policy
+    plan: decoding.Plan
+    width: int
+    new_tokens: int
+    hidden_btm: jax.ShapeDtypeStruct
+    position_bt: jax.ShapeDtypeStruct
+    state: decoding.State
+    asked: decoding.Asked
+    site: replay.Site
+
+    def prefill_layer(self) -> Lowered:
+        """A layer of `decoding.prefill`; called once for each."""
+        interval, first = self.plan.cadence.interval, self.lm.params["layers"][0]
+        inputs = first, self.policy, self.site, self.hidden_btm, self.position_bt
+        return decoding.prefill_layer.lower(
+            *inputs, room=-(-self.new_tokens // interval) * interval
+        )
+
+    def first_token(self) -> Lowered:
+        """The end of `decoding.prefill`."""
+        inputs = self.hidden_btm, self.position_bt, self.state.key_b, self.state.left_b
+        return decoding.first_token.lower(self.lm, self.plan, *inputs)
+
+    def steps(self) -> Lowered:
+        """`L` steps of decoding."""
+        return decoding.steps.lower(self.lm, self.policy, self.plan, self.state, self.width)
+
+    def evict_layer(self) -> Lowered:
+        """An eviction; called once for each layer after the steps, if the policy evicts."""
+        inputs = self.policy, self.state.caches[0], self.asked, self.site
+        return decoding.evict_layer.lower(*inputs)
+
+    def chunk(self) -> Lowered:
+        """`L` steps and all evictions in one program, as shallow models stream."""
+        inputs = self.lm, self.policy, self.plan, self.state, self.width
+        return decoding.one_chunk.lower(*inputs)
+
+    def at_once(self) -> Lowered:
+        """All chunks in one program, as shallow models generate."""
+        inputs = self.lm, self.policy, self.plan, self.state, self.width
+        return decoding.decode_at_once.lower(*inputs, self.new_tokens)
+
+
+def decode(
+    lm: LM,
+    policy: Policy,
+    plan: decoding.Plan,
+    shape: tuple[int, int],
+    new_tokens: int,
+    mesh: Mesh | None = None,
+) -> Decode:
+    """The programs of decoding, for models of any size.
+
+    Args:
+      lm: arrays or shapes, in either form; shapes from `model_shapes`.
+      policy: arrays or shapes.
+      shape: rows, and tokens of the prompts, a multiple of `L` if the policy evicts.
+      new_tokens: at most; a full cache has room for them.
+      mesh: devices to compile for, with an axis `model`; by default those of `lm`.
+    """
+    config, cadence, (rows, width) = lm.config, plan.cadence, shape
+    if not models.is_separate(lm):
+        lm = lm.replace(params=lm.params | {"layers": _separated(lm)})
+    dtype = lm.params["embed_vm"].dtype
+    heads, group, interval = config.kv_heads, config.group_size, cadence.interval
+
+    def on(shape, dtype=jnp.int32, sharded=None):
+        """A shape; over the mesh, the axis `sharded` of heads is."""
+        if mesh is None:
+            return jax.ShapeDtypeStruct(shape, dtype)
+        spec = [MODEL if i == sharded else None for i in range(len(shape))]
+        place = NamedSharding(mesh, PartitionSpec(*spec))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    def cache():
+        if policy.evicts:
+            return replay.init_cache(policy, rows, config, cadence, dtype)
+        slots, held_as = width + -(-new_tokens // interval) * interval, config.cache_dtype or dtype
+        return kv.init(rows, heads, slots, config.head_dim, held_as)
+
+    one = jax.tree.map(lambda x: on(x.shape, x.dtype, 1), jax.eval_shape(cache))
+    row, none = on((rows,)), on(())
+    key = jax.eval_shape(lambda: keys_of(key_of(0, Purpose.ANSWER), rows))
+    key = on(key.shape, key.dtype)
+    if mesh is not None:
+        policy = jax.tree.map(lambda x: on(x.shape, x.dtype), policy)
+    return Decode(
+        lm, policy, plan, width, new_tokens,
+        hidden_btm=on((rows, width, config.width), dtype),
+        position_bt=on((rows, width)),
+        state=decoding.State((one,) * config.layers, row, row, row, key, row, none),
+        asked=decoding.Asked(
+            on((interval, rows, config.heads, config.head_dim), dtype, 2),
+            on((interval, rows, heads, group), jnp.float32, 2), on((interval, rows)), none,
+        ),
+        site=replay.Site(config, cadence, none, key, row),
+    )  # fmt: skip
+
+
+def model_shapes(
+    config: ModelConfig, dtype: DTypeLike, mesh: Mesh | None = None, separate: bool = True
+) -> LM:
+    """Shapes of a language model, over a mesh as `models.load` shards it."""
+
+    def one(path, x):
+        there = sharding(path[-1].key, x.shape, mesh)
+        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=there)
+
+    return LM(jax.tree_util.tree_map_with_path(one, param_shapes(config, separate)), config)
+
+
+def _separated(lm: LM) -> tuple[models.Params, ...]:
+    """Shapes of the layers, which are stacked."""
+    shapes = jax.eval_shape(lambda lm: models.layer(lm, 0), lm)
+    return (shapes,) * lm.config.layers
+
+
 def prefill_layer(
     lm: LM, policy: Policy, plan: decoding.Plan, prompts: Batch, key_b: Array, new_tokens: int
-) -> tuple[Callable[[], jax.stages.Lowered], tuple[Cache, ...]]:
+) -> tuple[Callable[[], Lowered], tuple[Cache, ...]]:
     """A function that lowers one layer of a prefill, and the shapes of all caches."""
-    run = functools.partial(decoding.prefill, plan=plan, new_tokens=new_tokens)
-    state = jax.eval_shape(run, lm, policy, prompts=prompts, key_b=key_b, limit_b=prompts.length_b)
-    hidden, position = jax.eval_shape(
-        lambda lm, prompts: (models.embed(lm, prompts.token_bt), prompts.position_bt), lm, prompts
-    )
-    room = -(-new_tokens // plan.cadence.interval) * plan.cadence.interval
-    site = replay.Site(lm.config, plan.cadence, 0, key_b, prompts.prompt_b)
-    inputs = lm.params["layers"], policy, site, hidden, position
-    return functools.partial(decoding.prefill_layer.lower, *inputs, room=room), state.caches
+    one = decode(lm, policy, plan, prompts.token_bt.shape, new_tokens)
+    return one.prefill_layer, one.state.caches

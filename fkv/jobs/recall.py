@@ -1,5 +1,6 @@
 """More than loss: agreement with the full cache's continuations, and look-ups in held-out text."""
 
+import dataclasses
 from collections.abc import Sequence
 
 from ml_collections import ConfigDict
@@ -38,7 +39,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     _check_sizes(config, at)
     common.check_policies(config, common.model_config(config), named, at)
     rundir.check_run(workdir, config, MAY_DIFFER, inputs)
-    model = common.load_language_model(config)
+    model = common.load_language_model(config, separate=bool(settings.prompts))
     inputs |= common.language_inputs(model)
     prompts = agreement.prompts(config, model) if settings.prompts else None
     found = lookups.documents_of(config, model, rundir.check_path(workdir))
@@ -51,6 +52,8 @@ def run(config: ConfigDict, workdir: str) -> None:
     with preemption.noticed() as asked_to_end:
         job = Job(config, run, model, named, asked_to_end)
         if prompts is not None:
+            agreement.continue_all(job, prompts)
+            job = dataclasses.replace(job, model=common.to_replay(job.model))
             agreement.run(job, prompts, at)
         if found:
             lookups.run(job, found, at)

@@ -323,5 +323,5 @@ def _policy(lm, batch, cadence, keep):
         return hidden, (labels, keep(*attended))
 
     hidden = models.embed(lm, batch.token_bt)
-    hidden, (labels, kept) = jax.lax.scan(layer, hidden, lm.params["layers"])
+    hidden, (labels, kept) = jax.lax.scan(layer, hidden, models.stacked(lm))
     return Forced(labels.evict_position_ebkl), labels, hidden, kept

@@ -372,7 +372,7 @@ def _learn(
     hidden = models.embed(lm, batch.token_bt)
     begun = hidden[:, :first] if lm.config.cache_dtype else ()
     hiddens = (hidden, begun, [hidden[:, first:]] * len(streams))
-    return jax.lax.scan(layer, hiddens, (lm.params["layers"], list(learners)))[1]
+    return jax.lax.scan(layer, hiddens, (models.stacked(lm), list(learners)))[1]
 
 
 def _one_eviction(plan, params, feature_bknf, pairs, loss_weight_bk, overlap_weight_bk, *chosen):

@@ -1,7 +1,8 @@
 """The frozen language models."""
 
 from fkv.models.config import ModelConfig
-from fkv.models.decoder import LM, Params, embed, finish, init, project, rotate, unembed, unstack
+from fkv.models.decoder import LM, Params, embed, finish, init, project, rotate, unembed
+from fkv.models.forms import is_separate, layer, separate, stack, stacked
 from fkv.models.loading import find, load, load_judges, read, save
 
 __all__ = [
@@ -12,12 +13,16 @@ __all__ = [
     "find",
     "finish",
     "init",
+    "is_separate",
+    "layer",
     "load",
     "load_judges",
     "project",
     "read",
     "rotate",
     "save",
+    "separate",
+    "stack",
+    "stacked",
     "unembed",
-    "unstack",
 ]

@@ -1,9 +1,8 @@
 """One decoder for Qwen3, Qwen2 and Llama, as pure functions over a parameter pytree.
 
-The parameters are a dictionary; those of the layers (`_LAYER`, `_OPTIONAL`) are stacked along a
-leading layer axis, over which `lax.scan` runs. The last letters of a name are its axes: v
-vocabulary, m width, h query heads, k KV heads, d head dim, f MLP width. Activations also have b
-batch and t tokens.
+The parameters are a dictionary. Those of the layers (`_LAYER`, `_OPTIONAL`) are held in one of two
+forms, see `LM`. The last letters of a name are its axes: v vocabulary, m width, h query heads, k KV
+heads, d head dim, f MLP width. Activations also have b batch and t tokens.
 """
 
 import functools
@@ -36,14 +35,26 @@ _OPTIONAL = {  # by the field of the config
 
 @flax.struct.dataclass
 class LM:
-    """A language model: parameters laid out as above, and their config (static under `jit`)."""
+    """A language model.
+
+    Attributes:
+      params: `embed_vm`, `final_norm_m`, maybe `head_vm`, and `layers`: stacked, a dictionary of
+        arrays [layers, ...], over which replay and training scan; or separate, a tuple of one
+        dictionary per layer, which decoding reads in place. Everything takes either form, but the
+        wrong one is copied while a program runs; `fkv.models.forms` converts without a copy.
+      config: static under `jit`.
+    """
 
     params: Params
     config: ModelConfig = flax.struct.field(pytree_node=False)
 
 
-def param_shapes(config: ModelConfig) -> dict:
-    """Shapes of every parameter, as a pytree of `jax.ShapeDtypeStruct` (float32)."""
+def param_shapes(config: ModelConfig, separate: bool = False) -> dict:
+    """Shapes of every parameter, as a pytree of `jax.ShapeDtypeStruct` (float32).
+
+    Args:
+      separate: the form of the layers, see `LM`.
+    """
     c = config
     sizes = dict(v=c.vocab_size, m=c.width, h=c.heads, k=c.kv_heads, d=c.head_dim, f=c.mlp_width)
 
@@ -53,7 +64,8 @@ def param_shapes(config: ModelConfig) -> dict:
 
     optional = (name for field, names in _OPTIONAL.items() if getattr(c, field) for name in names)
     head = () if c.tied_embeddings else ("head_vm",)
-    layers = leaves((*_LAYER, *optional), c.layers)
+    names = (*_LAYER, *optional)
+    layers = (leaves(names),) * c.layers if separate else leaves(names, c.layers)
     return {"layers": layers, **leaves(("embed_vm", "final_norm_m", *head))}
 
 
@@ -106,11 +118,6 @@ def init(key: Array, config: ModelConfig, qk_gain: float = 1.0) -> Params:
                 std /= (2 * config.layers) ** 0.5
             params.append(std * jax.random.normal(fold(key, i), shape))
     return jax.tree_util.tree_unflatten(treedef, params)
-
-
-def unstack(lm: LM) -> list[Params]:
-    """The parameters of each layer."""
-    return [jax.tree.map(lambda x, i=i: x[i], lm.params["layers"]) for i in range(lm.config.layers)]
 
 
 def rms_norm(x: Array, gain: Array, eps: float) -> Array:

@@ -34,9 +34,9 @@ from fkv import files
 from fkv.errors import UserError
 from fkv.kinds import said
 from fkv.models import config as hf_config
-from fkv.models import gguf
+from fkv.models import forms, gguf
 from fkv.models.config import ARCHITECTURES, ModelConfig, from_hf
-from fkv.models.decoder import LM, Params, param_shapes, sharding
+from fkv.models.decoder import LM, param_shapes, sharding
 
 # Our names to Hugging Face's, for arrays that are the same on both sides.
 _TOP = {
@@ -121,6 +121,7 @@ def load(
     dtype: DTypeLike | None = None,
     revision: str | None = None,
     mesh: Mesh | None = None,
+    separate: bool = False,
 ) -> LM:
     """Loads a Qwen3, Qwen2 or Llama checkpoint tensor by tensor.
 
@@ -133,6 +134,7 @@ def load(
       revision: branch, tag or commit on the hub.
       mesh: devices of this process, from `parallel.make_mesh`, over which tensors are sharded;
         by default all go to the default device.
+      separate: the form of the layers, see `LM`: False for replay and training, True to decode.
 
     Returns:
       The model. `tied_embeddings` follows the tensors, not the config: an `lm_head.weight` that
@@ -168,23 +170,31 @@ def load(
         dtype = jnp.result_type(*map(jnp.dtype, found))
     dtype = jnp.dtype(dtype)
 
-    shapes = param_shapes(config)
-    stacked = shapes.pop("layers")
-    split = {name: sharding(name, x.shape, mesh) for name, x in (shapes | stacked).items()}
-    layers = {n: jnp.zeros(x.shape, dtype, device=split[n]) for n, x in stacked.items()}
-    params = {"layers": layers}
+    shapes = param_shapes(config, separate)
+    layers = shapes.pop("layers")
+    shapes |= layers[0] if separate else layers
+    split = {name: sharding(name, x.shape, mesh) for name, x in shapes.items()}
+    if separate:
+        layers = tuple({} for _ in layers)
+    else:
+        layers = {n: jnp.zeros(x.shape, dtype, device=split[n]) for n, x in layers.items()}
+    params, finite = {"layers": layers}, {}
     for t in sorted(tensors.values(), key=lambda t: stored[t.name].path):
         ours = split[t.ours]
-        tensor = jax.device_put(stored[t.name].read(dtype), _as_stored(t, ours))
+        tensor = jax.device_put(stored[t.name].read(dtype), _as_stored(t, ours, separate))
         if t.layer is None:
-            params[t.ours] = tensor.astype(dtype)
+            x = params[t.ours] = tensor.astype(dtype)
+            finite[t.name] = _finite(x)
+        elif separate:
+            x, finite[t.name] = _arrange(tensor, shapes[t.ours].shape, dtype, ours)
+            layers[t.layer][t.ours] = x
         else:
-            stack = _insert(layers[t.ours], tensor, t.layer, ours)
-            # Reading outruns the device: without waiting, host memory fills up.
-            layers[t.ours] = stack.block_until_ready()
-    finite = jax.device_get(_finite(params))
+            x, finite[t.name] = _insert(layers.pop(t.ours), tensor, t.layer, ours)
+            layers[t.ours] = x
+        x.block_until_ready()  # reading outruns the device: host memory would fill up
+    finite = jax.device_get(finite)
     for t in tensors.values():
-        if not finite[t.ours][t.layer or 0]:
+        if not finite[t.name]:
             raise UserError(
                 f"{stored[t.name].path}: {stored[t.name].name} holds NaN or infinity in {dtype}: "
                 "the checkpoint is damaged, or needs a wider dtype (bfloat16 or float32)"
@@ -192,32 +202,38 @@ def load(
     return LM(params, config)
 
 
-@jax.jit
-def _finite(params: Params) -> dict:
-    """Whether each parameter is finite, [layers] or [1]."""
-    top = {name: x[None] for name, x in params.items() if name != "layers"}
-    return {
-        name: jnp.isfinite(x).all(tuple(range(1, x.ndim)))
-        for name, x in (top | params["layers"]).items()
-    }
-
-
-def _as_stored(tensor: _Tensor, ours: NamedSharding | None) -> NamedSharding | None:
+def _as_stored(tensor: _Tensor, ours: NamedSharding | None, separate: bool) -> NamedSharding | None:
     """The sharding of a checkpoint's tensor whose shards are those of our parameter."""
     if ours is None or tensor.layer is None:
         return ours
-    axes, inputs = ours.spec[1:], _INPUTS.get(tensor.ours, 0)
+    axes, inputs = ours.spec[not separate :], _INPUTS.get(tensor.ours, 0)
     # Of several axes merged in the checkpoint, only the first may be sharded.
     stored = (axes[inputs], axes[0]) if inputs else axes[:1]
     return NamedSharding(ours.mesh, PartitionSpec(*stored))
 
 
+@jax.jit
+def _finite(x: Array) -> Array:
+    return jnp.isfinite(x).all()
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "dtype", "place"))
+def _arrange(
+    tensor: Array, shape: tuple[int, ...], dtype: jnp.dtype, place: NamedSharding | None
+) -> tuple[Array, Array]:
+    """A tensor of a checkpoint as the parameter of its layer, and whether it is finite."""
+    x = tensor.T.reshape(shape).astype(dtype)
+    return x if place is None else jax.lax.with_sharding_constraint(x, place), _finite(x)
+
+
 @functools.partial(jax.jit, donate_argnums=0, static_argnames="place")
-def _insert(stack: Array, tensor: Array, layer: Array, place: NamedSharding | None) -> Array:
-    """Writes one tensor of a checkpoint into its layer of the stacked parameter, in place."""
-    row = tensor.T.reshape(stack.shape[1:]).astype(stack.dtype)
-    stack = jax.lax.dynamic_update_index_in_dim(stack, row, layer, 0)
-    return stack if place is None else jax.lax.with_sharding_constraint(stack, place)
+def _insert(
+    stack: Array, tensor: Array, layer: Array, place: NamedSharding | None
+) -> tuple[Array, Array]:
+    """Writes it into its layer of the stacked parameter, in place."""
+    x, finite = _arrange(tensor, stack.shape[1:], stack.dtype, None)
+    stack = jax.lax.dynamic_update_index_in_dim(stack, x, layer, 0)
+    return stack if place is None else jax.lax.with_sharding_constraint(stack, place), finite
 
 
 def save(directory: str | Path, lm: LM) -> None:
@@ -227,18 +243,18 @@ def save(directory: str | Path, lm: LM) -> None:
       UserError: no Hugging Face config of the family describes this decoder.
     """
     config, params = lm.config, lm.params
-    chex.assert_trees_all_equal_shapes(params, param_shapes(config))
+    chex.assert_trees_all_equal_shapes(params, param_shapes(config, forms.is_separate(lm)))
     dtype = jnp.result_type(*jax.tree.leaves(params)).name
     description = _describe(config, dtype)
     if from_hf(description) != config:
         raise UserError(f"no {config.family} config.json can describe {config}")
 
-    host, tensors = jax.device_get(params), {}
+    host, tensors = jax.device_get(lm), {}
     for t in _tensors(config):
         if t.layer is None:
-            tensor = host[t.ours]
+            tensor = host.params[t.ours]
         else:
-            tensor = host["layers"][t.ours][t.layer].reshape(t.shape[::-1]).T
+            tensor = forms.layer(host, t.layer)[t.ours].reshape(t.shape[::-1]).T
         # safetensors ignores strides.
         tensors[t.name] = np.ascontiguousarray(tensor)
     directory = files.expand(directory)

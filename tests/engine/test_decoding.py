@@ -13,7 +13,7 @@ import pytest
 from fkv import models, policies, tasks
 from fkv.cache.cadence import Cadence
 from fkv.engine import decoding, replay
-from fkv.engine.batch import Batch
+from fkv.engine.batch import Batch, left_pad
 from fkv.engine.decoding import NO_TOKEN, Plan, Sampling
 from fkv.errors import UserError
 from fkv.evaluation import loss_ratio
@@ -169,7 +169,7 @@ EVERY += ["prompt(snapkv):tokens=30,on_top=True"]
 def test_tokens_come_from_the_logits_of_replay(name, sampling, cache_dtype):
     lm, policy = with_config(model(), cache_dtype=cache_dtype), in_one_program(name)
     out = generate(policy, sampling=sampling, cache_dtype=cache_dtype)
-    prompts = decoding.left_pad(PROMPTS, INTERVAL)
+    prompts = left_pad(PROMPTS, INTERVAL)
     width = prompts.token_bt.shape[1]
     assert width == 60 and all(len(x) == NEW for x in out)
     token = np.concatenate([prompts.token_bt, np.stack(out)], axis=1)
@@ -335,11 +335,35 @@ def test_stream_pieces_are_what_generate_gives(name):
         assert len(pieces) == -(-max(len(x) for x in want) // INTERVAL)
 
 
-def test_decode_stops_when_every_row_is_done():
+@pytest.mark.parametrize("name", ["full", "ada(foresight)"])
+def test_deep_models_decode_the_same_by_several_programs(name, monkeypatch):
+    policy = in_one_program(name)
+    free = generate(policy)
+    stop = (int(free[0][14]),)
+    want = [until(x, stop) for x in free]
+    assert_same(generate(policy, stop=stop), want)
+    monkeypatch.setattr(decoding, "SHALLOW", 1)
+    monkeypatch.setattr(decoding, "decode_at_once", None)
+    monkeypatch.setattr(decoding, "one_chunk", None)
+    compiled = decoding.evict_layer._cache_size()
+    assert_same(generate(policy), free)
+    # One program for all layers.
+    assert decoding.evict_layer._cache_size() - compiled == (name != "full")
+    assert_same(generate(policy, stop=stop), want)
+    plan, limit = Plan(CADENCE, WARM, stop), [NEW] * len(PROMPTS)
+    pieces = list(decoding.stream(model(), policy, plan, PROMPTS, KEYS, limit))
+    assert_same([np.concatenate(row) for row in zip(*pieces, strict=True)], want)
+    assert len(pieces) == -(-max(map(len, want)) // INTERVAL)
+
+
+@pytest.mark.parametrize("shallow", [8, 1])
+def test_decode_stops_when_every_row_is_done(shallow, monkeypatch):
+    monkeypatch.setattr(decoding, "SHALLOW", shallow)
     policy, plan, limit = policy_of("h2o"), Plan(CADENCE, WARM), [3, 0, 7, 12, 1]
-    state, width = decoding._start(model(), policy, plan, PROMPTS, KEYS, limit)
+    lm = models.separate(model(), consume=False)
+    state, width = decoding._start(lm, policy, plan, PROMPTS, KEYS, limit)
     assert state.chunk == 5 and width == 60
-    out, state = decoding.decode(model(), policy, plan, state, width, NEW)
+    out, state = decoding.decode(lm, policy, plan, state, width, NEW)
     assert out.shape == (5, 36) and state.chunk == 6  # one chunk of the three
     assert (state.token_b == NO_TOKEN).all() and (state.left_b == 0).all()
     out = np.asarray(out)
@@ -350,6 +374,31 @@ def test_decode_stops_when_every_row_is_done():
     for cache in state.caches:
         newest = np.asarray(cache.position_bks).max((1, 2)) + 1
         assert newest.tolist() == [50 + 3, 5 + 1, 12 + 7, 31 + 12, 1 + 1]
+
+
+# ---- no copy of the weights
+
+
+@pytest.mark.parametrize("separate", [True, False])
+def test_steps_make_no_copy_of_separate_weights(separate):
+    config = dataclasses.replace(model().config, width=256, mlp_width=1024)
+    lm = LM(models.decoder.param_shapes(config, separate), config)
+    plan, policy, row = Plan(CADENCE, GREEDY), policies.get("knorm"), jnp.zeros(2, jnp.int32)
+    cache = jax.eval_shape(lambda: replay.init_cache(policy, 2, config, CADENCE, jnp.float32))
+    state = decoding.State((cache,) * config.layers, row, row, row, KEYS[:2], row, jnp.int32(1))
+    memory = decoding.steps.lower(lm, policy, plan, state, INTERVAL).compile().memory_analysis()
+    size = sum(4 * math.prod(x.shape) for x in jax.tree.leaves(lm.params["layers"]))
+    # Those that are stacked are copied, all of them.
+    assert (memory.temp_size_in_bytes < 0.1 * size) == separate
+    assert separate or memory.temp_size_in_bytes > 0.9 * size
+
+
+def test_either_form_of_a_model_gives_the_same_tokens():
+    lm, plan = models.separate(model(), consume=False), Plan(CADENCE, WARM)
+    for name in ("full", "random"):
+        policy = in_one_program(name)
+        some = decoding.generate(lm, policy, plan, PROMPTS, KEYS, [NEW] * len(PROMPTS))
+        assert_same(some, generate(policy))
 
 
 # ---- no copy of the cache
@@ -376,7 +425,7 @@ def test_decoding_makes_no_copy_of_the_cache(name, program, cache_dtype, rows, k
     state, fixed = wide_state(lm, policy, rows), {"prompt_width": 2048}
     if program == "decode":
         fixed["new_tokens"] = 16
-        function = decoding.decode.__wrapped__
+        function = decoding.decode_at_once
     else:
         function = decoding.decode_chunk
     call = jax.jit(function, static_argnames=("plan", *fixed), donate_argnames="state")
@@ -404,17 +453,18 @@ def test_eviction_makes_no_copy_of_the_cache(name):
     # on a CPU the keys of one of the four rows at a time.
     lm, policy = wide_model(), policies.get(name)
     state, config = wide_state(lm, policy), lm.config
-    caches, keys = state.caches, state.caches[0].key_bksd
-    query = jax.ShapeDtypeStruct((4, 16, config.heads, config.head_dim), jnp.float32)
-    lse = jax.ShapeDtypeStruct((4, config.kv_heads, config.group_size, 16), jnp.float32)
-    position = jax.ShapeDtypeStruct((4, 16), jnp.int32)
-    chunks = [replay.Chunk(query, lse, position, state.chunk)] * config.layers
-    site = replay.Site(config, WIDE.cadence, 0, state.key_b, state.prompt_b)
-    call = jax.jit(decoding.evict, donate_argnames="caches")
-    compiled = call.lower(policy, caches, chunks, site).compile()
+    keys = state.caches[0].key_bksd
+    asked = decoding.Asked(
+        jax.ShapeDtypeStruct((16, 4, config.heads, config.head_dim), jnp.float32),
+        jax.ShapeDtypeStruct((16, 4, config.kv_heads, config.group_size), jnp.float32),
+        jax.ShapeDtypeStruct((16, 4), jnp.int32), state.chunk,
+    )  # fmt: skip
+    layer = jax.ShapeDtypeStruct((), jnp.int32)
+    site = replay.Site(config, WIDE.cadence, layer, state.key_b, state.prompt_b)
+    compiled = decoding.evict_layer.lower(policy, state.caches[0], asked, site).compile()
     memory = compiled.memory_analysis()
-    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(caches))
-    assert memory.alias_size_in_bytes >= size > 4 * keys.size * keys.dtype.itemsize
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.caches[0]))
+    assert memory.alias_size_in_bytes >= size > 2 * keys.size * keys.dtype.itemsize
     assert memory.temp_size_in_bytes < 0.5 * keys.size * keys.dtype.itemsize
 
 
@@ -457,24 +507,24 @@ def test_evictions_are_those_of_a_simulation():
     for prompt, generated in itertools.product(range(1, 20), range(1, 20)):
         for budget, interval in sizes:
             case = prompt, generated, budget, interval
-            found = decoding.evictions(prompt, generated, Cadence(budget, interval))
+            found = Cadence(budget, interval).evictions_generating(prompt, generated)
             assert found == simulated_evictions(*case), case
-    assert decoding.evictions(36, 2, CADENCE) == 1 > decoding.evictions(36, 1, CADENCE)
+    assert CADENCE.evictions_generating(36, 2) == 1 > CADENCE.evictions_generating(36, 1)
 
 
 def test_left_pad_aligns_the_ends():
-    batch = decoding.left_pad([np.array([1, 2, 3]), np.array([4])], 4)
+    batch = left_pad([np.array([1, 2, 3]), np.array([4])], 4)
     assert batch.token_bt.tolist() == [[0, 1, 2, 3], [0, 0, 0, 4]]
     assert batch.padding_b.tolist() == [1, 3]
     assert batch.length_b.tolist() == batch.prompt_b.tolist() == [3, 1]
     assert {x.dtype.name for x in jax.tree.leaves(batch)} == {"int32"}
     assert batch.position_bt.tolist() == [[-1, 0, 1, 2], [-1, -1, -1, 0]]
-    batch = decoding.left_pad([np.array([5, 6]), np.array([7])])
+    batch = left_pad([np.array([5, 6]), np.array([7])])
     assert batch.token_bt.tolist() == [[5, 6], [0, 7]] and batch.padding_b.tolist() == [0, 1]
-    assert decoding.left_pad([np.arange(8)], 4).token_bt.shape == (1, 8)
+    assert left_pad([np.arange(8)], 4).token_bt.shape == (1, 8)
     # At least a width, which is rounded up, too.
     for width, want in ((3, 4), (4, 4), (5, 8), (8, 8)):
-        batch = decoding.left_pad([np.array([1, 2, 3])], 4, width)
+        batch = left_pad([np.array([1, 2, 3])], 4, width)
         assert batch.token_bt.tolist() == [[0] * (want - 3) + [1, 2, 3]]
         assert batch.padding_b.tolist() == [want - 3] and batch.length_b.tolist() == [3]
 

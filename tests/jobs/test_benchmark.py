@@ -5,6 +5,7 @@ import json
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,7 +13,7 @@ from configs import tiny
 from fkv import models, policies
 from fkv.engine import decoding
 from fkv.errors import UserError
-from fkv.jobs import benchmark, groups
+from fkv.jobs import benchmark, groups, programs
 from fkv.jobs.benchmark import base, decode, device, peers
 from fkv.models import ModelConfig
 from tests.jobs.test_sft import model_dir, small
@@ -181,6 +182,7 @@ def test_a_synthetic_state_is_one_of_decoding(name, cache_dtype):
     policy, config = policies.get(name), tiny.get_config()
     config.interval, config.benchmark.new_tokens, config.dtype = 8, 24, "float32"
     bench = make_bench(config, shape)
+    bench.lm = programs.model_shapes(shape, jnp.float32)
     arm = base.Arm(name, 16 if policy.evicts else 0, 2, 96)
     state = decode.synthetic_state(bench, arm, jax.random.key(0))
     lm, plan = models.LM(models.init(jax.random.key(0), SHAPE), shape), bench.plan(arm.budget)
@@ -189,7 +191,7 @@ def test_a_synthetic_state_is_one_of_decoding(name, cache_dtype):
     prompts, width = [np.arange(prompt) % 50] * 2, 64
     real, width = decoding._start(lm, policy, plan, prompts, state.key_b, [new] * 2, width)
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
-    assert shapes(real) == shapes(state)
+    assert shapes(real) == shapes(state) == shapes(decode._lowered(bench, arm).state)
     assert width == 64 == state.position_b[0] and real.chunk == state.chunk
     newest = state.caches[0].position_bks.max((1, 2))
     assert newest.tolist() == [63, 63]

@@ -840,7 +840,7 @@ def test_a_box_in_an_unfinished_thought_is_no_answer(tmp_path, monkeypatch, open
     config = ModelConfig("qwen3", len(words), 16, 1, 2, 1, 8, 16, qk_norm=True)
     params = jax.device_get(models.init(jax.random.key(0), config))
     model = api.Model(models.LM(params, config), tokenizer, (1,), "thinker")
-    monkeypatch.setattr(evaluate.common, "load_language_model", lambda config: model)
+    monkeypatch.setattr(evaluate.common, "load_language_model", lambda config, **_: model)
     monkeypatch.setattr(evaluate.common, "model_config", lambda _: model.config)
     said = {
         r"\boxed{2} <eos>": not opens,

@@ -83,5 +83,5 @@ def full_logits(lm, token_bt):
         out = jnp.einsum("bhqk,bkhd->bqhd", weight.astype(v.dtype), v)
         return models.finish(config, weights, hidden, out), None
 
-    hidden, _ = jax.lax.scan(layer, models.embed(lm, token_bt), lm.params["layers"])
+    hidden, _ = jax.lax.scan(layer, models.embed(lm, token_bt), models.stacked(lm))
     return models.unembed(lm, hidden)

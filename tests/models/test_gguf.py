@@ -285,6 +285,8 @@ def test_dtypes(sound):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, 4e-3, 1e-7), exact.params, lm.params)
     want = jax.tree.map(lambda x: x.astype(jnp.bfloat16), exact.params)
     assert_equal(models.load(path, "bfloat16").params, want)
+    separate = models.load(path, "bfloat16", separate=True)
+    assert_equal(models.stack(separate).params, want)
 
 
 def test_one_tensor_at_a_time_lies_in_memory_twice(sound, monkeypatch):

@@ -116,7 +116,7 @@ def assert_equal(got, want):
     for path, leaf in jax.tree_util.tree_leaves_with_path(got):
         expected = want
         for key in path:
-            expected = expected[key.key]
+            expected = expected[getattr(key, "key", getattr(key, "idx", None))]
         assert leaf.dtype == expected.dtype, path
         np.testing.assert_array_equal(leaf, expected, err_msg=str(path))
 
@@ -127,10 +127,24 @@ def assert_equal(got, want):
 @configs
 def test_save_then_load_is_the_identity(config, tmp_path):
     lm = random_lm(config)
-    models.save(tmp_path, lm)
-    loaded = models.load(tmp_path)
+    models.save(tmp_path / "stacked", lm)
+    loaded = models.load(tmp_path / "stacked")
     assert loaded.config == config
     assert_equal(loaded.params, lm.params)
+    separate = models.load(tmp_path / "stacked", separate=True)
+    assert separate.config == config
+    assert_equal(separate.params, one_by_one(lm.params))
+    models.save(tmp_path / "separate", separate)
+    for name in ("model.safetensors", "config.json"):
+        some, others = ((tmp_path / form / name).read_bytes() for form in ("stacked", "separate"))
+        assert some == others
+
+
+def one_by_one(params):
+    """The parameters with a dictionary for each layer."""
+    stacks = params["layers"]
+    count = len(stacks["q_mhd"])
+    return {**params, "layers": tuple({n: x[i] for n, x in stacks.items()} for i in range(count))}
 
 
 @configs
@@ -156,6 +170,8 @@ def test_the_stored_dtype_is_kept_unless_another_is_asked_for(stored, asked, tmp
     models.save(tmp_path, lm)
     want = jax.tree.map(lambda x: x.astype(asked or stored), lm.params)
     assert_equal(models.load(tmp_path, dtype=asked).params, want)
+    separate = models.load(tmp_path, dtype=asked, separate=True)
+    assert_equal(separate.params, one_by_one(want))
 
 
 def test_mixed_dtypes_load_as_the_widest(checkpoint):
@@ -753,9 +769,11 @@ def test_config_files_that_are_refused(tmp_path, content, says):
     assert f"{tmp_path / 'config.json'}: {says}" in refusal(read, tmp_path)
 
 
-def test_one_tensor_at_a_time_lies_in_memory_twice(checkpoint, monkeypatch):
-    """What has been read is gone when the next tensor is read."""
-    read_so_far, held = [], []
+@pytest.mark.parametrize("separate", [False, True])
+def test_one_tensor_at_a_time_lies_in_memory_twice(separate, checkpoint, monkeypatch):
+    """What has been read is gone when the next tensor is read, and nothing is held twice."""
+    read_so_far, held, live = [], [], []
+    before = {id(x) for x in jax.live_arrays()}
 
     class Watched:
         def __init__(self, file):
@@ -763,6 +781,7 @@ def test_one_tensor_at_a_time_lies_in_memory_twice(checkpoint, monkeypatch):
 
         def get_tensor(self, name):
             held.append(sum(reference() is not None for reference in read_so_far))
+            live.append(sum(x.nbytes for x in jax.live_arrays() if id(x) not in before))
             tensor = self.file.get_tensor(name)
             read_so_far.append(weakref.ref(tensor))
             return tensor
@@ -777,8 +796,11 @@ def test_one_tensor_at_a_time_lies_in_memory_twice(checkpoint, monkeypatch):
     stored = loading._stored(checkpoint)
     monkeypatch.setattr(loading, "_stored", lambda directory: stored)
     monkeypatch.setattr(loading, "_open", watched)
-    loading.load(checkpoint, "bfloat16")
+    lm = loading.load(checkpoint, "bfloat16", separate=separate)
     assert len(held) == len(list(loading._tensors(QWEN3))) and max(held) <= 1
+    sizes = [x.nbytes for x in jax.tree.leaves(models.separate(lm, consume=False))]
+    # Beside it the last tensor as it was stored, in float32, and of each whether it is finite.
+    assert max(live) <= sum(sizes) + 2 * max(sizes) + len(held)
 
 
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
@@ -791,8 +813,9 @@ def test_weights_that_are_no_numbers_are_named(tmp_path, wrong):
         tensors[name].reshape(-1)[3] = wrong
         save_file(tensors, tmp_path / "model.safetensors")
         message = rf"model\.safetensors: {name} holds NaN or infinity in float32: the checkpoint"
-        with pytest.raises(UserError, match=message):
-            models.load(tmp_path)
+        for separate in (False, True):
+            with pytest.raises(UserError, match=message):
+                models.load(tmp_path, separate=separate)
 
 
 def test_weights_beyond_a_dtype_are_named(tmp_path):

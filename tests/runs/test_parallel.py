@@ -139,6 +139,27 @@ if copies == 1:
     tokens, _ = decoding.decode(*given, begun, width, 24)
     found["tokens"] = np.asarray(tokens)
 
+    # And as deep models do, with separate layers: the second chunk compiles nothing.
+    copy = parallel.make_mesh(model_axis, "copy")
+    lm = models.load(path / "model", mesh=copy, separate=True)
+    for name, x in lm.params["layers"][1].items():
+        stack = own.params["layers"][name].addressable_shards[0].data
+        assert x.addressable_shards[0].data.shape == stack.shape[1:], name
+    sharding = {name: x.sharding for name, x in lm.params["layers"][1].items()}
+    decoding.SHALLOW, deep = 0, []
+    begun, width = decoding._start(lm, *given[1:], prompts, keys, [24, 24])
+    for _, tokens in decoding.chunks(lm, *given[1:], begun, width, 24):
+        assert not (deep and compiled), compiled
+        compiled.clear()
+        deep.append(tokens)
+    assert (np.concatenate(deep, axis=1) == found["tokens"]).all()
+    back = models.stack(lm)
+    for name, x in back.params["layers"].items():
+        there = own.params["layers"][name].sharding
+        assert x.sharding.is_equivalent_to(there, x.ndim), name
+    again = models.separate(back).params["layers"][1]
+    assert all(x.sharding.is_equivalent_to(sharding[n], x.ndim) for n, x in again.items())
+
 # ---- several processes have one run
 if several:
     index, count = jax.process_index(), jax.process_count()

@@ -26,11 +26,16 @@ from fkv.runs.rundir import open_run
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A section of the benchmark: title, measurement and table."""
+    """A section of the benchmark: title, measurement and table.
+
+    Attributes:
+      decodes: whether it needs the layers of the language model separate, not stacked.
+    """
 
     title: str
     measure: Callable[[Bench], list[dict]]
     rows: Callable[[list[dict]], report.Table]
+    decodes: bool = True
 
     def text(self, records: list[dict], table: Callable) -> str:
         if not records:
@@ -42,8 +47,8 @@ SECTIONS = {
     "decode": Section("Decoding at equal batch", decode.decode, report.decode_rows),
     "growth": Section("Decoding by tokens generated", decode.growth, report.growth_rows),
     "prefill": Section("Prefill", passes.prefill, report.pass_rows),
-    "labels": Section("Golden labels", passes.labels, report.pass_rows),
-    "steps": Section("Training steps", passes.steps, report.step_rows),
+    "labels": Section("Golden labels", passes.labels, report.pass_rows, decodes=False),
+    "steps": Section("Training steps", passes.steps, report.step_rows, decodes=False),
     "largest_batch": Section(
         "Decoding at the largest batch that fits", decode.largest_batch, report.decode_rows
     ),
@@ -84,7 +89,9 @@ def run(config: ConfigDict, workdir: str) -> dict:
     for name in settings.sections:
         start = time.perf_counter()
         common.say(f"\n{name}")
-        found[name] = [] if bench.late else SECTIONS[name].measure(bench)
+        section = SECTIONS[name]
+        bench.lm = (models.separate if section.decodes else models.stack)(bench.lm)
+        found[name] = [] if bench.late else section.measure(bench)
         bench.programs.clear()
         common.say(f"  {time.perf_counter() - start:.0f} s")
         about = report.about(bench)

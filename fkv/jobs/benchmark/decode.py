@@ -4,15 +4,17 @@ import concurrent.futures
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from fkv.cache import slots as kv
 from fkv.engine import decoding, replay
-from fkv.jobs import common
+from fkv.jobs import common, programs
 from fkv.jobs.benchmark.base import Arm, Bench, failure, measure, spread
 from fkv.jobs.benchmark.device import timed
 from fkv.keys import fold, keys_of
@@ -26,18 +28,21 @@ def decode(bench: Bench) -> list[dict]:
 
 
 def _measure(bench: Bench, arms: Sequence[Arm]) -> list[dict]:
-    if bench.settings.compile_threads > 1:
-        shapes = {_shape(arm): arm for arm in arms}.values()
-        with concurrent.futures.ThreadPoolExecutor(bench.settings.compile_threads) as pool:
-            makers = [(make, arm) for make in (_program, _eviction) for arm in shapes]
-            # The measurement reports errors.
-            list(pool.map(lambda one: bench.late or failure(one[0], bench, one[1]), makers))
+    shapes = {_shape(arm): arm for arm in arms}.values()
+    # The measurement reports errors.
+    _in_threads(bench, lambda arm: failure(_program, bench, arm), shapes)
 
     def prepare(arm):
         _, about = _program(bench, arm)
         return lambda: (_run_decode(bench, arm, _chunks(bench)), _run_evictions(bench, arm)), about
 
     return measure(bench, arms, prepare, functools.partial(_record, bench))
+
+
+def _in_threads(bench: Bench, compiling: Callable[[Arm], Any], arms: Iterable[Arm]) -> list:
+    """Results by arm, of several at a time; None of those for which it is too late."""
+    with concurrent.futures.ThreadPoolExecutor(bench.settings.compile_threads) as pool:
+        return list(pool.map(lambda arm: None if bench.late else compiling(arm), arms))
 
 
 def _record(bench: Bench, arm: Arm, found: dict[Arm, list[tuple[list[float], float]]]) -> dict:
@@ -76,19 +81,35 @@ def _shape(arm: Arm) -> Arm:
     return dataclasses.replace(arm, length=0 if arm.budget else arm.length)
 
 
+def _lowered(bench: Bench, arm: Arm) -> programs.Decode:
+    """The programs of an arm."""
+    policy, plan, interval = bench.policy(arm.policy), bench.plan(arm.budget), bench.interval
+    lm = bench.lm
+    width = interval if policy.evicts else _prompt(bench, arm)
+    new_tokens = (_chunks(bench) + 1) * interval
+    return programs.decode(lm, policy, plan, (arm.batch, width), new_tokens)
+
+
 def _program(bench: Bench, arm: Arm) -> tuple[Callable, dict]:
-    """`L` decoding steps with their eviction, see `Bench.compiled`."""
-    policy = bench.policy(arm.policy)
-    state = jax.eval_shape(functools.partial(synthetic_state, bench, arm), bench.key)
-    bench.check_fits(costs.size((bench.lm.params, state.caches)))
+    """`L` decoding steps with their evictions, from state to state, see `Bench.compiled`."""
+    one = _lowered(bench, arm)
+    bench.check_fits(costs.size((one.lm.params, one.state.caches)))
+    shallow = one.lm.config.layers <= decoding.SHALLOW
+    program, about = bench.compiled(_shape(arm), one.chunk if shallow else one.steps)
+    if shallow:
+        return functools.partial(program, one.lm, one.policy), about
+    if one.policy.evicts:
+        evict_layer, more = bench.compiled(("evict", _shape(arm)), one.evict_layer)
+        about = about | {"compile_s": about["compile_s"] + more["compile_s"]}
 
-    def lower():
-        width = bench.interval if policy.evicts else _prompt(bench, arm)
-        call = jax.jit(decoding.decode_chunk, static_argnums=(2, 4), donate_argnums=3)
-        return call.lower(bench.lm, policy, bench.plan(arm.budget), state, width)
+    def call(state):
+        state, tokens, asked = program(one.lm, one.policy, state)
+        if asked:
+            config = one.lm.config
+            state = decoding.evict(config, one.policy, one.plan, state, asked, evict_layer)
+        return state, tokens
 
-    program, about = bench.compiled(("decode", _shape(arm)), lower)
-    return functools.partial(program, bench.lm, policy), about
+    return call, about
 
 
 def synthetic_state(bench: Bench, arm: Arm, key: jax.Array) -> decoding.State:
@@ -138,42 +159,34 @@ def _run_decode(bench: Bench, arm: Arm, chunks: int) -> list[float]:
     return found[1:]
 
 
-def _eviction(bench: Bench, arm: Arm) -> Callable:
-    """The evictions of all layers as a program of their own, from caches to caches."""
-    policy, config, interval = bench.policy(arm.policy), bench.lm.config, bench.interval
-    if not policy.evicts:
-        return lambda caches: caches
-    state = jax.eval_shape(functools.partial(synthetic_state, bench, arm), bench.key)
-
-    def evict(policy, caches, chunks, site):
-        ring = np.s_[..., -interval:]  # which the steps have filled
-        newest = chunks[0].position_bl[:, None]
-        full = [x.replace(position_bks=x.position_bks.at[ring].set(newest)) for x in caches]
-        return decoding.evict(policy, full, chunks, site)
-
-    shape = (arm.batch, interval, config.heads, config.head_dim)
-    query = jax.random.normal(fold(bench.key, 2), shape, bench.config.dtype)
-    lse = jnp.zeros((arm.batch, config.kv_heads, config.group_size, interval))
-    position = jnp.broadcast_to(_prompt(bench, arm) + jnp.arange(interval), (arm.batch, interval))
-    index = jnp.asarray(-(-_prompt(bench, arm) // interval))
-    chunks = [replay.Chunk(query, lse, position, index)] * config.layers
-    rows = bench.row_keys(arm.batch), jnp.full(arm.batch, _prompt(bench, arm))
-    site = replay.Site(config, bench.plan(arm.budget).cadence, 0, *rows)
-    program, _ = bench.compiled(
-        ("evict", _shape(arm)),
-        lambda: jax.jit(evict, donate_argnums=1).lower(policy, state.caches, chunks, site),
-    )
-    return lambda caches: program(policy, caches, chunks, site)
+@functools.partial(jax.jit, donate_argnames="caches")
+def _filled(caches: tuple[kv.Cache, ...], position_b1l: Array) -> tuple[kv.Cache, ...]:
+    """With staging rings as the steps leave them."""
+    at = np.s_[..., -position_b1l.shape[-1] :]
+    full = (x.position_bks.at[at].set(position_b1l) for x in caches)
+    return tuple(x.replace(position_bks=y) for x, y in zip(caches, full, strict=True))
 
 
 def _run_evictions(bench: Bench, arm: Arm) -> float:
-    """Median seconds of the evictions of all layers."""
-    if not bench.policy(arm.policy).evicts:
+    """Median seconds of the evictions of all layers, after random queries."""
+    one = _lowered(bench, arm)
+    if not one.policy.evicts:
         return 0.0
-    call = _eviction(bench, arm)
-    caches, found = _state(bench, arm).caches, []
+    program, _ = bench.compiled(("evict", _shape(arm)), one.evict_layer)
+    position = _prompt(bench, arm) + jnp.arange(bench.interval, dtype=jnp.int32)[:, None]
+    asked = decoding.Asked(
+        jax.random.normal(fold(bench.key, 2), one.asked.query_lbhd.shape, bench.config.dtype),
+        jnp.zeros(one.asked.lse_lbkg.shape),
+        jnp.broadcast_to(position, one.asked.position_lb.shape),
+        jnp.int32(-(-_prompt(bench, arm) // bench.interval)),
+    )
+
+    config, state, found = one.lm.config, _state(bench, arm), []
+    again = functools.partial(decoding.evict, config, one.policy, one.plan)
     for _ in range(max(_chunks(bench), 3) + 1):
-        seconds, caches = timed(call, caches)
+        caches = _filled(state.caches, asked.position_lb.T[:, None])
+        state = jax.block_until_ready(state.replace(caches=caches))
+        seconds, state = timed(again, state, [asked] * config.layers, program)
         found.append(seconds)
     return float(np.median(found[1:]))
 
@@ -185,16 +198,20 @@ def largest_batch(bench: Bench) -> list[dict]:
     """The largest batch of every policy and budget, and its speed: of the full cache at every
     length, under eviction, where caches do not grow, at the longest.
     """
-    s = bench.settings
-    arms = []
-    for arm in bench.arms((1,), s.lengths):
-        if bench.late or (arm.budget and arm.length < max(s.lengths)):
+    s, arms = bench.settings, []
+    asked = [
+        arm for arm in bench.arms((1,), s.lengths) if not arm.budget or arm.length == max(s.lengths)
+    ]
+    starts = _in_threads(bench, functools.partial(_guess, bench), asked)
+    for arm, start in zip(asked, starts, strict=True):
+        if bench.late or not start:
             continue
 
         def fits(batch, arm=arm):
-            return not failure(_run_decode, bench, dataclasses.replace(arm, batch=batch), 0)
+            one = dataclasses.replace(arm, batch=batch)
+            return _bytes(bench, one) <= bench.limit and not failure(_run_decode, bench, one, 0)
 
-        if best := largest(fits, _guess(bench, arm), s.largest_limit, s.largest_within):
+        if best := largest(fits, start, s.largest_limit, s.largest_within):
             arms.append(dataclasses.replace(arm, batch=best))
             common.say(f"  {arms[-1]} is the largest")
     found = _measure(bench, arms)
@@ -207,11 +224,33 @@ def largest_batch(bench: Bench) -> list[dict]:
 
 
 def _guess(bench: Bench, arm: Arm) -> int:
-    """Rows whose caches fill nine tenths of the memory beside the weights, at least one."""
+    """The batch whose program is as large as the memory, at least one row.
+
+    By the program of a batch whose caches fill nine tenths of it; compiles those of both batches.
+    """
     slots = bench.policy(arm.policy).capacity(arm.budget) + bench.interval
     config, dtype = bench.lm.config, bench.config.dtype
     row = costs.cache_bytes(config, slots if arm.budget else arm.length, dtype)
-    return max(1, int(0.9 * (bench.limit - costs.parameter_bytes(config, dtype)) / row))
+    weights = costs.parameter_bytes(config, dtype)
+    for share in (0.9, 1.0):
+        batch = int((share * bench.limit - weights) / row)
+        batch = min(max(1, batch), bench.settings.largest_limit)
+        arm = dataclasses.replace(arm, batch=batch)
+        failure(_program, bench, arm)  # the search reports errors
+        row = (_bytes(bench, arm) - weights) / batch or row
+    return batch
+
+
+def _bytes(bench: Bench, arm: Arm) -> float:
+    """Bytes that the program of an arm holds, or would by that of the nearest batch compiled."""
+    weights, found = costs.parameter_bytes(bench.lm.config, bench.config.dtype), {}
+    for key, (_, about) in bench.programs.items():
+        if isinstance(key, Arm) and dataclasses.replace(key, batch=arm.batch) == _shape(arm):
+            found[key.batch] = about["program_bytes"]
+    if not found:
+        return weights
+    nearest = min(found, key=lambda batch: abs(batch - arm.batch))
+    return weights + (found[nearest] - weights) * arm.batch / nearest
 
 
 def largest(fits: Callable[[int], bool], start: int, limit: int, within: float) -> int:

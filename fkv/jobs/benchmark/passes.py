@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from fkv import models
 from fkv.engine import decoding, replay
 from fkv.engine.batch import Batch
 from fkv.jobs import common, programs
@@ -60,7 +61,7 @@ def prefill(bench: Bench) -> list[dict]:
         prompts = Batch(bench.tokens(arm.batch, arm.length), none + arm.length, none, none)
         lower, caches = programs.prefill_layer(lm, policy, plan, prompts, keys, interval)
         _, about = bench.compiled(arm, lower)
-        other = costs.size((lm.params, caches[1:])) - costs.size(lm.params["layers"])
+        other = costs.size((lm.params, caches[1:])) - costs.size(models.layer(lm, 0))
         call = functools.partial(decoding.prefill, lm, policy, plan, prompts, keys, none, interval)
         return call, {**about, "program_bytes": about["program_bytes"] + other}
 

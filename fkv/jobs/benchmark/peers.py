@@ -14,6 +14,7 @@ import numpy as np
 
 from fkv import files, models, policies
 from fkv.engine import decoding
+from fkv.engine.batch import left_pad
 from fkv.errors import UserError
 from fkv.jobs import common
 from fkv.jobs.benchmark import device
@@ -176,7 +177,7 @@ def _decode(bench: Bench, arm: Arm, prompts: np.ndarray) -> dict:
     """Greedy decoding here; returns what `Peer.decode` does."""
     policy, new = bench.policy(arm.arm), arm.new_tokens
     plan = dataclasses.replace(bench.plan(bench.config.budget), sampling=GREEDY)
-    batch = decoding.left_pad(prompts, bench.interval)
+    batch = left_pad(prompts, bench.interval)
     keys, limit = bench.row_keys(arm.batch), np.full(arm.batch, new, np.int32)
     reading, state = timed(decoding.prefill, bench.lm, policy, plan, batch, keys, limit, new)
     width = batch.token_bt.shape[1]
