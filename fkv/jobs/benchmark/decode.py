@@ -84,10 +84,9 @@ def _shape(arm: Arm) -> Arm:
 def _lowered(bench: Bench, arm: Arm) -> programs.Decode:
     """The programs of an arm."""
     policy, plan, interval = bench.policy(arm.policy), bench.plan(arm.budget), bench.interval
-    lm = bench.lm
     width = interval if policy.evicts else _prompt(bench, arm)
     new_tokens = (_chunks(bench) + 1) * interval
-    return programs.decode(lm, policy, plan, (arm.batch, width), new_tokens)
+    return programs.decode(bench.lm, policy, plan, (arm.batch, width), new_tokens)
 
 
 def _program(bench: Bench, arm: Arm) -> tuple[Callable, dict]:
