@@ -101,14 +101,19 @@ def load(
     Raises:
       UserError: the model is absent, damaged or not supported.
     """
+    # Small files first: their errors come before the weights are read.
+    model = without_weights(path_or_hub_id, revision)
+    lm = models.load(model.directory, dtype, mesh=mesh, separate=separate)
+    lm = lm.replace(config=dataclasses.replace(lm.config, cache_dtype=cache_dtype))
+    return dataclasses.replace(model, lm=lm)
+
+
+def without_weights(path_or_hub_id: str | Path, revision: str | None = None) -> Model:
+    """What is known of a model before its weights are read; `lm` has no parameters."""
     path = tasks.REASONER if str(path_or_hub_id) == EMBEDDED else path_or_hub_id
     directory = models.find(path, revision)
-    # Small files first: their errors come before the weights are read.
-    vocabulary = models.read(directory).vocab_size
-    tokenizer = texts.load_tokenizer(directory)
-    stop = texts.stop_tokens(directory, tokenizer, vocabulary)
-    lm = models.load(directory, dtype, mesh=mesh, separate=separate)
-    lm = lm.replace(config=dataclasses.replace(lm.config, cache_dtype=cache_dtype))
+    lm, tokenizer = LM({}, models.read(directory)), texts.load_tokenizer(directory)
+    stop = texts.stop_tokens(directory, tokenizer, lm.config.vocab_size)
     return Model(lm, tokenizer, stop, str(path_or_hub_id), directory, revision or "")
 
 

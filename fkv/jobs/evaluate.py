@@ -96,7 +96,7 @@ def check(config: ConfigDict, workdir: str, later: Sequence[str] = ()) -> None:
     part.evaluate.scorers = tuple(scorers)
     if part.eval.baseline in later:
         part.eval.baseline = ""
-    plan = _plan(part, workdir, judge.Checker(part.evaluate.deadline))
+    plan = _plan(part, workdir, judge.Checker(part.evaluate.deadline), weights=False)
     rundir.check_run(workdir, config, MAY_DIFFER, plan.inputs)
 
 
@@ -187,9 +187,17 @@ def run(config: ConfigDict, workdir: str, anew: Sequence[str] = ()) -> list[accu
 
 
 def _plan(
-    config: ConfigDict, workdir: str, checker: judge.Checker, anew: Sequence[str] = ()
+    config: ConfigDict,
+    workdir: str,
+    checker: judge.Checker,
+    anew: Sequence[str] = (),
+    weights: bool = True,
 ) -> Plan:
-    """Checks and loads what is needed, the cheapest first."""
+    """Checks and loads what is needed, the cheapest first.
+
+    Args:
+      weights: of the language model; only to check, no second copy is loaded beside another's.
+    """
     at = common.cadences(config, "evaluate.budgets")
     named, inputs = policies_of(config)
     if config.evaluate.traces:
@@ -200,7 +208,10 @@ def _plan(
     compare = config.evaluate.compare
     other = comparison.load(compare, workdir) if compare else None
     common.check_policies(config, common.model_config(config), named, at)
-    model = common.load_language_model(config, separate=bool(config.evaluate.benchmark))
+    if weights:
+        model = common.load_language_model(config, separate=bool(config.evaluate.benchmark))
+    else:
+        model = api.without_weights(config.model, common.revision(config))
     held_out = _traces(config, model)
     problems = _problems(config, model, checker)
     embedded = config.evaluate.benchmark == api.EMBEDDED
