@@ -1,6 +1,6 @@
 """Decoding and labels at Qwen3-4B's shape on one accelerator of 80 GB.
 
-python -m launch.benchmark --config=speed   10 minutes; on an H100 compiling took most of them
+python -m launch.benchmark --config=speed   10 minutes
 
 Random weights in bfloat16, so no checkpoint is needed. Time per token of the full cache and of the
 scorers at B = 1024, 2048 and 4096 for 8K, 16K and 32K tokens, at batches 1 and 64 and at the
