@@ -42,7 +42,10 @@ def shared() -> ConfigDict:
     config.budget = 1024  # B: entries that every KV head keeps after an eviction
     config.interval = 256  # L: tokens between two evictions
     config.protect_prompt = 0  # first tokens of a prompt that are never evicted; part of the budget
-    config.dry_run = False  # only estimate what the job would take: memory, operations, time
+    config.dry_run = False  # only compile the job's programs: memory, bytes, operations, time
+    # what a dry run compiles for: '' (what is here), cpu, v5e:2x2 (v5p, v6e; any slice), h100, h200
+    config.target = ""
+    config.dry_run_json = ""  # file that a dry run writes its figures to, as JSON
     return config
 
 

@@ -37,6 +37,8 @@ def run(main: Callable[[ConfigDict, str], None], argv: Sequence[str] | None = No
             from fkv.jobs import dry_run
 
             dry_run.run(Path(argv[0]).stem, config)
+        elif name := next((x for x in ("target", "dry_run_json") if config.get(x)), None):
+            raise UserError(f"{name} = {config[name]!r} is for dry runs: add --config.dry_run=True")
         else:
             main(config, workdir)
 

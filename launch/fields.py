@@ -20,7 +20,7 @@ _COLUMN = 34
 
 def describe(job: str, config: ConfigDict, name: str) -> str:
     """The fields that a job reads of the config `name`, with values and meanings."""
-    reads = {"dry_run", *READS.get(job, config)}
+    reads = {"dry_run", "target", "dry_run_json", *READS.get(job, config)}
     if job == "pipeline" and "pipeline" in config:
         stages = [READS.get(stage, ()) for stage in config.pipeline.stages]
         reads = reads.union(["pipeline"], *stages)

@@ -1,115 +1,205 @@
-"""Memory, FLOPs and time of a job, estimated before it runs."""
+"""Memory, bytes, FLOPs and time of a job before it runs: its programs, compiled for a target."""
 
-import math
+import dataclasses
+import functools
+import json
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from fkv import api, files, policies
+from fkv import api, files, kinds, models, policies
 from fkv.cache.cadence import FULL
-from fkv.engine import decoding
+from fkv.engine import decoding, replay
 from fkv.engine.batch import Batch
 from fkv.errors import UserError
 from fkv.evaluation import tables
-from fkv.jobs import answering, common, groups, programs
+from fkv.jobs import answering, common, compiled, groups, programs
+from fkv.jobs.benchmark import passes
+from fkv.jobs.compiled import Found, Program, on_device
 from fkv.keys import Purpose, key_of, keys_of
 from fkv.models import LM, ModelConfig
-from fkv.models.decoder import param_shapes
+from fkv.models.decoder import MODEL, param_shapes, sharding
 from fkv.policies.base import Policy
-from fkv.runs import costs, parallel
+from fkv.runs import costs, parallel, targets
+from fkv.runs.targets import Target
 from fkv.tasks import ledger
 
 SHARE = 0.4  # of the peak FLOP/s, as is typical
-SHOWN = ("TPU v5e", "TPU v6e", "H100", "H200")  # 16, 32, 80 and 141 GB
-DEVICES = {name: costs.DEVICES[name] for name in SHOWN}
+DEVICES = ("TPU v5e", "TPU v6e", "H100", "H200")  # whose bounds are shown without a target
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What every part of a dry run needs.
+
+    Attributes:
+      mesh: of all devices of the target.
+    """
+
+    job: str
+    config: ConfigDict
+    model: ModelConfig
+    target: Target
+    mesh: Mesh
+
+    def lm(self, mesh: Mesh, separate: bool = False) -> LM:
+        """Shapes of the language model on a mesh, with stacked or separate layers."""
+
+        def one(path, x):
+            shape = x.shape[1:] if separate and len(path) > 1 else x.shape
+            there = sharding(path[-1].key, shape, mesh)
+            return jax.ShapeDtypeStruct(shape, jnp.dtype(self.config.dtype), sharding=there)
+
+        params = jax.tree_util.tree_map_with_path(one, param_shapes(self.model))
+        if separate:
+            params["layers"] = (params["layers"],) * self.model.layers
+        return LM(params, self.model)
+
+    def compile(self, program: Program) -> Found:
+        common.say(f"compiling for {self.target.name}: {program.name}")
+        return compiled.compile_for(self.target, program)
 
 
 def run(job: str, config: ConfigDict) -> str:
-    """Prints the costs of `launch.<job>` with this config; allocates and writes nothing.
+    """Prints what `launch.<job>` with this config takes on its target; allocates nothing.
+
+    It writes nothing either, but figures as JSON to the file `dry_run_json`, if that is set.
 
     Raises:
-      UserError: the config is wrong, or the job has no dry run.
+      UserError: the config is wrong, the target or its compiler is absent, or the job has no dry
+        run.
     """
-    known = {"sft": _training, "grpo": _training, "evaluate": _generation, "traces": _generation}
+    known = {
+        "sft": _training, "grpo": _training, "evaluate": _answers, "traces": _answers,
+        "generate": _answers, "benchmark": _benchmark,
+    }  # fmt: skip
     if job not in known:
         raise UserError(f"launch.{job} has no dry run; {', '.join(known)} have")
     groups.check(config, job)
+    for name in ("target", "dry_run_json"):
+        kinds.check(name, config.get(name, ""), kinds.TEXT)
     if job == "traces" and config.traces.text:
         raise UserError("launch.traces has no dry run for traces.text, which runs no model")
     if job == "evaluate" and not config.evaluate.benchmark:
         raise UserError("launch.evaluate has a dry run of answers, and evaluate.benchmark is empty")
     cadence = common.cadence(config)
-    model = common.model_config(config)
-    lines = [
+    if job == "benchmark" and config.benchmark.random_weights:
+        shape = costs.shape_of(common.model_path(config), config.benchmark.layers)
+        model = common.as_configured(config, shape)
+    else:
+        model = common.model_config(config)
+    target = targets.find(config.get("target", ""), config.model_axis)
+    mesh = parallel.make_mesh(config.model_axis, devices=target.devices)
+    setup = Setup(job, config, model, target, mesh)
+    head = (
         f"launch.{job}, {config.model}: {costs.parameters(model) / 1e6:,.2f} million parameters in "
         f"{config.dtype}, cache in {config.cache_dtype or config.dtype}, B = {cadence.budget}, "
-        f"L = {cadence.interval}",
-        *known[job](config, model, job),
-        f"({costs.USABLE:.0%} of the memory taken as usable; nothing here was measured)",
-    ]
+        f"L = {cadence.interval}; for {_devices(mesh)} ({target.name}"
+        f"{f', {target.hosts} hosts' if target.hosts > 1 else ''})"
+    )
+    found, lines = known[job](setup)
+    usable = f"{costs.USABLE:.0%} of the memory taken as usable; " if target.sheet else ""
+    lines = [head, *lines, "", *compiled.notes(found), _caveat(target, usable)]
     text = "\n".join(lines)
     common.say(text)
+    if config.get("dry_run_json"):
+        about = {
+            "job": job, "model": config.model, "dtype": config.dtype, "target": target.name,
+            "cache_dtype": config.cache_dtype, "budget": cadence.budget,
+            "interval": cadence.interval, "devices": mesh.size, "hosts": target.hosts,
+            "model_axis": config.model_axis,
+        }  # fmt: skip
+        data = json.dumps({**about, "programs": [one.data for one in found]}, indent=1)
+        files.write_text(files.expand(config.dry_run_json), data + "\n")
     return text
 
 
-# ---- the stages
+def _caveat(target: Target, usable: str) -> str:
+    where = "compiled, not measured"
+    if target.platform == "tpu":
+        where += "; estimates are the compiler's"
+    elif target.platform == "gpu":
+        where += "; the compiler for GPUs estimates no time" + (
+            "" if target.present else ", and without a card it tunes nothing and lacks cuBLAS"
+        )
+    return f"({usable}{where})"
 
 
-def _training(config: ConfigDict, model: ModelConfig, job: str) -> list[str]:
-    mesh, interval = parallel.make_mesh(config.model_axis), config.interval
-    stage = programs.stage(job, config, model, mesh)
-    rows, state = stage.device_rows(mesh), jax.eval_shape(stage.init)
-    tokens, why = _trace_length(config, model)
-    half = tokens // 2 // interval * interval
-    # A shorter one would have no eviction.
-    other = half if half > stage.plan.cadence.slots else 2 * tokens
-    shorter, longer = sorted((tokens, other))
-    common.say(f"compiling for traces of {shorter:,} and {longer:,} tokens")
-    weights = costs.parameter_bytes(model, config.dtype) // config.model_axis
-    fixed = weights + costs.size(state)
-    # The program of one device; its collectives are over an axis of size one.
-    step = jax.vmap(stage.step, (None, None, 0), out_axes=None, axis_name=parallel.AXIS)
+# ---- training
 
-    def needed(tokens):
-        token = jax.ShapeDtypeStruct((rows, tokens), jnp.int32)
-        batch = jax.eval_shape(lambda x: jax.tree.map(lambda x: x[None], stage.batch(x)), token)
-        return costs.temporaries(step, state, _lm(config, model), batch) + costs.size(batch)
 
-    points = [(n, fixed + needed(n)) for n in (shorter, longer)]
-    total, steps = dict(points)[tokens], stage.plan.steps
-    memory = [
-        ["language model", _gb(weights)],
-        ["scorers and optimiser", _gb(fixed - weights)],
-        ["a step's batch and temporaries", _gb(total - fixed)],
-        ["in all", _gb(total)],
-    ]
-    flops, what = stage.rows * stage.flops(tokens), f"{stage.rows} a step, micro-batches of {rows}"
-    if job == "grpo":
-        full = costs.pass_flops(model, tokens) + costs.unembedding_flops(model, tokens)
+def _training(setup: Setup) -> tuple[list[Found], list[str]]:
+    config, mesh, target = setup.config, setup.mesh, setup.target
+    stage = programs.stage(setup.job, config, setup.model, mesh)
+    tokens, why = _trace_length(config, setup.model)
+    interval, at_least = config.interval, stage.plan.cadence.slots
+    found = [setup.compile(_step(setup, stage, tokens))]
+    # Memory is linear in the length, so a second one says what fits.
+    while target.sheet and sum(one.fits is not None and bool(one.bytes) for one in found) < 2:
+        shorter = tokens // 2 ** len(found) // interval * interval
+        if shorter <= at_least or len(found) > 4:
+            break
+        found.append(setup.compile(_step(setup, stage, shorter)))
+    rows, flops = stage.device_rows(mesh), stage.rows * stage.flops(tokens)
+    if setup.job == "grpo":  # and the losses of the full cache
+        full = costs.pass_flops(setup.model, tokens) + costs.unembedding_flops(setup.model, tokens)
         flops += stage.traces * full
-        at_once = min(stage.plan.grpo.rollouts_at_once or rows, rows)
-        what = f"{stage.rows} rollouts a step, micro-batches of {at_once}"
-    devices = []
-    for name, device in DEVICES.items():
-        best = flops / device.flops / mesh.size
-        fits = "yes" if total <= device.memory * costs.USABLE else "no"
-        longest = costs.largest(points, device.memory, interval)
-        times = [f"{x:.3g}" for x in (best, best / SHARE, best / SHARE * steps / 3600)]
-        devices.append([name, f"{device.memory / 1e9:.0f}", fits, f"{longest:,}", *times])
-    head = ("device", "GB", "fits", "longest trace", "s a step, at best", "at 40 %",
-            "hours, at 40 %")  # fmt: skip
-    return [
-        f"traces of {tokens:,} tokens ({why}); {what} on each of {_devices(mesh)}",
+    lines = [
+        f"traces of {tokens:,} tokens ({why}); {stage.rows} rows a step, micro-batches of {rows} "
+        "on each group of devices that holds a model",
         "",
-        tables.text(("memory of a device", "GB"), memory),
-        _compiled(config),
+        compiled.memory_table(found),
         "",
-        f"a step: {flops:.3g} operations, {steps:,} steps",
+        compiled.work_table(found, "a micro-batch, on a device"),
         "",
-        tables.text(head, devices),
     ]
+    points = [(_tokens(one), one.memory["total"]) for one in found if one.bytes]
+    if target.sheet and len(points) > 1:
+        longest = costs.largest(sorted(points)[:2], target.sheet.memory, interval)
+        lines.append(f"longest trace that fits: {longest:,} tokens")
+    steps, parts = stage.plan.steps, stage.plan.micro_batches
+    if target.sheet:
+        best = flops / target.sheet.flops / mesh.size
+        times = f"a step: {best:.3g} s at the peak, {best / SHARE:.3g} s at {SHARE:.0%} of it"
+        if found[0].seconds:
+            times += f", {found[0].seconds * parts:.3g} s by the estimate"
+        lines.append(f"{times}; {steps:,} steps")
+        return found, lines
+    times = []
+    for name in DEVICES:
+        best = flops / costs.DEVICES[name].flops / mesh.size
+        seconds = (best, best / SHARE, best / SHARE * steps / 3600)
+        times.append([name, *(f"{x:.3g}" for x in seconds)])
+    head = ("by its data sheet", "s a step, at the peak", "at 40 %", "hours, at 40 %")
+    lines += [
+        f"a step: {flops:.3g} operations, {steps:,} steps", "", tables.text(head, times), "",
+        f"whether it fits, and bytes: --config.target=NAME, {targets.KNOWN}",
+    ]  # fmt: skip
+    return found, lines
+
+
+def _step(setup: Setup, stage: programs.Stage, tokens: int, name: str = "") -> Program:
+    """The step of a stage, as `parallel.pmap` maps it over the devices."""
+    mesh, lm = setup.mesh, setup.lm(setup.mesh)
+    rows, state = stage.device_rows(mesh), jax.eval_shape(stage.init)
+    token = jax.ShapeDtypeStruct((rows * parallel.device_count(mesh), tokens), jnp.int32)
+    batch = jax.eval_shape(stage.batch, token)
+    held = {
+        "language model": on_device(lm),
+        "scorers, optimiser": on_device(state),
+        "batch": on_device(batch) // parallel.device_count(mesh),
+    }
+    lower = functools.partial(parallel.lower, stage.step, mesh, (state, lm), (batch,))
+    flops = rows * stage.flops(tokens) / mesh.shape[MODEL]
+    name = f"{name or setup.job}, {rows} x {tokens:,} tokens"
+    return Program(name, lower, held, 0, flops, arrays=compiled.named(lm.params))
+
+
+def _tokens(one: Found) -> int:
+    return int(one.program.name.split(" x ")[1].split()[0].replace(",", ""))
 
 
 def _trace_length(config: ConfigDict, model: ModelConfig) -> tuple[int, str]:
@@ -134,89 +224,266 @@ def _trace_length(config: ConfigDict, model: ModelConfig) -> tuple[int, str]:
 # ---- generation
 
 
-def _generation(config: ConfigDict, model: ModelConfig, job: str) -> list[str]:
-    settings, batch = config[job], config[job].batch
-    embedded, prompt = config.model == api.EMBEDDED, 512
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """A policy to generate with.
+
+    Attributes:
+      budget: `FULL` without eviction.
+      rows, prompt, new_tokens: of a batch: tokens of a row's prompt, a multiple of `L`, and the
+        most that it adds.
+    """
+
+    name: str
+    policy: Policy
+    budget: int
+    rows: int
+    prompt: int
+    new_tokens: int
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} {self.budget or ''}".strip() + f", batch {self.rows}"
+
+    @property
+    def slots(self) -> str:
+        """Of a full cache, for labels."""
+        return "" if self.budget else f", {self.prompt + self.new_tokens:,} slots"
+
+
+class Generation:
+    """The programs of an arm, for shapes."""
+
+    def __init__(self, setup: Setup, arm: Arm, sampling: decoding.Sampling):
+        self.arm, self.model, config = arm, setup.model, setup.config
+        self.mesh = Mesh(setup.mesh.devices[:1], setup.mesh.axis_names)
+        self.lm = setup.lm(self.mesh, separate=True)
+        self.plan = decoding.Plan(common.cadence(config, arm.budget), sampling, (0,))
+        self.policy = parallel.replicated(arm.policy, self.mesh)
+        interval, dtype = config.interval, config.dtype
+        self.room = _up(arm.new_tokens, interval)
+        evicts = bool(arm.budget)
+        self.slots = (
+            arm.policy.capacity(arm.budget) + interval if evicts else arm.prompt + self.room
+        )
+        self.keys = jax.eval_shape(lambda: keys_of(key_of(0, Purpose.ANSWER), arm.rows))
+        run = functools.partial(decoding.prefill, plan=self.plan, new_tokens=arm.new_tokens)
+        shapes = jax.eval_shape(
+            run, self.lm, arm.policy, prompts=self._prompts(), key_b=self.keys,
+            limit_b=jax.ShapeDtypeStruct((arm.rows,), jnp.int32),
+        )  # fmt: skip
+        caches = tuple(jax.tree.map(self._by_head, cache) for cache in shapes.caches)
+        self.state = parallel.replicated(shapes.replace(caches=caches), self.mesh)
+        self.held = {
+            "language model": on_device(self.lm), "caches": on_device(self.state.caches),
+            "policy": on_device(self.policy),
+        }  # fmt: skip
+        weights = compiled.named(self.lm.params["layers"][0]) | compiled.named(
+            {k: v for k, v in self.lm.params.items() if k != "layers"}
+        )
+        self.arrays = weights | compiled.named(self.state.caches[0], "cache: ")
+        shared = self.mesh.shape[MODEL]
+        self.bytes = costs.decode_bytes(self.model, arm.rows, self.slots, dtype) / shared
+        self.flops = costs.decode_flops(self.model, arm.rows, self.slots) / shared
+
+    def _prompts(self) -> Batch:
+        rows, tokens = ((self.arm.rows, *x) for x in ((), (self.arm.prompt,)))
+        row, token = (jax.ShapeDtypeStruct(x, jnp.int32) for x in (rows, tokens))
+        return Batch(token, row, row, row)
+
+    def _by_head(self, x, axis: int = 1):
+        """A cache's array, whose KV heads are where their weights are."""
+        axes = [None] * len(x.shape)
+        if x.shape[axis] % self.mesh.shape[MODEL] == 0:
+            axes[axis] = MODEL
+        there = NamedSharding(self.mesh, PartitionSpec(*axes))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there)
+
+    def steps(self) -> Program:
+        """`L` decoding steps; figures are of one."""
+        interval = self.plan.cadence.interval
+        inputs = self.lm, self.policy, self.plan, self.state, self.arm.prompt
+        lower = functools.partial(decoding.steps.lower, *inputs)
+        name, work = self.arm.label + self.arm.slots, (self.bytes, self.flops)
+        return Program(name, lower, self.held, *work, interval, self.arrays)
+
+    def eviction(self) -> Program:
+        """Of one layer, after every `L` steps."""
+        run = functools.partial(decoding.steps, plan=self.plan, prompt_width=self.arm.prompt)
+        asked = jax.eval_shape(run, self.lm, self.policy, state=self.state)[2][0]
+        heads = {"query_lbhd": 2, "lse_lbkg": 2}
+        asked = asked.replace(
+            **{name: self._by_head(getattr(asked, name), axis) for name, axis in heads.items()}
+        )
+        inputs = self.policy, self.state.caches[0], parallel.replicated(asked, self.mesh)
+        lower = functools.partial(decoding.evict_layer.lower, *inputs, self._site())
+        held = {**self.held, "queries": on_device(asked) * self.model.layers}
+        return Program(f"{self.arm.label}: eviction", lower, held, 0, 0, arrays=self.arrays)
+
+    def prefill(self) -> Program:
+        """Of one layer."""
+        arm, model = self.arm, self.model
+        hidden, position = jax.eval_shape(
+            lambda lm, x: (models.embed(lm, x.token_bt), x.position_bt), self.lm, self._prompts()
+        )
+        inputs = parallel.replicated((hidden, position), self.mesh)
+        weights = self.lm.params["layers"][0]
+        lower = functools.partial(
+            decoding.prefill_layer.lower, weights, self.policy, self._site(), *inputs,
+            room=self.room,
+        )  # fmt: skip
+        seen = self.slots if arm.budget else 0
+        one = dataclasses.replace(model, layers=1)
+        flops = arm.rows * costs.pass_flops(one, arm.prompt, seen) / self.mesh.shape[MODEL]
+        held = {**self.held, "hidden states": on_device(hidden)}
+        # Read and written: the weights of a layer, the hidden states, and what it caches.
+        moved = on_device(weights) + 2 * on_device(hidden) + on_device(self.state.caches[0])
+        name = f"{arm.label}: prefill of {arm.prompt:,} tokens"
+        return Program(name, lower, held, moved, flops, arrays=self.arrays)
+
+    def _site(self) -> replay.Site:
+        row = jax.ShapeDtypeStruct((self.arm.rows,), jnp.int32)
+        shapes = parallel.replicated((self.keys, row), self.mesh)
+        layer = parallel.replicated(jax.ShapeDtypeStruct((), jnp.int32), self.mesh)
+        return replay.Site(self.model, self.plan.cadence, layer, *shapes)
+
+
+def _generate(
+    setup: Setup, arms: Iterable[Arm], sampling: decoding.Sampling, prefill: bool = True
+) -> tuple[list[Found], list[str]]:
+    """Programs of arms: steps, evictions and prefill, and tables of them."""
+    steps, evictions, prefills = [], [], []
+    for arm in arms:
+        made = Generation(setup, arm, sampling)
+        steps.append(setup.compile(made.steps()))
+        if arm.budget:
+            evictions.append(setup.compile(made.eviction()))
+        if prefill:
+            prefills.append(setup.compile(made.prefill()))
+    found = [*steps, *evictions, *prefills]
+    lines = ["", compiled.memory_table(found), "", compiled.work_table(steps, "a decoding step")]
+    for some, what in ((evictions, "an eviction of a layer"), (prefills, "a layer of prefill")):
+        if some:
+            lines += ["", compiled.work_table(some, what)]
+    return found, lines
+
+
+def _answers(setup: Setup) -> tuple[list[Found], list[str]]:
+    config, job = setup.config, setup.job
+    settings, embedded, prompt = config[job], config.model == api.EMBEDDED, 512
     if embedded:
         problems = ledger.problems(config.seed, "eval", 0, 64, common.spec(config))
         prompt = max(len(p.prompt) for p in problems)
-    prompt = _up(prompt, config.interval)
-    new_tokens = answering.new_tokens(config, job, embedded)
-    cells = [("full", FULL, policies.get("full"))] if job == "traces" else _cells(config, model)
-    weights = costs.parameter_bytes(model, config.dtype) // config.model_axis
-    common.say(f"compiling for {len(cells)} kinds of cache and two batches")
-    memory, speed, lm = [], [], _lm(config, model)
-    for name, budget, policy in cells:
-        plan = decoding.Plan(common.cadence(config, budget), decoding.Sampling.of(settings), (0,))
-        slots = prompt + _up(new_tokens, config.interval)
-        slots = policy.capacity(budget) + config.interval if budget else slots
-        row = costs.cache_bytes(model, slots, config.dtype, bool(policy.statistics))
-        points = []
-        for rows in (batch, 2 * batch):
-            layer = _prefill_layer(lm, policy, plan, (rows, prompt), new_tokens)
-            points.append((rows, weights + rows * row + layer))
-        label = f"{name} {budget or ''}".strip()
-        largest = [f"{costs.largest(points, device.memory):,}" for device in DEVICES.values()]
-        memory.append([label, f"{slots:,}", _gb(batch * row), _gb(points[0][1]), *largest])
-        moved = costs.decode_bytes(model, batch, slots, config.dtype)
-        done = costs.decode_flops(model, batch, slots)
-        best = (max(moved / d.bandwidth, done / d.flops) for d in DEVICES.values())
-        speed.append([label, f"{moved / 1e9:.2f}", *(f"{batch / s:,.0f}" for s in best)])
-    return [
-        f"batches of {batch} answers, prompts of {prompt} and up to {new_tokens:,} new tokens; "
-        f"the language model takes {_gb(weights)} GB",
-        "",
-        "memory of a device in GB, and the largest batch of each",
-        tables.text(("cache", "slots", "caches", "in all", *SHOWN), memory),
-        _compiled(config),
-        "",
-        "GB read a step, and tokens a second at best (all slots in use)",
-        tables.text(("cache", "GB", *SHOWN), speed),
-    ]
+    prompt, rows = _up(prompt, config.interval), settings.get("batch", 1)
+    if job == "generate":
+        new_tokens = settings.new_tokens
+    else:
+        new_tokens = answering.new_tokens(config, job, embedded)
+    arms = [Arm(*cell, rows, prompt, new_tokens) for cell in _cells(config, setup.model, job)]
+    sampling = decoding.Sampling.of(settings)
+    found, lines = _generate(setup, arms, sampling)
+    head = (
+        f"batches of {rows} answers, prompts of {prompt} and up to {new_tokens:,} new tokens, on "
+        f"{setup.config.model_axis} device{'s' * (setup.config.model_axis > 1)}"
+    )
+    largest = []
+    if setup.target.sheet and job != "generate":
+        largest = ["", *(_largest(setup, arm, sampling, found) for arm in arms)]
+    return found, [head, *lines, *largest]
 
 
-def _cells(config: ConfigDict, model: ModelConfig) -> list[tuple[str, int, Policy]]:
+def _largest(setup: Setup, arm: Arm, sampling: decoding.Sampling, found: list[Found]) -> str:
+    """The largest batch, by two batches that fit: memory is linear in the rows."""
+    points, rows = [], arm.rows
+    while len(points) < 2 and rows:
+        one = dataclasses.replace(arm, rows=rows)
+        some = [x for x in found if x.program.name.startswith((f"{one.label}:", f"{one.label},"))]
+        some += [x for x in found if x.program.name == one.label]
+        made = Generation(setup, one, sampling)
+        some = some or [setup.compile(made.steps()), setup.compile(made.prefill())]
+        if all(x.bytes for x in some):
+            points.append((rows, max(x.memory["total"] for x in some)))
+        rows //= 2
+    if len(points) < 2:
+        return f"{arm.label}: no batch was found to fit"
+    most = costs.largest(sorted(points), setup.target.sheet.memory)
+    return f"largest batch of {arm.name} {arm.budget or ''}".strip() + f": {most:,}"
+
+
+def _cells(config: ConfigDict, model: ModelConfig, job: str) -> list[tuple[str, Policy, int]]:
     """The full cache if asked for, and one policy at every budget: scorers, which need most."""
+    if job == "traces":
+        return [("full", policies.get("full"), FULL)]
+    scorers = lambda: jax.eval_shape(lambda: programs.new_scorers(config, model))  # noqa: E731
+    if job == "generate":
+        name = config.generate.policy
+        policy = scorers() if name == "foresight" else policies.get(name)
+        common.check_policies(config, model, {name: policy}, [common.cadence(config)])
+        return [(name, policy, config.budget if policy.evicts else FULL)]
     settings, cells = config.evaluate, []
     at = common.cadences(config, "evaluate.budgets")
     named = {name: policies.get(name) for name in settings.policies}
     if full := named.pop("full", None):
-        cells.append(("full", FULL, full))
+        cells.append(("full", full, FULL))
     common.check_policies(config, model, named, at)
     if settings.scorers:
-        named = {"foresight": jax.eval_shape(lambda: programs.new_scorers(config, model))}
+        named = {"foresight": scorers()}
     for name, policy in list(named.items())[:1]:
-        cells += [(name, budget, policy) for budget in settings.budgets]
+        cells += [(name, policy, budget) for budget in settings.budgets]
     return cells
 
 
-def _prefill_layer(
-    lm: LM, policy: Policy, plan: decoding.Plan, shape: tuple[int, int], new_tokens: int
-) -> int:
-    """Bytes beside weights and caches at the peak, which is during prefill."""
-    keys = jax.eval_shape(lambda: keys_of(key_of(0, Purpose.ANSWER), shape[0]))
-    row, token = (jax.ShapeDtypeStruct(x, jnp.int32) for x in (shape[:1], shape))
-    prompts = Batch(token, row, row, row)
-    lower, _ = programs.prefill_layer(lm, policy, plan, prompts, keys, new_tokens)
-    hidden = math.prod(shape) * lm.config.width * lm.params["embed_vm"].dtype.itemsize
-    return lower().compile().memory_analysis().temp_size_in_bytes + hidden
+def _benchmark(setup: Setup) -> tuple[list[Found], list[str]]:
+    """The sections `decode`, `prefill` and `steps`, those of them that the config names."""
+    config, interval = setup.config, setup.config.interval
+    s = groups.Benchmark.of(config.benchmark, peers=config.benchmark.peers)
+    sampling = decoding.Sampling.of(vars(s))
+    found, lines = [], []
+
+    def arms(batches, lengths, prefill):
+        for length in lengths:
+            for rows in batches:
+                for name in s.policies:
+                    if name == "foresight":
+                        policy = jax.eval_shape(lambda: programs.new_scorers(config, setup.model))
+                    else:
+                        policy = policies.get(name)
+                    for budget in s.budgets if policy.evicts else (FULL,):
+                        # Under eviction the length of the context changes nothing.
+                        if budget and not prefill and length != lengths[0]:
+                            continue
+                        new = interval if prefill else _up(s.new_tokens, interval)
+                        prompt = length if prefill else max(length - new, interval)
+                        yield Arm(name, policy, budget, rows, prompt, new)
+
+    if "decode" in s.sections:
+        more, text = _generate(setup, arms(s.batches, s.lengths, False), sampling, False)
+        found, lines = found + more, lines + text
+    if "prefill" in s.sections:
+        some = [
+            setup.compile(Generation(setup, arm, sampling).prefill())
+            for arm in arms(s.prefill_batches, s.prefill_lengths, True)
+        ]
+        lines += _tables(some, "a layer of prefill")
+        found += some
+    if "steps" in s.sections:
+        stages = passes.stages_of(config, setup.model, setup.mesh)
+        some = [
+            setup.compile(_step(setup, stage, s.step_length, name))
+            for name, stage in stages.items()
+        ]
+        lines += _tables(some, "a step, on a device")
+        found += some
+    if not found:
+        raise UserError(
+            f"benchmark.sections = {tuple(s.sections)} has none of which there is a dry run: "
+            "decode, prefill, steps"
+        )
+    return found, lines
 
 
-def _compiled(config: ConfigDict) -> str:
-    where = parallel.platform()
-    if where == "cpu" and config.dtype != "float32":
-        return f"(temporaries as compiled for the CPU in float32: in {config.dtype} less)"
-    return f"(temporaries as compiled for the {where})"
-
-
-def _lm(config: ConfigDict, model: ModelConfig) -> LM:
-    """Shapes of the language model.
-
-    CPUs multiply bfloat16 as float32, in copies of all weights that no accelerator needs.
-    """
-    dtype = jnp.dtype("float32" if parallel.platform() == "cpu" else config.dtype)
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), param_shapes(model))
-    return LM(shapes, model)
+def _tables(found: list[Found], what: str) -> list[str]:
+    return ["", compiled.memory_table(found), "", compiled.work_table(found, what)]
 
 
 def _devices(mesh: Mesh) -> str:
@@ -227,7 +494,3 @@ def _devices(mesh: Mesh) -> str:
 
 def _up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
-
-
-def _gb(size: float) -> str:
-    return f"{size / 1e9:.2f}"

@@ -45,6 +45,8 @@ class Shared(Settings):
     interval: int = setting(COUNT)
     protect_prompt: int = setting(ANY)
     dry_run: bool = setting(SWITCH)
+    target: str = setting(TEXT)
+    dry_run_json: str = setting(TEXT)
 
 
 @settings

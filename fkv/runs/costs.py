@@ -30,13 +30,13 @@ class Device:
 
 
 DEVICES = {
-    "TPU v4": Device(32e9, 275e12, 1.228e12),
-    "TPU v5e": Device(16e9, 197e12, 0.819e12),
-    "TPU v5p": Device(95e9, 459e12, 2.765e12),
-    "TPU v6e": Device(32e9, 918e12, 1.64e12),
-    "A100": Device(80e9, 312e12, 2.04e12),
-    "H100": Device(80e9, 989e12, 3.35e12),
-    "H200": Device(141e9, 989e12, 4.8e12),
+    "TPU v4": Device(32 * 2**30, 275e12, 1.228e12),
+    "TPU v5e": Device(16 * 2**30, 197e12, 0.819e12),
+    "TPU v5p": Device(95 * 2**30, 459e12, 2.765e12),
+    "TPU v6e": Device(32 * 2**30, 918e12, 1.64e12),
+    "A100": Device(85.1e9, 312e12, 2.04e12),
+    "H100": Device(84.9e9, 989e12, 3.35e12),
+    "H200": Device(150.1e9, 989e12, 4.8e12),
 }
 USABLE = 0.9  # of a device's memory, after runtime and fragmentation
 

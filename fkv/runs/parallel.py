@@ -7,7 +7,7 @@ width and vocabulary; XLA derives the rest. A replica of the model never spans p
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -37,19 +37,22 @@ def describe() -> str:
     return devices + (f" in {processes} processes" if processes > 1 else "")
 
 
-def make_mesh(model_axis: int = 1, span: str = "all") -> Mesh:
+def make_mesh(model_axis: int = 1, span: str = "all", devices: Sequence[jax.Device] = ()) -> Mesh:
     """Devices as [data, model], with `model_axis` devices per replica of the language model.
 
-    `span`: `all` devices, those of this `process`, or those of its first `copy` of the model.
+    Args:
+      span: `all` devices, those of this `process`, or those of its first `copy` of the model.
+      devices: to compile for, of any processes; by default those that are here.
     """
-    each = jax.local_device_count()
+    if not devices:
+        devices = jax.devices() if span == "all" else jax.local_devices()
+    devices = sorted(devices, key=lambda device: (device.process_index, device.id))
+    each = sum(device.process_index == devices[0].process_index for device in devices)
     if model_axis < 1 or each % model_axis:
         raise UserError(
             f"model_axis = {model_axis} must divide the {each} devices of a process: a copy of the "
             "language model is shared by devices of one process"
         )
-    devices = jax.devices() if span == "all" else jax.local_devices()
-    devices = sorted(devices, key=lambda device: (device.process_index, device.id))
     rows = np.reshape(devices, (-1, model_axis))
     axis_types = (jax.sharding.AxisType.Auto,) * 2
     return Mesh(rows[:1] if span == "copy" else rows, (AXIS, MODEL), axis_types=axis_types)
@@ -83,8 +86,47 @@ def pmap(step: Callable[..., tuple[Any, Any]], mesh: Mesh, constants: int, batch
     then `batched` ones, sharded along their first axis. Its results must be the same on every
     device, by collectives over `AXIS`.
     """
-    alone = device_count(mesh) == 1 and mesh.size > 1
-    if alone:  # XLA can't map a `data` axis of one device next to a `model` axis of several
+    mapped, rows = (
+        _program(step, mesh, constants, batched),
+        NamedSharding(mesh, PartitionSpec(AXIS)),
+    )
+
+    def split(x):
+        return _put(np.asarray(x)[None] if _alone(mesh) else x, rows)
+
+    return lambda *args: mapped(*args[:constants], *jax.tree.map(split, args[constants:]))
+
+
+def lower(
+    step: Callable[..., tuple[Any, Any]], mesh: Mesh, constants: Sequence, batched: Sequence
+) -> jax.stages.Lowered:
+    """The program of `pmap` for arguments of such shapes, those without a sharding replicated."""
+    mapped, rows = _program(step, mesh, len(constants), len(batched)), PartitionSpec(AXIS)
+
+    def split(x):
+        shape = (1, *x.shape) if _alone(mesh) else x.shape
+        return jax.ShapeDtypeStruct(shape, x.dtype, sharding=NamedSharding(mesh, rows))
+
+    return mapped.lower(*replicated(constants, mesh), *jax.tree.map(split, batched))
+
+
+def replicated(tree: Any, mesh: Mesh) -> Any:
+    """Shapes with their sharding, or replicated if they have none."""
+
+    def one(x):
+        there = getattr(x, "sharding", None) or NamedSharding(mesh, PartitionSpec())
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there)
+
+    return jax.tree.map(one, tree)
+
+
+def _alone(mesh: Mesh) -> bool:
+    return device_count(mesh) == 1 and mesh.size > 1
+
+
+def _program(step: Callable[..., tuple[Any, Any]], mesh: Mesh, constants: int, batched: int):
+    """The jitted function behind `pmap`, of arrays that are on the devices already."""
+    if _alone(mesh):  # XLA can't map a `data` axis of one device next to a `model` axis of several
         in_axes = (*[None] * constants, *[0] * batched)
         mapped = jax.vmap(step, in_axes, out_axes=None, axis_name=AXIS)
     else:
@@ -97,13 +139,7 @@ def pmap(step: Callable[..., tuple[Any, Any]], mesh: Mesh, constants: int, batch
             axis_names={AXIS} if mesh.shape[MODEL] > 1 else {AXIS, MODEL},
             check_vma=False,
         )
-    mapped = jax.jit(mapped, out_shardings=NamedSharding(mesh, PartitionSpec()))
-    rows = NamedSharding(mesh, PartitionSpec(AXIS))
-
-    def split(x):
-        return _put(np.asarray(x)[None] if alone else x, rows)
-
-    return lambda *args: mapped(*args[:constants], *jax.tree.map(split, args[constants:]))
+    return jax.jit(mapped, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def gather(tree: Any) -> Any:
