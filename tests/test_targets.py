@@ -7,7 +7,6 @@ $FKV_GPU_COMPILER names. Without them these tests are skipped.
 
 import dataclasses
 import importlib.util
-import json
 import os
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from configs import qwen3_4b
 from fkv import policies
 from fkv.cache.cadence import FULL
 from fkv.engine import decoding
-from fkv.jobs import common, dry_run, programs
+from fkv.jobs import dry_run, programs
 from fkv.jobs.dry_run import Arm, Generation, Setup
 from fkv.runs import costs, parallel, targets
 

@@ -7,21 +7,19 @@ from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from fkv import api, files, kinds, models, policies
+from fkv import api, files, kinds, policies
 from fkv.cache.cadence import FULL
-from fkv.engine import decoding, replay
-from fkv.engine.batch import Batch
+from fkv.engine import decoding
 from fkv.errors import UserError
 from fkv.evaluation import tables
 from fkv.jobs import answering, common, compiled, groups, programs
 from fkv.jobs.benchmark import passes
 from fkv.jobs.compiled import Found, Program, on_device
-from fkv.keys import Purpose, key_of, keys_of
 from fkv.models import LM, ModelConfig
-from fkv.models.decoder import MODEL, param_shapes, sharding
+from fkv.models.decoder import MODEL
 from fkv.policies.base import Policy
 from fkv.runs import costs, parallel, targets
 from fkv.runs.targets import Target
@@ -45,18 +43,9 @@ class Setup:
     target: Target
     mesh: Mesh
 
-    def lm(self, mesh: Mesh, separate: bool = False) -> LM:
+    def lm(self, mesh: Mesh, separate: bool) -> LM:
         """Shapes of the language model on a mesh, with stacked or separate layers."""
-
-        def one(path, x):
-            shape = x.shape[1:] if separate and len(path) > 1 else x.shape
-            there = sharding(path[-1].key, shape, mesh)
-            return jax.ShapeDtypeStruct(shape, jnp.dtype(self.config.dtype), sharding=there)
-
-        params = jax.tree_util.tree_map_with_path(one, param_shapes(self.model))
-        if separate:
-            params["layers"] = (params["layers"],) * self.model.layers
-        return LM(params, self.model)
+        return programs.model_shapes(self.model, jnp.dtype(self.config.dtype), mesh, separate)
 
     def compile(self, program: Program) -> Found:
         common.say(f"compiling for {self.target.name}: {program.name}")
@@ -183,7 +172,7 @@ def _training(setup: Setup) -> tuple[list[Found], list[str]]:
 
 def _step(setup: Setup, stage: programs.Stage, tokens: int, name: str = "") -> Program:
     """The step of a stage, as `parallel.pmap` maps it over the devices."""
-    mesh, lm = setup.mesh, setup.lm(setup.mesh)
+    mesh, lm = setup.mesh, setup.lm(setup.mesh, separate=False)
     rows, state = stage.device_rows(mesh), jax.eval_shape(stage.init)
     token = jax.ShapeDtypeStruct((rows * parallel.device_count(mesh), tokens), jnp.int32)
     batch = jax.eval_shape(stage.batch, token)
@@ -255,97 +244,48 @@ class Generation:
     """The programs of an arm, for shapes."""
 
     def __init__(self, setup: Setup, arm: Arm, sampling: decoding.Sampling):
-        self.arm, self.model, config = arm, setup.model, setup.config
-        self.mesh = Mesh(setup.mesh.devices[:1], setup.mesh.axis_names)
-        self.lm = setup.lm(self.mesh, separate=True)
-        self.plan = decoding.Plan(common.cadence(config, arm.budget), sampling, (0,))
-        self.policy = parallel.replicated(arm.policy, self.mesh)
-        interval, dtype = config.interval, config.dtype
-        self.room = _up(arm.new_tokens, interval)
-        evicts = bool(arm.budget)
-        self.slots = (
-            arm.policy.capacity(arm.budget) + interval if evicts else arm.prompt + self.room
-        )
-        self.keys = jax.eval_shape(lambda: keys_of(key_of(0, Purpose.ANSWER), arm.rows))
-        run = functools.partial(decoding.prefill, plan=self.plan, new_tokens=arm.new_tokens)
-        shapes = jax.eval_shape(
-            run, self.lm, arm.policy, prompts=self._prompts(), key_b=self.keys,
-            limit_b=jax.ShapeDtypeStruct((arm.rows,), jnp.int32),
-        )  # fmt: skip
-        caches = tuple(jax.tree.map(self._by_head, cache) for cache in shapes.caches)
-        self.state = parallel.replicated(shapes.replace(caches=caches), self.mesh)
-        self.held = {
-            "language model": on_device(self.lm), "caches": on_device(self.state.caches),
-            "policy": on_device(self.policy),
-        }  # fmt: skip
-        weights = compiled.named(self.lm.params["layers"][0]) | compiled.named(
-            {k: v for k, v in self.lm.params.items() if k != "layers"}
-        )
-        self.arrays = weights | compiled.named(self.state.caches[0], "cache: ")
-        shared = self.mesh.shape[MODEL]
-        self.bytes = costs.decode_bytes(self.model, arm.rows, self.slots, dtype) / shared
-        self.flops = costs.decode_flops(self.model, arm.rows, self.slots) / shared
-
-    def _prompts(self) -> Batch:
-        rows, tokens = ((self.arm.rows, *x) for x in ((), (self.arm.prompt,)))
-        row, token = (jax.ShapeDtypeStruct(x, jnp.int32) for x in (rows, tokens))
-        return Batch(token, row, row, row)
-
-    def _by_head(self, x, axis: int = 1):
-        """A cache's array, whose KV heads are where their weights are."""
-        axes = [None] * len(x.shape)
-        if x.shape[axis] % self.mesh.shape[MODEL] == 0:
-            axes[axis] = MODEL
-        there = NamedSharding(self.mesh, PartitionSpec(*axes))
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there)
+        self.arm, self.model = arm, setup.model
+        # Decoding takes one copy of the model.
+        mesh = Mesh(setup.mesh.devices[:1], setup.mesh.axis_names)
+        plan = decoding.Plan(common.cadence(setup.config, arm.budget), sampling, (0,))
+        lm, shape = setup.lm(mesh, separate=True), (arm.rows, arm.prompt)
+        self.decode = programs.decode(lm, arm.policy, plan, shape, arm.new_tokens, mesh)
+        state, layers = self.decode.state, lm.params["layers"]
+        self.slots = state.caches[0].position_bks.shape[-1]
+        self.held = {"language model": on_device(lm), "caches": on_device(state.caches)}
+        top = {name: x for name, x in lm.params.items() if name != "layers"}
+        self.arrays = compiled.named((top, layers[0])) | compiled.named(state.caches[0], "cache: ")
+        self.shared, self.dtype = mesh.shape[MODEL], setup.config.dtype
 
     def steps(self) -> Program:
         """`L` decoding steps; figures are of one."""
-        interval = self.plan.cadence.interval
-        inputs = self.lm, self.policy, self.plan, self.state, self.arm.prompt
-        lower = functools.partial(decoding.steps.lower, *inputs)
-        name, work = self.arm.label + self.arm.slots, (self.bytes, self.flops)
-        return Program(name, lower, self.held, *work, interval, self.arrays)
+        moved, flops = (
+            of(self.model, self.arm.rows, self.slots, *more) / self.shared
+            for of, more in ((costs.decode_bytes, (self.dtype,)), (costs.decode_flops, ()))
+        )
+        name, interval = self.arm.label + self.arm.slots, self.decode.plan.cadence.interval
+        return Program(name, self.decode.steps, self.held, moved, flops, interval, self.arrays)
 
     def eviction(self) -> Program:
         """Of one layer, after every `L` steps."""
-        run = functools.partial(decoding.steps, plan=self.plan, prompt_width=self.arm.prompt)
-        asked = jax.eval_shape(run, self.lm, self.policy, state=self.state)[2][0]
-        heads = {"query_lbhd": 2, "lse_lbkg": 2}
-        asked = asked.replace(
-            **{name: self._by_head(getattr(asked, name), axis) for name, axis in heads.items()}
-        )
-        inputs = self.policy, self.state.caches[0], parallel.replicated(asked, self.mesh)
-        lower = functools.partial(decoding.evict_layer.lower, *inputs, self._site())
-        held = {**self.held, "queries": on_device(asked) * self.model.layers}
-        return Program(f"{self.arm.label}: eviction", lower, held, 0, 0, arrays=self.arrays)
+        queries = on_device(self.decode.asked) * self.model.layers
+        held, name = {**self.held, "queries": queries}, f"{self.arm.label}: eviction"
+        return Program(name, self.decode.evict_layer, held, 0, 0, arrays=self.arrays)
 
     def prefill(self) -> Program:
         """Of one layer."""
-        arm, model = self.arm, self.model
-        hidden, position = jax.eval_shape(
-            lambda lm, x: (models.embed(lm, x.token_bt), x.position_bt), self.lm, self._prompts()
-        )
-        inputs = parallel.replicated((hidden, position), self.mesh)
-        weights = self.lm.params["layers"][0]
-        lower = functools.partial(
-            decoding.prefill_layer.lower, weights, self.policy, self._site(), *inputs,
-            room=self.room,
-        )  # fmt: skip
+        arm, hidden = self.arm, on_device(self.decode.hidden_btm)
         seen = self.slots if arm.budget else 0
-        one = dataclasses.replace(model, layers=1)
-        flops = arm.rows * costs.pass_flops(one, arm.prompt, seen) / self.mesh.shape[MODEL]
-        held = {**self.held, "hidden states": on_device(hidden)}
+        one = dataclasses.replace(self.model, layers=1)
+        flops = arm.rows * costs.pass_flops(one, arm.prompt, seen) / self.shared
         # Read and written: the weights of a layer, the hidden states, and what it caches.
-        moved = on_device(weights) + 2 * on_device(hidden) + on_device(self.state.caches[0])
-        name = f"{arm.label}: prefill of {arm.prompt:,} tokens"
-        return Program(name, lower, held, moved, flops, arrays=self.arrays)
-
-    def _site(self) -> replay.Site:
-        row = jax.ShapeDtypeStruct((self.arm.rows,), jnp.int32)
-        shapes = parallel.replicated((self.keys, row), self.mesh)
-        layer = parallel.replicated(jax.ShapeDtypeStruct((), jnp.int32), self.mesh)
-        return replay.Site(self.model, self.plan.cadence, layer, *shapes)
+        weights, cache = self.decode.lm.params["layers"][0], self.decode.state.caches[0]
+        moved = on_device(weights) + 2 * hidden + on_device(cache)
+        name, held = (
+            f"{arm.label}: prefill of {arm.prompt:,} tokens",
+            {**self.held, "hidden states": hidden},
+        )
+        return Program(name, self.decode.prefill_layer, held, moved, flops, arrays=self.arrays)
 
 
 def _generate(

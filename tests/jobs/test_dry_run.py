@@ -145,8 +145,8 @@ def test_the_benchmark_s_sections(described):
     found = list(figures(described)[1])
     assert found == [
         "full, batch 1, 128 slots", "snapkv 32, batch 1", "snapkv 32, batch 1: eviction",
-        "full, batch 1: prefill of 64 tokens", "snapkv 32, batch 1: prefill of 64 tokens", "supervised, 1 x 128 tokens",
-        "grpo, 4 x 128 tokens",
+        "full, batch 1: prefill of 64 tokens", "snapkv 32, batch 1: prefill of 64 tokens",
+        "supervised, 1 x 128 tokens", "grpo, 4 x 128 tokens",
     ]  # fmt: skip
     described.benchmark.sections = ("growth",)
     with pytest.raises(UserError, match=r"has none of which there is a dry run: decode, prefill"):
