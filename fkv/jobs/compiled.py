@@ -46,7 +46,8 @@ class Found:
       program, target: what was compiled, and for what.
       fits: whether everything fits into a device's memory; None where that is not known.
       why: what the compiler says if it does not.
-      memory: bytes on a device by kind, `temporaries` and `total` included.
+      memory: bytes on a device by kind, with `results` that reuse no argument's, `temporaries` and
+        `total`.
       bytes, flops: that the program moves and multiplies.
       seconds: by the compiler's estimate, plus the bytes of operations that it gives none for over
         the bandwidth; 0 where it gives none at all.
@@ -97,7 +98,8 @@ def compile_for(target: Target, program: Program) -> Found:
         return Found(program, target, False, str(error), memory)
     seconds = time.perf_counter() - start
     account = compiled.memory
-    memory["temporaries"] = compiled.peak - account.argument_size_in_bytes
+    memory["results"] = account.output_size_in_bytes - account.alias_size_in_bytes
+    memory["temporaries"] = compiled.temporaries
     memory["total"] = sum(memory.values())
     fits = memory["total"] <= costs.USABLE * target.sheet.memory if target.sheet else None
     counted, times = compiled.count(), program.times
@@ -142,7 +144,7 @@ def _name(what: str, arrays: Mapping[str, tuple[int, ...]]) -> str:
 
 def memory_table(found: Sequence[Found]) -> str:
     """Memory of a device, a line for each program."""
-    last = ("temporaries", "total")
+    last = ("results", "temporaries", "total")
     kinds = list(dict.fromkeys(kind for one in found for kind in one.memory if kind not in last))
     kinds += last
     rows = [
