@@ -226,8 +226,11 @@ def _devices(name: str, platform: str, slice_: str, **options) -> tuple:
 
 def _used(message: str) -> str:
     """What an error of the TPU's compiler says of memory."""
-    found = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", message)
-    return f"needs {found[1]}iB of {found[2]}iB" if found else message.splitlines()[0][:200]
+    pair = r"([\d.]+\w)"
+    for form in (rf"Used {pair} of {pair} hbm", rf"\({pair}\) exceeds available HBM \({pair}\)"):
+        if found := re.search(form, message):
+            return f"needs {found[1]}iB of {found[2]}iB"
+    return message.splitlines()[0][:200]
 
 
 @contextlib.contextmanager
