@@ -159,7 +159,8 @@ def test_help_lists_the_fields_of_the_job(job, capsys):
     assert "\n\nWhat it does.\n\n" in told and "--workdir DIR" in told
     shown = set(re.findall(r"^  ([a-z][\w.]*)=", told, re.MULTILINE))
     stages = ("pipeline", "sft", "grpo", "evaluate") if job == "pipeline" else ()
-    reads = {"dry_run", *READS[job], *stages, *(x for stage in stages for x in READS[stage])}
+    shared = {"dry_run", "target", "dry_run_json"}
+    reads = {*shared, *READS[job], *stages, *(x for stage in stages for x in READS[stage])}
     names = [name for name, _ in fields.leaves(tiny.get_config())]
     assert shown == {n for n in names if any(f"{n}.".startswith(f"{read}.") for read in reads)}
     assert "budget=32  " in told or job == "export"
