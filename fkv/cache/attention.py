@@ -18,6 +18,10 @@ from jax import Array
 from fkv.cache import slots as kv
 from fkv.models import numerics
 
+# An accelerator's tiles: at most so many keys. Their float32 logits must stay on the chip, or XLA
+# writes them to HBM, several times.
+_KEYS = 2048
+
 
 def _multiply(spec: str, x_bkgqz: Array, y_bksd: Array | kv.Int8) -> Array:
     """The float32 product of queries or weights with keys or values; of `Int8`, the integers."""
@@ -64,16 +68,41 @@ def attend(
     b, k, s, d = k_bksd.shape
     chex.assert_shape(q_bqhd, (b, None, None, d))
     chex.assert_shape(visible_bkqs, (b, {1, k}, q_bqhd.shape[1], s))
+    arrays = q_bqhd, k_bksd, v_bksd, visible_bkqs
+    if q_bqhd.shape[1] == 1 or isinstance(v_bksd, kv.Int8):
+        return _attend(False, *arrays)
+    row_bytes = 4 * math.prod(q_bqhd.shape[1:3]) * s
+    summed = functools.partial(_attend, True)
+    tpu = functools.partial(numerics.row_by_row, summed, row_bytes=row_bytes)
+    return jax.lax.platform_dependent(*arrays, tpu=tpu, default=functools.partial(_attend, False))
+
+
+def _attend(summed, q_bqhd, k_bksd, v_bksd, visible_bkqs):
+    """`attend`; `summed`: whether the weights are summed by `_with_ones`."""
+    d = q_bqhd.shape[-1]
     x = logits(q_bqhd, k_bksd, visible_bkqs)
     top = jax.lax.stop_gradient(x.max(-1, keepdims=True))
     p = jnp.exp(x - top)
-    total = p.sum(-1)
+    if not summed:
+        total = p.sum(-1)
     dtype = q_bqhd.dtype if isinstance(v_bksd, kv.Int8) else v_bksd.dtype
     weight = _scale(p, v_bksd).astype(dtype)
     # Heads first: with queries first, XLA on a CPU transposes the cache before multiplying.
-    out = _multiply("bkgqs,bksd->bkgqd", weight, v_bksd) / total[..., None]
+    out = _multiply("bkgqs,bksd->bkgqd", weight, _with_ones(v_bksd) if summed else v_bksd)
+    if summed:
+        total = out[..., d]
+    out = out[..., :d] / total[..., None]
     out = jnp.moveaxis(out, 3, 1).reshape(q_bqhd.shape).astype(dtype)
     return out, top[..., 0] + jnp.log(total)
+
+
+def _with_ones(v_bksd: Array) -> Array:
+    """Values with a column of ones, whose product sums the weights as they are rounded for it.
+
+    On a TPU another pass over the weights takes longer than that column.
+    """
+    ones = jnp.ones((*v_bksd.shape[:3], 1), v_bksd.dtype)
+    return jnp.concatenate([v_bksd, ones], axis=-1)
 
 
 def attend_one(q_bqhd: Array, cache: kv.Cache, position_bq: Array) -> tuple[Array, Array]:
@@ -82,9 +111,9 @@ def attend_one(q_bqhd: Array, cache: kv.Cache, position_bq: Array) -> tuple[Arra
     return numerics.whole_groups(attend, q_bqhd, cache.key_bksd, cache.value_bksd, seen)
 
 
-# Blocks of queries that share a prefix of the keys, each prefix a loop to compile: at most so many
-# prefixes (of 6, 7/12 of all products are computed, where half would do), of at least so many
-# blocks. (XLA unrolls a loop of one, and is then slower.)
+# A CPU's blocks of queries that share a prefix of the keys, each prefix a loop to compile: at most
+# so many prefixes (of 6, 7/12 of all products are computed, where half would do), of at least so
+# many blocks. (XLA unrolls a loop of one, and is then slower.)
 _PREFIXES, _SHARED = 6, 2
 
 
@@ -96,23 +125,104 @@ def full_attention(
 
     Args:
       position_bt: absolute positions, -1 for padding; no token is before an earlier one.
-      block: largest number of queries in a block, a quarter of that on a CPU, where rows go one by
-        one; memory is `b * h * block * t` floats.
+      block: largest number of queries in a block. A CPU takes a quarter of that and all earlier
+        keys, a TPU 2048 keys at a time, a GPU 1024. Rows go one by one.
 
     Returns:
       Attended values [b, t, h, d] and log-sum-exps [b, k, g, t].
     """
-    b, t, _, _ = q_bthd.shape
-    chex.assert_shape(k_btkd, (b, t, None, q_bthd.shape[-1]))
+    b, t, h, d = q_bthd.shape
+    chex.assert_shape(k_btkd, (b, t, None, d))
     chex.assert_shape(position_bt, (b, t))
     k_bktd, v_bktd = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 2), (k_btkd, v_btkd))
+
+    def tiles(keys, logits, summed):
+        keys = min(keys, t)
+        queries = min(block, max(logits // (4 * h * keys), 8), t)
+        return functools.partial(_in_tiles, queries, keys, summed)
+
+    def on_accelerators(*arrays):
+        tpu = tiles(_KEYS, numerics.ON_CHIP, isinstance(v_bktd, Array))
+        # The level-2 cache of an H100 is 50 MB.
+        return jax.lax.platform_dependent(
+            *arrays, tpu=tpu, default=tiles(_KEYS // 2, numerics.ON_CHIP // 2, False)
+        )
+
     return numerics.row_by_row(
-        functools.partial(_full_attention, block), q_bthd, k_bktd, v_bktd, position_bt,
-        of_one=functools.partial(_full_attention, -(-block // 4)),
+        on_accelerators, q_bthd, k_bktd, v_bktd, position_bt,
+        of_one=functools.partial(_in_prefixes, -(-block // 4)),
     )  # fmt: skip
 
 
-def _full_attention(block, q_bthd, k_bktd, v_bktd, position_bt):
+def _in_tiles(queries, keys, summed, q_bthd, k_bktd, v_bktd, position_bt):
+    """One loop over all tiles of `queries` x `keys` of which any may be seen.
+
+    A block of queries meets its keys tile by tile; the softmax so far is rescaled when a larger
+    logit comes (Milakov and Gimelshein, arXiv 1805.02867).
+
+    Args:
+      summed: whether the weights are summed by `_with_ones`.
+    """
+    (b, t, h, d), dtype = q_bthd.shape, q_bthd.dtype
+    k = k_bktd.shape[1]
+    blocks, parts = -(-t // queries), -(-t // keys)
+
+    def fit(x, length, axis, value=0):
+        pad = [(0, 0)] * x.ndim
+        pad[axis] = (0, length - t)
+        return jnp.pad(x, pad, constant_values=value)
+
+    q = fit(q_bthd, blocks * queries, 1).reshape(b, blocks, queries, k, h // k, d)
+    q = jnp.moveaxis(q, 2, 4)  # [b, n, k, g, q, d]
+    query_position = fit(position_bt, blocks * queries, 1, -1)
+    key_position = fit(position_bt, parts * keys, 1, -1)
+    key, value = jax.tree.map(lambda x: fit(x, parts * keys, 2), (k_bktd, v_bktd))
+    if summed:
+        value = _with_ones(value)
+    pairs = [(i, j) for i in range(blocks) for j in range(-(-min((i + 1) * queries, t) // keys))]
+    steps = [(row, *pair) for row in range(b) for pair in pairs]
+
+    def part(x, row, start, count, axis):
+        one = jax.lax.dynamic_slice_in_dim(x, row, 1, 0)
+        return jax.lax.dynamic_slice_in_dim(one, start, count, axis)
+
+    def put(x, new, row, i):
+        return jax.lax.dynamic_update_slice(x, new[:, None], (row, i, *[0] * (x.ndim - 2)))
+
+    def step(state, at):
+        (top, total, out), (out_bn, lse_bn) = state
+        row, i, j = at
+        seen = visible(
+            part(query_position, row, i * queries, queries, 1),
+            part(key_position, row, j * keys, keys, 1)[:, None],
+        )
+        one_key, one_value = jax.tree.map(lambda x: part(x, row, j * keys, keys, 2), (key, value))
+        x = _multiply("bkgqd,bksd->bkgqs", part(q, row, i, 1, 1)[:, 0], one_key)
+        x = _scale(x, one_key) * d**-0.5
+        x = jnp.where(seen[:, :, None], x, numerics.MASKED)
+        before = jnp.where(j == 0, numerics.MASKED, top)  # another block of queries
+        top = jax.lax.stop_gradient(jnp.maximum(before, x.max(-1)))
+        kept = jnp.where(j == 0, 0.0, jnp.exp(before - top))
+        p = jnp.exp(x - top[..., None])
+        weight = _scale(p, one_value).astype(dtype if summed else q.dtype)
+        out = out * kept[..., None] + _multiply("bkgqs,bksd->bkgqd", weight, one_value)
+        total = out[..., d] if summed else total * kept + p.sum(-1)
+        # What the block's last keys leave is the result.
+        done = (out[..., :d] / total[..., None]).astype(out_bn.dtype)
+        lse = top + jnp.log(total)
+        return ((top, total, out), (put(out_bn, done, row, i), put(lse_bn, lse, row, i))), ()
+
+    shape = (k, h // k, queries)
+    none = jnp.zeros((1, *shape))
+    state = (none, none, jnp.zeros((1, *shape, d + summed)))
+    found = jnp.zeros((b, blocks, *shape, d), dtype), jnp.zeros((b, blocks, *shape))
+    (_, (out, lse)), _ = jax.lax.scan(step, (state, found), tuple(jnp.asarray(steps).T))
+    out = jnp.moveaxis(out, 4, 2).reshape(b, blocks * queries, h, d)
+    lse = jnp.moveaxis(lse, 1, 3).reshape(b, k, h // k, blocks * queries)
+    return out[:, :t], lse[..., :t]
+
+
+def _in_prefixes(block, q_bthd, k_bktd, v_bktd, position_bt):
     t = q_bthd.shape[1]
     blocks = -(-t // block)
     at_once = max(_SHARED, -(-blocks // _PREFIXES)) * block

@@ -150,7 +150,7 @@ def from_attention(
     lse_bkgt: Array,
     position_bt: Array,
     cadence: Cadence,
-    queries: int = 4096,
+    queries: int = 1024,
     prompt_b: Array | None = None,
 ) -> Labels:
     """Golden evictions of one layer, streamed from the queries and keys of its full pass.
@@ -180,7 +180,7 @@ def future_scores(
       q_bthd, k_btkd, lse_bkgt, position_bt: see `from_attention`.
     """
     arrays = (q_bthd, k_btkd, lse_bkgt, position_bt)
-    rows, blocks, at_once = _future_rows(*arrays, cadence, 4096)
+    rows, blocks, at_once = _future_rows(*arrays, cadence, 1024)
     groups = jnp.arange(-(-blocks // at_once))
     found = jax.lax.map(lambda i: rows(i * at_once, at_once), groups)  # [i, b, k, n, j]
     found = jnp.moveaxis(found, (4, 1, 2), (0, 1, 2))
@@ -240,21 +240,42 @@ def _block_scores(at_once, chunk, q_bkjzd, lse_bkjz, key_bknd):
     b, k, blocks, queries, d = q_bkjzd.shape
     n = key_bknd.shape[2]
     at_once = min(at_once, blocks)
+    q_bkqd = q_bkjzd.reshape(b, k, blocks * queries, d)
 
     def slab(i, score_bkjn):
         start = jnp.minimum(i * at_once, blocks - at_once)
-        q, lse = (
-            jax.lax.dynamic_slice_in_dim(x, start, at_once, axis=2) for x in (q_bkjzd, lse_bkjz)
-        )
-        x = numerics.einsum_f32("bkqd,bknd->bkqn", q.reshape(b, k, at_once * queries, d), key_bknd)
-        x = x.reshape(b, k, at_once, queries, n) * d**-0.5
-        p = jnp.exp(x - lse[..., None]).sum(3) / queries
-        return jax.lax.dynamic_update_slice(score_bkjn, p, (0, 0, start, 0))
+        # A TPU reads a slice in place, but copies a reshaped one.
+        q = jax.lax.dynamic_slice_in_dim(q_bkqd, start * queries, at_once * queries, axis=2)
+        lse = jax.lax.dynamic_slice_in_dim(lse_bkjz, start, at_once, axis=2)
+        p = jax.lax.platform_dependent(q, lse, key_bknd, tpu=_sums_by_product, default=_sums)
+        return jax.lax.dynamic_update_slice(score_bkjn, p / queries, (0, 0, start, 0))
 
     score = jnp.zeros((b, k, blocks, n))
     first = jnp.minimum((chunk + 1) // at_once, blocks)
     score = jax.lax.fori_loop(first, -(-blocks // at_once), slab, score)
     return jnp.moveaxis(score, 2, 3)
+
+
+def _sums(q_bkqd, lse_bkjz, key_bknd):
+    """Sums of probabilities [b, k, j, n] over the queries of each block."""
+    x = numerics.einsum_f32("bkqd,bknd->bkqn", q_bkqd, key_bknd)
+    x = x.reshape(*lse_bkjz.shape, -1) * q_bkqd.shape[-1] ** -0.5
+    return jnp.exp(x - lse_bkjz[..., None]).sum(3)
+
+
+def _sums_by_product(q_bkqd, lse_bkjz, key_bknd):
+    """`_sums`, as a product with the blocks' membership.
+
+    On a TPU both products are one program, and no logit is written to HBM. Probabilities are
+    rounded to the dtype of the queries.
+    """
+    blocks, queries = lse_bkjz.shape[2:]
+    x = numerics.einsum_f32("bknd,bkqd->bknq", key_bknd, q_bkqd) * q_bkqd.shape[-1] ** -0.5
+    x = x - lse_bkjz.reshape(*lse_bkjz.shape[:2], 1, -1)
+    # A key after the query may overflow, and infinity times zero would spoil other blocks.
+    p = jnp.exp(jnp.minimum(x, 1.0)).astype(q_bkqd.dtype)
+    member_qj = jnp.repeat(jnp.eye(blocks, dtype=q_bkqd.dtype), queries, axis=0)
+    return numerics.einsum_f32("bknq,qj->bkjn", p, member_qj)
 
 
 def layer_labels(

@@ -154,7 +154,7 @@ def whole_groups(
 
 
 # Bytes that an accelerator's on-chip memory holds: 128 MB on a TPU, 50 MB (level 2) on an H100.
-_ON_CHIP = 2**26
+ON_CHIP = 2**26
 
 
 def row_by_row(
@@ -174,7 +174,7 @@ def row_by_row(
       row_bytes: of a row's largest intermediate; 0 to take all rows at a time on accelerators.
     """
     rows = len(jax.tree.leaves(arrays_b)[0])
-    most = _ON_CHIP // row_bytes if row_bytes else rows
+    most = ON_CHIP // row_bytes if row_bytes else rows
     at_once = next(n for n in range(max(min(most, rows), 1), 0, -1) if rows % n == 0)
 
     def in_turn(*arrays_b, function=of_one or function, count=1):

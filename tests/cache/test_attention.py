@@ -52,6 +52,36 @@ def test_full_attention_is_plain_attention(t, block, h, k):
             np.testing.assert_allclose(lse[row, group, member, :length], want, atol=1e-5)
 
 
+@pytest.mark.parametrize("summed", [False, True])  # as on a GPU, as on a TPU
+@pytest.mark.parametrize(
+    ("t", "queries", "keys", "dtype"),
+    [(41, 8, 16, "float32"), (50, 16, 7, "float32"), (1, 1, 1, "float32"), (33, 5, 8, "bfloat16")],
+)
+def test_tiles_of_accelerators_are_plain_attention(t, queries, keys, dtype, summed):
+    q, key, value = (
+        jnp.asarray(x, dtype) for x in random_qkv(np.random.default_rng(t), 3, t, 4, 2)
+    )
+    ends, starts = (
+        np.array([t, max(1, t - 5), t]),
+        np.array([0, 0, t // 3]),
+    )  # padding, left padding
+    at = np.arange(t)[None] - starts[:, None]
+    position = np.where((at >= 0) & (np.arange(t)[None] < ends[:, None]), at, -1)
+    arrays = q, *(jnp.moveaxis(x, 1, 2) for x in (key, value)), position
+    tiles = functools.partial(attention._in_tiles, queries, keys, summed)
+    out, lse = jax.jit(tiles)(*arrays)
+    arrays = *arrays[:3], attention.visible(position, position[:, None])
+    want, want_lse = attention.attend(*arrays)
+    assert out.dtype == dtype and np.isfinite(out.astype(jnp.float32)).all()
+    # Weights of a bfloat16 product are summed as they are rounded for it.
+    atol, rounded = (1e-6, 2e-6) if dtype == "float32" else (0.02, 4e-3)
+    for got, got_lse in ((out, lse), attention._attend(summed, *arrays)):
+        pair = (np.asarray(x, np.float32)[position >= 0] for x in (got, want))
+        np.testing.assert_allclose(*pair, atol=atol)
+        pair = (np.moveaxis(x, 3, 1)[position >= 0] for x in (got_lse, want_lse))
+        np.testing.assert_allclose(*pair, atol=rounded if summed else 2e-6)
+
+
 @pytest.mark.parametrize(("t", "empty"), [(12, 3), (70, 33)])
 def test_full_attention_sees_left_padding_as_empty(t, empty):
     q, key, value = random_qkv(np.random.default_rng(0), 1, t, 2, 1)
@@ -75,7 +105,9 @@ def products(jaxpr):
     return total
 
 
-def test_full_attention_skips_most_of_what_no_query_sees():
+def test_full_attention_skips_most_of_what_no_query_sees(monkeypatch):
+    monkeypatch.setattr(attention, "_KEYS", 32)
+
     def of(t, block):
         q, key, value = random_qkv(np.random.default_rng(0), 1, t, 2, 1)
         position = jnp.arange(t)[None]
@@ -83,7 +115,7 @@ def test_full_attention_skips_most_of_what_no_query_sees():
         return products(jax.make_jaxpr(attend)(q, key, value, position).jaxpr)
 
     everything = of(512, 4 * 512)
-    assert everything == 2 * 2 * 8 * 512**2
+    assert everything == 2 * (8 + 8 + 1) * 512**2  # a TPU's column of ones
     assert of(512, 16) < 0.6 * everything
 
 

@@ -115,6 +115,18 @@ def test_from_attention_is_brute_force(case):
             np.testing.assert_allclose(one, two, atol=1e-6)
 
 
+def test_sums_by_product_are_sums():
+    # With a later key that overflows: what its own block gets may be anything, but no other block.
+    rng = np.random.default_rng(0)
+    q, key = rng.normal(size=(2, 2, 3 * 4, 8)), rng.normal(size=(2, 2, 5, 8))
+    lse = 5 + rng.normal(size=(2, 2, 3, 4))
+    lse[:, :, 0], lse[0, 0, 2, 3] = -200, 1e30
+    arrays = [x.astype(np.float32) for x in (q, lse, key)]
+    want, got = golden._sums(*arrays), golden._sums_by_product(*arrays)
+    assert np.isinf(want[:, :, 0]).all()
+    np.testing.assert_allclose(got[:, :, 1:], want[:, :, 1:], rtol=1e-5)
+
+
 @pytest.mark.parametrize("at_once", [1, 2, 4])
 @pytest.mark.parametrize(("t", "budget", "interval"), [(48, 16, 8), (45, 16, 8), (17, 12, 4)])
 def test_from_block_scores_is_brute_force(t, budget, interval, at_once):
