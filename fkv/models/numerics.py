@@ -59,7 +59,7 @@ def linear(spec: str, x_bt: Array, weight: Array, product: Callable[..., Array] 
         x_bt = jnp.pad(x_bt, [(0, more), *[(0, 0)] * (x_bt.ndim - 1)])
         return product(spec, x_bt, weight)[:b]
 
-    if b * t >= ROWS:
+    if not 0 < b * t < ROWS:
         return product(spec, x_bt, weight)
     default = functools.partial(product, spec)
     return jax.lax.platform_dependent(x_bt, weight, tpu=padded, default=default)
