@@ -18,7 +18,7 @@ from fkv.engine import replay as engine
 from fkv.engine.batch import Batch
 from fkv.learning import surrogate
 from fkv.models import LM, ModelConfig
-from fkv.models.decoder import param_shapes
+from fkv.models.decoder import WIDTH_LAST, param_shapes
 
 
 def make_model(family="qwen3", heads=4, kv_heads=2, layers=2, seed=0, **fields):
@@ -41,17 +41,22 @@ def make_model(family="qwen3", heads=4, kv_heads=2, layers=2, seed=0, **fields):
 
     def random(path, leaf):
         name = path[-1].key
-        x = rng.normal(size=leaf.shape)
+        shape = leaf.shape
+        if name in WIDTH_LAST:
+            shape = (shape[0], shape[-1], *shape[1:-1])
+        x = rng.normal(size=shape)
         if name in ("q_norm_d", "k_norm_d"):
             x = 1.5 + 0.2 * x
         elif "norm" in name:
             x = 1 + 0.2 * x
         elif "bias" in name:
             x = 0.3 * x
-        elif name in ("q_mhd", "k_mkd"):
+        elif name in ("q_hdm", "k_kdm"):
             x = 1.5 * x / config.width**0.5
         elif name not in ("embed_vm", "head_vm"):
-            x = x / math.prod(leaf.shape[1:-1]) ** 0.5
+            x = x / math.prod(shape[1:-1]) ** 0.5
+        if name in WIDTH_LAST:
+            x = np.moveaxis(x, 1, -1)
         return jnp.asarray(x, jnp.float32)
 
     return config, jax.tree_util.tree_map_with_path(random, param_shapes(config))
@@ -97,7 +102,7 @@ def rotate(x_thd, config):
 
 def project(config, w, hidden_tm):
     x = rms_norm(hidden_tm, w["attn_norm_m"], config.rms_eps)
-    q, k, v = (np.einsum("tm,mhd->thd", x, w[n]) for n in ("q_mhd", "k_mkd", "v_mkd"))
+    q, k, v = (np.einsum("tm,hdm->thd", x, w[n]) for n in ("q_hdm", "k_kdm", "v_kdm"))
     if config.qkv_bias:
         q, k, v = q + w["q_bias_hd"], k + w["k_bias_kd"], v + w["v_bias_kd"]
     if config.qk_norm:

@@ -23,8 +23,10 @@ from fkv.models.numerics import einsum_f32, linear
 Params = dict
 MODEL = "model"  # the mesh axis over which a replica of the model is sharded
 _LAYER = (
-    "attn_norm_m", "q_mhd", "k_mkd", "v_mkd", "o_hdm", "mlp_norm_m", "gate_mf", "up_mf", "down_fm",
+    "attn_norm_m", "q_hdm", "k_kdm", "v_kdm", "o_hdm", "mlp_norm_m", "gate_mf", "up_mf", "down_fm",
 )  # fmt: skip
+# Their width last, as in checkpoints: what TPUs and GPUs multiply without laying them out anew.
+WIDTH_LAST = ("q_hdm", "k_kdm", "v_kdm")
 _OPTIONAL = {  # by the field of the config
     "qk_norm": ("q_norm_d", "k_norm_d"),
     "qkv_bias": ("q_bias_hd", "k_bias_kd", "v_bias_kd"),
@@ -116,7 +118,11 @@ def init(key: Array, config: ModelConfig, qk_gain: float = 1.0) -> Params:
             std = inputs.get(name, config.width) ** -0.5
             if name in inputs:  # the residual stream is the sum of 2 * layers of these
                 std /= (2 * config.layers) ** 0.5
-            params.append(std * jax.random.normal(fold(key, i), shape))
+            if name in WIDTH_LAST:  # drawn with the width first
+                x = jax.random.normal(fold(key, i), (*shape[:-3], shape[-1], *shape[-3:-1]))
+                params.append(std * jnp.moveaxis(x, -3, -1))
+            else:
+                params.append(std * jax.random.normal(fold(key, i), shape))
     return jax.tree_util.tree_unflatten(treedef, params)
 
 
@@ -150,9 +156,9 @@ def project(
     chex.assert_shape(hidden_btm, (b, t, config.width))
     chex.assert_shape(position_bt, ({1, b}, t))
     x = rms_norm(hidden_btm, layer["attn_norm_m"], config.rms_eps)
-    q = linear("btm,mhd->bthd", x, layer["q_mhd"])
-    k = linear("btm,mkd->btkd", x, layer["k_mkd"])
-    v = linear("btm,mkd->btkd", x, layer["v_mkd"])
+    q = linear("btm,hdm->bthd", x, layer["q_hdm"])
+    k = linear("btm,kdm->btkd", x, layer["k_kdm"])
+    v = linear("btm,kdm->btkd", x, layer["v_kdm"])
     if config.qkv_bias:
         q = q + layer["q_bias_hd"][None, None]
         k = k + layer["k_bias_kd"][None, None]

@@ -33,9 +33,9 @@ TOP = {
 }
 LAYER = {
     "attn_norm_m": "attn_norm.weight",
-    "q_mhd": "attn_q.weight",
-    "k_mkd": "attn_k.weight",
-    "v_mkd": "attn_v.weight",
+    "q_hdm": "attn_q.weight",
+    "k_kdm": "attn_k.weight",
+    "v_kdm": "attn_v.weight",
     "o_hdm": "attn_output.weight",
     "mlp_norm_m": "ffn_norm.weight",
     "gate_mf": "ffn_gate.weight",

@@ -8,7 +8,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +36,7 @@ from fkv.kinds import said
 from fkv.models import config as hf_config
 from fkv.models import forms, gguf
 from fkv.models.config import ARCHITECTURES, ModelConfig, from_hf
-from fkv.models.decoder import LM, param_shapes, sharding
+from fkv.models.decoder import LM, WIDTH_LAST, param_shapes, sharding
 
 # Our names to Hugging Face's, for arrays that are the same on both sides.
 _TOP = {
@@ -47,9 +47,9 @@ _TOP = {
 # Our names to those under `model.layers.N.`.
 _LAYER = {
     "attn_norm_m": "input_layernorm.weight",
-    "q_mhd": "self_attn.q_proj.weight",
-    "k_mkd": "self_attn.k_proj.weight",
-    "v_mkd": "self_attn.v_proj.weight",
+    "q_hdm": "self_attn.q_proj.weight",
+    "k_kdm": "self_attn.k_proj.weight",
+    "v_kdm": "self_attn.v_proj.weight",
     "o_hdm": "self_attn.o_proj.weight",
     "mlp_norm_m": "post_attention_layernorm.weight",
     "gate_mf": "mlp.gate_proj.weight",
@@ -66,8 +66,8 @@ _LAYER = {
     "down_bias_m": "mlp.down_proj.bias",
 }
 # How many of our leading axes are inputs: a Linear's weight is [out, in] in a checkpoint and
-# [*in, *out] here; norms and biases have outputs only.
-_INPUTS = dict.fromkeys(("q_mhd", "k_mkd", "v_mkd", "gate_mf", "up_mf", "down_fm"), 1)
+# [*in, *out] here; norms and biases have outputs only, and those of `WIDTH_LAST` stay [*out, in].
+_INPUTS = dict.fromkeys(("gate_mf", "up_mf", "down_fm"), 1)
 _INPUTS["o_hdm"] = 2
 JUDGE = "model.layers.{}.self_attn.judge_model."
 # What a checkpoint may hold besides the decoder: ForesightKV's released scorers, and the rotary
@@ -180,16 +180,16 @@ def load(
         layers = {n: jnp.zeros(x.shape, dtype, device=split[n]) for n, x in layers.items()}
     params, finite = {"layers": layers}, {}
     for t in sorted(tensors.values(), key=lambda t: stored[t.name].path):
-        ours = split[t.ours]
+        ours, turn = split[t.ours], t.ours not in WIDTH_LAST
         tensor = jax.device_put(stored[t.name].read(dtype), _as_stored(t, ours, separate))
         if t.layer is None:
             x = params[t.ours] = tensor.astype(dtype)
             finite[t.name] = _finite(x)
         elif separate:
-            x, finite[t.name] = _arrange(tensor, shapes[t.ours].shape, dtype, ours)
+            x, finite[t.name] = _arrange(tensor, shapes[t.ours].shape, dtype, ours, turn)
             layers[t.layer][t.ours] = x
         else:
-            x, finite[t.name] = _insert(layers.pop(t.ours), tensor, t.layer, ours)
+            x, finite[t.name] = _insert(layers.pop(t.ours), tensor, t.layer, ours, turn)
             layers[t.ours] = x
         x.block_until_ready()  # reading outruns the device: host memory would fill up
     finite = jax.device_get(finite)
@@ -208,7 +208,7 @@ def _as_stored(tensor: _Tensor, ours: NamedSharding | None, separate: bool) -> N
         return ours
     axes, inputs = ours.spec[not separate :], _INPUTS.get(tensor.ours, 0)
     # Of several axes merged in the checkpoint, only the first may be sharded.
-    stored = (axes[inputs], axes[0]) if inputs else axes[:1]
+    stored = (axes[inputs], axes[0]) if inputs else (axes[0], *axes[2:])
     return NamedSharding(ours.mesh, PartitionSpec(*stored))
 
 
@@ -217,21 +217,21 @@ def _finite(x: Array) -> Array:
     return jnp.isfinite(x).all()
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "dtype", "place"))
+@functools.partial(jax.jit, static_argnames=("shape", "dtype", "place", "turn"))
 def _arrange(
-    tensor: Array, shape: tuple[int, ...], dtype: jnp.dtype, place: NamedSharding | None
+    tensor: Array, shape: Sequence[int], dtype: jnp.dtype, place: NamedSharding | None, turn: bool
 ) -> tuple[Array, Array]:
     """A tensor of a checkpoint as the parameter of its layer, and whether it is finite."""
-    x = tensor.T.reshape(shape).astype(dtype)
+    x = (tensor.T if turn else tensor).reshape(shape).astype(dtype)
     return x if place is None else jax.lax.with_sharding_constraint(x, place), _finite(x)
 
 
-@functools.partial(jax.jit, donate_argnums=0, static_argnames="place")
+@functools.partial(jax.jit, donate_argnums=0, static_argnames=("place", "turn"))
 def _insert(
-    stack: Array, tensor: Array, layer: Array, place: NamedSharding | None
+    stack: Array, tensor: Array, layer: Array, place: NamedSharding | None, turn: bool
 ) -> tuple[Array, Array]:
     """Writes it into its layer of the stacked parameter, in place."""
-    x, finite = _arrange(tensor, stack.shape[1:], stack.dtype, None)
+    x, finite = _arrange(tensor, stack.shape[1:], stack.dtype, None, turn)
     stack = jax.lax.dynamic_update_index_in_dim(stack, x, layer, 0)
     return stack if place is None else jax.lax.with_sharding_constraint(stack, place), finite
 
@@ -254,9 +254,9 @@ def save(directory: str | Path, lm: LM) -> None:
         if t.layer is None:
             tensor = host.params[t.ours]
         else:
-            tensor = forms.layer(host, t.layer)[t.ours].reshape(t.shape[::-1]).T
-        # safetensors ignores strides.
-        tensors[t.name] = np.ascontiguousarray(tensor)
+            x, turn = forms.layer(host, t.layer)[t.ours], t.ours not in WIDTH_LAST
+            tensor = x.reshape(t.shape[::-1]).T if turn else x.reshape(t.shape)
+        tensors[t.name] = np.ascontiguousarray(tensor)  # safetensors ignores strides
     directory = files.expand(directory)
     with files.writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
@@ -324,6 +324,8 @@ def _tensors(config: ModelConfig, names: _Names = _HF) -> Iterator[_Tensor]:
         shape = (math.prod(leaf.shape[1 + inputs :]),)
         if inputs:
             shape += (math.prod(leaf.shape[1 : 1 + inputs]),)
+        elif ours in WIDTH_LAST:
+            shape = (math.prod(leaf.shape[1:-1]), leaf.shape[-1])
         for layer in range(config.layers):
             name = names.prefix.format(layer) + names.layer[ours]
             yield _Tensor(name, shape, ours, layer)

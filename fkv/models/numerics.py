@@ -128,10 +128,16 @@ def top_k(x_bv: Array, k: int) -> tuple[Array, Array]:
     return jax.lax.platform_dependent(x_bv, cuda=in_blocks, default=at_once)
 
 
+# Bytes that an accelerator's on-chip memory holds: 128 MB on a TPU, 50 MB (level 2) on an H100.
+ON_CHIP = 2**26
+
+
 def whole_groups(
     attend: Callable[..., tuple[Array, Array]], q_bqhd: Array, *cached_bk: Any
 ) -> tuple[Array, Array]:
     """`attend` with one query per head; on a TPU, with at least eight a KV head, as in `linear`.
+
+    Not if the logits of eight don't fit on the chip: to write them costs more.
 
     Args:
       attend: of queries [b, q, h, d] and what is cached; gives [b, q, h, d] and [b, k, g, q].
@@ -148,13 +154,10 @@ def whole_groups(
         out = out.reshape(b, q, kv_heads, ROWS, d)[:, :, :, :group]
         return out.reshape(b, q, h, d), lse[:, :, :group]
 
-    if q * group >= ROWS:
+    slots = cached_bk[0].shape[2]
+    if q * group >= ROWS or 4 * b * q * kv_heads * ROWS * slots > ON_CHIP:
         return attend(q_bqhd, *cached_bk)
     return jax.lax.platform_dependent(q_bqhd, *cached_bk, tpu=padded, default=attend)
-
-
-# Bytes that an accelerator's on-chip memory holds: 128 MB on a TPU, 50 MB (level 2) on an H100.
-ON_CHIP = 2**26
 
 
 def row_by_row(

@@ -64,7 +64,7 @@ def test_figures_of_a_seeded_run(finished):
     found = {name: figures.column(rows, name) for name in names}
     params = models.load(finished / "model").params
     size = lambda x: float(np.linalg.norm(x))  # noqa: E731
-    found["sizes"] = [size(params["embed_vm"]), size(params["layers"]["q_mhd"])]
+    found["sizes"] = [size(params["embed_vm"]), size(params["layers"]["q_hdm"])]
     figures.check(found, FIGURES)
 
 
@@ -81,7 +81,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(finished, tmp_path, sigter
         assert (straight / name).read_bytes() == (broken / name).read_bytes(), name
     lm = models.load(broken / "model")
     assert lm.config == job.plan_of(small()).config
-    assert lm.params["layers"]["q_mhd"].shape == (2, 16, 2, 8)
+    assert lm.params["layers"]["q_hdm"].shape == (2, 2, 8, 16)
 
 
 def test_weights_that_are_no_numbers_are_not_saved(tmp_path, monkeypatch):

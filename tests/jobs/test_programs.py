@@ -64,7 +64,7 @@ def test_every_program_lowers_over_a_mesh():
     config, mesh = oracles.make_model()[0], parallel.make_mesh(1)
     lm = programs.model_shapes(config, "bfloat16", mesh)
     assert {x.dtype.name for x in jax.tree.leaves(lm)} == {"bfloat16"}
-    assert lm.params["layers"][1]["q_mhd"].sharding.spec == PartitionSpec(None, "model", None)
+    assert lm.params["layers"][1]["q_hdm"].sharding.spec == PartitionSpec("model", None, None)
     one = programs.decode(lm, policies.get("h2o"), PLAN, (2, 24), 20, mesh)
     spec = one.state.caches[1].key_bksd.sharding.spec
     assert spec == PartitionSpec(None, "model", None, None)

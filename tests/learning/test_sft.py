@@ -103,7 +103,7 @@ def model(family, heads, kv_heads, cache_dtype=""):
     config, params = oracles.make_model(family, heads, kv_heads, cache_dtype=cache_dtype)
     layers = params["layers"]
     own = slice(0, heads // kv_heads)
-    layers["q_mhd"] = layers["q_mhd"].at[0, :, own].set(0.0)
+    layers["q_hdm"] = layers["q_hdm"].at[0, own].set(0.0)
     if config.qkv_bias:
         layers["q_bias_hd"] = layers["q_bias_hd"].at[0, own].set(0.0)
     return LM(params, config)

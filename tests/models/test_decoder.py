@@ -136,7 +136,7 @@ def test_init():
     assert np.all(layers["attn_norm_m"] == 1) and np.all(params["final_norm_m"] == 1)
     assert not any(np.any(x) for name, x in layers.items() if "bias" in name)
     # fan-in 128, and 64 for the two that write to the residual stream, 6 of them
-    assert layers["q_mhd"].std() == pytest.approx(128**-0.5, rel=0.05)
+    assert layers["q_hdm"].std() == pytest.approx(128**-0.5, rel=0.05)
     assert params["head_vm"].std() == pytest.approx(128**-0.5, rel=0.05)
     assert layers["o_hdm"].std() == pytest.approx((64 * 6) ** -0.5, rel=0.05)
     assert layers["down_fm"].std() == pytest.approx((64 * 6) ** -0.5, rel=0.05)

@@ -143,7 +143,7 @@ def test_save_then_load_is_the_identity(config, tmp_path):
 def one_by_one(params):
     """The parameters with a dictionary for each layer."""
     stacks = params["layers"]
-    count = len(stacks["q_mhd"])
+    count = len(stacks["q_hdm"])
     return {**params, "layers": tuple({n: x[i] for n, x in stacks.items()} for i in range(count))}
 
 
@@ -820,7 +820,7 @@ def test_weights_that_are_no_numbers_are_named(tmp_path, wrong):
 
 def test_weights_beyond_a_dtype_are_named(tmp_path):
     params = jax.device_get(random_params(QWEN3))
-    params["layers"]["q_mhd"][0, 0] = 1e6
+    params["layers"]["q_hdm"][0, 0] = 1e6
     models.save(tmp_path, LM(params, QWEN3))
     models.load(tmp_path, "bfloat16")
     with pytest.raises(UserError, match=r"layers.0.self_attn.q_proj.weight holds .* in float16"):

@@ -313,7 +313,7 @@ def test_refuses_a_model_that_the_devices_can_not_share():
     mesh = jax.sharding.AbstractMesh((1, 4), ("data", "model"))
     P = jax.sharding.PartitionSpec
     for name, shape, spec in [
-        ("k_mkd", (3, 32, 8, 16), P(None, None, "model", None)),
+        ("k_kdm", (3, 8, 16, 32), P(None, "model", None, None)),
         ("o_hdm", (3, 16, 8, 32), P(None, "model", None, None)),
         ("q_norm_d", (3, 8), P(None, None)),
         ("embed_vm", (37, 32), P(None, None)),  # can't be cut evenly, so it is not
