@@ -81,7 +81,7 @@ def test_a_decoding_step_on_a_tpu_reads_weights_and_caches_once(tpu, name, rows)
     check_steps(found)
     # Few rows, and the few queries of a KV head, are padded to eight.
     assert found.program.flops < 1.01 * found.flops < 1.5 * 8 / rows * found.program.flops
-    assert found.bound / found.seconds > 0.7
+    assert found.bound / found.seconds > 0.8
 
 
 def test_an_int8_cache_is_read_as_int8_on_a_tpu(tpu):
