@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from fkv.models import numerics
+
 LOG_PROBS = ("plackett_luce", "independent")
 
 
@@ -34,7 +36,7 @@ def plackett_luce_log_prob(score_xm: Array, draws: int) -> Array:
     Args:
       score_xm: eviction scores of the pool: those drawn, in order, then the rest.
     """
-    left = jax.lax.cumlogsumexp(score_xm, axis=score_xm.ndim - 1, reverse=True)
+    left = numerics.log_sums_to_end(score_xm)
     return (score_xm - left)[..., :draws]
 
 

@@ -128,6 +128,22 @@ def top_k(x_bv: Array, k: int) -> tuple[Array, Array]:
     return jax.lax.platform_dependent(x_bv, cuda=in_blocks, default=at_once)
 
 
+def log_sums_to_end(x: Array) -> Array:
+    """Log-sum-exps of each entry and all later ones, along the last axis.
+
+    As `lax.cumlogsumexp`, which XLA compiles for minutes on a TPU, a window of the whole axis.
+    """
+    axis = x.ndim - 1
+
+    def scanned(x):
+        return jax.lax.associative_scan(jnp.logaddexp, x, reverse=True, axis=axis)
+
+    def at_once(x):
+        return jax.lax.cumlogsumexp(x, axis=axis, reverse=True)
+
+    return jax.lax.platform_dependent(x, tpu=scanned, default=at_once)
+
+
 # Bytes that an accelerator's on-chip memory holds: 128 MB on a TPU, 50 MB (level 2) on an H100.
 ON_CHIP = 2**26
 

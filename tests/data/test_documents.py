@@ -126,7 +126,11 @@ def test_rows_are_documents_and_unusable_ones_are_named(tmp_path):
         ("a.txt.gz", gzip.compress(b"x" * 99, mtime=0)[:-9], "can't be unpacked"),
         ("a.txt.gz", gzip.compress(b"x\0", mtime=0), "zero bytes"),
         (".gz", b"plain", "plain"),
-        ("a.jsonl.gz", gzip.compress(b"{}", mtime=0), "unpack it: rows are read from .jsonl and .parquet"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b"{}", mtime=0),
+            "unpack it: rows are read from .jsonl and .parquet",
+        ),
     ],
 )
 def test_the_text_of_a_file(tmp_path, name, data, wanted):

@@ -41,6 +41,7 @@ CASES = {
     "heads": (lambda x, y: numerics.head_by_head(CASES["float32"][0], x, y), X, Y),
     "rows": (rows, X, Y),
     "most": (lambda x, y: numerics.top_k(x, 7), MANY, MANY),
+    "log sums": (lambda x, y: numerics.log_sums_to_end(9 * x), X[:, :, :, 0], Y),
     "groups": (groups, X[:, :1, :, 0], Y),
     "few rows": (lambda x, y: numerics.linear("bthqd,ksd->bthqks", x, y), X, Y[0]),
 }  # fmt: skip
@@ -69,6 +70,14 @@ def test_platforms_give_the_same_whichever_way_they_go(name, monkeypatch):
 
 
 LOOPS = {"cpu": 1, "cuda": 0, "tpu": 0}
+
+
+def test_a_tpu_sums_without_a_window_of_the_whole_axis():
+    """Of log-sum-exps, such a window takes its compiler minutes."""
+    traced = jax.jit(CASES["log sums"][0]).trace(*CASES["log sums"][1:])
+    assert not lines(traced, "tpu", "reduce_window")
+    plain = jax.jit(lambda x: jax.lax.cumlogsumexp(x, axis=2)).trace(X[:, :, :, 0])
+    assert lines(plain, "tpu", "reduce_window")
 
 
 def test_only_a_cpu_casts_bfloat16():
