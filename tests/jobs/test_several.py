@@ -117,7 +117,7 @@ def run_jobs(root):
         recipe = test_recall.recipe(str(root.parent / "letters"), root.parent / "text")
         recall_job.run(recipe, str(root / "recall"))
         places = tuple(
-            f"code={Path(fkv.__file__).parent}/{room}/*.py" for room in ("data", "cache")
+            f"code={Path(fkv.__file__).parent}/{room}/*.py" for room in ("data", "models")
         )
         changes = dict(text=places, length=100, held_out=0.4, count=20, held_out_count=3)
         of_text = traces.run(test_traces.recipe(**changes), str(root / "text"))
