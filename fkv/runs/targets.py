@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
+import math
 import os
 import re
 from pathlib import Path
@@ -23,6 +24,7 @@ from fkv.runs import costs, hlo
 TPU, GPU = 'pip install "fkv[tpu]"', 'pip install "fkv[gpu-compiler]"'
 # As cloud offers name them, by the start of what JAX calls their devices.
 _TPUS = {"v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite"}
+_LARGEST = {"v5e": 256, "v5p": 8960, "v6e": 256}  # slices, in chips
 _CLOCKS = {"v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9}  # cycles per second
 _GPUS = {  # what the compiler has to know of a card, beside what all three share
     "a100": dict(
@@ -156,7 +158,7 @@ def find(name: str = "", at_least: int = 1) -> Target:
         return Target("cpu", tuple(jax.devices("cpu")[:at_least]), None, present=True)
     if kind in _TPUS and re.fullmatch(r"(\d+x\d+(x\d+)?)?", shape):
         return _tpu(name, kind, shape)
-    if kind in _GPUS and re.fullmatch(r"[1-9]\d*", shape or "1"):
+    if kind in _GPUS and re.fullmatch(r"[1-9]\d{0,2}", shape or "1"):
         return _gpu(name, kind, int(shape or 1))
     raise UserError(f"target = {name!r} must be one of: {KNOWN}")
 
@@ -171,6 +173,8 @@ def sheet_of(kind: str) -> costs.Device | None:
 
 
 def _tpu(name: str, kind: str, shape: str) -> Target:
+    if shape and math.prod(map(int, shape.split("x"))) > _LARGEST[kind]:
+        raise UserError(f"target = {name!r}: a slice of {kind} has at most {_LARGEST[kind]} chips")
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(f"target = {name!r} needs the compiler for TPUs: {TPU}")
     one_host = "2x2x1" if kind == "v5p" else "2x2"

@@ -185,9 +185,11 @@ def test_the_command_runs_nothing_else(tmp_path, monkeypatch, capsys):
 def test_wrong_input_is_refused(described, monkeypatch):
     with pytest.raises(UserError, match=r"launch.export has no dry run; sft, grpo, evaluate"):
         dry_run.run("export", tiny.get_config())
-    for name in ("v7", "v5e:two", "h100:0", "H100", "v5e:2x2x2x2", "tpu"):
+    for name in ("v7", "v5e:two", "h100:0", "H100", "v5e:2x2x2x2", "tpu", "h100:1000"):
         with pytest.raises(UserError, match=rf"target = '{name}' must be one of: cpu, v5e:2x2"):
             targets.find(name)
+    with pytest.raises(UserError, match=r"a slice of v6e has at most 256 chips"):
+        targets.find("v6e:1000x1000")
     real = targets.importlib.util.find_spec
     absent = ("libtpu", "jax_plugins")
     monkeypatch.setattr(
