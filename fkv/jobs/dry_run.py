@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import os
 from collections.abc import Iterable
 
 import jax
@@ -70,6 +71,9 @@ def run(job: str, config: ConfigDict) -> str:
     groups.check(config, job)
     for name in ("target", "dry_run_json"):
         kinds.check(name, config.get(name, ""), kinds.TEXT)
+    path = config.get("dry_run_json", "")
+    if path and not os.access(files.expand(path).parent, os.W_OK):  # before minutes of compiling
+        raise UserError(f"dry_run_json = {path!r}: its directory is absent or can't be written to")
     if job == "traces" and config.traces.text:
         raise UserError("launch.traces has no dry run for traces.text, which runs no model")
     if job == "evaluate" and not config.evaluate.benchmark:
@@ -125,12 +129,13 @@ def _training(setup: Setup) -> tuple[list[Found], list[str]]:
     stage = programs.stage(setup.job, config, setup.model, mesh)
     tokens, why = _trace_length(config, setup.model)
     interval, at_least = config.interval, stage.plan.cadence.slots
-    found = [setup.compile(_step(setup, stage, tokens))]
+    lengths, found = [tokens], [setup.compile(_step(setup, stage, tokens))]
     # Memory is linear in the length, so a second one says what fits.
     while target.sheet and sum(one.fits is not None and bool(one.bytes) for one in found) < 2:
         shorter = tokens // 2 ** len(found) // interval * interval
         if shorter <= at_least or len(found) > 4:
             break
+        lengths.append(shorter)
         found.append(setup.compile(_step(setup, stage, shorter)))
     rows, flops = stage.device_rows(mesh), stage.rows * stage.flops(tokens)
     if setup.job == "grpo":  # and the losses of the full cache
@@ -145,7 +150,8 @@ def _training(setup: Setup) -> tuple[list[Found], list[str]]:
         compiled.work_table(found, "a micro-batch, on a device"),
         "",
     ]
-    points = [(_tokens(one), one.memory["total"]) for one in found if one.bytes]
+    compiled_at = zip(lengths, found, strict=True)
+    points = [(n, one.memory["total"]) for n, one in compiled_at if one.bytes]
     if target.sheet and len(points) > 1:
         longest = costs.largest(sorted(points)[:2], target.sheet.memory, interval)
         lines.append(f"longest trace that fits: {longest:,} tokens")
@@ -185,10 +191,6 @@ def _step(setup: Setup, stage: programs.Stage, tokens: int, name: str = "") -> P
     flops = rows * stage.flops(tokens) / mesh.shape[MODEL]
     name = f"{name or setup.job}, {rows} x {tokens:,} tokens"
     return Program(name, lower, held, 0, flops, arrays=compiled.named(lm.params))
-
-
-def _tokens(one: Found) -> int:
-    return int(one.program.name.split(" x ")[1].split()[0].replace(",", ""))
 
 
 def _trace_length(config: ConfigDict, model: ModelConfig) -> tuple[int, str]:

@@ -200,6 +200,12 @@ def test_wrong_input_is_refused(described, monkeypatch):
         with pytest.raises(UserError, match=rf'^target = .* pip install "fkv\[{extra}\]"$'):
             dry_run.run("sft", described)
     described.target = ""
+    with monkeypatch.context() as patch:
+        patch.setattr(dry_run.Setup, "compile", None)  # before anything is compiled
+        described.dry_run_json = "nowhere/figures.json"
+        with pytest.raises(UserError, match=r"dry_run_json = 'nowhere/figures.json': its directo"):
+            dry_run.run("sft", described)
+    described.dry_run_json = ""
     described.traces.new_tokens = 40
     with pytest.raises(UserError, match=r"40 tokens .* not longer than budget \+ interval = 48"):
         dry_run.run("sft", described)
