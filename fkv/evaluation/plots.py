@@ -316,8 +316,10 @@ def costs(found: Mapping[str, Sequence[Mapping]], directory: Path) -> list[str]:
 
 
 def _decode_cost(records: Sequence[Mapping], path: Path) -> None:
-    """Time per token against context length, a panel per batch size."""
-    batches = sorted({r["batch"] for r in records})
+    """Time per token against context length, a panel per batch size; under eviction, where it was
+    measured at one length, the same at all.
+    """
+    batches, lengths = (sorted({r[name] for r in records}) for name in ("batch", "length"))
     lines = list(dict.fromkeys((r["policy"], r["budget"]) for r in records))
     size, labels = (4.5 * len(batches) + 2, 4.2), ("tokens of context", "ms per step")
     with _figure(path, size, (1, len(batches)), "", *labels) as axes:
@@ -328,7 +330,8 @@ def _decode_cost(records: Sequence[Mapping], path: Path) -> None:
                     speeds = (r[f"tokens_per_s{end}"] for end in ("", "_high", "_low"))
                     ms, low, high = (1e3 * batch / speed for speed in speeds)
                     line = points.setdefault((r["policy"], r["budget"]), [])
-                    line.append((r["length"], ms, ms - low, high - ms))
+                    at = lengths if r["budget"] else [r["length"]]
+                    line += [(length, ms, ms - low, high - ms) for length in at]
             for line, found in points.items():
                 name, budget = line
                 label = f"{name}, B = {budget}" if budget else name

@@ -18,13 +18,20 @@ from fkv.jobs import common, programs
 from fkv.jobs.benchmark.base import Arm, Bench, failure, measure, spread
 from fkv.jobs.benchmark.device import timed
 from fkv.keys import fold, keys_of
+from fkv.models import ModelConfig
 from fkv.runs import costs
 
 
 def decode(bench: Bench) -> list[dict]:
-    """Every policy at every budget, batch and length."""
-    s = bench.settings
-    return _measure(bench, bench.arms(s.batches, s.lengths))
+    """Every policy at every budget and batch."""
+    return _measure(bench, _arms(bench, bench.settings.batches))
+
+
+def _arms(bench: Bench, batches: Sequence[int]) -> list[Arm]:
+    """The full cache at every length; under eviction, where caches do not grow, the longest."""
+    longest = max(bench.settings.lengths)
+    arms = bench.arms(batches, bench.settings.lengths)
+    return [arm for arm in arms if not arm.budget or arm.length == longest]
 
 
 def _measure(bench: Bench, arms: Sequence[Arm]) -> list[dict]:
@@ -111,45 +118,46 @@ def _program(bench: Bench, arm: Arm) -> tuple[Callable, dict]:
     return call, about
 
 
-def synthetic_state(bench: Bench, arm: Arm, key: jax.Array) -> decoding.State:
+def synthetic_state(bench: Bench, arm: Arm) -> decoding.State:
     """A state in the middle of decoding, of random entries, which cost what real ones do.
 
     Caches are as full as after a prompt that leaves room for the timed chunks.
     """
     policy, config, interval = bench.policy(arm.policy), bench.lm.config, bench.interval
-    prompt, dtype = _prompt(bench, arm), bench.config.dtype
+    prompt, dtype, key = _prompt(bench, arm), bench.config.dtype, bench.key
     if policy.evicts:
         empty = replay.init_cache(policy, arm.batch, config, bench.plan(arm.budget).cadence, dtype)
     else:
         held_as = config.cache_dtype or dtype
         empty = kv.init(arm.batch, config.kv_heads, arm.length, config.head_dim, held_as)
-    shape = empty.position_bks.shape
-    held = shape[-1] - interval if policy.evicts else prompt
-    index = jnp.arange(shape[-1], dtype=jnp.int32)
-    position = jnp.where(index < held, jnp.maximum(index + prompt - held, -1), -1)
-    position = jnp.broadcast_to(position, shape)
-
-    def one(layer):
-        keys = (fold(key, 1, layer, kind) for kind in range(2))
-        k, v = (jax.random.normal(x, empty.key_bksd.shape, dtype) for x in keys)
-        k, v = (kv.stored(x, config.cache_dtype) for x in (k, v))
-        return empty.replace(key_bksd=k, value_bksd=v, position_bks=position)
-
+    held = empty.position_bks.shape[-1] - interval if policy.evicts else prompt
+    random = functools.partial(_random_entries, config, empty, held, prompt, dtype)
     row = jnp.zeros((arm.batch,), jnp.int32)
     return decoding.State(
-        tuple(one(i) for i in range(config.layers)), row, row + prompt, row + jnp.int32(2**30),
+        tuple(random(fold(key, 1, layer)) for layer in range(config.layers)),
+        row, row + prompt, row + jnp.int32(2**30),
         keys_of(fold(key, 0), arm.batch), row + prompt, jnp.asarray(-(-prompt // interval)),
     )  # fmt: skip
 
 
-def _state(bench: Bench, arm: Arm) -> decoding.State:
-    return jax.jit(functools.partial(synthetic_state, bench, arm))(bench.key)
+@functools.partial(jax.jit, static_argnames=("config", "held", "prompt", "dtype"))
+def _random_entries(
+    config: ModelConfig, empty: kv.Cache, held: int, prompt: int, dtype: str, key: Array
+) -> kv.Cache:
+    """A cache of a layer whose first `held` slots hold the last positions of a prompt."""
+    index = jnp.arange(empty.position_bks.shape[-1], dtype=jnp.int32)
+    position = jnp.where(index < held, jnp.maximum(index + prompt - held, -1), -1)
+    position_bks = jnp.broadcast_to(position, empty.position_bks.shape)
+    shape = *position_bks.shape, config.head_dim
+    k, v = (jax.random.normal(fold(key, i), shape, dtype) for i in range(2))
+    k, v = (kv.stored(x, config.cache_dtype) for x in (k, v))
+    return empty.replace(key_bksd=k, value_bksd=v, position_bks=position_bks)
 
 
 def _run_decode(bench: Bench, arm: Arm, chunks: int) -> list[float]:
     """Seconds of each of `chunks` chunks, after one that warms up."""
     call, _ = _program(bench, arm)
-    state, found = _state(bench, arm), []
+    state, found = synthetic_state(bench, arm), []
     for _ in range(chunks + 1):
         start = time.perf_counter()
         state, tokens = call(state)
@@ -180,7 +188,7 @@ def _run_evictions(bench: Bench, arm: Arm) -> float:
         jnp.int32(-(-_prompt(bench, arm) // bench.interval)),
     )
 
-    config, state, found = one.lm.config, _state(bench, arm), []
+    config, state, found = one.lm.config, synthetic_state(bench, arm), []
     again = functools.partial(decoding.evict, config, one.policy, one.plan)
     for _ in range(max(_chunks(bench), 3) + 1):
         caches = _filled(state.caches, asked.position_lb.T[:, None])
@@ -194,13 +202,8 @@ def _run_evictions(bench: Bench, arm: Arm) -> float:
 
 
 def largest_batch(bench: Bench) -> list[dict]:
-    """The largest batch of every policy and budget, and its speed: of the full cache at every
-    length, under eviction, where caches do not grow, at the longest.
-    """
-    s, arms = bench.settings, []
-    asked = [
-        arm for arm in bench.arms((1,), s.lengths) if not arm.budget or arm.length == max(s.lengths)
-    ]
+    """The largest batch of every policy and budget, and its speed, at the lengths of `decode`."""
+    s, arms, asked = bench.settings, [], _arms(bench, (1,))
     starts = _in_threads(bench, functools.partial(_guess, bench), asked)
     for arm, start in zip(asked, starts, strict=True):
         if bench.late or not start:
