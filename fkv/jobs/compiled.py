@@ -50,7 +50,7 @@ class Found:
         `total`.
       bytes, flops: that the program moves and multiplies.
       seconds: by the compiler's estimate, plus the bytes of operations that it gives none for over
-        the bandwidth; 0 where it gives none at all.
+        the bandwidth; of a GPU, whose compiler gives none, by `hlo.Rates`; 0 for other devices.
       copies, collectives: as `hlo.Moved`, as dictionaries.
       products: FLOPs by the dtypes of their operands.
       compile_seconds: tracing included.

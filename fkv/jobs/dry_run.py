@@ -115,8 +115,8 @@ def _caveat(target: Target, usable: str) -> str:
     if target.platform == "tpu":
         where += "; estimates are the compiler's"
     elif target.platform == "gpu":
-        where += "; the compiler for GPUs estimates no time" + (
-            "" if target.present else ", and without a card it tunes nothing and lacks cuBLAS"
+        where += "; estimates are by what an H100 reached" + (
+            "" if target.present else ": without a card the compiler tunes nothing and lacks cuBLAS"
         )
     return f"({usable}{where})"
 

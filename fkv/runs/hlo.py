@@ -4,9 +4,9 @@ XLA's own cost analysis counts the body of a loop once. Here loops count times t
 conditional, the costlier branch. What lies in on-chip memory is free: TPU programs say what does;
 of a GPU, intermediates that its L2 cache can hold are taken to.
 
-Nothing here is measured. Bytes are those that the program asks for, and the time is the TPU
-compiler's estimate, which it gives for most operations, but not for sort, gather, scatter and
-custom calls.
+Nothing here is measured. Bytes are those that the program asks for. Times are the TPU compiler's
+estimates, which it gives for most operations, but not for sort, gather, scatter and custom calls;
+the compiler for GPUs gives none, and they come from rates that a device reached (`Rates`).
 """
 
 import collections
@@ -100,7 +100,7 @@ class Cost:
     Attributes:
       bytes: read from and written to HBM.
       flops: of matrix products.
-      seconds: the compiler's estimate; 0 where it gives none.
+      seconds: the compiler's estimate, or by `Rates`; 0 where there is none.
       unestimated: bytes, among `bytes`, of operations without an estimate.
     """
 
@@ -143,15 +143,31 @@ class Counted:
     products: dict[str, float]
 
 
-def count(text: str, clock: float = 1.0, cached: int = 0) -> Counted:
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """What a device reaches, to estimate the time of kernels that run one after another.
+
+    Attributes:
+      bandwidth: of its memory, bytes per second.
+      flops: of matrix products, per second.
+      kernel: seconds that each kernel takes beside its work.
+    """
+
+    bandwidth: float
+    flops: float
+    kernel: float
+
+
+def count(text: str, clock: float = 1.0, cached: int = 0, rates: Rates | None = None) -> Counted:
     """Counts an optimised program.
 
     Args:
       text: of it, from `jax.stages.Compiled.as_text`.
       clock: of the device, in cycles per second, for the compiler's estimates.
       cached: intermediates of at most so many bytes are taken to stay on the chip.
+      rates: for times where the compiler estimates none.
     """
-    return _Counter(text, clock, cached).count()
+    return _Counter(text, clock, cached, rates).count()
 
 
 def _parts(text: str) -> list[Part]:
@@ -210,9 +226,9 @@ def parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
 class _Counter:
     """The walk over one program."""
 
-    def __init__(self, text, clock, cached):
+    def __init__(self, text, clock, cached, rates):
         self.computations, self.entry = parse(text)
-        self.clock, self.cached = clock, cached
+        self.clock, self.cached, self.rates = clock, cached, rates
         self.loops, self.products = [], collections.Counter()
         self.moved = {"copies": collections.Counter(), "collectives": collections.Counter()}
         self.flops_of = {}
@@ -272,6 +288,9 @@ class _Counter:
         moved, inner = self._bytes(table, one), self._inner(one)
         flops = self._products(one, table, times) + sum(self._flops(x, times) for x in inner)
         self._written_anew(table, one, inner, times)
+        if rates := self.rates:
+            work = max(moved / rates.bandwidth, flops / rates.flops)
+            return Cost(moved, flops, work + rates.kernel)
         found = re.search(r'"estimated_cycles":"(\d+)"', one.attributes)
         seconds = int(found[1]) / self.clock if found else 0.0
         asynchronous = one.op.endswith("-start")

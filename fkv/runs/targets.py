@@ -42,6 +42,9 @@ _GPUS = {  # what the compiler has to know of a card, beside what all three shar
         l2=62_914_560, clock=1.98, memory=150_110_011_392, capability=9, name="NVIDIA H200",
     ),
 }  # fmt: skip
+# What an H100 reached: a copy and a product against the data sheet, and the time between kernels of
+# a decoding step beyond that of their bytes (RESULTS.md, "On an H100").
+_REACHED, _KERNEL = {"bandwidth": 0.86, "flops": 0.75}, 1.5e-6
 _GPU_CONFIG = """
 gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
@@ -67,6 +70,7 @@ class Target:
       sheet: of a device, where it is known.
       clock: of a TPU, in cycles per second; 0 for others.
       on_chip: bytes of intermediates that a GPU's L2 cache is taken to hold.
+      rates: of a GPU, whose compiler estimates no times.
       options: of the compiler.
       present: whether the devices are here.
     """
@@ -76,6 +80,7 @@ class Target:
     sheet: costs.Device | None
     clock: float = 0.0
     on_chip: int = 0
+    rates: hlo.Rates | None = None
     options: dict = dataclasses.field(default_factory=dict)
     present: bool = False
 
@@ -133,7 +138,8 @@ class Compiled:
 
     def count(self) -> hlo.Counted:
         """Bytes, FLOPs and more, loops times their trips."""
-        return hlo.count(self.program.as_text(), self.target.clock or 1.0, self.target.on_chip)
+        target, text = self.target, self.program.as_text()
+        return hlo.count(text, target.clock or 1.0, target.on_chip, target.rates)
 
 
 def find(name: str = "", at_least: int = 1) -> Target:
@@ -151,9 +157,9 @@ def find(name: str = "", at_least: int = 1) -> Target:
             jax.config.update("jax_num_cpu_devices", at_least)
     if not name:
         devices = tuple(jax.devices())
-        return Target(
-            devices[0].device_kind, devices, sheet_of(devices[0].device_kind), present=True
-        )
+        sheet = sheet_of(devices[0].device_kind)
+        rates = _rates(sheet) if devices[0].platform == "gpu" else None
+        return Target(devices[0].device_kind, devices, sheet, rates=rates, present=True)
     if name == "cpu":
         return Target("cpu", tuple(jax.devices("cpu")[:at_least]), None, present=True)
     if kind in _TPUS and re.fullmatch(r"(\d+x\d+(x\d+)?)?", shape):
@@ -204,7 +210,14 @@ def _gpu(name: str, kind: str, count: int) -> Target:
     config = _GPU_CONFIG.format(**_GPUS[kind])
     devices = _devices(name, "cuda", "", target_config=config, topology=f"1x1x{count}")
     options = {"xla_gpu_autotune_level": 0, "xla_gpu_cuda_data_dir": str(root)}
-    return Target(name, devices, costs.DEVICES[kind.upper()], 0.0, _GPUS[kind]["l2"] // 4, options)
+    sheet = costs.DEVICES[kind.upper()]
+    return Target(name, devices, sheet, 0.0, _GPUS[kind]["l2"] // 4, _rates(sheet), options)
+
+
+def _rates(sheet: costs.Device | None) -> hlo.Rates | None:
+    """What a GPU is taken to reach."""
+    reached = {name: share * getattr(sheet, name) for name, share in _REACHED.items() if sheet}
+    return hlo.Rates(**reached, kernel=_KERNEL) if reached else None
 
 
 def _assembler() -> Path | None:

@@ -175,6 +175,17 @@ def test_search_for_the_largest(best, start):
     assert min(best, 64) / 1.25 <= near <= min(best, 64)
 
 
+def test_a_guess_that_is_a_little_too_large_costs_one_more_try():
+    """Each try compiles a program and, where memory is full, waits."""
+    tried = []
+
+    def fits(batch):
+        tried.append(batch)
+        return batch <= 54
+
+    assert decode.largest(fits, 58, 4096, 0.125) == 52 and tried == [58, 52]
+
+
 @pytest.mark.parametrize(("name", "cache_dtype"), [("full", "int8"), ("ada", "")])
 def test_a_synthetic_state_is_one_of_decoding(name, cache_dtype):
     """As prefill leaves it: the same structure, as many entries, the newest position."""

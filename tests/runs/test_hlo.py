@@ -107,6 +107,19 @@ def test_small_intermediates_stay_in_a_gpu_s_cache_but_weights_and_caches_do_not
     assert some == pytest.approx(2 * weight + row, abs=64)
 
 
+def test_rates_give_every_kernel_of_a_loop_a_time():
+    text = TPU.replace("S(1)", "").replace(":T(8,128)", "")
+    plain = hlo.count(text).loops[0]
+    timed = hlo.count(text, rates=hlo.Rates(bandwidth=1e9, flops=1e30, kernel=0.0)).loops[0]
+    assert timed.cost.seconds == pytest.approx(plain.cost.bytes / 1e9)
+    more = hlo.count(text, rates=hlo.Rates(bandwidth=1e9, flops=1e30, kernel=1.0)).loops[0]
+    kernels = more.cost.seconds - timed.cost.seconds
+    assert kernels == pytest.approx(round(kernels)) and kernels >= 3
+    # A product that takes longer than its bytes is charged for its operations.
+    slow = hlo.count(text, rates=hlo.Rates(bandwidth=1e30, flops=1e3, kernel=0.0)).loops[0]
+    assert slow.cost.seconds == pytest.approx(plain.cost.flops / 1e3)
+
+
 def test_the_flops_of_a_compiled_program():
     def two(x, w):
         x, _ = jax.lax.scan(lambda x, _: (jnp.tanh(x @ w @ w.T), ()), x, None, length=5)

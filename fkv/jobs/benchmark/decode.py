@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -132,10 +133,11 @@ def synthetic_state(bench: Bench, arm: Arm) -> decoding.State:
         empty = kv.init(arm.batch, config.kv_heads, arm.length, config.head_dim, held_as)
     held = empty.position_bks.shape[-1] - interval if policy.evicts else prompt
     random = functools.partial(_random_entries, config, empty, held, prompt, dtype)
+    # One after the other: an accelerator waits ten seconds before it says that memory is full.
+    caches = [jax.block_until_ready(random(fold(key, 1, i))) for i in range(config.layers)]
     row = jnp.zeros((arm.batch,), jnp.int32)
     return decoding.State(
-        tuple(random(fold(key, 1, layer)) for layer in range(config.layers)),
-        row, row + prompt, row + jnp.int32(2**30),
+        tuple(caches), row, row + prompt, row + jnp.int32(2**30),
         keys_of(fold(key, 0), arm.batch), row + prompt, jnp.asarray(-(-prompt // interval)),
     )  # fmt: skip
 
@@ -256,7 +258,10 @@ def _bytes(bench: Bench, arm: Arm) -> float:
 
 
 def largest(fits: Callable[[int], bool], start: int, limit: int, within: float) -> int:
-    """The largest batch that fits, by doubling (or halving) and bisection.
+    """The largest batch that fits, by doubling, or by smaller steps down, and bisection.
+
+    A good guess is a little too large, as memory is fragmented, so the first step down is `within`;
+    each further one is the square of the last, at most a half.
 
     Args:
       start: tried first.
@@ -267,12 +272,13 @@ def largest(fits: Callable[[int], bool], start: int, limit: int, within: float) 
     Returns:
       The batch; 0 if not one row fits.
     """
-    low, high, batch = 0, limit + 1, min(start, limit)
+    low, high, batch, down = 0, limit + 1, min(start, limit), max(1 + within, 1.1)
     while low < batch < high:
         if fits(batch):
             low, batch = batch, min(2 * batch, limit)
         else:
-            high, batch = batch, batch // 2
+            high, batch = batch, min(batch - 1, math.ceil(batch / down))
+            down = min(down**2, 2)
     while high - low > max(1, within * low):
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
