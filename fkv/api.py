@@ -7,7 +7,6 @@ print(out[0][0].text)
 
 import dataclasses
 import warnings
-from collections import UserDict
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,61 +19,21 @@ from jax.typing import DTypeLike
 from fkv import kinds, models, policies, tasks
 from fkv.cache.cadence import Cadence
 from fkv.engine import decoding
+from fkv.engine.answers import Answer, Generation, stop_strings
 from fkv.engine.decoding import Sampling
 from fkv.errors import UserError
 from fkv.keys import Purpose, key_of
-from fkv.kinds import said
-from fkv.models import LM, ModelConfig, texts
+from fkv.models import LM, texts
+from fkv.models.named import Model, decode
+from fkv.models.prompts import Prompt, check_known, encode, encode_all
 from fkv.policies.base import Policy
-from fkv.runs import sharing
+from fkv.runs import costs, sharing
 
+__all__ = [
+    "EMBEDDED", "Generation", "Model", "Prompt", "Sampling", "check_known", "decode", "encode",
+    "finished", "generate", "load", "load_scorer", "sample_key", "stream", "without_weights",
+]  # fmt: skip
 EMBEDDED = "embedded"
-Prompt = str | Sequence[int] | np.ndarray
-_PROMPTS = (
-    "a prompt is text or a flat list of whole token ids; several are a list of prompts, or an "
-    "array of ids, a row each"
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """A frozen language model, with its tokenizer.
-
-    Attributes:
-      lm: the decoder.
-      tokenizer: of `transformers`, or None where the directory has none.
-      stop: ids of the tokens that end an answer.
-      name, revision: as it was loaded.
-      directory: of its files, or its GGUF file, if it has any.
-    """
-
-    lm: LM
-    tokenizer: Any
-    stop: tuple[int, ...]
-    name: str
-    directory: Path | None = None
-    revision: str = ""
-
-    @property
-    def config(self) -> ModelConfig:
-        return self.lm.config
-
-
-@dataclasses.dataclass(frozen=True)
-class Generation:
-    """One sampled continuation.
-
-    Attributes:
-      text: decoded without special tokens; empty when the model has no tokenizer.
-      tokens: ids, the stop token included.
-      truncated: the limit on new tokens came before a stop token.
-      evictions: of a head, those after which a token attends.
-    """
-
-    text: str
-    tokens: np.ndarray
-    truncated: bool
-    evictions: int
 
 
 def load(
@@ -117,108 +76,6 @@ def without_weights(path_or_hub_id: str | Path, revision: str | None = None) -> 
     return Model(lm, tokenizer, stop, str(path_or_hub_id), directory, revision or "")
 
 
-def encode(
-    model: Model, prompt: Prompt, chat: bool = False, what: str = "the prompt"
-) -> np.ndarray:
-    """Token ids of a prompt, int32.
-
-    Args:
-      prompt: text, or ids that are taken as they are. Text gets a BOS if the tokenizer adds one and
-        the text has none, and no EOS.
-      chat: put the text into the model's chat template as the user's message.
-      what: names the prompt in errors.
-
-    Raises:
-      UserError: it is neither, is empty or has tokens that the model does not know, or there is no
-        tokenizer or no chat template.
-    """
-    if not isinstance(prompt, str):
-        ids = _listed(prompt, what)
-        for entry in ids:
-            if not _is_id(entry):
-                raise _no_prompt(entry, f"{what} has an entry that is")
-    elif model.tokenizer is None:
-        raise UserError(f"model {model.name} has no tokenizer: give prompts as token ids")
-    elif not chat:
-        ids = texts.tokenize(model.tokenizer, prompt)
-    elif prompt.strip():
-        rendered = texts.render(model.tokenizer, prompt, model.name)
-        ids = texts.tokenize(model.tokenizer, rendered, continued=False)
-    else:  # the template alone would have tokens
-        ids = []
-    if not len(ids):
-        if isinstance(prompt, str) and prompt.strip():
-            raise UserError(f"{what}: the tokenizer makes no tokens of {said(prompt)}")
-        raise UserError(f"{what} is empty: give at least one token")
-    check_known(model, ids, what)
-    return np.asarray(ids, np.int32)
-
-
-def check_known(model: Model, ids: Sequence[int], what: str) -> None:
-    """Refuses token ids that the model does not know."""
-    for token in (min(ids), max(ids)):
-        if not 0 <= token < model.config.vocab_size:
-            raise UserError(
-                f"{what} has token {token}, and the model's are 0 to "
-                f"{model.config.vocab_size - 1}: are they of another tokenizer?"
-            )
-
-
-def _encode_all(model: Model, prompts: Prompt | Sequence[Prompt], chat: bool) -> list[np.ndarray]:
-    """Token ids of one prompt or several."""
-    if isinstance(prompts, str):
-        prompts = [prompts]
-    prompts = _listed(prompts, "the prompt")
-    if not len(prompts):
-        raise UserError(f"no prompts given: {_PROMPTS}")
-    if _is_id(prompts[0]):
-        prompts = [prompts]
-    found = []
-    for i, prompt in enumerate(prompts):
-        found.append(encode(model, prompt, chat, f"prompt {i}"))
-        if isinstance(prompt, str):
-            if warning := texts.unknown(model.tokenizer, prompt, found[-1]):
-                warnings.warn(f"prompt {i}: {warning}", stacklevel=3)
-    return found
-
-
-def _listed(value: Any, what: str) -> Sequence:
-    """The entries of a list, a tuple or an array."""
-    given = value
-    if hasattr(value, "__array__") and not isinstance(value, np.generic):  # NumPy's, JAX's, torch's
-        try:
-            value = None if np.ma.is_masked(value) else np.asarray(value).tolist()
-        except Exception:  # torch's on another device, or with gradients
-            value = None
-    if not isinstance(value, Sequence) or isinstance(value, (str, bytes, bytearray)):
-        raise _no_prompt(given, f"{what} is")
-    return value
-
-
-def _is_id(value: Any) -> bool:
-    if isinstance(value, (int, np.integer)):
-        return not isinstance(value, bool)
-    # An element of an array of JAX or torch.
-    return getattr(value, "shape", None) == () and "int" in str(getattr(value, "dtype", ""))
-
-
-def _no_prompt(value: Any, where: str) -> UserError:
-    hint = ""
-    if isinstance(value, (Mapping, UserDict)):
-        hint = (
-            "; of what a tokenizer returns give ['input_ids'], and instead of chat messages the "
-            "user's text with chat=True"
-        )
-    return UserError(f"{where} {said(value)}, and {_PROMPTS}{hint}")
-
-
-def decode(model: Model, tokens: Sequence[int], special: bool = False) -> str:
-    """Text of token ids, without special tokens unless asked for."""
-    if model.tokenizer is None:
-        return ""
-    return model.tokenizer.decode(np.asarray(tokens), skip_special_tokens=not special)
-
-
 def sample_key(seed: int, prompt: int, sample: int) -> jax.Array:
     """The PRNG key of one sample of one prompt, in any batch."""
     return key_of(seed, Purpose.ANSWER, prompt, sample)
@@ -257,20 +114,25 @@ def generate(
     seed: int = 0,
     chat: bool = False,
     protect_prompt: int = 0,
+    stop: str | Sequence[str] = (),
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[list[Generation]]:
-    """Continues prompts with a cache bounded by a policy, all in one batch.
+    """Continues prompts with a cache bounded by a policy.
 
     Args:
-      prompts: one prompt, which is text or a flat list of token ids, or a list of prompts of any
-        kinds and lengths; an array of ids [b, t] is b prompts.
+      prompts: one prompt, which is text, a flat list of token ids, or a list of chat messages
+        (`{"role": ..., "content": ...}`); or a list of prompts of any kinds and lengths. An array
+        of ids [b, t] is b prompts.
       policy: a name from `fkv.policies.names()`, or a policy such as `fkv.load_scorer(DIR)`.
       budget, interval: B and L, KV pairs per head.
       new_tokens: at most this many are added.
       samples: continuations of each prompt.
       temperature, top_k, top_p: see `Sampling`; the defaults are the paper's.
       seed: same seed, same samples.
-      chat: put texts into the chat template.
+      chat: put texts into the chat template, as a user's message. Messages always are.
       protect_prompt: so many of a prompt's first tokens are never evicted; part of the budget.
+      stop: strings that end an answer, which its text leaves out.
+      chat_template_kwargs: for the chat template, as `{"enable_thinking": False}` of Qwen3's.
 
     Returns:
       For each prompt its samples.
@@ -282,9 +144,10 @@ def generate(
     Raises:
       UserError: a prompt is invalid or empty, the policy is unknown, or a size is out of range.
     """
-    ids = _encode_all(model, prompts, chat)
+    ids = encode_all(model, prompts, chat, chat_template_kwargs)
     kinds.check("samples", samples, kinds.whole(1, 2**16))
     kinds.check("new_tokens", new_tokens, kinds.whole(1))
+    stop = stop_strings(stop)
     cadence = Cadence(budget, interval, protect_prompt)
     plan = decoding.Plan(cadence, Sampling(temperature, top_k, top_p), model.stop)
     policy = _policy(policy, model, cadence)
@@ -295,17 +158,33 @@ def generate(
     out = decoding.generate(model.lm, policy, plan, prompts, key_b, limit)
     found = [[] for _ in ids]
     for (i, _), tokens in zip(rows, out, strict=True):
-        found[i].append(finished(model, policy, len(ids[i]), tokens, cadence))
+        found[i].append(finished(model, policy, len(ids[i]), tokens, cadence, stop))
     return found
 
 
 def finished(
-    model: Model, policy: Policy, prompt: int, tokens: np.ndarray, cadence: Cadence
+    model: Model,
+    policy: Policy,
+    prompt: int,
+    tokens: np.ndarray,
+    cadence: Cadence,
+    stop: Sequence[str] = (),
 ) -> Generation:
     """The continuation of a prompt of that many tokens."""
-    fired = cadence.evictions_generating(prompt, len(tokens)) if policy.evicts else 0
-    truncated = not len(tokens) or int(tokens[-1]) not in model.stop
-    return Generation(decode(model, tokens), tokens, truncated, fired)
+    answer = Answer(model, stop)
+    answer.add(tokens, "stop" if len(tokens) and int(tokens[-1]) in model.stop else "length")
+    return _said(model, policy, prompt, answer, cadence)
+
+
+def _said(model, policy, prompt, answer: Answer, cadence: Cadence) -> Generation:
+    length = prompt + len(answer.tokens)
+    slots, fired = length, 0
+    if policy.evicts:
+        slots, fired = cadence.slots, cadence.evictions_generating(prompt, len(answer.tokens))
+    dtype = "float32"  # of no weights
+    if model.lm.params:
+        dtype = model.lm.params["embed_vm"].dtype
+    return answer.generation(fired, prompt, costs.cache_bytes(model.config, slots, dtype))
 
 
 def stream(
@@ -321,8 +200,10 @@ def stream(
     seed: int = 0,
     chat: bool = False,
     protect_prompt: int = 0,
+    stop: str | Sequence[str] = (),
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Generator[str, None, Generation]:
-    """The text of one continuation as it is generated, a piece for every `L` tokens.
+    """The text of one continuation as it is generated, in pieces.
 
     Takes one prompt. The pieces together are the text of `generate` with the same arguments; the
     generator returns the `Generation`.
@@ -330,26 +211,24 @@ def stream(
     if model.tokenizer is None:
         raise UserError(f"model {model.name} has no tokenizer: there is no text to stream")
     kinds.check("new_tokens", new_tokens, kinds.whole(1))
+    answer = Answer(model, stop_strings(stop))
     cadence = Cadence(budget, interval, protect_prompt)
     plan = decoding.Plan(cadence, Sampling(temperature, top_k, top_p), model.stop)
     policy = _policy(policy, model, cadence)
-    found = _encode_all(model, prompt, chat)
+    found = encode_all(model, prompt, chat, chat_template_kwargs)
     if len(found) != 1:
         raise UserError(f"stream takes one prompt, not {len(found)}: use generate")
     [ids] = found
     _warn_of_length(model, len(ids), new_tokens)
     key_b = sample_key(seed, 0, 0)[None]
-    tokens, shown = [], ""
     for chunk in decoding.stream(model.lm, policy, plan, [ids], key_b, [new_tokens]):
-        tokens += chunk[0][: new_tokens - len(tokens)].tolist()
-        text = decode(model, tokens)
-        # Half of a character at the end waits for the other half.
-        if not text.endswith("\N{REPLACEMENT CHARACTER}") and text.startswith(shown):
-            yield text[len(shown) :]
-            shown = text
-    one = finished(model, policy, len(ids), np.asarray(tokens, np.int32), cadence)
-    yield one.text[len(shown) :]
-    return one
+        tokens = np.asarray(chunk[0][: new_tokens - len(answer.tokens)])
+        yield answer.add(tokens)
+        if answer.finish:
+            break
+    ended = answer.tokens and answer.tokens[-1] in model.stop
+    yield answer.add(np.zeros(0, np.int32), "stop" if ended else "length")
+    return _said(model, policy, len(ids), answer, cadence)
 
 
 def load_scorer(

@@ -215,7 +215,7 @@ def test_torch_s_ids_are_a_prompt(words, monkeypatch):
     for given in (torch.tensor([4, 5]), torch.tensor([[4, 5]]), list(torch.tensor([4, 5]))):
         assert prompts_of(words, given, monkeypatch) == [[4, 5]]
     for given in (torch.tensor([4.0, 5.0]), torch.ones(2, requires_grad=True)):
-        with pytest.raises(UserError, match="a prompt is text or a flat list"):
+        with pytest.raises(UserError, match="a prompt is text, a flat list"):
             fkv.generate(words, given, **SIZES)
 
 
@@ -229,7 +229,7 @@ def test_rows_of_an_array_are_prompts(words, monkeypatch):
 
 
 NO_PROMPT = {
-    "None": (None, "the prompt is None, and a prompt is text or a flat list of"),
+    "None": (None, "the prompt is None, and a prompt is text, a flat list of"),
     "a number": (5, "the prompt is 5, and"),
     "NumPy's number": (np.int64(5), "and a prompt is"),
     "bytes": (b"w0", "the prompt is b'w0', and"),
@@ -261,9 +261,13 @@ NO_PROMPT = {
     "beyond int32": ([2**40], "prompt 0 has token 1099511627776, and"),
     "beyond int64": ([2**70], "prompt 0 has token 1180591620717411303424, and"),
     "wraps around": ([2**32 + 4], "prompt 0 has token 4294967300, and"),
-    "a message": ({"role": "user", "content": "w0"}, "instead of chat messages .* chat=True"),
-    "messages": ([{"role": "user", "content": "w0"}], "prompt 0 is {'.*instead of chat messages"),
-    "conversations": ([[{"role": "user", "content": "w0"}]], "instead of chat messages"),
+    "a message": ({"role": "user", "content": "w0"}, "a message in a list of messages"),
+    "messages among ids": ([4, {"role": "user"}], "prompt 0 has an entry that is {'role': 'user'}"),
+    "a tool's message": (
+        [{"role": "tool", "content": "w0"}],
+        r"prompt 0\[0\].role = 'tool' must be",
+    ),
+    "an empty message": ([[{"role": "user", "content": ""}]], "prompt 0 is empty: no message has"),
 }
 
 
@@ -369,6 +373,55 @@ def test_the_pieces_of_a_stream_are_the_whole(words):
     pieces = list(fkv.stream(free, "w3 w1 w4", "full", **SIZES))
     assert "".join(pieces) == fkv.generate(free, "w3 w1 w4", "full", **SIZES)[0][0].text
     assert len([x for x in pieces if x]) == 3  # 8, 8 and 4 tokens
+
+
+def test_a_conversation_is_a_prompt(words, bare, monkeypatch):
+    talk = [
+        {"role": "user", "content": "w3"},
+        {"role": "assistant", "content": "w1"},
+        {"role": "user", "content": [{"type": "text", "text": "w4"}]},
+    ]
+    ids = [2, 7, 2, 5, 2, 8, 3]
+    for call in (fkv.generate, fkv.stream):
+        assert prompts_of(words, talk, monkeypatch, call) == [ids]
+        assert prompts_of(words, [talk], monkeypatch, call) == [ids]
+    assert prompts_of(words, [talk, "w0", talk[:1], [5]], monkeypatch) == [ids, [4], [2, 7, 3], [5]]
+    assert prompts_of(words, [talk[:1], "w0"], monkeypatch, chat=True) == [[2, 7, 3], [2, 4, 3]]
+    with pytest.warns(UserWarning, match="prompt 0: 1 of its 3 tokens are '<unk>'"):
+        prompts_of(words, [{"role": "user", "content": "what"}], monkeypatch)
+    with pytest.raises(UserError, match="has no tokenizer: give prompts as token ids"):
+        fkv.generate(bare, talk, **SIZES)
+    with pytest.raises(UserError, match="chat_template_kwargs: 'tokenize' is no variable"):
+        fkv.generate(words, talk, chat_template_kwargs={"tokenize": True}, **SIZES)
+
+
+def test_a_stop_string_ends_an_answer_and_is_not_shown(words):
+    free = dataclasses.replace(words, stop=())
+    [[whole]] = fkv.generate(free, "w3", **SIZES)
+    assert whole.finish == "length" and whole.prompt_tokens == 1
+    spoken = whole.text.split()
+    stop = " ".join(spoken[8:10])  # of two tokens
+    end = whole.text.index(stop)
+    for given in (stop, [stop], ["no such text", stop, spoken[9] + " "]):
+        [[x]] = fkv.generate(free, "w3", stop=given, **SIZES)
+        assert x.text == whole.text[:end] and x.finish == "stop" and not x.truncated
+        assert x.tokens.tolist() == whole.tokens[: len(x.tokens)].tolist()
+        assert api.decode(words, x.tokens).endswith(stop)
+        pieces = fkv.stream(free, "w3", stop=given, **SIZES)
+        assert "".join(pieces) == x.text
+    [[x]] = fkv.generate(free, "w3", stop="no such text", **SIZES)
+    assert x.text == whole.text
+    for given in ("", [""], [3], 3, None, b"w1", ["w1"] * 17, "x" * 1025):
+        with pytest.raises(UserError, match="stop"):
+            fkv.generate(words, "w3", stop=given, **SIZES)
+
+
+def test_what_a_generation_says_of_its_cache(words):
+    config = words.config
+    entry = config.layers * config.kv_heads * (2 * config.head_dim * 4 + 4)
+    for policy, slots in (("snapkv", 16 + 8), ("full", 30 + 20)):
+        [[x]] = fkv.generate(dataclasses.replace(words, stop=()), "w1 w5 " * 15, policy, **SIZES)
+        assert x.prompt_tokens == 30 and x.cache_bytes == slots * entry
 
 
 def test_a_stream_never_cuts_a_character(tmp_path):

@@ -18,6 +18,7 @@ from fkv.engine import decoding
 from fkv.errors import UserError
 from fkv.jobs import answering, common, groups, text_traces
 from fkv.keys import Purpose, key_of
+from fkv.models import chat as chats
 from fkv.models import texts
 from fkv.runs import parallel, preemption, provenance
 from fkv.runs.rundir import open_run
@@ -132,7 +133,7 @@ def _questions(config: ConfigDict, model: Model) -> list[Question]:
     given = sources.column(rows, settings.response, where) if settings.response else asked
     end = None
     if settings.response and model.tokenizer is not None:
-        end = texts.end_of_answer(model.tokenizer, model.stop, settings.chat)
+        end = chats.end_of_answer(model.tokenizer, model.stop, settings.chat)
     questions, encoded, unusable = [], [], 0
     for i, values in enumerate(zip(asked, given, strict=True)):
         if settings.count and len(questions) == settings.count:
@@ -167,7 +168,7 @@ def _answer(model: Model, prompt: np.ndarray, text: str, end: int | None, what: 
       end: the token that ends it; None for none.
       what: names the answer in errors.
     """
-    text = texts.continues_thought(api.decode(model, prompt[-32:], special=True), text)
+    text = chats.continues_thought(api.decode(model, prompt[-32:], special=True), text)
     ids = texts.tokenize(model.tokenizer, text.rstrip(), continued=False)
     if not ids or ids[-1] not in model.stop:
         ids = texts.tokenize(model.tokenizer, text, continued=False)

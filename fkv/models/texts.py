@@ -1,4 +1,4 @@
-"""Tokenizers and chat templates of `transformers`, and the ids that end an answer."""
+"""Tokenizers of `transformers`, and the ids that end an answer."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -10,12 +10,9 @@ from fkv.errors import UserError
 from fkv.kinds import Kind, said
 from fkv.models import gguf_texts
 
-_CONFIG, _TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
+CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 # All optional, except that one of the first two is needed.
-_FILES = ("tokenizer.json", _CONFIG, "special_tokens_map.json", "added_tokens.json")
-# Llama 3.2's template writes today's date unless given one: fixed, for reproducible prompts.
-_DATE = "26 Jul 2024"
-_ANSWER = "The answer is forty-two."
+_FILES = ("tokenizer.json", CONFIG, "special_tokens_map.json", "added_tokens.json")
 _ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
 
 
@@ -71,23 +68,23 @@ def load_tokenizer(directory: Path) -> Any:
         return None
     for name, path in found.items():
         fields = files.read_json(path)
-        if name in (_CONFIG, "special_tokens_map.json"):
+        if name in (CONFIG, "special_tokens_map.json"):
             _check_fields(path, fields)
-    if (path := directory / _TEMPLATE).exists():
+    if (path := directory / TEMPLATE).exists():
         files.read_text(path)
     try:
         return hub.transformers().AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     # Whatever transformers and tokenizers raise on damaged files.
     except Exception as error:
-        reason = f"{', '.join(name for name in found if name != _FILES[0])}: {_reason(error)}"
+        why = f"{', '.join(name for name in found if name != _FILES[0])}: {reason(error)}"
         if _FILES[0] in found:
             import tokenizers
 
             try:
                 tokenizers.Tokenizer.from_file(str(directory / _FILES[0]))
             except Exception as inner:
-                reason = f"{_FILES[0]}: {_reason(inner)}"
-        raise UserError(f"{directory}: its tokenizer can't be loaded ({reason})") from error
+                why = f"{_FILES[0]}: {reason(inner)}"
+        raise UserError(f"{directory}: its tokenizer can't be loaded ({why})") from error
 
 
 def _check_fields(path: Path, fields: Mapping) -> None:
@@ -97,7 +94,7 @@ def _check_fields(path: Path, fields: Mapping) -> None:
                 kinds.check(f"{path}: {key}", value, kind)
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
 
@@ -182,72 +179,7 @@ def _ids(tokenizer: Any, text: str, special: bool) -> list[int]:
     try:
         return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
     except Exception as error:
-        raise UserError(f"the tokenizer can't read {said(text)} ({_reason(error)})") from error
-
-
-def render(tokenizer: Any, text: str, name: str) -> str:
-    """The text as a user message in the chat template, with the generation prompt.
-
-    Args:
-      name: the model's, for errors.
-
-    Raises:
-      UserError: the tokenizer has no chat template, or it fails.
-    """
-
-    def ask(text):
-        return _apply(tokenizer, _asked(text), add_generation_prompt=True)
-
-    raw = "give the whole prompt as text, chat off"
-    template = tokenizer.chat_template
-    if not template:
-        raise UserError(f"model {name} has no chat template: {raw}")
-    if isinstance(template, dict) and "default" not in template:
-        raise UserError(
-            f"model {name}: none of its chat templates ({', '.join(template)}) is the 'default': "
-            f"name one so in {_CONFIG}, or {raw}"
-        )
-    try:
-        whole, begin = ask(text), tokenizer.bos_token
-        if begin and whole.lstrip().startswith(begin) and text.lstrip().startswith(begin):
-            text = text.lstrip().removeprefix(begin)
-            whole = ask(text)
-        # A template may rewrite the text: escape it, or change its case.
-        if text.strip() not in whole and whole == ask(text + _ANSWER):
-            raise ValueError("its output does not contain the message")
-    except Exception as error:  # a template is a program
-        raise UserError(
-            f"model {name}: its chat template fails ({_reason(error)}): fix {_TEMPLATE}, "
-            f"'chat_template' of {_CONFIG} or the GGUF file's, or {raw}"
-        ) from error
-    return whole
-
-
-def _asked(text: str) -> list[dict]:
-    return [{"role": "user", "content": text}]
-
-
-def _apply(tokenizer: Any, messages: list[dict], **settings: bool) -> str:
-    return tokenizer.apply_chat_template(messages, tokenize=False, date_string=_DATE, **settings)
-
-
-def end_of_answer(tokenizer: Any, stop: tuple[int, ...], chat: bool) -> int | None:
-    """The token of `stop` with which the model ends an answer, or None.
-
-    In a chat it is the one the template puts after an assistant message (Llama 3's `<|eot_id|>`,
-    which is not its EOS); otherwise, or if no template tells, the tokenizer's EOS.
-    """
-    if chat and tokenizer.chat_template:
-        messages = [*_asked("What is six times seven?"), {"role": "assistant", "content": _ANSWER}]
-        try:
-            _, found, after = _apply(tokenizer, messages).rpartition(_ANSWER)
-            ended = [x for x in _ids(tokenizer, after, False) if x in stop] if found else []
-        except Exception:  # some templates refuse assistant messages
-            ended = []
-        if ended:
-            return ended[0]
-    end = tokenizer.eos_token_id
-    return end if end in stop else stop[0] if stop else None
+        raise UserError(f"the tokenizer can't read {said(text)} ({reason(error)})") from error
 
 
 def end_of_text(tokenizer: Any) -> int | None:
@@ -260,14 +192,3 @@ def front(tokenizer: Any) -> list[int]:
     """The special tokens (a BOS) that the tokenizer puts before a text."""
     bare = tokenize(tokenizer, "a", continued=False)
     return tokenize(tokenizer, "a")[: -len(bare)] if bare else []
-
-
-def continues_thought(before: str, answer: str) -> str:
-    """The answer without a `<think>` that the preceding text has already opened."""
-    opened = re.search(r"<think>(\s*)$", before)
-    opens = re.match(r"\s*<think>(\s*)", answer)
-    if not opened or not opens:
-        return answer
-    given, wanted = opened[1], opens[1]
-    rest = wanted[len(given) :] if wanted.startswith(given) else ""
-    return rest + answer[opens.end() :]

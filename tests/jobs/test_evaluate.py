@@ -931,7 +931,7 @@ def test_generate_takes_the_prompt_and_settings_given(tmp_path, capsys, monkeypa
     def stream(model, ids, *args, protect_prompt):
         given.append((api.decode(model, ids), *args, protect_prompt))
         yield from ("fan ", "", "</think> total 3")
-        return api.Generation("fan </think> total 3", np.arange(5), False, 2)
+        return api.Generation("fan </think> total 3", np.arange(5), "stop", 2)
 
     monkeypatch.setattr(api, "stream", stream)
     config = one_answer(generate__policy="h2o", generate__prompt="start fan <think>", seed=5)

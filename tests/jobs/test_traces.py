@@ -15,7 +15,7 @@ from fkv.engine import decoding
 from fkv.errors import UserError
 from fkv.jobs import traces
 from fkv.keys import Purpose, key_of
-from fkv.models import ModelConfig, texts
+from fkv.models import ModelConfig, chat
 from fkv.runs import preemption
 from fkv.tasks import ledger
 from tests import figures
@@ -175,7 +175,7 @@ def answers(template, stop, **settings):
     ids = tuple(test_texts.IDS[word] for word in stop)
     model = fkv.api.Model(models.LM({}, config), tokenizer, ids, "x")
     prompt = fkv.api.encode(model, "one", chat=True)
-    end = texts.end_of_answer(tokenizer, ids, True)
+    end = chat.end_of_answer(tokenizer, ids, True)
     return (
         lambda text: test_texts.words(traces._answer(model, prompt, text, end, "x")),
         test_texts.words(prompt),

@@ -30,7 +30,7 @@ from fkv.data import lookups
 from fkv.data.documents import Document
 from fkv.errors import UserError
 from fkv.evaluation import recall
-from fkv.models import ModelConfig, gguf, texts
+from fkv.models import ModelConfig, chat, gguf, texts
 from fkv.policies import scorer
 from fkv.runs import costs, provenance, sharing
 from tests.models import full_logits, random_lm, tokens
@@ -655,7 +655,7 @@ def test_special_tokens_and_ends(worded, vocabulary):
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (*CONTROL[1:], None)
     assert tokenizer.decode([1, 2, words.index("a")], skip_special_tokens=True) == "a"
     assert texts.tokenize(tokenizer, "a") == [words.index("a")]
-    assert texts.render(tokenizer, "a", "x") == "<|im_start|>a<|im_end|>"
+    assert chat.render(tokenizer, "a", "x") == "<|im_start|>a<|im_end|>"
     path = worded(add_bos_token=True, add_eos_token=True)
     assert ids_of(path, "a") == [1, words.index("a"), 2]
     assert texts.tokenize(texts.load_tokenizer(path), "a") == [1, words.index("a")]

@@ -1,4 +1,4 @@
-"""Tokenizers, chat templates and stop tokens: text to ids, and files that are refused."""
+"""Tokenizers and stop tokens: text to ids, and files that are refused."""
 
 import json
 import os
@@ -87,105 +87,6 @@ def test_an_answer_is_no_beginning():
 
 def test_what_no_tokenizer_reads():
     assert "the tokenizer can't read" in refusal(texts.tokenize, make(), "\ud800")
-
-
-@pytest.mark.parametrize("template", [CHAT, "<s> " + CHAT, "<s>" + CHAT])
-def test_a_template_that_writes_bos_is_not_given_another(template):
-    tokenizer = make(template, "<s> $A")
-    for text in ("one", "<s> one", " <s>one"):
-        shown = texts.render(tokenizer, text, "x")
-        assert shown.count("<s>") == (template is not CHAT or "<s>" in text)
-        assert "one" in shown and shown.endswith("<bot>")
-
-
-@pytest.mark.parametrize(
-    ("template", "says"),
-    [
-        (None, "model x has no chat template"),
-        ("", "model x has no chat template"),
-        ("{% for", "its chat template fails (TemplateSyntaxError: "),
-        ("{{ raise_exception('not\nthis') }}", "its chat template fails (TemplateError: not this)"),
-        ("{{ messages[0].text.nobody }}", "its chat template fails (UndefinedError: "),
-        ("{{ messages[0].content + 1 }}", "its chat template fails (TypeError: "),
-        ("{{ 1 / 0 }}", "its chat template fails (ZeroDivisionError: "),
-        ("null", "its output does not contain the message"),
-        ({"tools": CHAT, "rag": CHAT}, "none of its chat templates (tools, rag) is the 'default'"),
-    ],
-)
-def test_templates_that_fail(template, says):
-    assert says in refusal(texts.render, make(template), "one", "x")
-
-
-@pytest.mark.parametrize("write", ["upper", "tojson", "replace('*', 'x')", "title"])
-def test_a_template_may_write_a_message_in_its_own_way(write):
-    shown = texts.render(make("{{ messages[0].content | " + write + " }}"), 'is "3 * 4" 12', "x")
-    assert "3" in shown and shown != 'is "3 * 4" 12'
-
-
-def test_the_date_in_a_prompt_is_the_same_tomorrow():
-    """As in Llama 3.2's: another prompt would be another run, and a resumed one be refused."""
-    dated = (
-        "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}"
-        "{% endif %}Today Date: {{ date_string }} {{ messages[0].content }}"
-    )
-    assert texts.render(make(dated), "one", "x") == "Today Date: 26 Jul 2024 one"
-
-
-def test_named_templates_have_a_default():
-    tokenizer = make({"tools": "{{ 1 / 0 }}", "default": CHAT})
-    assert texts.render(tokenizer, "one", "x") == "<user> one <eot> <bot>"
-
-
-# ---- what ends an answer
-
-LLAMA = (
-    "<s>{% for m in messages %}<|{{ m.role }}|>\n\n{{ m.content | trim }} <eot>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>\n\n{% endif %}"
-)
-
-
-@pytest.mark.parametrize(
-    ("template", "stop", "chat", "end"),
-    [
-        (LLAMA, ("</s>", "<eot>"), True, "<eot>"),  # as Llama 3 Instruct
-        (LLAMA, ("</s>", "<eot>"), False, "</s>"),
-        (LLAMA, ("</s>",), True, "</s>"),  # a stop token that is not the template's
-        (LLAMA, ("<user>", "two"), True, "<user>"),  # nor the tokenizer's
-        (LLAMA, (), True, None),
-        # More than one of them: the first after the answer.
-        (LLAMA.replace("<eot>", "\n<eot> </s>"), ("</s>", "<eot>"), True, "<eot>"),
-        # Nothing but the text, and answers that are refused.
-        ("{{ messages[-1].content }}", ("<eot>", "</s>"), True, "</s>"),
-        ("{{ raise_exception('no') }}", ("<eot>", "</s>"), True, "</s>"),
-        ({"tools": LLAMA}, ("<eot>", "</s>"), True, "</s>"),
-        (None, ("<eot>", "</s>"), True, "</s>"),
-        # The prompt opens a thought, and earlier answers are shown without theirs.
-        (LLAMA.replace("<|assistant|>\n\n{% endif", "<bot> <think>\n{% endif"),
-         ("</s>", "<eot>"), True, "<eot>"),
-    ],
-)  # fmt: skip
-def test_an_answer_ends_as_the_template_ends_it(template, stop, chat, end):
-    ids = tuple(IDS[x] for x in stop)
-    assert texts.end_of_answer(make(template), ids, chat) == (None if end is None else IDS[end])
-
-
-@pytest.mark.parametrize(
-    ("before", "answer", "rest"),
-    [
-        ("<bot><think>\n", "<think>\none", "one"),
-        ("<bot><think>\n", "<think>one", "one"),
-        ("<bot><think>", "<think>\none", "\none"),
-        ("<bot><think>\n", " \n<think>\n\none", "\none"),
-        ("<bot><think>\n\n", "<think>\none", "one"),
-        ("<bot><think>\n", "<think>\n\n</think>\n\none", "\n</think>\n\none"),
-        ("<bot><think>\n", "one <think> two", "one <think> two"),
-        ("<bot>", "<think>\none", "<think>\none"),
-        ("<bot><think>\n\n</think>\n\n", "<think>\none", "<think>\none"),
-        ("<think> is a word", "<think>\none", "<think>\none"),
-    ],
-)
-def test_a_thought_is_opened_once(before, answer, rest):
-    assert texts.continues_thought(before, answer) == rest
 
 
 # ---- files

@@ -1,0 +1,132 @@
+"""Answers as their tokens come: text in pieces, stop strings, and what is said at the end."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from fkv.errors import UserError
+from fkv.kinds import said
+from fkv.models.detokenizing import Detokenizer
+from fkv.models.named import Model
+
+Top = tuple[np.ndarray, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """One sampled continuation.
+
+    Attributes:
+      text: decoded without special tokens, and without the stop string that ended it; empty when
+        the model has no tokenizer.
+      tokens: ids [n], the stop token included, or those of the stop string.
+      finish: what ended it: `stop`, a stop token or string, or `length`, the limit on new tokens.
+      evictions: of a head, those after which a token attends.
+      prompt_tokens: of its prompt.
+      cache_bytes: keys, values and positions of its cache: B + L entries of a head, whatever the
+        length, or with a full cache the prompt and the answer.
+      logprobs: float32 [n], of each token under the model's own distribution, before temperature
+        and top-k; None unless asked for.
+      top: likeliest tokens, ids [n, top] and their logprobs [n, top]; None unless asked for.
+    """
+
+    text: str
+    tokens: np.ndarray
+    finish: str
+    evictions: int
+    prompt_tokens: int = 0
+    cache_bytes: int = 0
+    logprobs: np.ndarray | None = None
+    top: Top | None = None
+
+    @property
+    def truncated(self) -> bool:
+        """The limit on new tokens came before a stop token or string."""
+        return self.finish == "length"
+
+
+class Answer:
+    """One answer in the making.
+
+    Args:
+      model: its tokenizer and stop tokens.
+      stop: strings that end the answer.
+
+    Attributes:
+      tokens: all so far.
+      pieces: their text; together it is the answer's.
+      logprobs, top: of these tokens, an array for each call of `add`.
+      finish: what ended it, None while it goes on.
+    """
+
+    def __init__(self, model: Model, stop: Sequence[str] = ()):
+        if stop and model.tokenizer is None:
+            raise UserError(f"model {model.name} has no tokenizer: stop = {said(stop)} is text")
+        self._model, self._text = model, Detokenizer(model.tokenizer, stop)
+        self.tokens: list[int] = []
+        self.pieces: list[str] = []
+        self.logprobs: list[np.ndarray] = []
+        self.top: list[Top] = []
+        self.finish: str | None = None
+
+    def add(
+        self,
+        tokens: np.ndarray,
+        finish: str | None = None,
+        logprobs: np.ndarray | None = None,
+        top: Top | None = None,
+    ) -> str:
+        """Takes more tokens, and returns the text that is sure now.
+
+        Tokens behind a stop string are dropped: `finish` is then `stop`, and what makes them should
+        end. Those that come after `finish` are dropped, too.
+
+        Args:
+          finish: nothing follows, and why.
+        """
+        if self.finish is not None:
+            return ""
+        piece, count = self._text.add(tokens, finish is not None)
+        self.tokens += [int(x) for x in tokens[:count]]
+        self.pieces.append(piece)
+        if logprobs is not None:
+            self.logprobs.append(logprobs[:count])
+        if top is not None:
+            self.top.append(tuple(x[:count] for x in top))
+        self.finish = "stop" if self._text.stopped else finish
+        return piece
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
+
+    def generation(self, evictions: int, prompt_tokens: int, cache_bytes: int) -> Generation:
+        """What it is at the end."""
+        join = np.concatenate
+        top = tuple(map(join, zip(*self.top, strict=True))) if self.top else None
+        return Generation(
+            self.text,
+            np.asarray(self.tokens, np.int32),
+            self.finish or "length",
+            evictions,
+            prompt_tokens,
+            cache_bytes,
+            join(self.logprobs) if self.logprobs else None,
+            top,
+        )
+
+
+def stop_strings(value: str | Sequence[str], what: str = "stop", most: int = 16) -> tuple[str, ...]:
+    """One stop string or several.
+
+    Raises:
+      UserError: they are none, are empty or too many.
+    """
+    given = (value,) if isinstance(value, str) else value
+    listed = isinstance(given, Sequence) and not isinstance(given, bytes)
+    if not listed or not all(isinstance(x, str) and 0 < len(x) <= 1024 for x in given):
+        raise UserError(f"{what} = {said(value)} must be text of 1 to 1024 characters, or several")
+    if len(given) > most:
+        raise UserError(f"{what} has {len(given)} texts, and {most} are the most")
+    return tuple(given)

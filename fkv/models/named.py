@@ -1,0 +1,42 @@
+"""A language model by its name, with what turns text into its tokens and back."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fkv.models.config import ModelConfig
+from fkv.models.decoder import LM
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A frozen language model, with its tokenizer.
+
+    Attributes:
+      lm: the decoder.
+      tokenizer: of `transformers`, or None where the directory has none.
+      stop: ids of the tokens that end an answer.
+      name, revision: as it was loaded.
+      directory: of its files, or its GGUF file, if it has any.
+    """
+
+    lm: LM
+    tokenizer: Any
+    stop: tuple[int, ...]
+    name: str
+    directory: Path | None = None
+    revision: str = ""
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.lm.config
+
+
+def decode(model: Model, tokens: Sequence[int], special: bool = False) -> str:
+    """Text of token ids, without special tokens unless asked for."""
+    if model.tokenizer is None:
+        return ""
+    return model.tokenizer.decode(np.asarray(tokens), skip_special_tokens=not special)
