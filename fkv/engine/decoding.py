@@ -23,13 +23,14 @@ import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fkv import kinds, models
+from fkv import models
 from fkv.cache import attention
 from fkv.cache import slots as kv
 from fkv.cache.cadence import Cadence
 from fkv.engine import replay
 from fkv.engine.batch import Batch, left_pad
 from fkv.engine.replay import Chunk, Site
+from fkv.engine.sampling import Sampling
 from fkv.errors import UserError
 from fkv.keys import Purpose, key_of
 from fkv.models import LM, ModelConfig
@@ -41,22 +42,6 @@ NO_TOKEN = -1
 # less time than the calls of several programs.
 SHALLOW = 8
 _NOT_FINITE = -2  # stands for a token where logits are NaN or infinite; ends the row
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling(kinds.Settings):
-    """How the next token is sampled; applied in this order, as in `transformers`.
-
-    Attributes:
-      temperature: divides the logits; 0 is greedy.
-      top_k: only the `k` likeliest tokens can be sampled; 0 for all.
-      top_p: of these, the smallest set of likeliest tokens with at least this share of the
-        probability; 1 for all.
-    """
-
-    temperature: float = kinds.setting(kinds.number(0), 1.0)
-    top_k: int = kinds.setting(kinds.whole(0), 0)
-    top_p: float = kinds.setting(kinds.number(0, 1, above=True), 1.0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,7 +38,8 @@ class View:
     Attributes:
       cache: the entries; the newest `L` in the last `L` slots, in order of arrival.
       query_blhd, query_position_bl: the last `L` queries, rotated; position -1 marks padding.
-      chunk: index of the chunk of `L` tokens just processed, int32.
+      chunk: index of the chunk of `L` tokens just processed, int32; while decoding [b], as rows
+        differ in age.
       random_b: a PRNG key per row, different in every layer and chunk.
       prompt_b: tokens of each row's prompt, int32; positions below are the prompt's.
       statistics: attention statistics if the policy asks for them, else None.
@@ -46,7 +47,7 @@ class View:
       layer: index of this layer, int32.
       config: of the model.
       budget, interval: B and L.
-      eviction: index of the eviction, int32; negative while the cache fills.
+      eviction: index of the eviction, int32; negative while the cache fills; [b] as `chunk`.
       protect_prompt: how many tokens of a prompt, its first, are not to be evicted; static.
       kept_prompt_bks: which slots hold these tokens.
       candidate_bkn: which of the slots before the newest `L` hold entries that may be evicted.
@@ -408,7 +409,7 @@ def common_statistics(*policies: Policy) -> str | None:
 
 def row_by_row(function: Callable[[View], Array], view: View, row_bytes: int = 0) -> Array:
     """`function` of a view, by `numerics.row_by_row`."""
-    of_all = {"chunk": view.chunk, "layer": view.layer}
+    of_all = {"layer": view.layer} | ({} if jnp.ndim(view.chunk) else {"chunk": view.chunk})
     rows = view.replace(**dict.fromkeys(of_all))
 
     def one(row):
