@@ -22,7 +22,7 @@ from fkv import kinds, models
 from fkv.cache.cadence import Cadence
 from fkv.engine import replay, steps
 from fkv.engine.replay import Site
-from fkv.engine.sampling import Sampling, Samplings
+from fkv.engine.sampling import FREE, Sampling, Samplings
 from fkv.engine.steps import NO_TOKEN, NOT_FINITE, SHALLOW, Program
 from fkv.errors import UserError
 from fkv.models import LM
@@ -48,7 +48,7 @@ class Request:
     prompt: np.ndarray
     key: Array
     limit: int
-    sampling: Sampling
+    sampling: Sampling = FREE
     stop: tuple[int, ...] = ()
     logprobs: int = 0
 

@@ -30,7 +30,7 @@ from fkv.cache.cadence import Cadence
 from fkv.engine import replay
 from fkv.engine.batch import Batch, left_pad
 from fkv.engine.replay import Chunk, Site
-from fkv.engine.sampling import Sampling
+from fkv.engine.sampling import FREE, Sampling
 from fkv.errors import UserError
 from fkv.keys import Purpose, key_of
 from fkv.models import LM, ModelConfig
@@ -55,7 +55,7 @@ class Plan:
     """
 
     cadence: Cadence
-    sampling: Sampling = Sampling()
+    sampling: Sampling = FREE
     stop: tuple[int, ...] = ()
 
 

@@ -35,6 +35,9 @@ class Sampling(kinds.Settings):
     min_p: float = kinds.setting(kinds.number(0, 1), 0.0)
 
 
+FREE = Sampling()  # the model's own distribution
+
+
 @flax.struct.dataclass
 class Samplings:
     """The `Sampling` of each row, as arrays [b]."""
