@@ -1,10 +1,10 @@
 """Qwen3-1.7B with the paper's hyper-parameters.
 
-Not run at full size yet. Times are for one H100 at 40 % of its peak and traces of 32,768 tokens,
-as --config.dry_run=True estimates them; more devices divide them.
+Not run at full size yet. Times and memory are for one H100 and traces of 32,768 tokens, as
+--config.dry_run=True --config.target=h100 estimates them; more devices divide them.
 python -m launch.traces --config=qwen3_1p7b --workdir=data/qwen3_1p7b_train   and _eval
-python -m launch.sft --config=qwen3_1p7b       scorers; 1.1 h, 3.9 s a step, 7.8 GB
-python -m launch.grpo --config=qwen3_1p7b      better scorers; 24 h, 5.6 min a step, 14.8 GB
+python -m launch.sft --config=qwen3_1p7b       scorers; 6.9 h, 25 s a step, 4.9 GB
+python -m launch.grpo --config=qwen3_1p7b      better scorers; 47 h, 11 min a step, 8.0 GB
 python -m launch.evaluate --config=qwen3_1p7b  AIME 2024, 32 samples per problem
 
 `--config=qwen3_1p7b:2k` and `:4k` set the budget, `:long` is for traces beyond 12,000 tokens.

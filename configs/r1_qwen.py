@@ -1,10 +1,10 @@
 """DeepSeek-R1-Distill-Qwen-7B with the paper's hyper-parameters.
 
-Not run at full size yet. Times are for one H100 at 40 % of its peak and traces of 32,768 tokens,
-as --config.dry_run=True estimates them; more devices divide them.
+Not run at full size yet. Times and memory are for one H100 and traces of 32,768 tokens, as
+--config.dry_run=True --config.target=h100 estimates them; more devices divide them.
 python -m launch.traces --config=r1_qwen --workdir=data/r1_qwen_train   and _eval
-python -m launch.sft --config=r1_qwen       scorers; 3.3 h, 12 s a step, 26.0 GB
-python -m launch.grpo --config=r1_qwen      better scorers; 88 h, 21 min a step, 46.7 GB
+python -m launch.sft --config=r1_qwen       scorers; 11 h, 39 s a step, 19.0 GB
+python -m launch.grpo --config=r1_qwen      better scorers; 90 h, 22 min a step, 27.0 GB
 python -m launch.evaluate --config=r1_qwen  AIME 2024, 32 samples per problem
 
 `--config=r1_qwen:2k` and `:4k` set the budget, `:long` is for traces beyond 12,000 tokens.
