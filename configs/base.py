@@ -315,3 +315,30 @@ def generate() -> ConfigDict:
     config.top_p = 0.95  # probability mass to draw from
     config.chat = False  # apply the chat template
     return config
+
+
+def serve() -> ConfigDict:
+    """An OpenAI-compatible server."""
+    config = ConfigDict()
+    config.host = "127.0.0.1"  # address to listen at; 0.0.0.0 for all of this machine's
+    config.port = 8000  # 0 for any that is free
+    config.key_variable = ""  # environment variable with the API key that clients must send
+    config.origins = ()  # of web pages that may call it (CORS), * for any
+    config.name = ""  # of the model in lists; '' for the last part of `model`
+    config.policies = ("snapkv", "full")  # besides the scorers; the first of all is the default
+    config.scorers = ()  # name=workdir of sft or grpo runs
+    config.any_interval = False  # accept scorers trained at another interval
+    config.budgets = (1024,)  # B, of every policy
+    config.rows = 16  # answers at a time, of each policy and budget
+    config.queue = 64  # answers that may wait for a row; beyond them requests get 429
+    config.length = 8192  # most tokens of a prompt and its answer
+    config.temperature = 0.6  # of requests that give none
+    config.top_k = 20  # most likely tokens to draw from, 0 for all
+    config.top_p = 0.95  # probability mass to draw from
+    config.every = 16  # tokens between two pieces of a stream
+    config.logprobs = 5  # most likely tokens beside each that a request may ask for, at most
+    config.sessions = 0  # caches of conversations that are kept
+    config.seconds = 600.0  # that a request may take
+    config.drain = 30.0  # seconds for running requests after SIGTERM
+    config.body_kib = 1024  # size of a request's body
+    return config

@@ -9,6 +9,7 @@ python -m launch.evaluate --config=tiny  answers of every policy; at B = 64 the 
 python -m launch.pipeline --config=tiny  these three in one directory, with fewer problems
 python -m launch.traces --config=tiny    the reasoner's own answers, as traces
 python -m launch.generate --config=tiny  one answer, streamed
+python -m launch.serve --config=tiny     an OpenAI-compatible server
 python -m launch.export --config=tiny    the scorers, to share
 python -m launch.benchmark --config=tiny time and memory; 3 minutes
 python -m launch.pretrain --config=tiny  the reasoner itself, which is shipped: 512 of 512 right
@@ -31,7 +32,7 @@ def get_config() -> ConfigDict:
     """The recipe; see `configs.base` for what the fields mean."""
     config = base.recipe(
         "task", "pretrain", "data", "traces", "scorer", "sft", "grpo", "eval", "evaluate",
-        "recall", "pipeline", "benchmark", "export", "generate",
+        "recall", "pipeline", "benchmark", "export", "generate", "serve",
     )  # fmt: skip
     config.budget, config.interval = 64, 16
 
@@ -76,6 +77,8 @@ def get_config() -> ConfigDict:
     config.recall.prompt_tokens = 128
     config.recall.new_tokens = 128
     config.recall.lookups = 0
+
+    config.serve.budgets, config.serve.length = (64,), 1024
 
     few = ("full", TUNED_RKV, "snapkv", "h2o", "lagkv", "random:sinks=4")
     config.pipeline.changes.grpo = dict(budget=48, grpo=dict(answers=0))

@@ -23,6 +23,7 @@ READS = {
         "traces.dev",
     ),
     "generate": (*_MODEL, "generate"),
+    "serve": (*_MODEL, "serve"),
     "export": ("model", "revision", "export"),
     "benchmark": (*_MODEL, "scorer", "benchmark"),
     "pipeline": ("pipeline.stages",),

@@ -227,11 +227,34 @@ class Generate(Sampling):
     chat: bool = setting(SWITCH)
 
 
+@settings
+class Serve(Sampling):
+    group: ClassVar[str] = "serve"
+    host: str = setting(TEXT)
+    port: int = setting(whole(0, 65_535))
+    key_variable: str = setting(TEXT)
+    origins: Names = setting(NAMES)
+    name: str = setting(TEXT)
+    policies: Names = setting(NAMES)
+    scorers: Names = setting(NAMES)
+    any_interval: bool = setting(SWITCH)
+    budgets: Sizes = setting(SIZES)
+    rows: int = setting(COUNT)
+    queue: int = setting(ANY)
+    length: int = setting(whole(2))
+    every: int = setting(COUNT)
+    logprobs: int = setting(whole(0, 20))
+    sessions: int = setting(ANY)
+    seconds: float = setting(POSITIVE)
+    drain: float = setting(number(0))
+    body_kib: int = setting(COUNT)
+
+
 # In the order of `configs/base.py`, which errors list them in.
 GROUPS = (
     Shared, ledger.Spec, Reasoner, pretrain.Plan, Data, Traces, ScorerConfig, sft.Plan,
     sft.LossConfig, Supervised, Reinforcement, grpo.GRPOConfig, grpo.Plan, Eval, Evaluate, Recall,
-    Pipeline, Benchmark, Peers, Export, Generate,
+    Pipeline, Benchmark, Peers, Export, Generate, Serve,
 )  # fmt: skip
 FIELDS = {
     f"{cls.group}.{name}".lstrip("."): kind for cls in GROUPS for name, kind in cls.kinds().items()

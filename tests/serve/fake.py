@@ -1,0 +1,101 @@
+"""A batcher without a model: quick, and every token follows from the row's key and position."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from fkv.engine.decoding import Sampling
+from fkv.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    prompt: np.ndarray
+    key: jax.Array
+    limit: int
+    sampling: Sampling
+    stop: tuple[int, ...]
+    logprobs: int = 0
+    kept: Any = None
+    keep: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    id: int
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    top: Any
+    finish: str | None
+    evictions: int
+    kept: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    tokens: np.ndarray
+
+
+class Batcher:
+    """As `fkv.engine.batcher.Batcher`; `script` replaces the tokens of every row."""
+
+    def __init__(self, vocabulary, rows, length, top=0, script=None):
+        self.vocabulary, self.rows, self.length, self.top = vocabulary, rows, length, top
+        self.script, self.count, self.queue, self.running = script, 0, [], {}
+        self.gate = None  # an event that steps wait for
+        self.seen = []
+
+    waiting = property(lambda self: len(self.queue))
+    live = property(lambda self: len(self.running))
+    idle = property(lambda self: not self.queue and not self.running)
+
+    def submit(self, request):
+        if len(request.prompt) + request.limit > self.length:
+            raise UserError("it is too long")
+        self.count += 1
+        self.seen.append(request)
+        self.queue.append((self.count, request, self.drawn(request)))
+        return self.count
+
+    def cancel(self, id):
+        self.queue = [x for x in self.queue if x[0] != id]
+        self.running.pop(id, None)
+
+    def drawn(self, request):
+        """All tokens that the row will have."""
+        if self.script is not None:
+            tokens = list(self.script)
+        else:
+            seed = np.asarray(jax.random.key_data(request.key)).tolist() + request.prompt.tolist()
+            tokens = np.random.default_rng(seed).integers(self.vocabulary, size=request.limit)
+        tokens = [int(x) for x in tokens][: request.limit]
+        ends = [i for i, x in enumerate(tokens) if x in request.stop]
+        return tokens[: ends[0] + 1] if ends else tokens
+
+    def step(self, tokens=None):
+        if self.gate is not None:
+            self.gate.wait()
+        while self.queue and len(self.running) < self.rows:
+            id, request, drawn = self.queue.pop(0)
+            self.running[id] = (request, drawn, 0)
+        events = []
+        for id, (request, drawn, at) in list(self.running.items()):
+            new = np.array(drawn[at : at + tokens], np.int32)
+            at += len(new)
+            finish = None
+            if at == len(drawn):
+                finish = "stop" if drawn[-1] in request.stop else "length"
+                del self.running[id]
+            else:
+                self.running[id] = (request, drawn, at)
+            both = (new[:, None] + np.arange(self.top)) % self.vocabulary
+            top = (both, -np.ones(both.shape, np.float32)) if request.logprobs else None
+            kept = None
+            if finish and request.keep:
+                whole = np.concatenate([request.prompt, np.array(drawn[:-1], np.int32)])
+                kept = Kept(whole)
+            logprobs = np.full(len(new), -1.5, np.float32)
+            events.append(Event(id, new, logprobs, top, finish, at // 4, kept))
+        return events
