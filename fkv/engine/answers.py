@@ -18,8 +18,8 @@ class Generation:
     """One sampled continuation.
 
     Attributes:
-      text: decoded without special tokens, and without the stop string that ended it; empty when
-        the model has no tokenizer.
+      text: decoded without special tokens, and without the stop token or string that ended it;
+        empty when the model has no tokenizer.
       tokens: ids [n], the stop token included, or those of the stop string.
       finish: what ended it: `stop`, a stop token or string, or `length`, the limit on new tokens.
       evictions: of a head, those after which a token attends.
@@ -87,7 +87,10 @@ class Answer:
         """
         if self.finish is not None:
             return ""
-        piece, count = self._text.add(tokens, finish is not None)
+        # A stop token is no text, whether it is marked as special or not.
+        ends = finish == "stop" and len(tokens) and int(tokens[-1]) in self._model.stop
+        piece, count = self._text.add(tokens[:-1] if ends else tokens, finish is not None)
+        count += ends and not self._text.stopped
         self.tokens += [int(x) for x in tokens[:count]]
         self.pieces.append(piece)
         if logprobs is not None:

@@ -203,9 +203,9 @@ class _Stream(Response):
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(1):
                     await self._put(send, _too_long(self._service).body())
-                    await send({"type": "http.response.body", "body": b""})
+                    await self._end(send)
             return
-        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+        await self._end(send)
 
     async def _pieces(self, send) -> None:
         reply, usage = self._work.reply, {"usage": None} if self._asked.usage else {}
@@ -216,6 +216,9 @@ class _Stream(Response):
             await self._put(send, reply.piece(index, thought, text, logprobs, finish) | usage)
         if self._asked.usage:
             await self._put(send, reply.last())
+
+    async def _end(self, send) -> None:
+        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
 
     async def _put(self, send, data: Any) -> None:
         body = f"data: {json.dumps(data)}\n\n".encode()

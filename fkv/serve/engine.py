@@ -51,6 +51,10 @@ class _Lane:
     def __init__(self, make: Callable[[], Any]):
         self.make, self.batcher, self.tickets = make, make(), {}
 
+    @property
+    def busy(self) -> bool:
+        return bool(self.batcher.waiting or self.batcher.live)
+
 
 class Engine:
     """Runs several batchers in turns.
@@ -104,10 +108,10 @@ class Engine:
 
     def _run(self) -> None:
         while not self._stopping:
-            self._listen(wait=all(lane.batcher.idle for lane in self._lanes.values()))
+            self._listen(wait=not any(lane.busy for lane in self._lanes.values()))
             for name, lane in self._lanes.items():
                 self._listen(wait=False)
-                if not lane.batcher.idle and not self._stopping:
+                if lane.busy and not self._stopping:
                     self._step(name, lane)
 
     def _listen(self, wait: bool) -> None:

@@ -84,6 +84,7 @@ class Asked:
 _COUNT = kinds.whole(1)
 _NAME = Kind("text of 1 to 256 characters", lambda x: TEXT.fits(x) and 0 < len(x) <= 256)
 _OBJECT = Kind("an object", lambda x: isinstance(x, Mapping))
+_WARM = kinds.number(1e-4, 100)  # others overflow in float32
 _COMMON = {
     "model": _NAME,
     "n": kinds.whole(1, 128),
@@ -95,6 +96,10 @@ _COMMON = {
     "session": _NAME,
     "top_k": kinds.whole(-1),  # -1 is another way to write 0, all
     **{name: kind for name, kind in Sampling.kinds().items() if name != "top_k"},
+    "temperature": Kind(
+        "0, or a number from 0.0001 to 100",
+        lambda x: _WARM.fits(x) or (type(x) in (int, float) and x == 0),
+    ),
 }
 _CHAT = {
     "messages": None,
@@ -234,17 +239,18 @@ def _options(options: Mapping[str, Any], stream: bool) -> Mapping[str, Any]:
     if options and not stream:
         raise Refused("stream_options needs stream = true", param="stream_options")
     for name, value in options.items():
-        where = f"stream_options.{name[:64]}"
         if name not in ("include_usage", "include_obfuscation"):
-            raise Refused(f"unknown field {said(where)}", param="stream_options")
+            told = f"stream_options has no field {said(name)}"
+            raise Refused(told, param="stream_options", code="unknown_parameter")
+        where = f"stream_options.{name}"
         _of("stream_options", lambda where=where, value=value: kinds.check(where, value, SWITCH))
     return options
 
 
 def _template(values: Mapping[str, Any]) -> dict[str, bool]:
     for name, value in values.items():
-        where = f"chat_template_kwargs.{name[:64]}"
         if name not in TEMPLATE or not isinstance(value, bool):
-            told = f"{said(where)} = {said(value)} is refused: {' and '.join(TEMPLATE)} are known"
-            raise Refused(f"{told}, true or false", param="chat_template_kwargs")
+            told = f"chat_template_kwargs: {said(name)} = {said(value)} is refused"
+            known = f"{' and '.join(TEMPLATE)} are known, true or false"
+            raise Refused(f"{told}: {known}", param="chat_template_kwargs", code="invalid_value")
     return dict(values)

@@ -54,7 +54,7 @@ class Server(uvicorn.Server):
                 lifespan="on",
                 ws="none",
                 server_header=False,
-                timeout_graceful_shutdown=5,
+                timeout_graceful_shutdown=1,  # seconds for what is still sent
             )
         )
         self._service = service

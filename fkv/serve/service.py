@@ -213,6 +213,7 @@ class Service:
         except UserError as error:
             raise Refused(str(error), param=field, code="invalid_value") from None
         limits = [self._limit(asked, len(one), field) for one in ids]
+        kept = {"keep": True} if asked.session else {}
         requests = [
             self._make_request(
                 prompt=one,
@@ -221,7 +222,7 @@ class Service:
                 sampling=asked.sampling,
                 stop=self.model.stop,
                 logprobs=asked.top,
-                keep=bool(asked.session),
+                **kept,
             )
             for i, one in enumerate(ids)
             for j in range(asked.n)
@@ -327,4 +328,3 @@ class Service:
 def lane_name(policy: str, budget: int) -> str:
     """A lane's part of a model's name: `snapkv-1024`, or `full`."""
     return f"{policy}-{budget}" if budget else policy
-

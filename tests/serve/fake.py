@@ -49,7 +49,7 @@ class Batcher:
 
     waiting = property(lambda self: len(self.queue))
     live = property(lambda self: len(self.running))
-    idle = property(lambda self: not self.queue and not self.running)
+    idle = property(lambda self: self.rows - len(self.running))
 
     def submit(self, request):
         if len(request.prompt) + request.limit > self.length:
@@ -69,7 +69,10 @@ class Batcher:
             tokens = list(self.script)
         else:
             seed = np.asarray(jax.random.key_data(request.key)).tolist() + request.prompt.tolist()
-            tokens = np.random.default_rng(seed).integers(self.vocabulary, size=request.limit)
+            rng = np.random.default_rng(seed)
+            tokens = rng.choice([x for x in range(self.vocabulary) if x not in request.stop], 200)
+            if request.stop:
+                tokens[rng.random(200) < 0.03] = request.stop[0]
         tokens = [int(x) for x in tokens][: request.limit]
         ends = [i for i, x in enumerate(tokens) if x in request.stop]
         return tokens[: ends[0] + 1] if ends else tokens
