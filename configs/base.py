@@ -117,6 +117,7 @@ def traces() -> ConfigDict:
     config.temperature = 0.6  # 0 for greedy decoding
     config.top_k = 20  # most likely tokens to draw from, 0 for all
     config.top_p = 0.95  # probability mass to draw from
+    config.min_p = 0.0  # least share of the likeliest token's probability
     config.batch = 64  # answers at a time
     # instead of questions, kind=where of plain text, for example code=stdlib; see launch/README.md
     config.text = ()
@@ -226,6 +227,7 @@ def evaluate() -> ConfigDict:
     config.temperature = 0.6  # 0 for greedy decoding
     config.top_k = 20  # most likely tokens to draw from, 0 for all
     config.top_p = 0.95  # probability mass to draw from
+    config.min_p = 0.0  # least share of the likeliest token's probability
     config.batch = 128  # answers at a time
     config.deadline = 10.0  # seconds to check one answer
     config.traces = 64  # held-out traces for loss ratios, 0 for none
@@ -273,6 +275,7 @@ def benchmark() -> ConfigDict:
     config.temperature = 0.6  # 0 for greedy decoding
     config.top_k = 20  # most likely tokens to draw from, 0 for all
     config.top_p = 0.95  # probability mass to draw from
+    config.min_p = 0.0  # least share of the likeliest token's probability
     config.growth_tokens = 4096  # generated in one run
     config.growth_batch = 1  # rows
     config.prefill_batches = (1,)  # rows
@@ -313,6 +316,7 @@ def generate() -> ConfigDict:
     config.temperature = 0.6  # 0 for greedy decoding
     config.top_k = 20  # most likely tokens to draw from, 0 for all
     config.top_p = 0.95  # probability mass to draw from
+    config.min_p = 0.0  # least share of the likeliest token's probability
     config.chat = False  # apply the chat template
     return config
 
@@ -335,6 +339,7 @@ def serve() -> ConfigDict:
     config.temperature = 0.6  # of requests that give none
     config.top_k = 20  # most likely tokens to draw from, 0 for all
     config.top_p = 0.95  # probability mass to draw from
+    config.min_p = 0.0  # least share of the likeliest token's probability
     config.every = 16  # tokens between two pieces of a stream
     config.logprobs = 5  # most likely tokens beside each that a request may ask for, at most
     config.sessions = 0  # caches of conversations that are kept

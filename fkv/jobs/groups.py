@@ -7,6 +7,7 @@ they are used.
 """
 
 import dataclasses
+import re
 import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
@@ -27,6 +28,10 @@ from fkv.tasks import ledger
 Names = tuple[str, ...]
 Sizes = tuple[int, ...]
 NAMES, COUNT, ANY = kinds.several(TEXT, "a tuple of text"), whole(1), whole(0)
+ORIGINS = kinds.several(
+    Kind("", lambda x: isinstance(x, str) and (x == "*" or re.fullmatch(r"https?://[^/\s]+", x))),
+    "a tuple of '*' or of origins such as 'https://example.org'",
+)
 CACHED = Kind("'' (the model's dtype) or 'int8'", lambda value: value in CACHE_DTYPES)
 settings = dataclasses.dataclass(frozen=True, kw_only=True)
 
@@ -233,7 +238,7 @@ class Serve(Sampling):
     host: str = setting(TEXT)
     port: int = setting(whole(0, 65_535))
     key_variable: str = setting(TEXT)
-    origins: Names = setting(NAMES)
+    origins: Names = setting(ORIGINS)
     name: str = setting(TEXT)
     policies: Names = setting(NAMES)
     scorers: Names = setting(NAMES)

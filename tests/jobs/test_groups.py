@@ -22,6 +22,7 @@ from fkv.jobs import (
     grpo,
     pipeline,
     pretrain,
+    serve,
     sft,
     traces,
 )
@@ -29,7 +30,7 @@ from fkv.jobs import (
 RUN = {
     "pretrain": pretrain.run, "traces": traces.run, "sft": sft.run, "grpo": grpo.run,
     "evaluate": evaluate.run, "benchmark": benchmark.run, "export": export.run,
-    "generate": generate.run,
+    "generate": generate.run, "serve": serve.run,
 }  # fmt: skip
 TOP = (
     "seed", "model", "dtype", "cache_dtype", "model_axis", "budget", "interval",
@@ -44,6 +45,7 @@ GROUPS = {
     "benchmark": (*TOP, "benchmark"),
     "export": ("model", "export"),
     "generate": (*TOP, "generate"),
+    "serve": (*TOP, "serve"),
 }
 # Where zero means something; elsewhere it is refused, too.
 ZERO = {
@@ -57,7 +59,9 @@ ZERO = {
     "evaluate.problems", "evaluate.new_tokens", "evaluate.traces",
     "evaluate.temperature", "evaluate.top_k", "generate.temperature", "generate.top_k",
     "benchmark.layers", "benchmark.top_k", "benchmark.temperature", "benchmark.memory_gib",
-    "benchmark.minutes",
+    "benchmark.minutes", "traces.min_p", "evaluate.min_p", "generate.min_p", "benchmark.min_p",
+    "serve.min_p", "serve.temperature", "serve.top_k", "serve.port", "serve.queue", "serve.logprobs",
+    "serve.sessions", "serve.drain",
 }  # fmt: skip
 
 
