@@ -20,7 +20,7 @@ from fkv import kinds, models, policies, tasks
 from fkv.cache.cadence import Cadence
 from fkv.engine import decoding
 from fkv.engine.answers import Answer, Generation, stop_strings
-from fkv.engine.decoding import Sampling
+from fkv.engine.sampling import Sampling
 from fkv.errors import UserError
 from fkv.keys import Purpose, key_of
 from fkv.models import LM, texts

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from fkv import kinds
 from fkv.data import pieces
-from fkv.engine.decoding import Sampling
+from fkv.engine.sampling import Sampling
 from fkv.errors import UserError, suggest
 from fkv.jobs import READS
 from fkv.kinds import POSITIVE, SIZES, SWITCH, TEXT, Kind, Settings, number, setting, whole

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from fkv import api, kinds, policies
 from fkv.cache.cadence import FULL, Cadence
 from fkv.engine.batcher import Batcher, Request
-from fkv.engine.decoding import Sampling
+from fkv.engine.sampling import Sampling
 from fkv.errors import UserError
 from fkv.jobs import common, groups
 from fkv.kinds import said
@@ -31,6 +31,8 @@ def run(config: ConfigDict, workdir: str) -> None:
     groups.check(config, "serve")
     _check_installed()
     key = api_key(config.serve.key_variable)
+    if config.serve.sessions and not hasattr(Request, "keep"):
+        raise UserError("serve.sessions: the batcher keeps no caches yet: set it to 0")
     named = policies_of(config)
     at = common.cadences(config, "serve.budgets")
     shape = common.model_config(config)
@@ -46,6 +48,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     opened = open_run(workdir, config, tuple(config))
     model = common.load_language_model(config)
     one = service(config, model, lanes)
+    one.warm()
     application = _app(one, key, config.serve.origins)
     where = server.address_of(listening)
     common.say(f"serving {', '.join(one.lanes)} at {where}/v1, until Ctrl-C or SIGTERM")

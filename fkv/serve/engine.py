@@ -80,6 +80,13 @@ class Engine:
     def start(self) -> None:
         self._thread.start()
 
+    def warm(self, request: Any) -> None:
+        """Answers a request in every lane, before `start`: programs are compiled then."""
+        for lane in self._lanes.values():
+            lane.batcher.submit(request)
+            while lane.busy:
+                lane.batcher.step(self._every)
+
     def stop(self, seconds: float) -> None:
         """Ends the thread after its step; what it still works on is lost."""
         self._stopping = True

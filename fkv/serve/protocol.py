@@ -13,7 +13,7 @@ from typing import Any
 
 from fkv import kinds
 from fkv.engine.answers import stop_strings
-from fkv.engine.decoding import Sampling
+from fkv.engine.sampling import Sampling
 from fkv.errors import UserError, suggest
 from fkv.kinds import SWITCH, TEXT, Kind, said
 from fkv.models import chat as chats

@@ -8,9 +8,11 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
+
 from fkv import api
 from fkv.engine.answers import Answer
-from fkv.engine.decoding import Sampling
+from fkv.engine.sampling import Sampling
 from fkv.errors import UserError, suggest
 from fkv.kinds import said
 from fkv.models import chat as chats
@@ -98,6 +100,13 @@ class Service:
         self._texts = ThreadPoolExecutor(1, "fkv texts")
         self._pending = dict.fromkeys(lanes, 0)
         self._seconds = 1.0  # that an answer takes, about
+
+    def warm(self) -> None:
+        """Has the programs compiled that most requests need; before `start`."""
+        settings = {"sampling": Sampling(0.5), "stop": self.model.stop}
+        limit = min(self.limits.every + 1, self.limits.length - 1)
+        prompt, key = np.zeros(1, np.int32), api.sample_key(0, 0, 0)
+        self._engine.warm(self._make_request(prompt=prompt, key=key, limit=limit, **settings))
 
     def start(self) -> None:
         """In the event loop that calls everything else."""

@@ -60,8 +60,8 @@ ZERO = {
     "evaluate.temperature", "evaluate.top_k", "generate.temperature", "generate.top_k",
     "benchmark.layers", "benchmark.top_k", "benchmark.temperature", "benchmark.memory_gib",
     "benchmark.minutes", "traces.min_p", "evaluate.min_p", "generate.min_p", "benchmark.min_p",
-    "serve.min_p", "serve.temperature", "serve.top_k", "serve.port", "serve.queue", "serve.logprobs",
-    "serve.sessions", "serve.drain",
+    "serve.min_p", "serve.temperature", "serve.top_k", "serve.port", "serve.queue",
+    "serve.logprobs", "serve.sessions", "serve.drain",
 }  # fmt: skip
 
 

@@ -5,7 +5,7 @@ import contextlib
 import pytest
 
 from fkv import models
-from fkv.engine.decoding import Sampling
+from fkv.engine.sampling import Sampling
 from fkv.models.named import Model
 from tests import oracles
 from tests.models.test_texts import IDS, WORDS, make

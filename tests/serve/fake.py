@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from fkv.engine.decoding import Sampling
+from fkv.engine.sampling import Sampling
 from fkv.errors import UserError
 
 

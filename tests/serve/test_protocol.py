@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from fkv.engine.decoding import Sampling
+from fkv.engine.sampling import Sampling
 from fkv.serve import protocol
 from fkv.serve.protocol import Refused
 
