@@ -7,7 +7,7 @@ print(out[0][0].text)
 
 import dataclasses
 import warnings
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from jax.typing import DTypeLike
 
 from fkv import kinds, models, policies, tasks
 from fkv.cache.cadence import Cadence
-from fkv.engine import decoding
 from fkv.engine.answers import Answer, Generation, stop_strings
+from fkv.engine.batcher import Batcher, Request
 from fkv.engine.sampling import Sampling
 from fkv.errors import UserError
 from fkv.keys import Purpose, key_of
@@ -114,8 +114,12 @@ def generate(
     seed: int = 0,
     chat: bool = False,
     protect_prompt: int = 0,
+    min_p: float = 0.0,
     stop: str | Sequence[str] = (),
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    logprobs: bool = False,
+    top_logprobs: int = 0,
+    batch: int = 64,
 ) -> list[list[Generation]]:
     """Continues prompts with a cache bounded by a policy.
 
@@ -127,12 +131,15 @@ def generate(
       budget, interval: B and L, KV pairs per head.
       new_tokens: at most this many are added.
       samples: continuations of each prompt.
-      temperature, top_k, top_p: see `Sampling`; the defaults are the paper's.
+      temperature, top_k, top_p, min_p: see `Sampling`; the defaults are the paper's.
       seed: same seed, same samples.
       chat: put texts into the chat template, as a user's message. Messages always are.
       protect_prompt: so many of a prompt's first tokens are never evicted; part of the budget.
       stop: strings that end an answer, which its text leaves out.
       chat_template_kwargs: for the chat template, as `{"enable_thinking": False}` of Qwen3's.
+      logprobs: also say the logprob of each token.
+      top_logprobs: also say so many of the likeliest tokens beside each.
+      batch: rows that are decoded at a time; no result depends on it.
 
     Returns:
       For each prompt its samples.
@@ -146,20 +153,83 @@ def generate(
     """
     ids = encode_all(model, prompts, chat, chat_template_kwargs)
     kinds.check("samples", samples, kinds.whole(1, 2**16))
-    kinds.check("new_tokens", new_tokens, kinds.whole(1))
-    stop = stop_strings(stop)
-    cadence = Cadence(budget, interval, protect_prompt)
-    plan = decoding.Plan(cadence, Sampling(temperature, top_k, top_p), model.stop)
-    policy = _policy(policy, model, cadence)
-    _warn_of_length(model, max(map(len, ids)), new_tokens)
+    kinds.check("batch", batch, kinds.whole(1))
+    kinds.check("top_logprobs", top_logprobs, kinds.whole(0, model.config.vocab_size))
     rows = [(i, j) for i in range(len(ids)) for j in range(samples)]
-    prompts, limit = [ids[i] for i, _ in rows], [new_tokens] * len(rows)
-    key_b = jax.numpy.stack([sample_key(seed, i, j) for i, j in rows])
-    out = decoding.generate(model.lm, policy, plan, prompts, key_b, limit)
+    sampling = Sampling(temperature, top_k, top_p, min_p)
+    cadence = Cadence(budget, interval, protect_prompt)
+    made = _Run(model, _policy(policy, model, cadence), cadence, sampling, new_tokens)
+    _warn_of_length(model, max(map(len, ids)), new_tokens)
+    answers = [Answer(model, stop_strings(stop)) for _ in rows]
+    requests = [made.request(ids[i], sample_key(seed, i, j), top_logprobs) for i, j in rows]
+    top = top_logprobs if logprobs or top_logprobs else None
+    for _ in made.events(requests, answers, min(batch, len(rows)), top, None):
+        pass
     found = [[] for _ in ids]
-    for (i, _), tokens in zip(rows, out, strict=True):
-        found[i].append(finished(model, policy, len(ids[i]), tokens, cadence, stop))
+    for (i, _), answer in zip(rows, answers, strict=True):
+        found[i].append(made.said(len(ids[i]), answer))
     return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What `generate` and `stream` share."""
+
+    model: Model
+    policy: Policy
+    cadence: Cadence
+    sampling: Sampling
+    new_tokens: int
+
+    def __post_init__(self):
+        kinds.check("new_tokens", self.new_tokens, kinds.whole(1))
+
+    def request(self, prompt: np.ndarray, key: jax.Array, top: int) -> Request:
+        return Request(prompt, key, self.new_tokens, self.sampling, self.model.stop, top)
+
+    def events(
+        self,
+        requests: Sequence[Request],
+        answers: Sequence[Answer],
+        rows: int,
+        top: int | None,
+        every: int | None,
+    ) -> Iterator[str]:
+        """Has the requests answered; yields pieces of text as they come, whosever they are.
+
+        Args:
+          top: of the likeliest tokens beside each; None for no logprobs.
+          every: tokens between two pieces.
+        """
+        length = max(len(one.prompt) for one in requests) + self.new_tokens
+        batcher = Batcher(self.model.lm, self.policy, self.cadence, rows, length, top=top)
+        going = dict(zip([batcher.submit(one) for one in requests], answers, strict=True))
+        while going:
+            for event in batcher.step(every):
+                answer = going.get(event.id)
+                if answer is None:  # ended by a stop string
+                    continue
+                if event.finish == "error":
+                    raise _not_finite(self.model)
+                logprobs = None if top is None else event.logprobs
+                yield answer.add(event.tokens, event.finish, logprobs, event.top)
+                if answer.finish is not None:
+                    del going[event.id]
+                    batcher.cancel(event.id)
+
+    def said(self, prompt: int, answer: Answer) -> Generation:
+        return _said(self.model, self.policy, prompt, answer, self.cadence)
+
+
+def _not_finite(model: Model) -> UserError:
+    dtype = _dtype(model)
+    other = "float32" if dtype == "bfloat16" else "bfloat16 or float32"
+    cure = "check its weights" if dtype == "float32" else f"set dtype to {other}"
+    return UserError(f"the language model's logits are NaN or infinite in {dtype}: {cure}")
+
+
+def _dtype(model: Model) -> str:
+    return str(model.lm.params["embed_vm"].dtype) if model.lm.params else "float32"
 
 
 def finished(
@@ -181,10 +251,7 @@ def _said(model, policy, prompt, answer: Answer, cadence: Cadence) -> Generation
     slots, fired = length, 0
     if policy.evicts:
         slots, fired = cadence.slots, cadence.evictions_generating(prompt, len(answer.tokens))
-    dtype = "float32"  # of no weights
-    if model.lm.params:
-        dtype = model.lm.params["embed_vm"].dtype
-    return answer.generation(fired, prompt, costs.cache_bytes(model.config, slots, dtype))
+    return answer.generation(fired, prompt, costs.cache_bytes(model.config, slots, _dtype(model)))
 
 
 def stream(
@@ -200,35 +267,30 @@ def stream(
     seed: int = 0,
     chat: bool = False,
     protect_prompt: int = 0,
+    min_p: float = 0.0,
     stop: str | Sequence[str] = (),
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    every: int = 16,
 ) -> Generator[str, None, Generation]:
     """The text of one continuation as it is generated, in pieces.
 
-    Takes one prompt. The pieces together are the text of `generate` with the same arguments; the
-    generator returns the `Generation`.
+    Takes one prompt, and yields a piece for every so many tokens. The pieces together are the text
+    of `generate` with the same arguments; the generator returns the `Generation`.
     """
     if model.tokenizer is None:
         raise UserError(f"model {model.name} has no tokenizer: there is no text to stream")
-    kinds.check("new_tokens", new_tokens, kinds.whole(1))
+    kinds.check("every", every, kinds.whole(1))
     answer = Answer(model, stop_strings(stop))
+    sampling = Sampling(temperature, top_k, top_p, min_p)
     cadence = Cadence(budget, interval, protect_prompt)
-    plan = decoding.Plan(cadence, Sampling(temperature, top_k, top_p), model.stop)
-    policy = _policy(policy, model, cadence)
+    made = _Run(model, _policy(policy, model, cadence), cadence, sampling, new_tokens)
     found = encode_all(model, prompt, chat, chat_template_kwargs)
     if len(found) != 1:
         raise UserError(f"stream takes one prompt, not {len(found)}: use generate")
-    [ids] = found
-    _warn_of_length(model, len(ids), new_tokens)
-    key_b = sample_key(seed, 0, 0)[None]
-    for chunk in decoding.stream(model.lm, policy, plan, [ids], key_b, [new_tokens]):
-        tokens = np.asarray(chunk[0][: new_tokens - len(answer.tokens)])
-        ended = len(tokens) and int(tokens[-1]) in model.stop
-        yield answer.add(tokens, "stop" if ended else None)
-        if answer.finish:
-            break
-    yield answer.add(np.zeros(0, np.int32), "length")
-    return _said(model, policy, len(ids), answer, cadence)
+    _warn_of_length(model, len(found[0]), new_tokens)
+    request = made.request(found[0], sample_key(seed, 0, 0), 0)
+    yield from made.events([request], [answer], 1, None, every)
+    return made.said(len(found[0]), answer)
 
 
 def load_scorer(

@@ -16,12 +16,14 @@ from tokenizers import models as tokenizer_models
 import fkv
 from fkv import api, models, policies
 from fkv.cache.cadence import Cadence
-from fkv.engine import decoding
+from fkv.engine.batch import Batch
+from fkv.engine.replay import replay
 from fkv.errors import UserError
 from fkv.models import texts
 from fkv.policies import scorer
 from fkv.runs import checkpoint
 from tests import oracles
+from tests.serve import fake
 
 SIZES = {"budget": 16, "interval": 8, "new_tokens": 20}
 WORDS = ["<unk>", "<eos>", "<user>", "<bot>", *(f"w{i}" for i in range(33))]
@@ -169,20 +171,13 @@ def test_ids_are_taken_as_they_are(words, bare):
 
 def prompts_of(words, prompts, monkeypatch, call=fkv.generate, **settings):
     """What reaches the decoder."""
-    seen = []
-
-    def fake(lm, policy, plan, prompts, *_):
-        seen.extend(np.asarray(p).tolist() for p in prompts)
-        return [np.array([1])] * len(prompts)
-
-    monkeypatch.setattr(decoding, "generate", fake)
-    monkeypatch.setattr(decoding, "stream", lambda *args: iter([fake(*args)]))
+    requests = fake.instead(monkeypatch, api, script=[1])
     found = call(words, prompts, **SIZES | settings)
     if call is fkv.stream:
         list(found)
     else:
-        assert len(found) == len(seen)
-    return seen
+        assert len(found) == len(requests)
+    return [one.prompt.tolist() for one in requests]
 
 
 ONE_PROMPT = {
@@ -372,7 +367,10 @@ def test_the_pieces_of_a_stream_are_the_whole(words):
     free = dataclasses.replace(words, stop=())
     pieces = list(fkv.stream(free, "w3 w1 w4", "full", **SIZES))
     assert "".join(pieces) == fkv.generate(free, "w3 w1 w4", "full", **SIZES)[0][0].text
-    assert len([x for x in pieces if x]) == 3  # 8, 8 and 4 tokens
+    for every, count in ((3, 7), (8, 3), (100, 3)):  # at most up to a border
+        pieces = list(fkv.stream(free, "w3 w1 w4", "full", every=every, **SIZES))
+        assert "".join(pieces) == fkv.generate(free, "w3 w1 w4", "full", **SIZES)[0][0].text
+        assert len([x for x in pieces if x]) == count, every
 
 
 def test_a_conversation_is_a_prompt(words, bare, monkeypatch):
@@ -416,6 +414,24 @@ def test_a_stop_string_ends_an_answer_and_is_not_shown(words):
             fkv.generate(words, "w3", stop=given, **SIZES)
 
 
+def test_logprobs_are_those_of_the_model(words):
+    [[plain]] = fkv.generate(words, "w3", "full", **SIZES)
+    [[x]] = fkv.generate(words, "w3", "full", logprobs=True, top_logprobs=3, **SIZES)
+    assert plain.logprobs is None is plain.top and x.tokens.tolist() == plain.tokens.tolist()
+    ids, logprobs = x.top
+    assert ids.shape == logprobs.shape == (len(x.tokens), 3)
+    token = jnp.asarray([4 + 3, *x.tokens[:-1]])[None]
+    lm = oracles.make_lm()
+    replayed = replay(lm, Batch.of(token, jnp.array([token.shape[1]])), policies.get("full"),
+                      Cadence(16, 8))[0]  # fmt: skip
+    want = jax.nn.log_softmax(models.unembed(lm, replayed).astype(jnp.float32))[0]
+    drawn = np.asarray(want)[np.arange(len(x.tokens)), x.tokens]
+    np.testing.assert_allclose(x.logprobs, drawn, atol=1e-4)
+    np.testing.assert_allclose(logprobs, -np.sort(-np.asarray(want))[:, :3], atol=1e-4)
+    with pytest.raises(UserError, match="logprobs = 99 must be"):
+        fkv.generate(words, "w3", top_logprobs=99, **SIZES)
+
+
 def test_what_a_generation_says_of_its_cache(words):
     config = words.config
     entry = config.layers * config.kv_heads * (2 * config.head_dim * 4 + 4)
@@ -439,10 +455,9 @@ def test_a_stream_never_cuts_a_character(tmp_path):
     assert len(tokens) == 50 and api.decode(model, tokens) == text
 
     def streamed(tokens, size):
-        chunks = [[tokens[i : i + size]] for i in range(0, len(tokens), size)]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(decoding, "stream", lambda *_: iter(chunks))
-            return list(fkv.stream(model, "a", new_tokens=len(tokens)))
+            fake.instead(patch, api, script=tokens)
+            return list(fkv.stream(model, "a", new_tokens=len(tokens), every=size))
 
     for size in (1, 3, 4, 7):
         pieces = streamed(tokens, size)

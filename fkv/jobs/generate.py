@@ -52,8 +52,8 @@ def run(config: ConfigDict, workdir: str) -> str:
     start = time.perf_counter()
     sizes = config.budget, config.interval, settings.new_tokens
     sampling = settings.temperature, settings.top_k, settings.top_p, config.seed
-    kept = config.protect_prompt
-    pieces, one = api.stream(model, ids, policy, *sizes, *sampling, protect_prompt=kept), None
+    more = {"protect_prompt": config.protect_prompt, "min_p": settings.min_p}
+    pieces, one = api.stream(model, ids, policy, *sizes, *sampling, **more), None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*max_position_embeddings")  # said above
         while one is None:

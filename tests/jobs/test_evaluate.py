@@ -30,6 +30,7 @@ from fkv.runs import preemption, rundir
 from fkv.tasks import ledger
 from tests import figures
 from tests.jobs.test_sft import SEED, small
+from tests.serve import fake
 
 PNG = b"\x89PNG"
 PICTURES = ("accuracy", "loss_ratio", "loss_by_position", "regret", "retention",
@@ -928,19 +929,19 @@ def test_generate_counts_what_it_wrote(finished, answered):
 def test_generate_takes_the_prompt_and_settings_given(tmp_path, capsys, monkeypatch):
     given = []
 
-    def stream(model, ids, *args, protect_prompt):
-        given.append((api.decode(model, ids), *args, protect_prompt))
+    def stream(model, ids, *args, protect_prompt, min_p):
+        given.append((api.decode(model, ids), *args, protect_prompt, min_p))
         yield from ("fan ", "", "</think> total 3")
         return api.Generation("fan </think> total 3", np.arange(5), "stop", 2)
 
     monkeypatch.setattr(api, "stream", stream)
     config = one_answer(generate__policy="h2o", generate__prompt="start fan <think>", seed=5)
-    config.protect_prompt = 7
+    config.protect_prompt, config.generate.min_p = 7, 0.25
     config.generate.temperature, config.generate.top_k, config.generate.top_p = 0.0, 3, 0.5
     assert generate.run(config, str(tmp_path)) == "fan </think> total 3"
     ((prompt, policy, *settings),) = given
     assert prompt == "start fan <think>" and policy == policies.get("h2o")
-    assert settings == [16, 8, 12, 0.0, 3, 0.5, 5, 7]
+    assert settings == [16, 8, 12, 0.0, 3, 0.5, 5, 7, 0.25]
     said = capsys.readouterr().out
     assert "fan </think> total 3" in said and "3 + 5 tokens, 2 evictions" in said
     assert "the right answer" not in said  # no one knows it
@@ -954,7 +955,7 @@ def test_generate_takes_the_prompt_and_settings_given(tmp_path, capsys, monkeypa
 def test_generate_warns_of_more_than_the_model_was_made_for_once(
     new_tokens, lines, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(decoding, "stream", lambda *_: iter([[np.array([5, 2])]]))
+    fake.instead(monkeypatch, api, script=[5, 2])
     config = one_answer(generate__prompt="start fan <think>")
     config.generate.new_tokens = new_tokens
     with warnings.catch_warnings():
