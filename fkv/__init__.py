@@ -14,3 +14,7 @@ def __getattr__(name: str) -> Any:
     if name not in _API:
         raise AttributeError(f"module 'fkv' has no attribute {name!r}")
     return getattr(importlib.import_module("fkv.api"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

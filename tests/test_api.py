@@ -519,3 +519,9 @@ def test_scorers_of_a_run_are_a_policy(words, tmp_path):
 def test_no_scorers_are_an_error(tmp_path):
     with pytest.raises(UserError, match=r"no checkpoint in .*: give the --workdir of a run"):
         fkv.load_scorer(tmp_path)
+
+
+def test_tab_shows_what_there_is_and_imports_nothing():
+    assert {"load", "generate", "stream", "load_scorer"} < set(dir(fkv)) <= set(fkv.__all__)
+    for name in dir(fkv):
+        assert getattr(fkv, name) is not None
