@@ -136,7 +136,8 @@ def _among_likeliest(x_bn, token_bn, key_b, how, total_b1, whole_b):
     p = jnp.exp(x - jnp.where(inside, jax.nn.logsumexp(x, axis=-1, keepdims=True), total_b1))
     before = jnp.cumsum(p, axis=-1) - p  # of likelier tokens: the first always stays
     kept = jnp.where((before < how.top_p_b) | (how.top_p_b >= 1), x, -jnp.inf)
-    kept = _at_least(kept, x_bn[:, :1], how)
+    # Not the first of the sorted, a slice that keeps XLA from seeing that few are needed.
+    kept = _at_least(kept, x_bn.max(-1, keepdims=True), how)
     # If the last one is too unlikely, so are all after it. (Of more than `n` likeliest tokens the
     # share of each is not known here.)
     enough_b = inside[:, 0] | jnp.isneginf(kept[:, -1]) & whole_b
