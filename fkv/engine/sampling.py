@@ -13,8 +13,9 @@ from jax import Array
 from fkv import kinds
 from fkv.models import numerics
 
-# So many of the likeliest tokens are looked at; rows that need more have the vocabulary sorted.
-_CANDIDATES = 128
+# So many of the likeliest tokens are looked at: the fewest that serve all rows by their top-k, or
+# the most. Where those don't serve a row, its vocabulary is sorted.
+_FEWEST, _MOST = 32, 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,19 +86,23 @@ def _draw(x_bv, key_b, how, warm_b):
         temperature_b=jnp.where(warm_b, how.temperature_b, 1.0)[:, None], top_k_b=top_k_b[:, None],
         top_p_b=how.top_p_b[:, None], min_p_b=how.min_p_b[:, None],
     )  # fmt: skip
-    few = min(_CANDIDATES, vocab)
+    fewest, most = min(_FEWEST, vocab), min(_MOST, vocab)
     plain_b = warm_b & (top_k_b == vocab) & (how.top_p_b[:, 0] >= 1)  # in the vocabulary's order
-    wide_b = warm_b & ~plain_b & (top_k_b > few)
+    wide_b = warm_b & ~plain_b & (top_k_b > most)
 
     def whole():
         """The logarithm of the vocabulary's probability, without a factor."""
         return jax.nn.logsumexp(x_bv / how.temperature_b, axis=-1, keepdims=True)
 
-    def among_few():
+    def among(count):
         total_b1 = jax.lax.cond(wide_b.any(), whole, lambda: jnp.zeros_like(how.temperature_b))
-        x, token = numerics.top_k(x_bv, few)
+        x, token = numerics.top_k(x_bv, count)
         drawn, enough_b = _among_likeliest(x, token, key_b, how, total_b1, top_k_b == vocab)
         return drawn, wide_b & ~enough_b
+
+    def among_few():
+        narrow = (plain_b | ~warm_b | (top_k_b <= fewest)).all()
+        return jax.lax.cond(narrow, lambda: among(fewest), lambda: among(most))
 
     def among_all():
         token = jnp.argsort(-x_bv, axis=-1)
