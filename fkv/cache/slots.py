@@ -135,15 +135,11 @@ def append(
     return Cache(key, value, write(cache.position_bks, position), cache.entry)
 
 
-def flush(cache: Cache, interval: int, axes: tuple[int, ...] = ()) -> Cache:
+def flush(cache: Cache, interval: int) -> Cache:
     """Moves the staging ring of a cache that does not evict to each row's own next slots.
 
     Slot i holds token i, and the ring those from its first one's position on. Rows that are done
     may lose what they hold.
-
-    Args:
-      axes: `unit_axes` to drop. In a program that decodes, too, XLA copies the cache if they are
-        not dropped; in one of its own, if they are.
     """
     b, k, slots = cache.position_bks.shape
     room = slots - interval
@@ -151,20 +147,13 @@ def flush(cache: Cache, interval: int, axes: tuple[int, ...] = ()) -> Cache:
 
     def one(row, cache):
         def put(x):
-            def at(slot):
-                lead = [index for axis, index in enumerate((row, 0)) if axis not in axes]
-                return *lead, slot, *[0] * (x.ndim - len(lead) - 1)
-
-            size = [count for axis, count in enumerate((1, k)) if axis not in axes]
-            size += [interval, *x.shape[len(size) + 1 :]]
-            ring = jax.lax.dynamic_slice(x, at(room), size)
-            return jax.lax.dynamic_update_slice(x, ring, at(start_b[row]))
+            at, size = (row, 0, room, *[0] * (x.ndim - 3)), (1, k, interval, *x.shape[3:])
+            ring = jax.lax.dynamic_slice(x, at, size)
+            return jax.lax.dynamic_update_slice(x, ring, (row, 0, start_b[row], *at[3:]))
 
         return jax.tree.map(put, cache)
 
-    cache = jax.tree.map(lambda x: jnp.squeeze(x, axes), cache)
     cache = one(0, cache) if b == 1 else jax.lax.fori_loop(0, b, one, cache)
-    cache = jax.tree.map(lambda x: jnp.expand_dims(x, axes), cache)
     empty = jnp.full((b, k, interval), -1, jnp.int32)
     position = jax.lax.dynamic_update_slice(cache.position_bks, empty, (0, 0, room))
     return cache.replace(position_bks=position)

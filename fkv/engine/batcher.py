@@ -15,65 +15,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
 from fkv import kinds, models
 from fkv.cache.cadence import Cadence
 from fkv.engine import replay, steps
 from fkv.engine.replay import Site
-from fkv.engine.sampling import FREE, Sampling, Samplings
-from fkv.engine.steps import NO_TOKEN, NOT_FINITE, SHALLOW, Program
+from fkv.engine.requests import STOPS, Event, Kept, Request, check, cut
+from fkv.engine.sampling import Sampling, Samplings
+from fkv.engine.steps import NO_TOKEN, NOT_FINITE, Program
 from fkv.errors import UserError
 from fkv.models import LM
 from fkv.policies.base import Policy
 
 PIECE = 1024  # tokens of a prompt that are read between steps, by default
-_STOPS = 64  # a request's stop tokens, at most
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """What is to be answered.
-
-    Attributes:
-      prompt: token ids, int32, at least one.
-      key: PRNG key: equal keys and prompts, equal tokens.
-      limit: new tokens, at most.
-      sampling: of the tokens.
-      stop: tokens that end the answer, at most 64.
-      logprobs: so many of the likeliest tokens beside each, at most the batcher's `top`.
-    """
-
-    prompt: np.ndarray
-    key: Array
-    limit: int
-    sampling: Sampling = FREE
-    stop: tuple[int, ...] = ()
-    logprobs: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Event:
-    """What a step brought for a request.
-
-    Attributes:
-      id: as `submit` gave it.
-      tokens: ids since its last event, int32 [n]; a stop token is the last.
-      logprobs: of each, by the model's own distribution, before temperature or top-k: float32 [n];
-        NaN in a batcher that computes none.
-      top: of the likeliest tokens ids and logprobs, [n, logprobs] each; None if not asked for.
-      finish: None while it goes on; `stop`, `length`, `cancelled`, or `error` where the logits are
-        NaN or infinite.
-      evictions: of a head so far, those after which a token attends.
-    """
-
-    id: int
-    tokens: np.ndarray
-    logprobs: np.ndarray
-    top: tuple[np.ndarray, np.ndarray] | None
-    finish: str | None
-    evictions: int
 
 
 @dataclasses.dataclass
@@ -85,6 +40,8 @@ class _Row:
       tokens: how many were drawn.
       newest: the last of them.
       new: what was drawn since the last event, arrays [n, ...].
+      answer: the tokens of all events.
+      held: at the end, what its cache holds, per layer.
     """
 
     id: int
@@ -94,6 +51,8 @@ class _Row:
     newest: int = 0
     finish: str | None = None
     new: list[steps.Drawn] = dataclasses.field(default_factory=list)
+    answer: list[int] = dataclasses.field(default_factory=list)
+    held: list[Any] | None = None
 
     @property
     def left(self) -> int:
@@ -188,6 +147,7 @@ class Batcher:
         self._start = 0  # steps since the last border
         self._mesh, dtype = steps.mesh_of(lm), lm.params["embed_vm"].dtype
         self._room = max(length, interval)
+        self._made = policy, cadence, self._room
         sizes = rows, lm.config, cadence, self._room, dtype, self._mesh
         self._caches, self._asked = steps.empty(policy, *sizes)
         self._settings: steps.Rows | None = None  # None where rows have changed
@@ -216,7 +176,9 @@ class Batcher:
         Raises:
           UserError: it could never be answered; one line that says why.
         """
-        _check(request, self._lm.config.vocab_size, self._length, self._top)
+        check(request, self._lm.config.vocab_size, self._length, self._top)
+        if request.kept is not None and not _same(request.kept.made_by, self._made):
+            raise UserError("kept is of another policy, cadence or length than this batcher's")
         key = np.asarray(jax.random.key_data(request.key))
         self._queue.append(_Row(self._ids, request, key))
         self._ids += 1
@@ -276,13 +238,18 @@ class Batcher:
                 self._reading = None
                 one.row.take(jax.tree.map(lambda x: x[0], jax.device_get(drawn)))
                 if one.row.finish:
+                    one.row.held = one.held
                     self._ended.append(one.row)
                 else:
                     self._ready.append(one)
 
     def _begin(self, row: _Row) -> _Reading:
-        pieces = collections.deque(cut(row.request.prompt, self._cadence.interval, self._piece))
-        return _Reading(row, pieces, self._settings_of([row]), [None] * self._lm.config.layers)
+        prompt, kept, held = row.request.prompt, row.request.kept, [None] * self._lm.config.layers
+        first = 0
+        if kept is not None:  # copied, as reading on reuses the buffers
+            first, held = len(kept.tokens), jax.tree.map(jnp.copy, list(kept.held))
+        pieces = cut(prompt[first:], self._cadence.interval, self._piece, first)
+        return _Reading(row, collections.deque(pieces), self._settings_of([row]), held)
 
     def _read_piece(self, one: _Reading) -> steps.Drawn | None:
         """Reads the next piece; after the last one, draws a token."""
@@ -312,7 +279,7 @@ class Batcher:
 
     def _settings_of(self, some: Sequence[_Row | None]) -> steps.Rows:
         """What these rows' requests set, as arrays."""
-        stop = np.full((len(some), _STOPS), NO_TOKEN, np.int32)
+        stop = np.full((len(some), STOPS), NO_TOKEN, np.int32)
         for i, row in enumerate(some):
             if row is not None:
                 stop[i, : len(row.request.stop)] = row.request.stop
@@ -336,19 +303,39 @@ class Batcher:
         state = steps.State(self._caches, self._asked, token, position, left)
         program, rows = Program(self._cadence, count, self._top), self._settings
         start, self._start = self._start, (self._start + count) % self._cadence.interval
-        whole = not self._start and self._lm.config.layers <= SHALLOW
-        run = steps.one_chunk if whole else steps.steps
-        state, drawn = run(self._lm, self._policy, program, state, rows, np.int32(start))
-        if not whole and not self._start:
-            state = steps.evict(self._lm.config, self._policy, self._cadence, state, rows)
-        self._caches, self._asked = state.caches, state.asked
-        drawn = jax.device_get(drawn)  # evictions may still run
+        start = np.int32(start)
+        state, drawn = steps.steps(self._lm, self._policy, program, state, rows, start)
+        keep = any(row is not None and row.request.keep for row in self._rows)
+        if not keep:  # evictions run while the host sees what was drawn
+            state = self._border(state)
+        drawn = jax.device_get(drawn)
         for i, row in enumerate(self._rows):
             if row is not None:
                 row.take(jax.tree.map(lambda x, i=i: x[i], drawn))
                 if row.finish:
                     self._ended.append(row)
                     self._rows[i] = None
+                    if row.request.keep and row.finish != "error":
+                        row.held = self._take(state, i)
+        if keep:
+            state = self._border(state)
+        self._caches, self._asked = state.caches, state.asked
+
+    def _border(self, state: steps.State) -> steps.State:
+        if self._start:
+            return state
+        rows, lm = self._settings, self._lm
+        return steps.evict(lm.config, self._policy, self._cadence, state, rows)
+
+    def _take(self, state: steps.State, index: int) -> list[Any]:
+        """What a row holds, per layer."""
+        room, row = steps.room_to_read(self._room, self._piece), np.int32(index)
+        site = self._site(0, self._settings)
+        asked = state.asked or [None] * len(state.caches)
+        return [
+            steps.take_layer(self._policy, cache, one, site, row, room)
+            for cache, one in zip(state.caches, asked, strict=True)
+        ]
 
     # ---- what comes of it
 
@@ -366,10 +353,33 @@ class Batcher:
         if n := row.request.logprobs:
             top = new.top_token[:, :n], new.top_logprob[:, :n]
         row.new = []
-        evictions = 0
-        if self._policy.evicts and row.tokens:
-            evictions = self._cadence.evictions_generating(len(row.request.prompt), row.tokens)
-        return Event(row.id, new.token, logprob, top, row.finish, evictions)
+        row.answer += new.token.tolist()
+        entries, evictions = self._counts(row)
+        kept = None
+        if row.request.keep and row.finish in ("stop", "length"):
+            tokens = np.concatenate([row.request.prompt, row.answer[:-1]]).astype(np.int32)
+            kept = Kept(tokens, tuple(row.held), entries, evictions, self._made)
+        return Event(row.id, new.token, logprob, top, row.finish, evictions, kept)
+
+    def _counts(self, row: _Row) -> tuple[int, int]:
+        """Entries that a head with an even budget holds, and evictions a token attended after."""
+        prompt, kept, budget = len(row.request.prompt), row.request.kept, self._cadence.budget
+        held, fired = (kept.entries, kept.evictions) if kept else (0, 0)
+        new = prompt - (len(kept.tokens) if kept else 0) + max(row.tokens - 1, 0)
+        if not self._policy.evicts:
+            return held + new, 0
+        if not row.tokens:
+            return held, fired
+        interval = self._cadence.interval
+        chunk = (prompt - (len(kept.tokens) if kept else 0) - 1) % interval + 1
+        while new > 0:
+            fired, held = fired + (held > budget), min(held, budget) + min(chunk, new)
+            new, chunk = new - chunk, interval
+        return held, fired
+
+
+def _same(some: tuple, others: tuple) -> bool:
+    return some[0] is others[0] and some[1:] == others[1:]
 
 
 def _nothing(top: int | None) -> steps.Drawn:
@@ -378,51 +388,3 @@ def _nothing(top: int | None) -> steps.Drawn:
     if not top:
         return steps.Drawn(token, None if top is None else logprob)
     return steps.Drawn(token, logprob, np.zeros((0, top), np.int32), np.zeros((0, top), np.float32))
-
-
-def cut(prompt: np.ndarray, interval: int, piece: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """A prompt in pieces: tokens and positions [1, t] of each.
-
-    All but the first have `piece` tokens. The first is padded on the left, to one of few widths:
-    1, 2, 3, 4, 6, 8, 12, 16 ... chunks.
-    """
-    count = (len(prompt) - 1) % piece + 1
-    chunks = -(-count // interval)
-    unit = 1 << max((chunks - 1).bit_length() - 2, 0)
-    width = min(-(-chunks // unit) * unit * interval, piece)
-    token = np.concatenate([np.zeros(width - count, np.int32), np.asarray(prompt, np.int32)])
-    position = np.maximum(np.arange(len(token), dtype=np.int32) - (width - count), -1)
-    ends = range(width, len(token) + 1, piece)
-    starts = [0, *ends][:-1]
-    return [(token[None, i:j], position[None, i:j]) for i, j in zip(starts, ends, strict=True)]
-
-
-def _check(request: Request, vocab: int, length: int, top: int | None) -> None:
-    """Refuses a request that could never be answered."""
-    prompt = np.asarray(request.prompt)
-    if prompt.ndim != 1 or not prompt.size:
-        raise UserError("the prompt is empty: give at least one token")
-    if prompt.dtype.kind not in "iu":
-        raise UserError(f"the prompt has {prompt.dtype} entries: give whole token ids")
-    unknown = prompt[(prompt < 0) | (prompt >= vocab)]
-    if unknown.size:
-        raise UserError(f"the prompt has token {unknown[0]}, beyond the model's {vocab}")
-    kinds.check("limit", request.limit, kinds.whole(1))
-    if len(prompt) + request.limit > length:
-        raise UserError(
-            f"{len(prompt)} tokens of the prompt and limit = {request.limit} are more than the "
-            f"{length} that a row has room for: shorten either"
-        )
-    if not isinstance(request.sampling, Sampling):
-        raise UserError(f"sampling = {kinds.said(request.sampling)} must be a Sampling")
-    if len(request.stop) > _STOPS:
-        raise UserError(f"stop has {len(request.stop)} tokens, and {_STOPS} are the most")
-    for token in request.stop:
-        kinds.check("stop: a token", token, kinds.whole(0))
-    kinds.check("logprobs", request.logprobs, kinds.whole(0))
-    if request.logprobs > (top or 0):
-        raise UserError(f"logprobs = {request.logprobs} must be at most {top or 0}")
-    key = request.key
-    is_key = isinstance(key, Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    if not is_key or key.shape:
-        raise UserError(f"key = {kinds.said(key)} must be one PRNG key of jax.random.key")

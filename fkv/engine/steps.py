@@ -3,7 +3,7 @@
 Decoding is step-outer: unrolled layers with one cache each, a `scan` of steps, and after `L` of
 them the border: one eviction of every layer. The steps are a program, and an eviction is another,
 compiled once and called layer after layer: that compiles quickly, and only one layer's temporaries
-are alive. Of shallow models a chunk is a single program, see `one_chunk`.
+are alive.
 
 A new token is written to the same slot of the staging ring in every row, so rows come at borders:
 their prompts are padded on the left to whole chunks, and padding leaves empty slots, which nothing
@@ -40,9 +40,6 @@ from fkv.policies.base import Policy
 
 NO_TOKEN = -1
 NOT_FINITE = -2  # stands for a token where logits are NaN or infinite; ends the row
-# Layers up to which a chunk is one program: a small model's steps take less time than the calls of
-# several programs.
-SHALLOW = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,28 +246,6 @@ def evict(
     return state.replace(caches=tuple(caches))
 
 
-def chunk(
-    lm: LM, policy: Policy, program: Program, state: State, rows: Rows, start: Array | int
-) -> tuple[State, Drawn]:
-    """`steps` up to the border, and `evict`, as a single program under `jit`.
-
-    Returns:
-      The state, which reuses the buffers of that given, and what was drawn.
-    """
-    state, drawn = steps(lm, policy, program, state, rows, start)
-    return evict(lm.config, policy, program.cadence, state, rows, _evict_inside), drawn
-
-
-def _evict_inside(policy, cache, asked, site):
-    """`evict_layer` in a program that decodes, too."""
-    if policy.evicts:
-        return evict_layer(policy, cache, asked, site)
-    return kv.flush(cache, site.cadence.interval, kv.unit_axes(cache.position_bks))
-
-
-one_chunk = jax.jit(chunk, static_argnames="program", donate_argnames="state")
-
-
 # ---- prompts
 
 
@@ -413,6 +388,40 @@ def place_layer(
         return jax.lax.dynamic_update_slice(x, one, (row, *[0] * (x.ndim - 1)))
 
     return jax.tree.map(put, cache, held)
+
+
+@functools.partial(jax.jit, static_argnames="room")
+def take_layer(
+    policy: Policy, cache: kv.Cache, asked: Asked | None, site: Site, row: Array | int, room: int
+) -> Staged | kv.Cache:
+    """A layer of one row of a batch, anywhere between two borders, as `read_layer` leaves it.
+
+    Args:
+      room: slots of a full cache, see `room_to_read`.
+    """
+    interval = site.cadence.interval
+
+    def take(x, axis=0):
+        return jax.lax.dynamic_slice_in_dim(x, row, 1, axis)
+
+    one = jax.tree.map(take, cache)
+    if policy.evicts:
+        asked = jax.tree.map(functools.partial(take, axis=1), asked)
+        return Staged(one, asked.chunk(one.position_bks[:, 0, -interval:]))
+    more = room - one.position_bks.shape[-1]
+    start = one.position_bks[0, 0, -interval]
+
+    def moved(x, value=0):
+        ring = x[:, :, -interval:]
+        x = jnp.pad(
+            x[:, :, :-interval],
+            [(0, 0)] * 2 + [(0, more + interval)] + [(0, 0)] * (x.ndim - 3),
+            constant_values=value,
+        )
+        return jax.lax.dynamic_update_slice_in_dim(x, ring, start, axis=2)
+
+    moves = jax.tree.map(moved, one)
+    return moves.replace(position_bks=moved(one.position_bks, -1))
 
 
 # ---- shapes

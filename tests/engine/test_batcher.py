@@ -11,12 +11,13 @@ import pytest
 
 from fkv import models, policies
 from fkv.cache.cadence import Cadence
-from fkv.engine import batcher, replay, steps
+from fkv.engine import replay, requests, steps
 from fkv.engine.batch import Batch
 from fkv.engine.batcher import Batcher, Request
 from fkv.engine.sampling import Sampling, Samplings
 from fkv.errors import UserError
 from tests.engine.test_decoding import (
+    BUDGET,
     CADENCE,
     in_one_program,
     model,
@@ -154,9 +155,61 @@ def test_logprobs_are_of_the_models_own_distribution():
     assert np.isnan(event.logprobs).all() and event.tokens.tolist() == tokens[:5]
 
 
+@pytest.mark.parametrize("name", ["full", "h2o", "foresight"])
+def test_a_request_goes_on_from_a_kept_cache(name):
+    policy = in_one_program(name)
+    first = dataclasses.replace(REQUESTS[2], limit=17, keep=True)
+    batch = make(policy)
+    for request in (REQUESTS[6], first, REQUESTS[0]):
+        batch.submit(request)
+    events = collect(batch, 5)
+    tokens, *_, evictions = joined(events[1])
+    kept = events[1][-1].kept
+    assert kept.tokens.tolist() == [*PROMPTS[2], *tokens[:-1]] and evictions == kept.evictions
+    assert all(event.kept is None for i in (0, 2) for event in events[i])
+    assert 0 < kept.bytes == sum(x.nbytes for x in jax.tree.leaves(kept.held))
+    assert kept.entries == (40 if name == "full" else BUDGET + 4)
+    # The same whatever was beside the two; and the kept cache is not used up.
+    whole = np.concatenate([PROMPTS[2], tokens, PROMPTS[5][:20]])
+    second = dataclasses.replace(REQUESTS[3], prompt=whole, kept=kept, keep=True)
+    mixed = batch.submit(second)
+    batch.submit(REQUESTS[1])
+    found = joined(collect(batch, 5)[mixed])
+    alone = make(policy)
+    alone.submit(second)
+    again = collect(alone)[0]
+    assert joined(again) == found and again[-1].kept.tokens.tolist() == [*whole, *found[0][:-1]]
+    alone.submit(dataclasses.replace(second, kept=None))
+    fresh = joined(collect(alone)[1])
+    assert found[4] == (0 if name == "full" else kept.evictions + 3)  # before 9, 12 and 12 more
+    if name == "full":  # the same up to rounding
+        assert fresh[0] == found[0]
+        np.testing.assert_allclose(fresh[1], found[1], atol=1e-4)
+    # One token that ends it at once; nothing has come between.
+    ids = [alone.submit(request) for request in (first, dataclasses.replace(first, limit=1))]
+    one, other = map(collect(alone).get, ids)
+    assert one[-1].kept.tokens.tolist() == kept.tokens.tolist()
+    for x, y in zip(*map(jax.tree.leaves, (one[-1].kept.held, kept.held)), strict=True):
+        assert (np.asarray(x) == np.asarray(y)).all() or x.dtype != jnp.int32
+    assert other[-1].kept.tokens.tolist() == PROMPTS[2].tolist()
+    with pytest.raises(UserError, match="does not go on from the 40 of kept"):
+        alone.submit(dataclasses.replace(first, kept=kept))
+    with pytest.raises(UserError, match="kept is of another policy, cadence or length"):
+        make(policies.get("knorm")).submit(second)
+
+
+def collect(batch, count=None):
+    """Events by id."""
+    found = {}
+    while batch.waiting or batch.live:
+        for event in batch.step(count):
+            found.setdefault(event.id, []).append(event)
+    return found
+
+
 def test_prompts_are_cut_by_their_length_alone():
     for length in range(1, 400):
-        pieces = batcher.cut(np.arange(length), 4, 64)
+        pieces = requests.cut(np.arange(length), 4, 64)
         tokens, positions = (np.concatenate([x[i][0] for x in pieces]) for i in (0, 1))
         assert [x[0].shape[1] for x in pieces[1:]] == [64] * (len(pieces) - 1)
         first = pieces[0][0].shape[1] // 4
@@ -237,7 +290,7 @@ WIDE = Cadence(2048, 16)
     ("name", "rows", "kv_heads"),
     [("full", 4, 2), ("full", 4, 1), ("full", 1, 2), ("full", 1, 1), ("h2o", 1, 2)],
 )
-@pytest.mark.parametrize("program", ["chunk", "border"])
+@pytest.mark.parametrize("program", ["steps", "border"])
 def test_no_program_copies_a_cache(name, rows, kv_heads, program):
     config = dataclasses.replace(model().config, heads=2, head_dim=128, kv_heads=kv_heads)
     lm = model().replace(params=models.decoder.param_shapes(config), config=config)
@@ -246,9 +299,9 @@ def test_no_program_copies_a_cache(name, rows, kv_heads, program):
     caches, asked = jax.eval_shape(lambda: steps.empty(policy, *sizes))
     state = steps.State(caches, asked, row, row, row)
     settings = jax.eval_shape(lambda: make_rows(rows))
-    if program == "chunk":
+    if program == "steps":
         how = steps.Program(WIDE, 16)
-        lowered = steps.one_chunk.lower(lm, policy, how, state, settings, np.int32(0))
+        lowered = steps.steps.lower(lm, policy, how, state, settings, np.int32(0))
         held = caches
     else:
         site = replay.Site(config, WIDE, np.int32(0), settings.key_b, row)

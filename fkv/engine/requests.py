@@ -1,0 +1,157 @@
+"""What is asked of the batcher, and what it tells."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from fkv import kinds
+from fkv.cache.cadence import Cadence
+from fkv.engine.sampling import FREE, Sampling
+from fkv.errors import UserError
+from fkv.policies.base import Policy
+
+STOPS = 64  # a request's stop tokens, at most
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """The cache of an answer, for a request that goes on from it; it may be used several times.
+
+    A request that goes on has its next evictions earlier than an uninterrupted one, whose chunks
+    are not cut by the end of an answer. Where nothing is evicted, both are the same up to rounding.
+
+    Attributes:
+      tokens: those that entered it: all of prompt and answer but the last, which was only drawn.
+      held: per layer, as `steps.read_layer` leaves it: entries and, for a policy that evicts, the
+        chunk of which the next eviction is to come.
+      entries: that a head holds.
+      evictions: of a head so far.
+      made_by: what the batcher that goes on must have in common: policy, cadence and room.
+    """
+
+    tokens: np.ndarray
+    held: tuple[Any, ...]
+    entries: int
+    evictions: int
+    made_by: tuple[Policy, Cadence, int]
+
+    @property
+    def bytes(self) -> int:
+        """That it takes."""
+        return sum(x.nbytes for x in jax.tree.leaves(self.held))
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is to be answered.
+
+    Attributes:
+      prompt: token ids, int32, at least one.
+      key: PRNG key: equal keys and prompts, equal tokens.
+      limit: new tokens, at most.
+      sampling: of the tokens.
+      stop: tokens that end the answer, at most 64.
+      logprobs: so many of the likeliest tokens beside each, at most the batcher's `top`.
+      kept: the cache of an earlier answer, with whose tokens `prompt` begins; only the rest is
+        read.
+      keep: hand out the cache at the end.
+    """
+
+    prompt: np.ndarray
+    key: Array
+    limit: int
+    sampling: Sampling = FREE
+    stop: tuple[int, ...] = ()
+    logprobs: int = 0
+    kept: Kept | None = None
+    keep: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """What a step brought for a request.
+
+    Attributes:
+      id: as `submit` gave it.
+      tokens: ids since its last event, int32 [n]; a stop token is the last.
+      logprobs: of each, by the model's own distribution, before temperature or top-k: float32 [n];
+        NaN in a batcher that computes none.
+      top: of the likeliest tokens ids and logprobs, [n, logprobs] each; None if not asked for.
+      finish: None while it goes on; `stop`, `length`, `cancelled`, or `error` where the logits are
+        NaN or infinite.
+      evictions: of a head so far, those after which a token attends.
+      kept: the cache at the end, if it was to be kept and the request was not cut off.
+    """
+
+    id: int
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    top: tuple[np.ndarray, np.ndarray] | None
+    finish: str | None
+    evictions: int
+    kept: Kept | None = None
+
+
+def cut(
+    prompt: np.ndarray, interval: int, piece: int, first: int = 0
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """A prompt in pieces: tokens and positions [1, t] of each.
+
+    All but the first have `piece` tokens. The first is padded on the left, to one of few widths:
+    1, 2, 3, 4, 6, 8, 12, 16 ... chunks.
+
+    Args:
+      first: position of the first token.
+    """
+    count = (len(prompt) - 1) % piece + 1
+    chunks = -(-count // interval)
+    unit = 1 << max((chunks - 1).bit_length() - 2, 0)
+    width = min(-(-chunks // unit) * unit * interval, piece)
+    token = np.concatenate([np.zeros(width - count, np.int32), np.asarray(prompt, np.int32)])
+    index = np.arange(len(token), dtype=np.int32) - (width - count)
+    position = np.where(index < 0, -1, index + np.int32(first))
+    ends = range(width, len(token) + 1, piece)
+    starts = [0, *ends][:-1]
+    return [(token[None, i:j], position[None, i:j]) for i, j in zip(starts, ends, strict=True)]
+
+
+def check(request: Request, vocab: int, length: int, top: int | None) -> None:
+    """Refuses a request that could never be answered."""
+    prompt = np.asarray(request.prompt)
+    if prompt.ndim != 1 or not prompt.size:
+        raise UserError("the prompt is empty: give at least one token")
+    if prompt.dtype.kind not in "iu":
+        raise UserError(f"the prompt has {prompt.dtype} entries: give whole token ids")
+    unknown = prompt[(prompt < 0) | (prompt >= vocab)]
+    if unknown.size:
+        raise UserError(f"the prompt has token {unknown[0]}, beyond the model's {vocab}")
+    kinds.check("limit", request.limit, kinds.whole(1))
+    if len(prompt) + request.limit > length:
+        raise UserError(
+            f"{len(prompt)} tokens of the prompt and limit = {request.limit} are more than the "
+            f"{length} that a row has room for: shorten either"
+        )
+    if not isinstance(request.sampling, Sampling):
+        raise UserError(f"sampling = {kinds.said(request.sampling)} must be a Sampling")
+    if len(request.stop) > STOPS:
+        raise UserError(f"stop has {len(request.stop)} tokens, and {STOPS} are the most")
+    for token in request.stop:
+        kinds.check("stop: a token", token, kinds.whole(0))
+    kinds.check("logprobs", request.logprobs, kinds.whole(0))
+    if request.logprobs > (top or 0):
+        raise UserError(f"logprobs = {request.logprobs} must be at most {top or 0}")
+    kinds.check("keep", request.keep, kinds.SWITCH)
+    if (kept := request.kept) is not None:
+        count = len(kept.tokens)
+        if not np.array_equal(kept.tokens, prompt[:count]) or count >= len(prompt):
+            raise UserError(
+                f"the prompt of {len(prompt)} tokens does not go on from the {count} of kept"
+            )
+    key = request.key
+    is_key = isinstance(key, Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    if not is_key or key.shape:
+        raise UserError(f"key = {kinds.said(key)} must be one PRNG key of jax.random.key")
