@@ -210,7 +210,7 @@ class _Run:
                 if answer is None:  # ended by a stop string
                     continue
                 if event.finish == "error":
-                    raise _not_finite(self.model)
+                    raise not_finite(self.model)
                 logprobs = None if top is None else event.logprobs
                 yield answer.add(event.tokens, event.finish, logprobs, event.top)
                 if answer.finish is not None:
@@ -221,7 +221,8 @@ class _Run:
         return _said(self.model, self.policy, prompt, answer, self.cadence)
 
 
-def _not_finite(model: Model) -> UserError:
+def not_finite(model: Model) -> UserError:
+    """What is said where the model's logits are no numbers."""
     dtype = _dtype(model)
     other = "float32" if dtype == "bfloat16" else "bfloat16 or float32"
     cure = "check its weights" if dtype == "float32" else f"set dtype to {other}"

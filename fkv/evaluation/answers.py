@@ -103,7 +103,7 @@ def _wrong(row: Any, form: Form) -> str:
 
 
 class Samples:
-    """The lines of a file of an evaluation, appended batch by batch.
+    """The lines of a file of an evaluation, appended as answers end.
 
     Every process holds all of them; process 0 writes.
 
@@ -125,6 +125,14 @@ class Samples:
         if parallel.first():
             files.append_text(self.path, _lines(rows))
         self.rows |= {self.form.key(row): row for row in rows}
+
+    def settle(self, keys: Sequence[tuple]) -> None:
+        """Puts the rows with these keys behind all others, in this order, whenever they ended."""
+        last = {key: self.rows[key] for key in keys}
+        first = {key: row for key, row in self.rows.items() if key not in last}
+        if parallel.first() and [*first, *last] != [*self.rows]:
+            files.write_text(self.path, _lines([*first.values(), *last.values()]))
+        self.rows = first | last
 
     def check_references(self, references: Mapping[str, str]) -> None:
         """Refuses answers to other problems, also in runs that recorded no digests.

@@ -101,20 +101,20 @@ def continue_all(job: Job, held_out: Traces) -> None:
     )
     shape = answering.Shape(settings.batch, settings.prompt_tokens, settings.new_tokens)
     todo = [name for name in asked if (name,) not in store.rows]
-    rounds, count = job.batches(todo), jax.process_count()
-    for start in range(0, len(rounds), count):
-        rows, index = [], start + jax.process_index()
-        if index < len(rounds):
-            part = rounds[index]
-            keys = [api.sample_key(job.config.seed, 0, 0)] * len(part)  # nothing is drawn
-            ids = [asked[name] for name in part]
-            out = answering.answer(model.lm, policies.get("full"), plan, shape, ids, keys)
-            rows = [
-                {"prompt": name, "ids": ids.tolist(), "text": api.decode(model, ids)}
-                for name, ids in zip(part, out, strict=True)
-            ]
-        store.add(parallel.share(rows))
+    key = api.sample_key(job.config.seed, 0, 0)  # nothing is drawn
+    mine = todo[jax.process_index() :: jax.process_count()]
+    given = [(asked[name], key) for name in mine]
+    answers, left = answering.queue(model, policies.get("full"), plan, shape, given), len(todo)
+    while left:
+        rows = [
+            {"prompt": mine[i], "ids": ids.tolist(), "text": api.decode(model, ids)}
+            for i, ids in next(answers, [])
+        ]
+        rows = parallel.share(rows)
+        store.add(rows)
+        left -= len(rows)
         job.check_end()
+    store.settle([(name,) for name in todo])
 
 
 def _agreed(names, tokens_b, policy: str, hit_bc: np.ndarray, kl_bc: np.ndarray) -> list[dict]:

@@ -1,21 +1,22 @@
-"""Answers in batches of one shape, for the jobs that ask many questions."""
+"""Answers by a batcher of one shape, for the jobs that ask many questions."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from fkv import api
+from fkv.api import Model
 from fkv.engine import decoding
+from fkv.engine.batcher import Batcher, Request
 from fkv.jobs import common
-from fkv.models import LM
 from fkv.policies.base import Policy
 
 
 class Shape(NamedTuple):
-    """Of every batch: rows, tokens of the longest prompt, and the most tokens of an answer."""
+    """Rows at a time, tokens of the longest prompt, and the most tokens of an answer."""
 
     rows: int
     width: int
@@ -28,17 +29,38 @@ def new_tokens(config: ConfigDict, job: str, embedded: bool) -> int:
     return config[job].new_tokens or default
 
 
-def answer(
-    lm: LM,
+def queue(
+    model: Model,
     policy: Policy,
     plan: decoding.Plan,
     shape: Shape,
-    prompts: Sequence[np.ndarray],
-    keys: Sequence[jax.Array],
-) -> list[np.ndarray]:
-    """Token ids of answers to a batch; copies of its first row fill it up, for a single program."""
-    count, empty = len(prompts), shape.rows - len(prompts)
-    prompts, keys = ([*rows, *[rows[0]] * empty] for rows in (prompts, keys))
-    limit = [shape.new_tokens] * count + [0] * empty
-    out = decoding.generate(lm, policy, plan, prompts, jnp.stack(keys), limit, shape.width)
-    return out[:count]
+    asked: Sequence[tuple[np.ndarray, jax.Array]],
+) -> Iterator[list[tuple[int, np.ndarray]]]:
+    """Answers prompts by a batcher: a row that ends takes the next.
+
+    Args:
+      asked: prompts, and the PRNG keys of their answers.
+
+    Yields:
+      The answers that have ended, after every `L` steps in which some did: index and token ids.
+
+    Raises:
+      UserError: the model's logits are no numbers.
+    """
+    if not asked:
+        return
+    sizes = shape.rows, shape.width + shape.new_tokens
+    batcher = Batcher(model.lm, policy, plan.cadence, *sizes, top=None)
+    for prompt, key in asked:
+        batcher.submit(Request(prompt, key, shape.new_tokens, plan.sampling, plan.stop))
+    tokens = [[] for _ in asked]
+    while batcher.live or batcher.waiting:
+        ended = []
+        for event in batcher.step():
+            tokens[event.id].append(event.tokens)
+            if event.finish == "error":
+                raise api.not_finite(model)
+            if event.finish:
+                ended.append((event.id, np.concatenate(tokens[event.id])))
+        if ended:
+            yield ended

@@ -4,7 +4,8 @@ import dataclasses
 import functools
 import itertools
 import platform
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -104,7 +105,7 @@ def run(config: ConfigDict, workdir: str, anew: Sequence[str] = ()) -> list[accu
     """Answers with every policy at every budget, and measures losses on held-out traces.
 
     Resumes, and adds to earlier answers when asked for more policies, budgets, problems or samples.
-    Each of several processes takes a batch at a time; all of them get all answers. Writes
+    Several processes share the queue; all of them get all answers. Writes
     `samples.jsonl`, `accuracy.{txt,md,csv}`, `regressions.csv`, from the traces `loss_ratio.*`,
     `trace_losses.csv`, `diagnosis.csv` and pictures, and `compared.{txt,md,csv}` with another
     evaluation. Without a benchmark only losses are measured.
@@ -141,24 +142,31 @@ def run(config: ConfigDict, workdir: str, anew: Sequence[str] = ()) -> list[accu
 
     cells = _cells(config, named) if problems else []
     asked = list(itertools.product(range(len(problems)), range(settings.samples)))
-    several = settings.batch * jax.process_count()
+    # Several processes meet after so many answers each, a single one after every `L` steps.
+    at_once = settings.batch if jax.process_count() > 1 else 1
     with checker, preemption.noticed() as asked_to_end:
         for name, budget, policy in cells:
-            todo = [x for x in asked if (name, budget, problems[x[0]].id, x[1]) not in samples.rows]
-            done, label = len(asked) - len(todo), f"{name} {budget or ''}".strip()
-            with common.progress(total=len(asked), initial=done, desc=label) as bar:
-                for start in range(0, len(todo), several):
-                    at = start + settings.batch * jax.process_index()
-                    part = todo[at : at + settings.batch]
-                    rows = parallel.share(_answer(config, plan, (name, budget, policy), part))
+            known = functools.partial(_key, name, budget, problems)
+            todo = [x for x in asked if known(*x) not in samples.rows]
+            left, label, start = len(todo), f"{name} {budget or ''}".strip(), time.perf_counter()
+            mine = todo[jax.process_index() :: jax.process_count()]
+            ended, tokens = _answered(config, plan, (name, budget, policy), mine), 0
+            with common.progress(total=len(asked), initial=len(asked) - left, desc=label) as bar:
+                while left:
+                    rows = parallel.share(_next(ended, at_once))
                     samples.add({"policy": name, "budget": budget, **row} for row in rows)
+                    left, tokens = left - len(rows), tokens + sum(row["tokens"] for row in rows)
                     bar.update(len(rows))
+                    speed = tokens / (time.perf_counter() - start)
+                    in_use = min(left, settings.batch * jax.process_count())
+                    bar.set_postfix_str(f"{speed:.0f} tokens/s, {in_use} rows in use")
                     if parallel.anywhere(asked_to_end()):
                         run.close()
                         raise preemption.Preempted(f"{len(samples.rows)} answers are in {workdir}")
+            samples.settle([known(*x) for x in todo])
 
     rows = [
-        samples.rows[name, budget, problems[i].id, j] for name, budget, _ in cells for i, j in asked
+        samples.rows[_key(name, budget, problems, *x)] for name, budget, _ in cells for x in asked
     ]
     found = [
         dataclasses.replace(
@@ -329,41 +337,54 @@ def _exact(problem: ledger.Problem):
     return check
 
 
-def _answer(
-    config: ConfigDict, plan: Plan, cell: Cell, part: Sequence[tuple[int, int]]
-) -> list[dict]:
-    """Answers one batch; rows of `samples.jsonl`, without policy and budget.
+def _key(
+    name: str, budget: int, problems: Sequence[Problem], problem: int, sample: int
+) -> tuple[str, int, str, int]:
+    """The key of a row of `samples.jsonl`."""
+    return name, budget, problems[problem].id, sample
+
+
+def _next(ended: Iterator[list[dict]], count: int) -> list[dict]:
+    """At least so many of the next answers, while there are any."""
+    rows = []
+    while len(rows) < count and (some := next(ended, None)) is not None:
+        rows += some
+    return rows
+
+
+def _answered(
+    config: ConfigDict, plan: Plan, cell: Cell, asked: Sequence[tuple[int, int]]
+) -> Iterator[list[dict]]:
+    """Answers as they end; rows of `samples.jsonl`, without policy and budget.
 
     Args:
-      part: indices of problems and samples.
+      asked: indices of problems and samples.
     """
-    if not part:
-        return []
     _, budget, policy = cell
     how = decoding.Plan(common.cadence(config, budget), plan.sampling, plan.model.stop)
-    prompts = [plan.problems[i].prompt for i, _ in part]
-    keys = [api.sample_key(config.seed, i, j) for i, j in part]
-    out = answering.answer(plan.model.lm, policy, how, plan.shape, prompts, keys)
-    found = []
-    for (i, j), tokens in zip(part, out, strict=True):
-        problem = plan.problems[i]
-        one = api.finished(plan.model, policy, len(problem.prompt), tokens, how.cadence)
-        verdict, answer = problem.check(tokens, one.text)
-        found.append(
-            {
-                "interval": config.interval,
-                "problem": problem.id,
-                "sample": j,
-                "verdict": verdict,
-                "answer": answer,
-                "reference": problem.reference,
-                "tokens": len(tokens),
-                "truncated": one.truncated,
-                "evictions": one.evictions,
-                "text": one.text,
-            }
-        )
-    return found
+    given = [(plan.problems[i].prompt, api.sample_key(config.seed, i, j)) for i, j in asked]
+    row = functools.partial(_row, config, plan, policy, how.cadence)
+    for ended in answering.queue(plan.model, policy, how, plan.shape, given):
+        yield [row(*asked[n], tokens) for n, tokens in ended]
+
+
+def _row(config, plan, policy, cadence, i: int, j: int, tokens: np.ndarray) -> dict:
+    """A row for sample `j` of problem `i`."""
+    problem = plan.problems[i]
+    one = api.finished(plan.model, policy, len(problem.prompt), tokens, cadence)
+    verdict, answer = problem.check(tokens, one.text)
+    return {
+        "interval": config.interval,
+        "problem": problem.id,
+        "sample": j,
+        "verdict": verdict,
+        "answer": answer,
+        "reference": problem.reference,
+        "tokens": len(tokens),
+        "truncated": one.truncated,
+        "evictions": one.evictions,
+        "text": one.text,
+    }
 
 
 def _write_answers(run: Run, found: Sequence[accuracy.Accuracy], rows: Sequence[dict]) -> None:

@@ -1,9 +1,10 @@
 """Traces to train on, in Parquet files: the model's own answers to questions, or plain text."""
 
+import collections
 import dataclasses
 import re
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -82,28 +83,35 @@ def run(config: ConfigDict, workdir: str) -> int:
     ]
     index, count = jax.process_index(), jax.process_count()
     batches = [todo[i : i + settings.batch] for i in range(0, len(todo), settings.batch)]
-    total = len(questions) * samples
-    bar = common.progress(total=total, initial=total - len(todo), desc="traces")
+    mine = [(n, one) for n, part in enumerate(batches) if n % count == index for one in part]
+    # A file has the answers of a batch, whenever they end.
+    missing = collections.Counter(n for n, _ in mine)
+    ready: dict[int, dict[int, dict]] = collections.defaultdict(dict)
     written = truncated = tokens = 0
+    left = len(mine)
+
+    def write(n):
+        nonlocal written, truncated, tokens
+        rows = [row for _, row in sorted(ready.pop(n).items())]
+        traces.write(run.path / f"traces-{index:03d}-{first + n:05d}.parquet", rows, run.config)
+        written += len(rows)
+        truncated += sum(row["truncated"] for row in rows)
+        tokens += sum(row["tokens"] for row in rows)
+
+    bar = common.progress(total=len(mine), desc="traces")
     with bar, preemption.noticed() as asked_to_end:
-        for n, part in enumerate(batches):
-            if n % count == index:
-                if settings.response:
-                    answers = [question.response for question, _, _ in part]
-                else:
-                    answers = _sample(config, model, part, shape)
-                rows = [
-                    _row(config, model, question, sample, answer)
-                    for (question, _, sample), answer in zip(part, answers, strict=True)
-                ]
-                file = run.path / f"traces-{index:03d}-{first + n:05d}.parquet"
-                traces.write(file, rows, run.config)
-                written += len(rows)
-                truncated += sum(row["truncated"] for row in rows)
-                tokens += sum(row["tokens"] for row in rows)
-            bar.update(len(part))
+        for ended in _answers(config, model, [one for _, one in mine], shape):
+            for at, answer in ended:
+                n, (question, _, sample) = mine[at]
+                ready[n][at] = _row(config, model, question, sample, answer)
+                if len(ready[n]) == missing[n]:
+                    write(n)
+            bar.update(len(ended))
+            left -= len(ended)
             # Processes need not agree: each has written its answers.
-            if asked_to_end() and n + 1 < len(batches):
+            if asked_to_end() and left:
+                for n in list(ready):
+                    write(n)
                 run.close()
                 raise preemption.Preempted(f"{len(done) + written} traces are in {workdir}")
     # One may have longer answers than the others.
@@ -180,15 +188,17 @@ def _answer(model: Model, prompt: np.ndarray, text: str, end: int | None, what: 
     return np.asarray(ids, np.int32)
 
 
-def _sample(
-    config: ConfigDict, model: Model, part: Sequence, shape: answering.Shape
-) -> list[np.ndarray]:
-    """Answers to one batch."""
+def _answers(
+    config: ConfigDict, model: Model, asked: Sequence, shape: answering.Shape
+) -> Iterator[list[tuple[int, np.ndarray]]]:
+    """Answers as they end: indices and token ids."""
+    if config.traces.response:
+        yield from ([(i, question.response)] for i, (question, _, _) in enumerate(asked))
+        return
     sampling, cadence = decoding.Sampling.of(config.traces), Cadence.of(FULL, config.interval)
     plan = decoding.Plan(cadence, sampling, model.stop)
-    prompts = [question.prompt for question, _, _ in part]
-    keys = [key_of(config.seed, Purpose.TRACE, i, j) for _, i, j in part]
-    return answering.answer(model.lm, policies.get("full"), plan, shape, prompts, keys)
+    given = [(q.prompt, key_of(config.seed, Purpose.TRACE, i, j)) for q, i, j in asked]
+    yield from answering.queue(model, policies.get("full"), plan, shape, given)
 
 
 def _row(config, model, question: Question, sample: int, answer: np.ndarray) -> dict:

@@ -20,15 +20,15 @@ import tokenizers
 import transformers
 
 from fkv import api, models, policies
-from fkv.engine import decoding
 from fkv.errors import UserError
 from fkv.evaluation import answers, loss_ratio
-from fkv.jobs import evaluate, generate, pipeline, sft
+from fkv.jobs import answering, evaluate, generate, pipeline, sft
 from fkv.models import ModelConfig
 from fkv.policies import base
 from fkv.runs import preemption, rundir
 from fkv.tasks import ledger
 from tests import figures
+from tests.jobs import queue_of
 from tests.jobs.test_sft import SEED, small
 from tests.serve import fake
 
@@ -87,16 +87,17 @@ def fake_model(monkeypatch):
     """Decoding in no time: tokens that depend on prompt, key and limit alone. Lists the batches."""
     batches = []
 
-    def fake(lm, policy, plan, prompts, key_b, limit, width):
+    def fake(lm, policy, plan, prompts, keys, limit):
         batches.append([(prompt.tolist(), n) for prompt, n in zip(prompts, limit, strict=True)])
         found = []
-        for prompt, key, n in zip(prompts, jax.random.key_data(key_b), limit, strict=True):
-            seed = hashlib.sha256(np.asarray(key).tobytes() + prompt.tobytes()).digest()
+        for prompt, key, n in zip(prompts, keys, limit, strict=True):
+            data = np.asarray(jax.random.key_data(key))
+            seed = hashlib.sha256(data.tobytes() + prompt.tobytes()).digest()
             rng = np.random.default_rng(list(seed))
             found.append(rng.integers(3, lm.config.vocab_size, n).astype(np.int32))
         return found
 
-    monkeypatch.setattr(decoding, "generate", fake)
+    monkeypatch.setattr(answering, "queue", queue_of(fake))
     return batches
 
 
@@ -256,24 +257,26 @@ def test_answers_are_those_of_the_library(finished, scorer_dir):
 
 def test_interrupted_and_resumed_equals_uninterrupted(finished, scorer_dir, tmp_path, monkeypatch):
     config, path, calls = recipe(scorer_dir, evaluate__traces=3), tmp_path / "run", []
-    real = decoding.generate
+    real, ended = answering.queue, []
 
     def die(*args):
         calls.append(args)
-        if len(calls) == 5:  # in the second of three batches of the second policy
-            raise KeyboardInterrupt
-        return real(*args)
+        for some in real(*args):
+            if len(ended) > 14:  # among the answers of the second of three policies
+                raise KeyboardInterrupt
+            ended.extend(some)
+            yield some
 
-    monkeypatch.setattr(decoding, "generate", die)
+    monkeypatch.setattr(answering, "queue", die)
     with pytest.raises(KeyboardInterrupt):
         evaluate.run(config, str(path))
-    assert len(samples(path)) == 10 + 4
+    assert len(samples(path)) == len(ended) < 20 and len(calls) == 2
+    monkeypatch.setattr(answering, "queue", real)
     # As a kill in the middle of writing leaves it.
     text = (path / "samples.jsonl").read_text()
     (path / "samples.jsonl").write_text(text[:-20])
     evaluate.run(config, str(path))
 
-    assert len(calls) == 5 + 2 + 3  # seven of ten answers were missing, and all of the third policy
     one, two = (by_key(samples(p)) for p in (finished[0], path))
     assert one == two
     for name in TABLES:
@@ -283,7 +286,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(finished, scorer_dir, tmp_
 def test_sigterm_ends_it_after_the_part_at_hand(
     finished, scorer_dir, tmp_path, fake_model, sigterm_in
 ):
-    sigterm_in(decoding, "generate", 2)
+    sigterm_in(evaluate, "_next", 2)
     with pytest.raises(preemption.Preempted, match="143"):
         evaluate.run(recipe(scorer_dir), str(tmp_path))
     assert len(samples(tmp_path)) == 8 and len(fake_model) == 2
@@ -314,7 +317,6 @@ def test_more_is_added_to_what_is_there(finished, finished_copy, scorer_dir, fak
     ]
     wanted = {(n, b, str(i), j) for n, b in cells for i in range(6) for j in range(3)}
     assert set(by_key(rows)) == wanted
-    assert all(len(batch) == 7 for batch in fake_model)  # one shape; empty rows have no limit
     assert sum(n > 0 for batch in fake_model for _, n in batch) == len(rows) - len(old)
 
     # Less again: what is not asked for stays in the file and out of the tables.
@@ -738,13 +740,13 @@ def last_box(text):
 
 
 def test_a_benchmark_of_questions(word_model, questions, tmp_path, capsys, monkeypatch):
-    asked, real = [], decoding.generate
+    asked, real = [], answering.queue
 
-    def spy(lm, policy, plan, prompts, *args):
-        asked.extend(tuple(p.tolist()) for p in prompts)
-        return real(lm, policy, plan, prompts, *args)
+    def spy(model, policy, plan, shape, given):
+        asked.extend(tuple(prompt.tolist()) for prompt, _ in given)
+        return real(model, policy, plan, shape, given)
 
-    monkeypatch.setattr(decoding, "generate", spy)
+    monkeypatch.setattr(answering, "queue", spy)
     path = tmp_path / "run"
     results = evaluate.run(words_recipe(word_model, questions, evaluate__traces=4), str(path))
     said = capsys.readouterr().out
@@ -856,7 +858,7 @@ def test_a_box_in_an_unfinished_thought_is_no_answer(tmp_path, monkeypatch, open
     def generate(lm, policy, plan, prompts, *args):
         return [np.array([words.index(w) for w in next(texts).split()]) for _ in prompts]
 
-    monkeypatch.setattr(decoding, "generate", generate)
+    monkeypatch.setattr(answering, "queue", queue_of(generate))
     path = tmp_path / "q.jsonl"
     path.write_text(json.dumps({"q": "what does <think> one", "a": r"So $\boxed{2}$."}) + "\n")
     config = words_recipe("thinker", path, evaluate__samples=len(said), evaluate__batch=len(said))

@@ -277,8 +277,8 @@ def test_a_longer_run_answers_anew_where_its_scorers_have_changed(
     sampling = decoding.Sampling(0.6, 20, 0.95)
     plan = evaluate.Plan({}, {}, model, None, problems, shape, sampling, None, [])
     for i in range(3):
-        row = evaluate._answer(config, plan, ("grpo", 16, now), [(i, 0)])
-        assert row[0]["text"] == new["grpo", 16, str(i), 0]["text"]
+        [[row]] = evaluate._answered(config, plan, ("grpo", 16, now), [(i, 0)])
+        assert row["text"] == new["grpo", 16, str(i), 0]["text"]
     table = list(csv.DictReader((path / "answers" / "accuracy.csv").open()))
     assert [(a["policy"], a["answers"]) for a in table] == [
         ("full", "3"), ("supervised", "3"), ("grpo", "3"),

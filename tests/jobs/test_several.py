@@ -10,23 +10,23 @@ import numpy as np
 import pytest
 
 import fkv
-from fkv.engine import decoding
 from fkv.evaluation import loss_ratio, plots, recall
+from fkv.jobs import answering, traces
 from fkv.jobs import grpo as grpo_job
 from fkv.jobs import recall as recall_job
 from fkv.jobs import sft as sft_job
-from fkv.jobs import traces
 from fkv.learning import grpo, sft
 from fkv.runs import checkpoint, rundir
-from tests.jobs import test_grpo, test_recall, test_sft, test_traces
+from tests.jobs import queue_of, test_grpo, test_recall, test_sft, test_traces
 from tests.runs.test_parallel import finish, start
 
 
-def fake_decoding(lm, policy, plan, prompts, key_b, limit, width):
+def fake_decoding(lm, policy, plan, prompts, keys, limit):
     """Tokens that depend on prompt, key and limit alone."""
     found = []
-    for prompt, key, n in zip(prompts, jax.random.key_data(key_b), limit, strict=True):
-        seed = hashlib.sha256(np.asarray(key).tobytes() + prompt.tobytes()).digest()
+    for prompt, key, n in zip(prompts, keys, limit, strict=True):
+        data = np.asarray(jax.random.key_data(key))
+        seed = hashlib.sha256(data.tobytes() + prompt.tobytes()).digest()
         rng = np.random.default_rng(list(seed))
         found.append(rng.integers(3, lm.config.vocab_size, n).astype(np.int32))
     return found
@@ -94,7 +94,7 @@ def run_jobs(root):
             raise InterruptedError
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoding, "generate", fake_decoding)
+        patch.setattr(answering, "queue", queue_of(fake_decoding))
         patch.setattr(sft, "train_step", fake_sft)
         patch.setattr(grpo, "train_step", fake_grpo)
         patch.setattr(loss_ratio, "measure", fake_measure)
