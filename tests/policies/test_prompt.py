@@ -9,7 +9,7 @@ import pytest
 
 from fkv import api, policies
 from fkv.cache.cadence import Cadence
-from fkv.engine import decoding, replay
+from fkv.engine import replay
 from fkv.engine.batch import Batch
 from fkv.errors import UserError
 from fkv.policies import scorer
@@ -143,9 +143,12 @@ def test_features_are_scaled_by_the_candidates_alone():
 
 def test_generation_keeps_what_it_is_asked_to(monkeypatch):
     seen = []
-    fake = lambda lm, policy, plan, *rest: seen.append(plan.cadence) or [np.zeros(1, int)]  # noqa: E731
-    monkeypatch.setattr(decoding, "generate", fake)
-    api.generate(api.Model(LM, None, (), "a model"), [[1, 2]], "knorm", 16, 4, protect_prompt=10)
+    real = api.Batcher
+    fake = lambda lm, policy, cadence, *rest, **more: (  # noqa: E731
+        seen.append(cadence) or real(lm, policy, cadence, *rest, **more)
+    )
+    monkeypatch.setattr(api, "Batcher", fake)
+    api.generate(api.Model(LM, None, (), "a model"), [[1, 2]], "knorm", 16, 4, 1, protect_prompt=10)
     assert seen == [Cadence(16, 4, 10)]
 
 
