@@ -164,6 +164,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dir", default="runs/load")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the server ends, too
     process, url = start(options)
     try:
         report(options, process, url)
@@ -177,7 +178,8 @@ def main() -> None:
 def report(options: argparse.Namespace, process: subprocess.Popen, url: str) -> None:
     models = [x["id"] for x in httpx.get(f"{url}/v1/models").json()["data"]]
     # Programs are compiled, and memory settles, before anything is measured.
-    asyncio.run(run(url, asks(options.requests, models, options.seed + 1), options.clients, 20))
+    first = asks(max(1, options.requests // 2), models, options.seed + 1)
+    asyncio.run(run(url, first, options.clients, 20))
     before, counted = resident(process), metrics(url)
     wanted = asks(options.requests, models, options.seed)
     seconds = asyncio.run(run(url, wanted, options.clients, options.malformed))

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from fkv import api, kinds, policies
 from fkv.cache.cadence import FULL, Cadence
-from fkv.engine.batcher import Batcher, Request
+from fkv.engine.batcher import Batcher
 from fkv.engine.sampling import Sampling
 from fkv.errors import UserError
 from fkv.jobs import common, groups
@@ -31,8 +31,6 @@ def run(config: ConfigDict, workdir: str) -> None:
     groups.check(config, "serve")
     _check_installed()
     key = api_key(config.serve.key_variable)
-    if config.serve.sessions and not hasattr(Request, "keep"):
-        raise UserError("serve.sessions: the batcher keeps no caches yet: set it to 0")
     named = policies_of(config)
     at = common.cadences(config, "serve.budgets")
     shape = common.model_config(config)
@@ -77,7 +75,7 @@ def service(
     )
     make = {name: _maker(model, s, *lane) for name, lane in lanes.items()}
     name = s.name or os.path.basename(config.model.rstrip("/")) or config.model
-    return Service(model, name, make, Request, Sampling.of(s), limits, s.sessions)
+    return Service(model, name, make, Sampling.of(s), limits, s.sessions)
 
 
 def _maker(model: api.Model, s: ConfigDict, policy: Policy, cadence: Cadence) -> Callable:

@@ -12,6 +12,7 @@ import numpy as np
 
 from fkv import api
 from fkv.engine.answers import Answer
+from fkv.engine.requests import Request
 from fkv.engine.sampling import Sampling
 from fkv.errors import UserError, suggest
 from fkv.kinds import said
@@ -72,7 +73,6 @@ class Service:
       name: of the model in lists.
       lanes: what makes the batcher of each lane, `foresight-1024` or `full`; the first is the
         default.
-      make_request: builds a `batcher.Request` from its fields.
       defaults: sampling where a request says nothing.
       limits: of requests.
       sessions: caches that are kept at most.
@@ -83,7 +83,6 @@ class Service:
         model: Model,
         name: str,
         lanes: Mapping[str, Callable[[], Any]],
-        make_request: Callable[..., Any],
         defaults: Sampling,
         limits: Limits,
         sessions: int = 0,
@@ -93,7 +92,7 @@ class Service:
         self.lanes = {f"{name}/{lane}": lane for lane in lanes}
         self.metrics, self.sessions = Metrics(), Sessions(sessions)
         self.draining = False
-        self._keeps, self._make_request = sessions > 0, make_request
+        self._keeps = sessions > 0
         self._engine = Engine(lanes, limits.every, self._deliver)
         self._loop: asyncio.AbstractEventLoop | None = None
         # One thread: tokenizers are not made for several.
@@ -106,7 +105,7 @@ class Service:
         settings = {"sampling": Sampling(0.5), "stop": self.model.stop}
         limit = min(self.limits.every + 1, self.limits.length - 1)
         prompt, key = np.zeros(1, np.int32), api.sample_key(0, 0, 0)
-        self._engine.warm(self._make_request(prompt=prompt, key=key, limit=limit, **settings))
+        self._engine.warm(Request(prompt=prompt, key=key, limit=limit, **settings))
 
     def start(self) -> None:
         """In the event loop that calls everything else."""
@@ -161,7 +160,9 @@ class Service:
             work = Work(Reply(asked.chat, name, choices, usage), since)
             for i, request in enumerate(requests):
                 listen = functools.partial(self._listen, work, lane, asked, i)
-                work.tickets.append(Ticket(lane, request, listen))
+                ticket = Ticket(lane, request, listen)
+                ticket.evictions = request.kept.evictions if request.kept else 0
+                work.tickets.append(ticket)
             left = 0
         finally:
             self._pending[lane] -= left
@@ -222,16 +223,15 @@ class Service:
         except UserError as error:
             raise Refused(str(error), param=field, code="invalid_value") from None
         limits = [self._limit(asked, len(one), field) for one in ids]
-        kept = {"keep": True} if asked.session else {}
         requests = [
-            self._make_request(
+            Request(
                 prompt=one,
                 key=api.sample_key(asked.seed, i, j),
                 limit=limits[i],
                 sampling=asked.sampling,
                 stop=self.model.stop,
                 logprobs=asked.top,
-                **kept,
+                keep=bool(asked.session),
             )
             for i, one in enumerate(ids)
             for j in range(asked.n)

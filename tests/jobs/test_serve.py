@@ -34,7 +34,9 @@ def recipe(**change):
     config = tiny.get_config()
     with config.unlocked():
         config.budget, config.interval = 32, 8
-        config.serve.update(budgets=(16,), rows=4, length=128, port=0, every=8, logprobs=2)
+        config.serve.update(
+            budgets=(16,), rows=4, length=128, port=0, every=8, logprobs=2, sessions=1
+        )
         config.serve.update(**change)
     return config
 
@@ -108,6 +110,22 @@ def test_texts_are_those_of_the_library(served):
             client.chat.completions.create(
                 model=service.name, messages=[{"role": "user", "content": "x"}]
             )
+
+
+def test_a_session_gets_the_answers_of_one_that_reads_all(served):
+    model, client, service = served
+    if model.name != "embedded":
+        pytest.skip("a template of words marks no roles")
+    settings = {"model": f"{service.name}/full", "temperature": 0, "max_tokens": 9}
+    session = settings | {"extra_body": {"session": "me"}}
+    first = client.completions.create(prompt=PROMPT, **session)
+    longer = f"{PROMPT} {first.choices[0].text} so 4 ox"
+    again = client.completions.create(prompt=longer, **session)
+    used = again.usage.prompt_tokens_details.cached_tokens
+    assert used == len(f"{PROMPT} {first.choices[0].text}".split()) - 1
+    plain = client.completions.create(prompt=longer, **settings)
+    assert plain.usage.prompt_tokens_details.cached_tokens == 0
+    assert again.choices[0].text == plain.choices[0].text
 
 
 def test_the_command_serves_and_ends_with_zero(tmp_path):

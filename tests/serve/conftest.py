@@ -1,6 +1,7 @@
 """A model whose tokens are words, and a server over a fake batcher."""
 
 import contextlib
+import dataclasses
 
 import pytest
 
@@ -26,10 +27,7 @@ ROWS, QUEUE, LENGTH, KEY = 4, 8, 64, "k" * 16
 @pytest.fixture(scope="session")
 def words():
     """A model without weights; `</s>` and `<eot>` end an answer."""
-    config = oracles.make_model()[0]
-    import dataclasses
-
-    config = dataclasses.replace(config, vocab_size=len(WORDS))
+    config = dataclasses.replace(oracles.make_model()[0], vocab_size=len(WORDS))
     return Model(models.LM({}, config), make(CHAT), (IDS["</s>"], IDS["<eot>"]), "words")
 
 
@@ -51,7 +49,7 @@ def serving(words):
 
         settings = {"rows": ROWS, "queue": QUEUE, "length": LENGTH, "every": 4} | limits
         service = Service(
-            words, "words", {"snapkv-16": batcher, "full": batcher}, fake.Request,
+            words, "words", {"snapkv-16": batcher, "full": batcher},
             Sampling(0.6, 20, 0.95), Limits(**settings), sessions,
         )  # fmt: skip
         with Background(App(service, key).starlette(origins), service) as served:

@@ -1,41 +1,18 @@
 """A batcher without a model: quick, and every token follows from the row's key and position."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import numpy as np
 
-from fkv.engine.sampling import Sampling
+from fkv.engine.requests import Event
 from fkv.errors import UserError
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    prompt: np.ndarray
-    key: jax.Array
-    limit: int
-    sampling: Sampling
-    stop: tuple[int, ...]
-    logprobs: int = 0
-    kept: Any = None
-    keep: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Event:
-    id: int
-    tokens: np.ndarray
-    logprobs: np.ndarray
-    top: Any
-    finish: str | None
-    evictions: int
-    kept: Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
     tokens: np.ndarray
+    evictions: int
 
 
 def instead(patch, module, script=None):
@@ -110,9 +87,9 @@ class Batcher:
             both = (new[:, None] + np.arange(self.top)) % self.vocabulary
             top = (both, -np.ones(both.shape, np.float32)) if request.logprobs else None
             kept = None
-            if finish and getattr(request, "keep", False):
+            if finish and request.keep:
                 whole = np.concatenate([request.prompt, np.array(drawn[:-1], np.int32)])
-                kept = Kept(whole)
+                kept = Kept(whole, at // 4)
             logprobs = np.full(len(new), -1.5, np.float32)
             events.append(Event(id, new, logprobs, top, finish, at // 4, kept))
         return events
