@@ -24,7 +24,7 @@ from fkv.jobs import grpo as grpo_job
 from fkv.jobs import sft as sft_job
 from fkv.keys import Purpose, key_of, keys_of
 from fkv.learning import fit, grpo, sft
-from fkv.models import LM, ModelConfig
+from fkv.models import LM, ModelConfig, forms
 from fkv.models.decoder import MODEL, param_shapes, sharding
 from fkv.policies import scorer
 from fkv.policies.base import Policy
@@ -175,7 +175,7 @@ def decode(
     """
     config, cadence, (rows, width) = lm.config, plan.cadence, shape
     if not models.is_separate(lm):
-        lm = lm.replace(params=lm.params | {"layers": _separated(lm)})
+        lm = lm.replace(params=lm.params | {"layers": forms.separate_shapes(lm)})
     dtype = lm.params["embed_vm"].dtype
     heads, group, interval = config.kv_heads, config.group_size, cadence.interval
 
@@ -221,13 +221,9 @@ def model_shapes(
         there = sharding(path[-1].key, x.shape, mesh)
         return jax.ShapeDtypeStruct(x.shape, dtype, sharding=there)
 
-    return LM(jax.tree_util.tree_map_with_path(one, param_shapes(config, separate)), config)
-
-
-def _separated(lm: LM) -> tuple[models.Params, ...]:
-    """Shapes of the layers, which are stacked."""
-    shapes = jax.eval_shape(lambda lm: models.layer(lm, 0), lm)
-    return (shapes,) * lm.config.layers
+    on_cpu = mesh is not None and forms.is_on_cpu(mesh)
+    shapes = param_shapes(config, separate, on_cpu)
+    return LM(jax.tree_util.tree_map_with_path(one, shapes), config)
 
 
 def prefill_layer(

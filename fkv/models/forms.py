@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fkv.models.decoder import LM, Params
+from fkv.models.decoder import LM, OUTPUTS_FIRST, Params
 
 
 def is_separate(lm: LM) -> bool:
@@ -26,7 +26,57 @@ def layer(lm: LM, index: int) -> Params:
 def stacked(lm: LM) -> Params:
     """The parameters of all layers, each [layers, ...]; copied if they are separate."""
     layers = lm.params["layers"]
-    return jax.tree.map(lambda *x: jnp.stack(x), *layers) if is_separate(lm) else layers
+    if not is_separate(lm):
+        return layers
+    layers = [dict(_named(name, x) for name, x in one.items()) for one in layers]
+    return jax.tree.map(lambda *x: jnp.stack(x), *layers)
+
+
+_INPUTS_FIRST = {other: name for name, other in OUTPUTS_FIRST.items()}
+
+
+def _axes(name: str, other: str) -> tuple[int, ...]:
+    """How a parameter of one name is transposed to that of another."""
+    letters = name.rpartition("_")[2]
+    return tuple(letters.index(letter) for letter in other.rpartition("_")[2])
+
+
+def _named(name: str, x: Array) -> tuple[str, Array]:
+    """A parameter of a separate layer as that of stacked ones."""
+    other = _INPUTS_FIRST.get(name, name)
+    return other, x if other == name else x.transpose(_axes(name, other))
+
+
+def parameter(lm: LM, index: int, name: str) -> Array:
+    """A parameter of one layer by its name in stacked ones."""
+    one = layer(lm, index)
+    return one[name] if name in one else _named(OUTPUTS_FIRST[name], one[OUTPUTS_FIRST[name]])[1]
+
+
+def is_on_cpu(where: Array | Mesh | None) -> bool:
+    """Whether separate layers are those of a CPU, see `OUTPUTS_FIRST`.
+
+    Args:
+      where: an array or devices; None for the default device.
+    """
+    where = jnp.zeros(()) if where is None else where
+    devices = where.devices.flat if isinstance(where, Mesh) else where.devices()
+    return all(device.platform == "cpu" for device in devices)
+
+
+def separate_shapes(lm: LM) -> tuple[Params, ...]:
+    """Shapes of the layers that `separate` makes of stacked ones."""
+    embedding = lm.params["embed_vm"]
+    on_cpu = isinstance(embedding, Array) and is_on_cpu(embedding)
+
+    def one(lm):
+        found = layer(lm, 0)
+        if not on_cpu:
+            return found
+        names = {name: OUTPUTS_FIRST.get(name, name) for name in found}
+        return {names[n]: x.transpose(_axes(n, names[n])) for n, x in found.items()}
+
+    return (jax.eval_shape(one, lm),) * lm.config.layers
 
 
 def separate(lm: LM, consume: bool = True) -> LM:
@@ -43,6 +93,8 @@ def separate(lm: LM, consume: bool = True) -> LM:
         parts = jax.block_until_ready(_split(stack, _place(stack, slice(1, None))))
         if consume:
             _free(stack)
+        if name in OUTPUTS_FIRST and is_on_cpu(parts[0]):
+            name, parts = _turn(name, OUTPUTS_FIRST[name], parts)
         for one, part in zip(layers, parts, strict=True):
             one[name] = part
     return lm.replace(params=lm.params | {"layers": layers})
@@ -55,9 +107,26 @@ def stack(lm: LM) -> LM:
     layers, stacks = lm.params["layers"], {}
     for name in layers[0]:
         parts = [one[name] for one in layers]
+        if name in _INPUTS_FIRST:
+            name, parts = _turn(name, _INPUTS_FIRST[name], parts)
         stacks[name] = jax.block_until_ready(_join(parts, _place(parts[0], slice(0, None), None)))
         _free(*parts)
     return lm.replace(params=lm.params | {"layers": stacks})
+
+
+def _turn(name: str, other: str, parts: Sequence[Array]) -> tuple[str, list[Array]]:
+    """One kind of parameter under its other name; deletes those given."""
+    axes, turned = _axes(name, other), []
+    for x in parts:
+        turned.append(jax.block_until_ready(_transpose(x, axes, _place(x, axes))))
+        _free(x)
+    return other, turned
+
+
+@functools.partial(jax.jit, static_argnames=("axes", "place"))
+def _transpose(x: Array, axes: tuple[int, ...], place: NamedSharding | None) -> Array:
+    x = x.transpose(axes)
+    return x if place is None else jax.lax.with_sharding_constraint(x, place)
 
 
 @functools.partial(jax.jit, static_argnames="place")
@@ -72,13 +141,14 @@ def _join(parts: Sequence[Array], place: NamedSharding | None) -> Array:
     return stack if place is None else jax.lax.with_sharding_constraint(stack, place)
 
 
-def _place(x: Any, axes: slice, *first: None) -> NamedSharding | None:
+def _place(x: Any, axes: slice | Sequence[int], *first: None) -> NamedSharding | None:
     """The sharding over a mesh of these axes of an array, behind others; None without a mesh."""
     there = getattr(x, "sharding", None)
     if not isinstance(there, NamedSharding):
         return None
     spec = (*there.spec, *[None] * (x.ndim - len(there.spec)))
-    return NamedSharding(there.mesh, PartitionSpec(*first, *spec[axes]))
+    kept = spec[axes] if isinstance(axes, slice) else [spec[axis] for axis in axes]
+    return NamedSharding(there.mesh, PartitionSpec(*first, *kept))
 
 
 def _free(*arrays: Any) -> None:

@@ -36,7 +36,7 @@ from fkv.kinds import said
 from fkv.models import config as hf_config
 from fkv.models import forms, gguf
 from fkv.models.config import ARCHITECTURES, ModelConfig, from_hf
-from fkv.models.decoder import LM, WIDTH_LAST, param_shapes, sharding
+from fkv.models.decoder import LM, OUTPUTS_FIRST, WIDTH_LAST, param_shapes, sharding
 
 # Our names to Hugging Face's, for arrays that are the same on both sides.
 _TOP = {
@@ -65,10 +65,9 @@ _LAYER = {
     "up_bias_f": "mlp.up_proj.bias",
     "down_bias_m": "mlp.down_proj.bias",
 }
-# How many of our leading axes are inputs: a Linear's weight is [out, in] in a checkpoint and
-# [*in, *out] here; norms and biases have outputs only, and those of `WIDTH_LAST` stay [*out, in].
-_INPUTS = dict.fromkeys(("gate_mf", "up_mf", "down_fm"), 1)
-_INPUTS["o_hdm"] = 2
+# How many of our leading axes are inputs: a Linear's weight is [*out, *in] in a checkpoint, as are
+# the others.
+_INPUTS = {"gate_mf": 1, "up_mf": 1, "down_fm": 1, "o_hdm": 2}
 JUDGE = "model.layers.{}.self_attn.judge_model."
 # What a checkpoint may hold besides the decoder: ForesightKV's released scorers, and the rotary
 # buffers of old versions of transformers.
@@ -170,7 +169,7 @@ def load(
         dtype = jnp.result_type(*map(jnp.dtype, found))
     dtype = jnp.dtype(dtype)
 
-    shapes = param_shapes(config, separate)
+    shapes = param_shapes(config, separate, separate and forms.is_on_cpu(mesh))
     layers = shapes.pop("layers")
     shapes |= layers[0] if separate else layers
     split = {name: sharding(name, x.shape, mesh) for name, x in shapes.items()}
@@ -180,14 +179,16 @@ def load(
         layers = {n: jnp.zeros(x.shape, dtype, device=split[n]) for n, x in layers.items()}
     params, finite = {"layers": layers}, {}
     for t in sorted(tensors.values(), key=lambda t: stored[t.name].path):
-        ours, turn = split[t.ours], t.ours not in WIDTH_LAST
-        tensor = jax.device_put(stored[t.name].read(dtype), _as_stored(t, ours, separate))
+        name = t.ours if t.ours in shapes else OUTPUTS_FIRST[t.ours]
+        ours, turn = split[name], name in _INPUTS
+        place = _as_stored(name, ours, t.layer is not None and not separate)
+        tensor = jax.device_put(stored[t.name].read(dtype), place)
         if t.layer is None:
             x = params[t.ours] = tensor.astype(dtype)
             finite[t.name] = _finite(x)
         elif separate:
-            x, finite[t.name] = _arrange(tensor, shapes[t.ours].shape, dtype, ours, turn)
-            layers[t.layer][t.ours] = x
+            x, finite[t.name] = _arrange(tensor, shapes[name].shape, dtype, ours, turn)
+            layers[t.layer][name] = x
         else:
             x, finite[t.name] = _insert(layers.pop(t.ours), tensor, t.layer, ours, turn)
             layers[t.ours] = x
@@ -202,13 +203,13 @@ def load(
     return LM(params, config)
 
 
-def _as_stored(tensor: _Tensor, ours: NamedSharding | None, separate: bool) -> NamedSharding | None:
+def _as_stored(name: str, ours: NamedSharding | None, stacked: bool) -> NamedSharding | None:
     """The sharding of a checkpoint's tensor whose shards are those of our parameter."""
-    if ours is None or tensor.layer is None:
-        return ours
-    axes, inputs = ours.spec[not separate :], _INPUTS.get(tensor.ours, 0)
+    if ours is None:
+        return None
+    axes, inputs = ours.spec[stacked:], _INPUTS.get(name, 0)
     # Of several axes merged in the checkpoint, only the first may be sharded.
-    stored = (axes[inputs], axes[0]) if inputs else (axes[0], *axes[2:])
+    stored = (axes[inputs], axes[0]) if inputs else axes[:2]
     return NamedSharding(ours.mesh, PartitionSpec(*stored))
 
 
@@ -254,8 +255,8 @@ def save(directory: str | Path, lm: LM) -> None:
         if t.layer is None:
             tensor = host.params[t.ours]
         else:
-            x, turn = forms.layer(host, t.layer)[t.ours], t.ours not in WIDTH_LAST
-            tensor = x.reshape(t.shape[::-1]).T if turn else x.reshape(t.shape)
+            x = forms.parameter(host, t.layer, t.ours)
+            tensor = x.reshape(t.shape[::-1]).T if t.ours in _INPUTS else x.reshape(t.shape)
         tensors[t.name] = np.ascontiguousarray(tensor)  # safetensors ignores strides
     directory = files.expand(directory)
     with files.writing(directory):

@@ -5,6 +5,7 @@ GPU and TPU, with or without the device.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -51,7 +52,10 @@ ROWS = 8
 
 
 def linear(spec: str, x_bt: Array, weight: Array, product: Callable[..., Array] = einsum) -> Array:
-    """`product` of [b, t, ...] with a weight; on a TPU, of at least eight rows."""
+    """`product` of [b, t, ...] with a weight; on a TPU, of at least eight rows.
+
+    On a CPU, of matrices: of more axes, XLA transposes the weight at every call.
+    """
     b, t = x_bt.shape[:2]
 
     def padded(x_bt, weight):
@@ -59,10 +63,34 @@ def linear(spec: str, x_bt: Array, weight: Array, product: Callable[..., Array] 
         x_bt = jnp.pad(x_bt, [(0, more), *[(0, 0)] * (x_bt.ndim - 1)])
         return product(spec, x_bt, weight)[:b]
 
-    if not 0 < b * t < ROWS:
-        return product(spec, x_bt, weight)
     default = functools.partial(product, spec)
-    return jax.lax.platform_dependent(x_bt, weight, tpu=padded, default=default)
+    branches = {"tpu": padded} if 0 < b * t < ROWS else {}
+    cpu = functools.partial(_matrices, spec, product)
+    return jax.lax.platform_dependent(x_bt, weight, cpu=cpu, default=default, **branches)
+
+
+# Rows up to which a CPU multiplies a weight by them, and not them by the weight: XLA packs the
+# right factor anew at every call.
+_FEW = 32
+
+
+def _matrices(spec, product, x_bt, weight):
+    """`linear` as a product of two matrices."""
+    given, letters = spec.partition("->")[0].split(",")
+    inputs = [i for i, letter in enumerate(letters) if letter in given]
+    size = math.prod(x_bt.shape[2:])
+    x = x_bt.reshape(-1, size)
+    if inputs[0] == 0:
+        outputs = weight.shape[len(inputs) :]
+        out = product("rk,kn->rn", x, weight.reshape(size, -1))
+    else:
+        weight, outputs = weight.reshape(-1, size), weight.shape[: inputs[0]]
+        if 1 < len(x) <= _FEW:
+            # Without the barrier, XLA swaps the factors back.
+            out = jax.lax.optimization_barrier(product("nk,rk->nr", weight, x)).T
+        else:
+            out = product("rk,nk->rn", x, weight)
+    return out.reshape(*x_bt.shape[:2], *outputs)
 
 
 def einsum_int8(spec: str, x_bk: Array, y_bk: Array) -> Array:

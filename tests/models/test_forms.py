@@ -24,13 +24,15 @@ def test_both_forms_hold_the_same():
     assert models.is_separate(separate) and not models.is_separate(lm)
     for i in range(3):
         want = {name: x[i] for name, x in lm.params["layers"].items()}
-        for form in (lm, separate):
-            assert_same(models.layer(form, i), want)
+        assert_same(models.layer(lm, i), want)
+        for name, x in want.items():
+            np.testing.assert_array_equal(forms.parameter(separate, i, name), x)
     for form in (lm, separate):
         assert_same(models.stacked(form), lm.params["layers"])
     for form, one in ((False, lm), (True, separate)):
-        shapes = jax.tree.map(lambda x: (x.shape, x.dtype), param_shapes(lm.config, form))
+        shapes = jax.tree.map(lambda x: (x.shape, x.dtype), param_shapes(lm.config, form, form))
         assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype), one.params)
+    assert forms.separate_shapes(lm) == jax.eval_shape(lambda: separate.params["layers"])
     assert models.separate(separate) is separate and models.stack(lm) is lm
     on_host = jax.device_get(lm)
     assert_same(models.separate(on_host).params, separate.params)
