@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from fkv.errors import UserError
 from fkv.keys import fold
 from fkv.models.config import ModelConfig
-from fkv.models.numerics import einsum_f32, linear
+from fkv.models.numerics import einsum_f32, in_pieces, linear, once
 
 Params = dict
 MODEL = "model"  # the mesh axis over which a replica of the model is sharded
@@ -146,8 +146,11 @@ def rotate(x_bthd: Array, position_bt: Array, config: ModelConfig) -> Array:
     """Rotary embedding at the absolute positions (`rotate_half` layout of Hugging Face)."""
     inv, scale = config.inv_frequencies()
     angle = position_bt[..., None].astype(jnp.float32) * jnp.asarray(inv, jnp.float32)[None, None]
-    cos = (jnp.cos(angle) * scale)[:, :, None].astype(x_bthd.dtype)
-    sin = (jnp.sin(angle) * scale)[:, :, None].astype(x_bthd.dtype)
+
+    def cos_sin(angle):
+        return jnp.cos(angle) * scale, jnp.sin(angle) * scale
+
+    cos, sin = (x[:, :, None].astype(x_bthd.dtype) for x in once(cos_sin, angle))
     low, high = jnp.split(x_bthd, 2, axis=-1)
     return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
 
@@ -164,6 +167,10 @@ def project(
     b, t, _ = hidden_btm.shape
     chex.assert_shape(hidden_btm, (b, t, config.width))
     chex.assert_shape(position_bt, ({1, b}, t))
+    return in_pieces(functools.partial(_project, config, layer), hidden_btm, position_bt)
+
+
+def _project(config, layer, hidden_btm, position_bt):
     x = rms_norm(hidden_btm, layer["attn_norm_m"], config.rms_eps)
     q = linear("btm,hdm->bthd", x, layer["q_hdm"])
     k = linear("btm,kdm->btkd", x, layer["k_kdm"])
@@ -187,6 +194,10 @@ def _multiply(layer: Params, name: str, x_bt: Array, given: str) -> Array:
 
 def finish(config: ModelConfig, layer: Params, hidden_btm: Array, attended_bthd: Array) -> Array:
     """The rest of a layer after attention: output projection, residuals and the gated MLP."""
+    return in_pieces(functools.partial(_finish, config, layer), hidden_btm, attended_bthd)
+
+
+def _finish(config, layer, hidden_btm, attended_bthd):
     out = _multiply(layer, "o_hdm", attended_bthd, "bthd")
     if config.out_bias:
         out = out + layer["o_bias_m"][None, None]

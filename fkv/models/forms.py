@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fkv.models.decoder import LM, OUTPUTS_FIRST, Params
+from fkv.models.decoder import LM, OUTPUTS_FIRST, Params, param_shapes
 
 
 def is_separate(lm: LM) -> bool:
@@ -45,6 +45,13 @@ def _named(name: str, x: Array) -> tuple[str, Array]:
     """A parameter of a separate layer as that of stacked ones."""
     other = _INPUTS_FIRST.get(name, name)
     return other, x if other == name else x.transpose(_axes(name, other))
+
+
+def shapes(lm: LM) -> dict:
+    """Shapes of every parameter of a model of this form, as `param_shapes` gives them."""
+    separate = is_separate(lm)
+    on_cpu = separate and any(name in _INPUTS_FIRST for name in layer(lm, 0))
+    return param_shapes(lm.config, separate, on_cpu)
 
 
 def parameter(lm: LM, index: int, name: str) -> Array:

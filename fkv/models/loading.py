@@ -65,8 +65,7 @@ _LAYER = {
     "up_bias_f": "mlp.up_proj.bias",
     "down_bias_m": "mlp.down_proj.bias",
 }
-# How many of our leading axes are inputs: a Linear's weight is [*out, *in] in a checkpoint, as are
-# the others.
+# So many of our first axes are last in a checkpoint: a Linear's weight is [*out, *in] there.
 _INPUTS = {"gate_mf": 1, "up_mf": 1, "down_fm": 1, "o_hdm": 2}
 JUDGE = "model.layers.{}.self_attn.judge_model."
 # What a checkpoint may hold besides the decoder: ForesightKV's released scorers, and the rotary
@@ -244,7 +243,7 @@ def save(directory: str | Path, lm: LM) -> None:
       UserError: no Hugging Face config of the family describes this decoder.
     """
     config, params = lm.config, lm.params
-    chex.assert_trees_all_equal_shapes(params, param_shapes(config, forms.is_separate(lm)))
+    chex.assert_trees_all_equal_shapes(params, forms.shapes(lm))
     dtype = jnp.result_type(*jax.tree.leaves(params)).name
     description = _describe(config, dtype)
     if from_hf(description) != config:

@@ -78,19 +78,20 @@ def _matrices(spec, product, x_bt, weight):
     """`linear` as a product of two matrices."""
     given, letters = spec.partition("->")[0].split(",")
     inputs = [i for i, letter in enumerate(letters) if letter in given]
-    size = math.prod(x_bt.shape[2:])
+    size = math.prod(weight.shape[i] for i in inputs)
     x = x_bt.reshape(-1, size)
     if inputs[0] == 0:
         outputs = weight.shape[len(inputs) :]
         out = product("rk,kn->rn", x, weight.reshape(size, -1))
     else:
-        weight, outputs = weight.reshape(-1, size), weight.shape[: inputs[0]]
+        outputs = weight.shape[: inputs[0]]
+        weight = weight.reshape(-1, size)
         if 1 < len(x) <= _FEW:
             # Without the barrier, XLA swaps the factors back.
             out = jax.lax.optimization_barrier(product("nk,rk->nr", weight, x)).T
         else:
             out = product("rk,nk->rn", x, weight)
-    return out.reshape(*x_bt.shape[:2], *outputs)
+    return out.reshape(*x_bt.shape[: -len(inputs)], *outputs)
 
 
 def einsum_int8(spec: str, x_bk: Array, y_bk: Array) -> Array:
@@ -237,6 +238,52 @@ def row_by_row(
     together = functools.partial(in_turn, function=function, count=at_once)
     default = function if at_once == rows else together
     return jax.lax.platform_dependent(*arrays_b, cpu=in_turn, default=default)
+
+
+def once(function: Callable[[Array], Any], x_bts: Array) -> Any:
+    """An elementwise function of numbers [b, t, ...] that others, many to each, are multiplied by.
+
+    On a CPU XLA would compute it again for each of those, were it not in a loop.
+    """
+    size = x_bts.shape[-1]
+
+    def halves(x_bts):
+        parts = jnp.stack(jnp.split(x_bts, 2, axis=-1))
+        found = jax.lax.map(function, parts)
+        return jax.tree.map(lambda x: jnp.concatenate(list(x), axis=-1), found)
+
+    if size % 2 or math.prod(x_bts.shape[:2]) < _LEAST:
+        return function(x_bts)
+    return jax.lax.platform_dependent(x_bts, cpu=halves, default=function)
+
+
+# Tokens that a CPU takes at a time through a layer's products, most and least.
+_MOST, _LEAST = 512, 128
+
+
+def in_pieces(function: Callable[..., Any], *arrays_bt: Array) -> Any:
+    """`function` of arrays [b, t, ...], of whose tokens it treats each alone.
+
+    Of all but the first, b may be 1. A CPU takes some at a time: what they leave between products
+    stays in its cache, and in memory that is in use already.
+    """
+    b, t = arrays_bt[0].shape[:2]
+    size = next((n for n in range(_MOST, _LEAST - 1, -1) if b * t % n == 0), b * t)
+    if b * t <= size:
+        return function(*arrays_bt)
+
+    def in_turn(*arrays_bt):
+        def split(x):
+            x = jnp.broadcast_to(x, (b, *x.shape[1:]))
+            return x.reshape(-1, 1, size, *x.shape[2:])
+
+        def join(x):
+            return x.reshape(b, t, *x.shape[3:])
+
+        found = jax.lax.map(lambda some: function(*some), jax.tree.map(split, arrays_bt))
+        return jax.tree.map(join, found)
+
+    return jax.lax.platform_dependent(*arrays_bt, cpu=in_turn, default=function)
 
 
 def group_queries(q_bqhd: Array, kv_heads: int) -> Array:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -391,6 +392,22 @@ def test_steps_make_no_copy_of_separate_weights(separate):
     # Those that are stacked are copied, all of them.
     assert (memory.temp_size_in_bytes < 0.1 * size) == separate
     assert separate or memory.temp_size_in_bytes > 0.9 * size
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8])
+def test_steps_on_a_cpu_transpose_no_weight(rows):
+    config = dataclasses.replace(model().config, width=96, mlp_width=256)
+    lm = LM(models.decoder.param_shapes(config, True, True), config)
+    policy, row = policies.get("knorm"), jnp.zeros(rows, jnp.int32)
+    cache = jax.eval_shape(lambda: replay.init_cache(policy, rows, config, CADENCE, jnp.float32))
+    keys = jax.eval_shape(lambda: replay.row_keys(jax.random.key(0), rows))
+    state = decoding.State((cache,) * config.layers, row, row, row, keys, row, jnp.int32(1))
+    plan = Plan(CADENCE, GREEDY)
+    text = decoding.steps.lower(lm, policy, plan, state, INTERVAL).compile().as_text()
+    shapes = {x.shape for x in jax.tree.leaves(lm.params["layers"]) if len(x.shape) > 1}
+    weights = {math.prod(shape) for shape in shapes}
+    copied = re.findall(r"= f32\[([\d,]+)\]\S* (?:copy|transpose)\(", text)
+    assert not weights & {math.prod(map(int, found.split(","))) for found in copied}
 
 
 def test_either_form_of_a_model_gives_the_same_tokens():

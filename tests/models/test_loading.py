@@ -17,6 +17,7 @@ from fkv import models
 from fkv.errors import UserError
 from fkv.models import LM, ModelConfig, loading
 from fkv.models.config import from_hf, read
+from fkv.models.decoder import OUTPUTS_FIRST
 from tests.models import (
     SMALL,
     full_logits,
@@ -141,8 +142,11 @@ def test_save_then_load_is_the_identity(config, tmp_path):
 
 
 def one_by_one(params):
-    """The parameters with a dictionary for each layer."""
-    stacks = params["layers"]
+    """The parameters with a dictionary for each layer, as a CPU decodes with them."""
+    stacks = {
+        OUTPUTS_FIRST.get(n, n): np.moveaxis(x, -1, 1) if n in OUTPUTS_FIRST else x
+        for n, x in params["layers"].items()
+    }
     count = len(stacks["q_hdm"])
     return {**params, "layers": tuple({n: x[i] for n, x in stacks.items()} for i in range(count))}
 

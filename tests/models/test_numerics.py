@@ -94,8 +94,45 @@ def test_a_tpu_multiplies_no_fewer_than_eight_rows(b, t, found):
     traced = jax.jit(lambda x, y: numerics.linear("btm,mf->btf", x, y)).trace(x, weight)
     for platform, rows in {"tpu": found, "cuda": b * t, "cpu": b * t}.items():
         [product] = lines(traced, platform, "dot_general")
-        shape = re.search(r"-> tensor<(\d+)x(\d+)x5xf32>", product).groups()
-        assert np.prod([int(n) for n in shape]) == rows
+        shape = re.search(r"-> tensor<([\dx]+)x5xf32>", product)[1]
+        assert np.prod([int(n) for n in shape.split("x")]) == rows
+
+
+@pytest.mark.parametrize("spec", ["btm,hdm->bthd", "btm,mf->btf", "bthd,hdm->btm", "bthd,mhd->btm"])
+@pytest.mark.parametrize(("b", "t"), [(1, 1), (2, 1), (8, 4), (3, 11), (2, 17)])
+def test_products_with_weights_are_those_of_einsum(spec, b, t):
+    sizes = dict(b=b, t=t, m=24, h=3, d=8, f=40)
+    x, weight = (
+        jax.random.normal(jax.random.key(i), [sizes[letter] for letter in term])
+        for i, term in enumerate(spec.partition("->")[0].split(","))
+    )
+    found = jax.jit(lambda x, y: numerics.linear(spec, x, y))(x, weight)
+    want = np.einsum(spec, *(np.asarray(x, np.float64) for x in (x, weight)))
+    np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-5)
+    narrow = [x.astype(jnp.bfloat16) for x in (x, weight)]
+    found = jax.jit(lambda x, y: numerics.linear(spec, x, y, numerics.einsum_f32))(*narrow)
+    want = np.einsum(spec, *(np.asarray(x, np.float64) for x in narrow))
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("b", "t", "size"), [(2, 512, 512), (3, 300, 450), (1, 512, 0), (1, 521, 0)]
+)
+def test_a_cpu_takes_tokens_in_pieces(b, t, size):
+    x, y = jnp.arange(b * t * 4.0).reshape(b, t, 4), jnp.arange(1.0 * t).reshape(1, t)
+    shapes = []
+
+    def function(x, y):
+        shapes.append(x.shape)
+        return {"x": x * y[..., None], "y": x[..., 0] + y}
+
+    traced = jax.jit(lambda x, y: numerics.in_pieces(function, x, y)).trace(x, y)
+    assert {(1, size, 4), (b, t, 4)} - {(1, 0, 4)} == set(shapes)
+    loops = {name: bool(lines(traced, name, "while")) for name in LOOPS}
+    assert loops == {"cpu": size > 0, "cuda": False, "tpu": False}
+    found = traced.lower().compile()(x, y)
+    jax.tree.map(np.testing.assert_array_equal, found, function(x, y))
 
 
 def test_the_largest_numbers_of_blocks_are_those_of_the_row(monkeypatch):

@@ -142,9 +142,11 @@ if copies == 1:
     # And as deep models do, with separate layers: the second chunk compiles nothing.
     copy = parallel.make_mesh(model_axis, "copy")
     lm = models.load(path / "model", mesh=copy, separate=True)
+    first = {other: name for name, other in models.decoder.OUTPUTS_FIRST.items()}
     for name, x in lm.params["layers"][1].items():
-        stack = own.params["layers"][name].addressable_shards[0].data
-        assert x.addressable_shards[0].data.shape == stack.shape[1:], name
+        stack = own.params["layers"][first.get(name, name)].addressable_shards[0].data
+        shape = np.moveaxis(stack, -1, 1).shape if name in first else stack.shape
+        assert x.addressable_shards[0].data.shape == shape[1:], name
     sharding = {name: x.sharding for name, x in lm.params["layers"][1].items()}
     decoding.SHALLOW, deep = 0, []
     begun, width = decoding._start(lm, *given[1:], prompts, keys, [24, 24])
