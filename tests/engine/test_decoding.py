@@ -396,7 +396,7 @@ def test_steps_make_no_copy_of_separate_weights(separate):
 
 @pytest.mark.parametrize("rows", [1, 2, 8])
 def test_steps_on_a_cpu_transpose_no_weight(rows):
-    config = dataclasses.replace(model().config, width=96, mlp_width=256)
+    config = dataclasses.replace(model().config, width=104, mlp_width=256)
     lm = LM(models.decoder.param_shapes(config, True, True), config)
     policy, row = policies.get("knorm"), jnp.zeros(rows, jnp.int32)
     cache = jax.eval_shape(lambda: replay.init_cache(policy, rows, config, CADENCE, jnp.float32))
