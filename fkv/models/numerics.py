@@ -257,8 +257,9 @@ def once(function: Callable[[Array], Any], x_bts: Array) -> Any:
     return jax.lax.platform_dependent(x_bts, cpu=halves, default=function)
 
 
-# Tokens that a CPU takes at a time through a layer's products, most and least.
-_MOST, _LEAST = 512, 128
+# Tokens that a CPU takes at a time through a layer's products, most and least, and the bytes up to
+# which it takes all: they fit into its cache.
+_MOST, _LEAST, _FITS = 512, 128, 2**22
 
 
 def in_pieces(function: Callable[..., Any], *arrays_bt: Array) -> Any:
@@ -269,7 +270,7 @@ def in_pieces(function: Callable[..., Any], *arrays_bt: Array) -> Any:
     """
     b, t = arrays_bt[0].shape[:2]
     size = next((n for n in range(_MOST, _LEAST - 1, -1) if b * t % n == 0), b * t)
-    if b * t <= size:
+    if b * t <= size or arrays_bt[0].size * arrays_bt[0].dtype.itemsize <= _FITS:
         return function(*arrays_bt)
 
     def in_turn(*arrays_bt):

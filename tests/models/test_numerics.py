@@ -119,7 +119,8 @@ def test_products_with_weights_are_those_of_einsum(spec, b, t):
 @pytest.mark.parametrize(
     ("b", "t", "size"), [(2, 512, 512), (3, 300, 450), (1, 512, 0), (1, 521, 0)]
 )
-def test_a_cpu_takes_tokens_in_pieces(b, t, size):
+def test_a_cpu_takes_tokens_in_pieces(b, t, size, monkeypatch):
+    monkeypatch.setattr(numerics, "_FITS", 0)
     x, y = jnp.arange(b * t * 4.0).reshape(b, t, 4), jnp.arange(1.0 * t).reshape(1, t)
     shapes = []
 
