@@ -23,7 +23,7 @@ READS = {
         "traces.dev",
     ),
     "generate": (*_MODEL, "generate"),
-    "serve": (*_MODEL, "serve"),
+    "serve": (*(name for name in _MODEL if name not in ("seed", "task")), "serve"),
     "export": ("model", "revision", "export"),
     "benchmark": (*_MODEL, "scorer", "benchmark"),
     "pipeline": ("pipeline.stages",),

@@ -45,7 +45,7 @@ GROUPS = {
     "benchmark": (*TOP, "benchmark"),
     "export": ("model", "export"),
     "generate": (*TOP, "generate"),
-    "serve": (*TOP, "serve"),
+    "serve": (*(name for name in TOP if name not in ("seed", "task")), "serve"),
 }
 # Where zero means something; elsewhere it is refused, too.
 ZERO = {
