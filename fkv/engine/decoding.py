@@ -1,9 +1,10 @@
-"""Generation with eviction: prefill through replay, then decoding on the device.
+"""Generation with eviction, of a batch that waits for its longest row; see `fkv.engine.batcher`.
 
-Decoding is step-outer: unrolled layers with one cache each, a `scan` of exactly `L` steps, and one
-eviction of every layer; so on until every row is done. The steps are a program, and an eviction is
-another, compiled once and called layer after layer: that compiles quickly, and only one layer's
-temporaries are alive. Of shallow models all of it is a single program, see `SHALLOW`.
+It is what the benchmark times and dry runs compile. Prefill is replay. Decoding is step-outer:
+unrolled layers with one cache each, a `scan` of exactly `L` steps, and one eviction of every layer;
+so on until every row is done. The steps are a program, and an eviction is another, compiled once
+and called layer after layer: that compiles quickly, and only one layer's temporaries are alive. Of
+shallow models all of it is a single program, see `SHALLOW`.
 
 A new token is written to the same slot in every row: prompts are left-padded to a multiple of `L`,
 and padding leaves empty slots, which nothing attends to and which are dropped first. So the output

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,13 +126,17 @@ class Samples:
             files.append_text(self.path, _lines(rows))
         self.rows |= {self.form.key(row): row for row in rows}
 
-    def settle(self, keys: Sequence[tuple]) -> None:
-        """Puts the rows with these keys behind all others, in this order, whenever they ended."""
-        last = {key: self.rows[key] for key in keys}
-        first = {key: row for key, row in self.rows.items() if key not in last}
-        if parallel.first() and [*first, *last] != [*self.rows]:
-            files.write_text(self.path, _lines([*first.values(), *last.values()]))
-        self.rows = first | last
+    def settle(self, rank: Callable[[tuple], Any]) -> None:
+        """Puts the rows into an order that does not depend on when each answer ended.
+
+        Args:
+          rank: of a key; rows of equal rank stay in their order.
+        """
+        keys = sorted(self.rows, key=rank)
+        if keys != [*self.rows]:
+            self.rows = {key: self.rows[key] for key in keys}
+            if parallel.first():
+                files.write_text(self.path, _lines([*self.rows.values()]))
 
     def check_references(self, references: Mapping[str, str]) -> None:
         """Refuses answers to other problems, also in runs that recorded no digests.

@@ -114,7 +114,8 @@ def continue_all(job: Job, held_out: Traces) -> None:
         store.add(rows)
         left -= len(rows)
         job.check_end()
-    store.settle([(name,) for name in todo])
+    rank = {(name,): i for i, name in enumerate(asked)}
+    store.settle(lambda key: rank.get(key, len(rank)))
 
 
 def _agreed(names, tokens_b, policy: str, hit_bc: np.ndarray, kl_bc: np.ndarray) -> list[dict]:

@@ -137,7 +137,8 @@ def run(config: ConfigDict, workdir: str, anew: Sequence[str] = ()) -> list[accu
         common.say(f"{path}: {', '.join(changed)} has been trained further and answers anew")
     run = open_run(workdir, config, MAY_DIFFER, plan.inputs)
     samples = answers.Samples(run.path / "samples.jsonl", config.interval)
-    samples.check_references({problem.id: problem.reference for problem in problems})
+    references = {problem.id: problem.reference for problem in problems}
+    samples.check_references(references)
     run.resume({})  # metrics are written again from all samples
 
     cells = _cells(config, named) if problems else []
@@ -163,8 +164,12 @@ def run(config: ConfigDict, workdir: str, anew: Sequence[str] = ()) -> list[accu
                     if parallel.anywhere(asked_to_end()):
                         run.close()
                         raise preemption.Preempted(f"{len(samples.rows)} answers are in {workdir}")
-            samples.settle([known(*x) for x in todo])
-
+    # Policies as they came, problems in their order.
+    came = {key[:2]: None for key in samples.rows}
+    cell_rank, problem_rank = ({x: i for i, x in enumerate(some)} for some in (came, references))
+    samples.settle(
+        lambda key: (cell_rank[key[:2]], problem_rank.get(key[2], len(references)), key[3])
+    )
     rows = [
         samples.rows[_key(name, budget, problems, *x)] for name, budget, _ in cells for x in asked
     ]
