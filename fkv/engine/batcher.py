@@ -147,7 +147,7 @@ class Batcher:
         self._start = 0  # steps since the last border
         self._mesh, dtype = steps.mesh_of(lm), lm.params["embed_vm"].dtype
         self._room = max(length, interval)
-        self._made = policy, cadence, self._room
+        self._made = policy, cadence, (self._room, self._piece)
         sizes = rows, lm.config, cadence, self._room, dtype, self._mesh
         self._caches, self._asked = steps.empty(policy, *sizes)
         self._settings: steps.Rows | None = None  # None where rows have changed
@@ -178,7 +178,9 @@ class Batcher:
         """
         check(request, self._lm.config.vocab_size, self._length, self._top)
         if request.kept is not None and not _same(request.kept.made_by, self._made):
-            raise UserError("kept is of another policy, cadence or length than this batcher's")
+            raise UserError(
+                "kept is of another policy, cadence, length or piece than this batcher's"
+            )
         key = np.asarray(jax.random.key_data(request.key))
         self._queue.append(_Row(self._ids, request, key))
         self._ids += 1
@@ -289,8 +291,8 @@ class Batcher:
         greedy = Sampling(0.0)
         how = Samplings.of([greedy if row is None else row.request.sampling for row in some])
         made = steps.Rows(jax.random.wrap_key_data(key), prompt, stop, how)
-        if self._mesh is None:
-            return jax.device_put(made)
+        if self._mesh is None:  # those of one row are used once or twice
+            return made if len(some) == 1 else jax.device_put(made)
         return jax.device_put(made, NamedSharding(self._mesh, PartitionSpec()))
 
     # ---- decoding

@@ -30,14 +30,14 @@ class Kept:
         chunk of which the next eviction is to come.
       entries: that a head holds.
       evictions: of a head so far.
-      made_by: what the batcher that goes on must have in common: policy, cadence and room.
+      made_by: what the batcher that goes on must have in common: policy, cadence and sizes.
     """
 
     tokens: np.ndarray
     held: tuple[Any, ...]
     entries: int
     evictions: int
-    made_by: tuple[Policy, Cadence, int]
+    made_by: tuple[Policy, Cadence, tuple[int, int]]
 
     @property
     def bytes(self) -> int:

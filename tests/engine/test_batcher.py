@@ -194,7 +194,7 @@ def test_a_request_goes_on_from_a_kept_cache(name):
     assert other[-1].kept.tokens.tolist() == PROMPTS[2].tolist()
     with pytest.raises(UserError, match="does not go on from the 40 of kept"):
         alone.submit(dataclasses.replace(first, kept=kept))
-    with pytest.raises(UserError, match="kept is of another policy, cadence or length"):
+    with pytest.raises(UserError, match="kept is of another policy, cadence, length or piece"):
         make(policies.get("knorm")).submit(second)
 
 
