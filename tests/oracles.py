@@ -336,7 +336,7 @@ def replay_by_chunks(lm, batch, policy, cadence, key_b, observe=None):
     Returns:
       Hidden states, and outputs of `observe` [layers, evictions, ...].
     """
-    position, config, interval = batch.position_bt, lm.config, cadence.interval
+    position, config, interval, of_all = batch.position_bt, lm.config, cadence.interval, policy
     b, t = position.shape
     chunks = -(-t // interval)
 
@@ -350,17 +350,19 @@ def replay_by_chunks(lm, batch, policy, cadence, key_b, observe=None):
         site = engine.Site(config, cadence, index, key_b, batch.prompt_b)
 
         def step(cache, inputs):
-            at, q, k, v, position = inputs
-            cache = kv.append(cache, cache.position_bks.shape[-1] - interval, k, v, position)
+            at, q, k, v, position, *arrived = inputs
+            ring = cache.position_bks.shape[-1] - interval
+            cache = kv.append(cache, ring, k, v, position, *arrived)
             seen = attention.visible(position, cache.position_bks)
             out, lse = attention.attend(q, cache.key_bksd, cache.value_bksd, seen)
             chunk = engine.Chunk(q, lse, position, at)
             view, evicted, cache = engine.evict(policy, cache, chunk, site)
             return cache, (out, observe(0, policy, view, evicted)[1] if observe else ())
 
-        qkv = models.project(config, weights, hidden, position)
-        cache = engine.init_cache(policy, b, config, cadence, hidden.dtype)
-        inputs = (jnp.arange(chunks), *map(split, qkv), split(position, -1))
+        q, k, v, *arrived = engine.project(policy, config, index, weights, hidden, position)
+        cache = engine.init_cache(of_all, b, config, cadence, hidden.dtype)
+        inputs = (jnp.arange(chunks), *map(split, (q, k, v)), split(position, -1))
+        inputs = (*inputs, *(jax.tree.map(split, x) for x in arrived))
         _, (out, observed) = jax.lax.scan(step, cache, inputs)
         out = jnp.moveaxis(out, 0, 1).reshape(b, -1, *out.shape[3:])[:, :t]
         return models.finish(config, weights, hidden, out), observed

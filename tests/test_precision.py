@@ -18,6 +18,7 @@ from fkv.learning.fit import TrainState
 from fkv.learning.tokens import token_losses
 from fkv.policies import scorer
 from tests import oracles
+from tests.policies import BY_NAME, WEIGHTED, weighted
 
 CADENCE, LENGTH = Cadence(8, 4), 24
 FIT = dict(log_every=1, checkpoint_every=1, cadence=CADENCE)
@@ -97,7 +98,8 @@ def pretraining(dtype):
 
 def answering(name, cache_dtype, dtype):
     lm = model(dtype, cache_dtype=cache_dtype)
-    policy = scorers(lm.config) if name == "foresight" else policies.get(name)
+    policy = scorers(lm.config) if name == "foresight" else None
+    policy = weighted(name, lm.config) if name in WEIGHTED else policy or policies.get(name)
     keys, limit = keys_of(jax.random.key(0), 2), np.array([5, 5], np.int32)
     prompts = left_pad([np.zeros(n, np.int32) for n in (12, 9)])
     plan = Plan(CADENCE, Sampling(0.6, 5, 0.9), stop=(1,))
@@ -109,7 +111,7 @@ def answering(name, cache_dtype, dtype):
     return jax.make_jaxpr(run)(lm, policy)
 
 
-RULES = sorted(set(policies.names()) - {"forced"})
+RULES = ["full", "foresight", *BY_NAME, *WEIGHTED]
 PROGRAMS = {
     "supervised step": supervised,
     "reinforcement step": functools.partial(reinforced, 1),

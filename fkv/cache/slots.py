@@ -105,13 +105,14 @@ def unit_axes(array_bk: Array | Int8) -> tuple[int, ...]:
 
 def append(
     cache: Cache, slot: int | Array, key_btkd: Array | Int8, value_btkd: Array | Int8,
-    position_bt: Array,
+    position_bt: Array, arrived: Any = None,
 ) -> Cache:  # fmt: skip
     """Writes `t` new tokens at slots [slot, slot + t), the same slots for every row and head.
 
     Args:
       key_btkd, value_btkd: quantised here for an `Int8` cache, unless they already are.
       position_bt: absolute positions, -1 for padding (the slot is then empty).
+      arrived: a pytree of [b, t, k, ...], written to `cache.entry["arrived"]`.
     """
     b, t, k, d = key_btkd.shape
     chex.assert_shape([cache.key_bksd, cache.value_bksd], (b, k, None, d))
@@ -132,7 +133,10 @@ def append(
         return jax.tree.map(write, held, new)
 
     key, value = take_in(cache.key_bksd, key_btkd), take_in(cache.value_bksd, value_btkd)
-    return Cache(key, value, write(cache.position_bks, position), cache.entry)
+    entry = cache.entry
+    if arrived:
+        entry = {**entry, "arrived": jax.tree.map(take_in, entry["arrived"], arrived)}
+    return Cache(key, value, write(cache.position_bks, position), entry)
 
 
 def flush(cache: Cache, interval: int) -> Cache:

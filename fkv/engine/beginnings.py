@@ -46,19 +46,22 @@ def begin(lm: LM, batch: Batch, policy: Policy, cadence: Cadence) -> Begun:
 
     Args:
       policy: any of the same capacity and statistics as those that go on; see
-        `policies.base.common_statistics` for those of several.
+        `policies.base.common_statistics` for those of several. One that defines `arrive` goes on
+        itself.
     """
     base.check(policy, lm.config, cadence)
     first = replay.beginning(policy, cadence, batch.token_bt.shape[1])
     position = batch.position_bt[:, :first]
 
-    def layer(hidden, weights):
-        qkv = models.project(lm.config, weights, hidden, position)
+    def layer(hidden, inputs):
+        index, weights, layer_policy = inputs
+        qkv = replay.project(layer_policy, lm.config, index, weights, hidden, position)
         out, staged = replay.begin_layer(policy, lm.config, cadence, qkv, position)
         return models.finish(lm.config, weights, hidden, out), staged
 
     hidden = models.embed(lm, batch.token_bt[:, :first])
-    hidden, staged = jax.lax.scan(layer, hidden, models.stacked(lm))
+    inputs = (jnp.arange(lm.config.layers), models.stacked(lm), policy)
+    hidden, staged = jax.lax.scan(layer, hidden, inputs)
     return Begun(hidden, staged, cadence)
 
 
@@ -126,7 +129,7 @@ def _rest(lm, batch, begun, policy, key_b, observing=None):
 
     def layer(hidden, inputs):
         index, weights, layer_policy, staged = inputs
-        qkv = models.project(lm.config, weights, hidden, position)
+        qkv = replay.project(layer_policy, lm.config, index, weights, hidden, position)
         site = Site(lm.config, begun.cadence, index, key_b, batch.prompt_b)
         staged = jax.tree.map(repeat, staged)
         out, staged, *found = replay.pass_from(

@@ -180,7 +180,7 @@ def prefill_layer(
     """
     (b, t), config = position_bt.shape, site.config
     policy = jax.tree.map(lambda x: x[site.layer], policy)
-    qkv = models.project(config, weights, hidden_btm, position_bt)
+    qkv = replay.project(policy, config, site.layer, weights, hidden_btm, position_bt)
     if policy.evicts:
         out, staged, _, _ = replay.layer_pass(policy, site, qkv, position_bt)
         cache = replay.evict(policy, staged.cache, staged.chunk, site)[2]
@@ -247,9 +247,10 @@ def steps(
         caches = jax.tree.map(lambda x: jnp.expand_dims(x, axes), caches)
         at = jnp.where(done, -1, position)[:, None]
         hidden, held, queries = models.embed(lm, token[:, None]), [], []
-        for layer, cache in zip(weights, caches, strict=True):
-            q, k, v = models.project(config, layer, hidden, at)
-            cache = kv.append(cache, start + i, k, v, at)
+        for n, (layer, cache) in enumerate(zip(weights, caches, strict=True)):
+            one = policy if policy.arrive is None else jax.tree.map(lambda x, n=n: x[n], policy)
+            q, k, v, *arrived = replay.project(one, config, n, layer, hidden, at)
+            cache = kv.append(cache, start + i, k, v, at, *arrived)
             out, lse = attention.attend_one(q, cache, at)
             hidden = models.finish(config, layer, hidden, out)
             held.append(cache)

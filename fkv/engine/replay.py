@@ -28,15 +28,19 @@ from fkv.engine.batch import Batch
 from fkv.errors import UserError
 from fkv.keys import Purpose, key_of, keys_of
 from fkv.models import LM, ModelConfig
-from fkv.policies import base
+from fkv.policies import arrival, base
+from fkv.policies.arrival import Arrival
 from fkv.policies.base import Policy, View, check_given
 
 DECAY = 0.9
+_SUMS = "cumulative", "decayed"  # of attention, in `Cache.entry`
 
 # (accumulator, policy, view, evicted slots [b, k, l]) of an eviction -> the new accumulator, and
 # outputs to stack over evictions.
 Observer = Callable[[Any, Policy, View, Array], tuple[Any, Any]]
-Projections = tuple[Array, Array, Array]  # q [b, t, h, d], k and v [b, t, k, d] of one layer
+# Of one layer: q [b, t, h, d], k and v [b, t, k, d]; fourth, what the policy's `arrive` gave of these
+# tokens, if it has one.
+Projections = tuple[Array, Array, Array] | tuple[Array, Array, Array, dict[str, Array]]
 
 
 def ignore(acc, policy, view, evict):
@@ -112,22 +116,27 @@ def _accumulate(
     decay = jnp.where(newest_b >= cadence.budget, DECAY, 1.0)[:, None, None, None]
     slots = cache.position_bks.shape[-1]
     staged = (jnp.arange(slots) >= slots - cadence.interval)[None, None, :, None]
-    before = jax.tree.map(lambda x: jnp.where(staged, 0.0, x), cache.entry)
-    entry = {
+    before = {name: jnp.where(staged, 0.0, cache.entry[name]) for name in _SUMS}
+    sums = {
         "cumulative": before["cumulative"] + stats.total,
         "decayed": decay * before["decayed"] + stats.total,
     }
-    return cache.replace(entry=entry)
+    return cache.replace(entry={**cache.entry, **sums})
 
 
 def init_cache(
     policy: Policy, batch: int, config: ModelConfig, cadence: Cadence, dtype: jnp.dtype
 ) -> kv.Cache:
-    """An empty cache of one layer, in the model's `cache_dtype` if set, else in `dtype`."""
-    entry = ()
+    """An empty cache of one layer, in the model's `cache_dtype` if set, else in `dtype`.
+
+    Args:
+      policy: with the arrays of all layers.
+    """
+    entry = {}
     if policy.statistics:
-        sums = jax.ShapeDtypeStruct((config.group_size,), jnp.float32)
-        entry = {"cumulative": sums, "decayed": sums}
+        entry = dict.fromkeys(_SUMS, jax.ShapeDtypeStruct((config.group_size,), jnp.float32))
+    if asked := arrival.shapes(policy, config, dtype):
+        entry["arrived"] = asked
     slots = policy.capacity(cadence.budget) + cadence.interval
     dtype = config.cache_dtype or dtype
     return kv.init(batch, config.kv_heads, slots, config.head_dim, dtype, entry)
@@ -201,8 +210,8 @@ def check(policy: Policy, config: ModelConfig, cadence: Cadence, rows: int = 2) 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))  # JAX remembers what it has traced
 def _one_eviction(policy, config, cadence, rows):
-    policy = jax.tree.map(lambda x: x[0], policy)
     cache = init_cache(policy, rows, config, cadence, jnp.float32)
+    policy = jax.tree.map(lambda x: x[0], policy)
     chunk = Chunk(
         jnp.zeros((rows, cadence.interval, config.heads, config.head_dim)),
         jnp.zeros((rows, config.kv_heads, config.group_size, cadence.interval)),
@@ -227,6 +236,29 @@ def beginning(policy: Policy, cadence: Cadence, length: int) -> int:
     return min(length, cadence.slots if even else cadence.interval)
 
 
+def project(
+    policy: Policy,
+    config: ModelConfig,
+    layer: Array | int,
+    weights: models.Params,
+    hidden_btm: Array,
+    position_bt: Array,
+) -> Projections:
+    """`models.project` of a layer, and what the policy's `arrive` gives, if it has one.
+
+    Args:
+      policy: with its arrays sliced to this layer.
+      layer: its index.
+      weights: of this layer.
+    """
+    if policy.arrive is None:
+        return models.project(config, weights, hidden_btm, position_bt)
+    x, q, k, v = models.unrotated(config, weights, hidden_btm)
+    come = Arrival(hidden_btm, x, q, k, v, position_bt, layer, config)
+    q, k = (models.rotate(x, position_bt, config) for x in (q, k))
+    return q, k, v, arrival.ask(policy, come)
+
+
 def stage(
     policy: Policy,
     config: ModelConfig,
@@ -239,7 +271,7 @@ def stage(
 
     Args:
       policy: any of the same capacity and statistics; its arrays are not read.
-      qkv: keys and values as the cache stores them.
+      qkv: keys and values as the cache stores them, and what arrived.
       lse_bkgt: log-sum-exps, as `attention.full_attention` returns them.
       position_bt: absolute positions, -1 for padding.
     """
@@ -266,20 +298,22 @@ def stage(
     def entries(x):
         return jax.tree.map(lambda x: jnp.moveaxis(place(x), 1, 2), x)
 
-    query, key, value = qkv
+    query, key, value, *arrived = qkv
     lead = (len(position_bt), config.kv_heads, room + interval)
     position = jnp.broadcast_to(place(position_bt, -1)[:, None], lead)
-    cache = kv.Cache(entries(key), entries(value), position)
+    entry = {"arrived": entries(*arrived)} if arrived else {}
+    key, value = entries(key), entries(value)
     if policy.statistics:
         sums = jnp.zeros((*lead, config.group_size))
         if kept:
             total = attention.statistics(
                 query[:, :kept], position_bt[:, :kept],
-                jax.tree.map(lambda x: x[:, :, :room], cache.key_bksd), position[..., :room],
+                jax.tree.map(lambda x: x[:, :, :room], key), position[..., :room],
                 lse_bkgt[..., :kept], policy.statistics,
             ).total  # fmt: skip
             sums = sums.at[:, :, :room].set(total)
-        cache = cache.replace(entry={"cumulative": sums, "decayed": sums})  # nothing decays yet
+        entry |= dict.fromkeys(_SUMS, sums)  # nothing decays yet
+    cache = kv.Cache(key, value, position, entry)
     query, at, lse = (
         jnp.moveaxis(_whole(jnp.moveaxis(x, axis, 1)[:, kept:], interval, value), 1, axis)
         for x, axis, value in ((query, 1, 0), (position_bt, 1, -1), (lse_bkgt, 3, 0))
@@ -322,7 +356,7 @@ def pass_from(
 
     def step(state, inputs):
         staged, acc = state
-        q, k, v, position = inputs
+        q, k, v, position, *arrived = inputs
         if isinstance(observe, Chooser):
             view = look(policy, staged.cache, staged.chunk, site)
             acc, slots, observed = observe.act(acc, policy, view)
@@ -330,15 +364,19 @@ def pass_from(
         else:
             view, slots, cache = evict(policy, staged.cache, staged.chunk, site)
             acc, observed = observe(acc, policy, view, slots)
-        cache = kv.append(cache, view.capacity, k, v, position)
+        cache = kv.append(cache, view.capacity, k, v, position, *arrived)
         seen = attention.visible(position, cache.position_bks)
         out, lse = attention.attend(q, cache.key_bksd, cache.value_bksd, seen)
         staged = Staged(cache, Chunk(q, lse, position, staged.chunk.index + 1))
         return (staged, acc), (out, observed)
 
-    if not policy.statistics:  # others that began with it may need them
-        staged = staged.replace(cache=staged.cache.replace(entry=()))
-    inputs = (*map(split, qkv), split(position_bt, -1))
+    q, k, v, *arrived = jax.tree.map(split, qkv)
+    needed = (*(_SUMS if policy.statistics else ()), *(["arrived"] if arrived else ()))
+    if missing := set(needed) - staged.cache.entry.keys():
+        raise ValueError(f"the replay began without {sorted(missing)}, for another policy")
+    entry = {name: staged.cache.entry[name] for name in needed}  # it may have begun for several
+    staged = staged.replace(cache=staged.cache.replace(entry=entry))
+    inputs = (q, k, v, split(position_bt, -1), *arrived)
     (staged, acc), (out, observed) = jax.lax.scan(step, (staged, acc), inputs)
     out = jnp.moveaxis(out, 0, 1).reshape(b, chunks * interval, h, d)
     return out[:, :t], staged, acc, observed
@@ -356,7 +394,7 @@ def layer_pass(
 
     Args:
       policy: with its arrays sliced to this layer.
-      qkv: from `models.project`.
+      qkv: from `project`.
       position_bt: absolute positions, -1 for padding.
       observe: called at every eviction that a token attends after. `View.eviction` says which one
         it is; heads that share a budget unevenly have some before eviction 0.
@@ -367,7 +405,10 @@ def layer_pass(
       accumulator, and the outputs of `observe` stacked over evictions.
     """
     first = beginning(policy, site.cadence, position_bt.shape[1])
-    begun, rest = ([x[:, part] for x in qkv] for part in (slice(first), slice(first, None)))
+    begun, rest = (
+        jax.tree.map(lambda x, part=part: x[:, part], qkv)
+        for part in (slice(first), slice(first, None))
+    )
     out, staged = begin_layer(policy, site.config, site.cadence, begun, position_bt[:, :first])
     after, *found = pass_from(policy, site, staged, rest, position_bt[:, first:], observe, acc)
     return jnp.concatenate([out, after], axis=1), *found
@@ -377,17 +418,17 @@ def begin_layer(
     policy: Policy, config: ModelConfig, cadence: Cadence, qkv: Projections, position_bt: Array
 ) -> tuple[Array, Staged]:
     """Attention of one layer over the `beginning` of traces, and the layer after it."""
-    query, k, v = qkv
+    query, k, v, *arrived = qkv
     k, v = (kv.stored(x, config.cache_dtype) for x in (k, v))
     out, lse = attention.full_attention(query, k, v, position_bt)
-    return out, stage(policy, config, cadence, (query, k, v), lse, position_bt)
+    return out, stage(policy, config, cadence, (query, k, v, *arrived), lse, position_bt)
 
 
 def full_pass(
     config: ModelConfig, qkv: Projections, position_bt: Array
 ) -> tuple[Array, Array | kv.Int8, Array | kv.Int8]:
     """Attention of one layer over a full cache: the attended values, and the cache's entries."""
-    k, v = (kv.stored(x, config.cache_dtype) for x in qkv[1:])
+    k, v = (kv.stored(x, config.cache_dtype) for x in qkv[1:3])
     return attention.full_attention(qkv[0], k, v, position_bt)[0], k, v
 
 
@@ -423,7 +464,7 @@ def replay(
 
     def layer(hidden, inputs):
         index, weights, layer_policy = inputs
-        qkv = models.project(lm.config, weights, hidden, position)
+        qkv = project(layer_policy, lm.config, index, weights, hidden, position)
         if policy.evicts:
             site = Site(lm.config, cadence, index, key_b, batch.prompt_b)
             out, _, layer_acc, observed = layer_pass(

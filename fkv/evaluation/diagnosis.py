@@ -15,7 +15,7 @@ from fkv.cache.cadence import Cadence
 from fkv.engine import replay
 from fkv.engine.batch import Batch
 from fkv.evaluation import tables
-from fkv.evaluation.loss_ratio import Losses, OneOf
+from fkv.evaluation.loss_ratio import Losses, OneOf, shares
 from fkv.learning import golden
 from fkv.models import LM
 from fkv.policies.base import Policy
@@ -54,11 +54,11 @@ def retention(
         replay.check(policy, lm.config, cadence, rows=1)
 
     forced, _, _ = jax.jit(golden.policy, static_argnums=2)(lm, trace, cadence)
-    # Policies that need no more than B slots share one program.
+    # Most policies share one program.
     evicting = {"golden": forced, **{name: p for name, p in policies.items() if p.evicts}}
-    even = [name for name, p in evicting.items() if p.capacity(cadence.budget) == cadence.budget]
-    choices = tuple(evicting[name] for name in even)
-    for i, name in enumerate(even):
+    together = [name for name, policy in evicting.items() if shares(policy, cadence)]
+    choices = tuple(evicting[name] for name in together)
+    for i, name in enumerate(together):
         evicting[name] = OneOf(choices, jnp.full(lm.config.layers, i))
 
     # Observers are called at evictions: a chunk of padding, for the one after the last chunk.

@@ -99,7 +99,7 @@ class Losses:
       tokens: number of tokens in each of these sums, [n, 3].
       recall_nyk: share of the golden evictions that the policy, given the golden cache, would
         choose too; mean over evictions, per trace, layer and KV head; None for the full cache and
-        uneven budgets.
+        policies that run alone (`shares`).
       regret_nyk: summed future scores of what the policy would drop, minus those of what golden
         eviction drops (attention probability per eviction); mean and shape as above.
       excess_nt: evicted minus full loss of every counted token, nats, NaN elsewhere.
@@ -172,7 +172,7 @@ def measure(
 ) -> list[Losses]:
     """Runs every policy and golden eviction over the traces at one budget.
 
-    All share what comes before the first eviction, except for policies of uneven budgets.
+    All share what comes before the first eviction, except for those that `shares` leaves out.
     Processes share the work, and all get the results.
 
     Args:
@@ -186,10 +186,9 @@ def measure(
         replay.check(policy, config, cadence, traces.at_once)
     replay.check_lengths(batch.length_b, cadence)
     n, t = batch.token_bt.shape
-    # Policies that need more than B slots can share neither a pass nor the golden cache.
-    even = {name: p for name, p in policies.items() if p.capacity(cadence.budget) == cadence.budget}
-    names, several = list(even), tuple(even.values())
-    uneven = {name: p for name, p in policies.items() if name not in even}
+    together = {name: p for name, p in policies.items() if shares(p, cadence)}
+    names, several = list(together), tuple(together.values())
+    alone = {name: p for name, p in policies.items() if name not in together}
     first = cadence.first_evicting_token
 
     def losses(lm, hidden, part):
@@ -259,7 +258,7 @@ def measure(
         for i, name in enumerate(names):
             one = one_of(several, i, config.layers)
             put(nll[name], run_from(lm, begun, one, part, key_b))
-        for name, policy in uneven.items():
+        for name, policy in alone.items():
             put(nll[name], run(lm, policy, part, key_b))
 
     *found, entropy, recalls, regrets = parallel.total([*nll.values(), entropy, recalls, regrets])
@@ -291,6 +290,14 @@ def measure(
         )
         for name, x in nll.items()
     ]
+
+
+def shares(policy: Policy, cadence: Cadence) -> bool:
+    """Whether a policy can share a beginning, a pass and the golden cache with others.
+
+    Those that need more than B slots, or numbers of entries when they come, run alone.
+    """
+    return policy.capacity(cadence.budget) == cadence.budget and policy.arrive is None
 
 
 def is_rule(policy: Policy | None) -> bool:

@@ -23,6 +23,8 @@ COLOURS = {
     "h2o": "tab:green", "streaming_llm": "tab:brown", "keydiff": "tab:cyan", "tova": "tab:olive",
     "lagkv": "gold", "knorm": "darkseagreen", "expected_attention": "slateblue",
     "pyramid": "navy", "ada": "skyblue", "prompt": "steelblue", "random": "silver",
+    "threshold": "cornflowerblue", "kvzap": "limegreen", "trimkv": "darkgoldenrod",
+    "triattention": "teal", "vase": "orchid", "vase_dkv": "plum",
 }  # fmt: skip
 # Scorers have names of the user's choice.
 LEARNED = {"foresight": "crimson", "supervised": "crimson", "grpo": "darkviolet"}

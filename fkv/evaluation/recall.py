@@ -126,17 +126,17 @@ def agree(
 
 
 def _begun(lm, named, rows, cadence, wanted):
-    """(name, policy, its beginning) of the wanted ones; those of even budgets share one."""
-    even = {name: p for name, p in named.items() if p.capacity(cadence.budget) == cadence.budget}
-    several, shared = tuple(even.values()), None
-    for i, name in enumerate(even):
+    """(name, policy, its beginning) of the wanted ones; most share one (`loss_ratio.shares`)."""
+    together = {name: p for name, p in named.items() if loss_ratio.shares(p, cadence)}
+    several, shared = tuple(together.values()), None
+    for i, name in enumerate(together):
         if name not in wanted:
             continue
         one = loss_ratio.one_of(several, i, lm.config.layers)
         shared = shared or _begin(lm, rows, one, cadence)
         yield name, one, shared
     for name, policy in named.items():
-        if name in wanted and name not in even:
+        if name in wanted and name not in together:
             yield name, policy, _begin(lm, rows, policy, cadence)
 
 

@@ -1,7 +1,7 @@
 """The frozen language models."""
 
 from fkv.models.config import ModelConfig
-from fkv.models.decoder import LM, Params, embed, finish, init, project, rotate, unembed
+from fkv.models.decoder import LM, Params, embed, finish, init, project, rotate, unembed, unrotated
 from fkv.models.forms import is_separate, layer, separate, stack, stacked
 from fkv.models.loading import find, load, load_judges, read, save
 

@@ -171,6 +171,14 @@ def project(
 
 
 def _project(config, layer, hidden_btm, position_bt):
+    _, q, k, v = unrotated(config, layer, hidden_btm)
+    return rotate(q, position_bt, config), rotate(k, position_bt, config), v
+
+
+def unrotated(
+    config: ModelConfig, layer: Params, hidden_btm: Array
+) -> tuple[Array, Array, Array, Array]:
+    """The input of a layer after its norm [b, t, m], and what `project` gives, before rotation."""
     x = rms_norm(hidden_btm, layer["attn_norm_m"], config.rms_eps)
     q = linear("btm,hdm->bthd", x, layer["q_hdm"])
     k = linear("btm,kdm->btkd", x, layer["k_kdm"])
@@ -182,7 +190,7 @@ def _project(config, layer, hidden_btm, position_bt):
     if config.qk_norm:
         q = rms_norm(q, layer["q_norm_d"], config.rms_eps)
         k = rms_norm(k, layer["k_norm_d"], config.rms_eps)
-    return rotate(q, position_bt, config), rotate(k, position_bt, config), v
+    return x, q, k, v
 
 
 def _multiply(layer: Params, name: str, x_bt: Array, given: str) -> Array:

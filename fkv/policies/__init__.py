@@ -1,6 +1,7 @@
 """Eviction policies: `get(name, **fields)` and `names()`."""
 
 from fkv.policies.ada import Ada as Ada
+from fkv.policies.arrival import Arrival as Arrival
 from fkv.policies.base import Policy as Policy
 from fkv.policies.base import View as View
 from fkv.policies.base import check as check
@@ -15,6 +16,7 @@ from fkv.policies.full import Full as Full
 from fkv.policies.h2o import H2O as H2O
 from fkv.policies.keydiff import KeyDiff as KeyDiff
 from fkv.policies.knorm import Knorm as Knorm
+from fkv.policies.kvzap import KVzap as KVzap
 from fkv.policies.lagkv import LagKV as LagKV
 from fkv.policies.prompt import Prompt as Prompt
 from fkv.policies.pyramid import Pyramid as Pyramid
@@ -22,5 +24,10 @@ from fkv.policies.random import Random as Random
 from fkv.policies.rkv import RKV as RKV
 from fkv.policies.snapkv import SnapKV as SnapKV
 from fkv.policies.streaming_llm import StreamingLLM as StreamingLLM
+from fkv.policies.threshold import Threshold as Threshold
 from fkv.policies.tova import TOVA as TOVA
+from fkv.policies.triattention import TriAttention as TriAttention
+from fkv.policies.trimkv import TrimKV as TrimKV
+from fkv.policies.vase import VaSE as VaSE
+from fkv.policies.vase import VaSEDKV as VaSEDKV
 from fkv.policies.wrapper import Wrapper as Wrapper

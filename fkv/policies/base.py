@@ -23,7 +23,7 @@ from fkv.cache import attention
 from fkv.cache import slots as kv
 from fkv.cache.cadence import Cadence
 from fkv.errors import UserError
-from fkv.models import ModelConfig, numerics
+from fkv.models import ModelConfig, numerics, rotate
 
 STATISTICS = kinds.Kind(
     "None, 'sums', 'windowed' or 'reference'",
@@ -53,8 +53,10 @@ class View:
       candidate_bkn: which of the slots before the newest `L` hold entries that may be evicted.
       capacity: slots before the newest `L`: B unless the policy asks for more.
       key_bksd, value_bksd: keys and values of all slots, as floats whatever the cache's dtype.
+      unrotated_key_bksd: keys before their rotation, float32.
       cumulative_bksg, decayed_bksg: attention that each entry has received, kept if the policy
         asks for statistics.
+      arrived: what the policy's `arrive` gave, by name, [b, k, s, ...].
     """
 
     cache: kv.Cache
@@ -79,6 +81,20 @@ class View:
     decayed_bksg = property(lambda self: self._sums("decayed"))
 
     @property
+    def unrotated_key_bksd(self) -> Array:
+        b, k, s, d = self.cache.key_bksd.shape
+        key = self.key_bksd.astype(jnp.float32).reshape(b * k, s, 1, d)
+        position = self.cache.position_bks.reshape(b * k, s)
+        _, scale = self.config.inv_frequencies()
+        return rotate(key, -position, self.config).reshape(b, k, s, d) / scale**2
+
+    @property
+    def arrived(self) -> dict[str, Array]:
+        if "arrived" not in self.cache.entry:
+            raise UserError("view.arrived is kept for policies that define arrive(arrival)")
+        return self.cache.entry["arrived"]
+
+    @property
     def kept_prompt_bks(self) -> Array:
         position = self.cache.position_bks
         if not self.protect_prompt:
@@ -94,7 +110,7 @@ class View:
         return held & ~self.kept_prompt_bks[..., : self.capacity]
 
     def _sums(self, name: str) -> Array:
-        if not self.cache.entry:
+        if name not in self.cache.entry:
             raise UserError(
                 f"view.{name}_bksg is kept for policies that ask for it: write "
                 'statistics = "sums" (without annotation) in your class'
@@ -114,6 +130,7 @@ class Policy:
     Class attributes:
       statistics: what `evict` reads of the view's statistics: None, `sums` (the cumulative sums
         alone), or all of them in the `windowed` or `reference` form of `attention.statistics`.
+      arrive: None, or a method that gives numbers of entries when they come (`policies.arrival`).
       evicts: False for the full cache.
       trained: what its parameters were trained for, if known (`foresight.Trained`).
       kind: the class, as a static field. JAX (0.10 to 0.12) compares the tree structures of two
@@ -123,6 +140,7 @@ class Policy:
     """
 
     statistics = None
+    arrive = None
     evicts = True
     trained = None
 

@@ -47,8 +47,9 @@ def expected_logits(view: View, horizon: int) -> Array:
 class ExpectedAttention(Policy):
     """Keeps entries with large expected attention times value norm (arXiv 2510.00636).
 
-    That is the softmax of `expected_logits` over the entries held, mean over the group. The first
-    `sinks` positions are kept.
+    That is the softmax of `expected_logits` over the entries held but for the first `sinks`
+    positions, which are kept; mean over the group. As `ExpectedAttentionPress` of kvpress, which
+    takes its queries from the whole prompt, this from the last L.
     """
 
     horizon: int = setting(kinds.whole(1, 2**20), 512)
@@ -60,8 +61,8 @@ class ExpectedAttention(Policy):
     def score(self, view: View) -> Array:
         position = view.cache.position_bks
         x = expected_logits(view, self.horizon)
-        x = jnp.where((position >= 0)[:, :, None], x, numerics.MASKED)
+        sinks = min(self.sinks, view.budget - view.interval)
+        x = jnp.where((position >= sinks)[:, :, None], x, numerics.MASKED)
         expected = jax.nn.softmax(x, axis=-1).mean(2)
         score = expected * jnp.linalg.norm(view.value_bksd.astype(jnp.float32), axis=-1)
-        sinks = min(self.sinks, view.budget - view.interval)
         return jnp.where(position < sinks, jnp.inf, score)

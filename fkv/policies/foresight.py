@@ -69,6 +69,9 @@ def _is_a(cls: type) -> kinds.Kind:
     return kinds.Kind(f"a {cls.__name__}", lambda value: isinstance(value, cls))
 
 
+TRAINED = _is_a(Trained)
+
+
 @register("foresight")
 class Foresight(Policy):
     """Drops the candidates that the scorers find least important (arXiv 2602.03203).
@@ -88,7 +91,7 @@ class Foresight(Policy):
     config: scorer.ScorerConfig = setting(_is_a(scorer.ScorerConfig))
     action: str = setting(kinds.one_of(ACTIONS), "top")
     temperature: float = setting(kinds.number(0, above=True), 1.0)
-    trained: Trained = setting(_is_a(Trained), Trained())
+    trained: Trained = setting(TRAINED, Trained())
     any_interval: bool = setting(kinds.SWITCH, False)
 
     statistics = property(lambda self: self.config.statistics)

@@ -18,7 +18,7 @@ from jax import Array
 from fkv import kinds
 from fkv.errors import UserError
 from fkv.keys import keys_of
-from fkv.models import ModelConfig, rotate
+from fkv.models import ModelConfig
 from fkv.models.numerics import einsum_f32
 from fkv.policies import expected_attention
 from fkv.policies.base import View
@@ -199,15 +199,6 @@ def _attention(view: View) -> list[Array]:
     return [*parts, view.cumulative_bksg, view.decayed_bksg]
 
 
-def _content(view: View) -> list[Array]:
-    """Keys before their rotation."""
-    b, k, s, d = view.key_bksd.shape
-    key = view.key_bksd.astype(jnp.float32).reshape(b * k, s, 1, d)
-    position = view.cache.position_bks.reshape(b * k, s)
-    _, scale = view.config.inv_frequencies()
-    return [rotate(key, -position, view.config).reshape(b, k, s, d) / scale**2]
-
-
 def _expected(view: View) -> list[Array]:
     logits = [expected_attention.expected_logits(view, horizon) for horizon in HORIZONS]
     return [jnp.moveaxis(x, 2, 3) for x in logits]
@@ -223,7 +214,7 @@ def _age(view: View) -> list[Array]:
 _PART = {
     "key": lambda view: [view.key_bksd],
     "value": lambda view: [view.value_bksd],
-    "content": _content,
+    "content": lambda view: [view.unrotated_key_bksd],
     "attention": _attention,
     "log_attention": lambda view: [jnp.log(x + _LEAST) for x in _attention(view)],
     "expected": _expected,

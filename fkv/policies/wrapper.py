@@ -28,6 +28,7 @@ class Wrapper(Policy):
         return isinstance(policy, Policy) and policy.evicts and not chooses
 
     statistics = property(lambda self: self.policy.statistics)
+    arrive = property(lambda self: self.policy.arrive)
     trained = property(lambda self: self.policy.trained)
 
     def score(self, view: View) -> Array:

@@ -18,14 +18,15 @@ from fkv.learning import golden
 from fkv.learning.tokens import token_losses
 from fkv.policies import scorer
 from tests import oracles
+from tests.policies import BY_NAME
 from tests.learning.test_golden import assert_linear, memory
 
 BUDGET, INTERVAL = 24, 12
 CADENCE = Cadence(BUDGET, INTERVAL)
 # No multiple of L, one token after an eviction, an eviction at the very end (twice), B, and less.
 LENGTHS = [95, 61, 60, 37, 36, 24, 10]
-UNEVEN = ["ada", "pyramid", "ada(sample)", "ada(pyramid(h2o))"]
-EVEN = sorted(set(policies.names()) - {"full", "forced", "foresight", *UNEVEN})
+UNEVEN = ["ada", "pyramid", "threshold", "ada(sample)", "ada(pyramid(h2o))"]
+EVEN = sorted({*BY_NAME} - {*UNEVEN})
 EVEN += ["sample", "golden"]
 
 

@@ -24,6 +24,7 @@ from fkv.policies import expected_attention as expected
 from fkv.policies import scorer
 from fkv.policies.rkv import redundancy
 from tests import oracles
+from tests.policies import BY_NAME, WEIGHTED, weighted
 
 DIM = 8
 # (B, L, query heads, KV heads, empty slots): groups of 1, 2 and 4 heads, an interval that is
@@ -57,11 +58,16 @@ def random_view(seed, rows, budget, interval, h, k, empty):
     key = centre + rng.normal(size=(rows, k, slots, DIM)) * rng.random((rows, k, slots, 1)) * 2
     value = rng.normal(size=(rows, k, slots, DIM))
     sums = rng.random((2, rows, k, slots, h // k), dtype=np.float32)
+    arrived = np.random.default_rng(seed).normal(size=(2, rows, k, slots)).astype(np.float32)
     cache = kv.Cache(
         key.astype(np.float32),
         value.astype(np.float32),
         position.astype(np.int32),
-        {"cumulative": sums[0], "decayed": sums[1]},
+        {
+            "cumulative": sums[0],
+            "decayed": sums[1],
+            "arrived": {"score": arrived[0], "log_beta": -0.01 * np.exp(arrived[1])},
+        },
     )
     query = 2 * rng.normal(size=(rows, interval, h, DIM)).astype(np.float32)
     query_position = np.broadcast_to(np.arange(start, start + interval), (rows, interval))
@@ -199,7 +205,7 @@ def expected_attention(state, interval, horizon=512, sinks=4):
         )
         mean, covariance = q.mean(0), np.cov(q.T, bias=True)
         x = [k @ mean / DIM**0.5 + k @ covariance @ k / DIM / 2 for k in state.keys]
-        expected.append(oracles.softmax(np.array(x)))
+        expected.append(oracles.softmax(np.where(state.positions < sinks, -np.inf, x)))
     score = np.mean(expected, axis=0) * np.linalg.norm(state.values, axis=1)
     n = len(state.positions) - interval
     return state.positions[:n], np.where(state.positions < sinks, 1e9, score)[:n]
@@ -245,12 +251,21 @@ def evict_positions(policy, view):
 
 ALONE = {name: policies.get(d.__name__, **f) for name, (d, f) in DEFINITIONS.items()}
 ALONE |= {name: policies.get(name) for name in ("random", "random:sinks=4", "tova")}
+ALONE |= {name: policies.get(name) for name in ("vase", "vase_dkv")}
+
+
+def one_layer(name, h, k):
+    """A policy with weights, sliced to a layer of so many heads."""
+    config, _ = oracles.make_model(heads=h, kv_heads=k)
+    return jax.tree.map(lambda x: x[0], weighted(name, config))
 
 
 @jax.jit
 def evict_all(view):
     """What every policy drops: one program for all, which compiles sooner."""
-    return {name: evict_positions(policy, view) for name, policy in ALONE.items()}
+    sizes = view.query_blhd.shape[2], view.cache.position_bks.shape[1]
+    every = ALONE | {name: one_layer(name, *sizes) for name in WEIGHTED}
+    return {name: evict_positions(policy, view) for name, policy in every.items()}
 
 
 @functools.cache
@@ -276,10 +291,11 @@ def test_drops_what_its_definition_drops(name, sizes):
 
 
 def test_an_int8_cache_is_judged_by_the_numbers_it_stands_for():
-    view, rules = random_view(3, 2, *SIZES[0]), scorer.ScorerConfig()
+    (_, _, h, kv_heads, _), rules = SIZES[0], scorer.ScorerConfig()
+    view = random_view(3, 2, *SIZES[0])
     params = jax.tree.map(lambda x: x[0], scorer.init(jax.random.key(0), CONFIG, rules))
-    rest = set(policies.names()) - {"full", "forced", "foresight"}
-    known = [policies.get(name) for name in sorted(rest)] + [policies.Foresight(params, rules)]
+    known = [policies.get(name) for name in BY_NAME] + [policies.Foresight(params, rules)]
+    known += [one_layer(name, h, kv_heads) for name in WEIGHTED]
     small = [kv.quantise(x) for x in (view.cache.key_bksd, view.cache.value_bksd)]
     numbers = [kv.dense(x) for x in small]
     small, numbers = (
@@ -398,19 +414,19 @@ def test_evictions_do_not_depend_on_what_is_in_front_of_a_prompt():
         jnp.zeros(len(padding), jnp.int32),
         jnp.asarray(padding),
     )
-    rest = set(policies.names()) - {"full", "forced", "foresight"}
-    known = [policies.get(name) for name in sorted(rest)]
+    known = [policies.get(name) for name in BY_NAME]
+    known += [weighted(name, config) for name in WEIGHTED]
     known.append(policies.get("pyramid:window=2,beta=4"))  # small enough to be uneven
     known.append(policies.get("ada(h2o)"))
     for rules in (scorer.ScorerConfig(), scorer.ScorerConfig(norm="rms")):
         scorers = scorer.init(jax.random.key(0), config, rules)
         known += [policies.Foresight(scorers, rules, action) for action in ("top", "sample")]
-    even = [policy for policy in known if policy.capacity(budget) == budget]
-    uneven = [policy for policy in known if policy.capacity(budget) > budget]
-    assert len(uneven) == 3 and len(even) > 10
+    even = [policy for policy in known if loss_ratio.shares(policy, Cadence(budget, interval))]
+    alone = [policy for policy in known if not loss_ratio.shares(policy, Cadence(budget, interval))]
+    assert len(alone) == 4 + len(WEIGHTED) - 1 and len(even) > 10
 
     @jax.jit
-    def run(lm, batch, even, uneven):
+    def run(lm, batch, even, alone):
         keys = jnp.broadcast_to(jax.random.key(1), batch.padding_b.shape)
 
         def replayed(policy, observe):
@@ -429,14 +445,14 @@ def test_evictions_do_not_depend_on_what_is_in_front_of_a_prompt():
             return acc, view.cache.position_bks
 
         found = replayed(loss_ratio.Watched(even[0], tuple(even)), watch)
-        return found[::2], found[1::2], [replayed(policy, held) for policy in uneven]
+        return found[::2], found[1::2], [replayed(policy, held) for policy in alone]
 
-    dropped, importance, held = run(LM(params, config), batch, even, uneven)
+    dropped, importance, held = run(LM(params, config), batch, even, alone)
     for policy, x in zip(even, importance, strict=True):
         np.testing.assert_allclose(
             x[:, :-1, ::2], x[:, 1:, 1::2], rtol=1e-5, atol=1e-6, err_msg=repr(policy)
         )
-    for policy, position in zip([*even, *uneven], [*dropped, *held], strict=True):
+    for policy, position in zip([*even, *alone], [*dropped, *held], strict=True):
         position = np.sort(position, axis=-1)  # [layers, evictions, b, k, l or s]
         assert (position[:, :6, ::2] >= 0).any(-1).any()
         np.testing.assert_array_equal(
@@ -566,7 +582,7 @@ def evicted_by_row():
     return jax.device_get((evict_all(view), [evict_all(row) for row in rows]))
 
 
-@pytest.mark.parametrize("name", ALONE)
+@pytest.mark.parametrize("name", [*ALONE, *WEIGHTED])
 def test_rows_are_independent_of_the_batch(name):
     together, alone = evicted_by_row()
     for row in range(3):
@@ -649,7 +665,9 @@ def test_tree_structures_tell_policies_apart():
     config, _ = oracles.make_model()
     rules = scorer.ScorerConfig()
     found = [
-        *(policies.get(name) for name in policies.names() if name not in ("foresight", "forced")),
+        policies.get("full"),
+        *map(policies.get, BY_NAME),
+        *(weighted(name, config) for name in WEIGHTED if "," not in name),
         policies.Foresight(scorer.init(jax.random.key(0), config, rules), rules),
         policies.Forced(jnp.zeros((2, 1, 1, 2, 4), jnp.int32)),
     ]

@@ -14,16 +14,19 @@ from fkv.engine.batch import Batch
 from fkv.errors import UserError
 from fkv.policies import scorer
 from tests import oracles
+from tests.policies import BY_NAME, WEIGHTED, weighted
 from tests.policies.test_policies import random_view
 
 LM = oracles.make_lm()
 RULES = scorer.ScorerConfig(norm="rms")
-NAMES = [name for name in policies.names() if name not in ("full", "forced", "foresight")]
+NAMES = [*BY_NAME, *WEIGHTED]
 NAMES += ["random:sinks=4", "ada(h2o)", "ada(pyramid(rkv))", "pyramid(random)", "foresight"]
 NAMES += [f"foresight, {action}" for action in ("sample", "multinomial")]
 
 
 def policy_of(name, lm=LM):
+    if name in WEIGHTED:
+        return jax.tree.map(lambda x: x[0], weighted(name, lm.config))
     name, _, action = name.partition(", ")
     if name != "foresight":
         return policies.get(name)

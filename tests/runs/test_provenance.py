@@ -17,6 +17,7 @@ from fkv.data import traces
 from fkv.models import ModelConfig
 from fkv.policies import base, scorer
 from fkv.runs import provenance
+from tests.policies import BY_NAME
 
 MODEL = ModelConfig("qwen3", 29, 16, 2, 2, 1, 8, 16, qk_norm=True, tied_embeddings=True)
 
@@ -258,10 +259,9 @@ def test_settings_and_class_of_a_policy():
     scorers = (np.zeros(2), np.ones(2), np.ones((2, 1)), np.ones(2, np.float32))
     scorers = [policies.Foresight({"w1": x}, scorer.ScorerConfig()) for x in scorers]
     assert len({provenance.of_settings(policy) for policy in scorers}) == len(scorers)
-    for name in policies.names():
-        if name not in ("foresight", "forced"):
-            one, two = policies.get(name), policies.get(name)
-            assert provenance.of_policy(one) == provenance.of_policy(two), name
+    for name in ("full", *BY_NAME):
+        one, two = policies.get(name), policies.get(name)
+        assert provenance.of_policy(one) == provenance.of_policy(two), name
 
 
 def test_our_own_policies_count_by_their_code_too(monkeypatch):

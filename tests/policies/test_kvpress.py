@@ -1,0 +1,115 @@
+"""Kept positions beside those of NVIDIA's kvpress, on the keys, values and queries of its own run.
+
+Needs the Python of an environment with kvpress 0.5.5 in FKV_KVPRESS: `pip install kvpress==0.5.5`.
+"""
+
+import functools
+import os
+import subprocess
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fkv import policies
+from fkv.cache import slots as kv
+from fkv.cache.cadence import Cadence
+from fkv.models import ModelConfig, rotate
+
+PYTHON = os.environ.get("FKV_KVPRESS", "")
+TOKENS, KEPT, SINKS, LAG = 84, 40, 4, 8
+CONFIG = ModelConfig("qwen3", 211, 32, 3, 4, 2, 8, 24, rope_theta=1e4, qk_norm=True)
+
+pytestmark = pytest.mark.skipif(
+    not PYTHON, reason="FKV_KVPRESS names no Python of an environment with kvpress"
+)
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    path = tmp_path_factory.mktemp("kvpress") / "kept.npz"
+    script = Path(__file__).with_name("kvpress_peer.py")
+    command = [PYTHON, "-P", str(script), str(path), str(TOKENS), str(KEPT)]
+    subprocess.run(command, check=True, timeout=500)
+    return dict(np.load(path))
+
+
+def view_of(theirs, layer, first=0):
+    """The eviction of all but `KEPT` of a prompt, with the queries from token `first` on."""
+    key, value = (jnp.asarray(theirs[name][layer])[None] for name in ("keys", "values"))
+    query = jnp.moveaxis(jnp.asarray(theirs["queries"][layer])[None], 1, 2)
+    at = jnp.arange(TOKENS)[None]
+    query = rotate(query, at, CONFIG)[:, first:]
+    cache = kv.Cache(key, value, jnp.broadcast_to(at[None], (1, 2, TOKENS)))
+    cadence = Cadence(KEPT, TOKENS - KEPT if KEPT >= TOKENS - KEPT else LAG)
+    random = jax.random.split(jax.random.key(0), 1)
+    return policies.View(
+        cache, query, at[:, first:], jnp.int32(9), random, None, cadence, jnp.int32(layer), CONFIG
+    )
+
+
+def free(policy):
+    """A policy without protection of the newest, as presses are."""
+
+    class Free(type(policy)):
+        def protected(self, view):
+            return 0
+
+    return Free(**{f: getattr(policy, f) for f in policy.__dataclass_fields__ if f != "kind"})
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def kept_of(policy, view):
+    rank = jnp.argsort(jnp.argsort(-policy.importance(view), axis=-1), axis=-1)
+    return rank < KEPT
+
+
+@pytest.mark.parametrize(
+    ("name", "ours", "first"),
+    [
+        ("knorm", "knorm", 0),
+        ("keydiff", "keydiff", 0),
+        ("expected_attention", "expected_attention", SINKS),
+        ("lagkv", f"lagkv:lag={LAG}", 0),
+    ],
+)
+def test_the_same_positions_are_kept(theirs, name, ours, first):
+    for layer in range(CONFIG.layers):
+        kept = np.asarray(kept_of(free(policies.get(ours)), view_of(theirs, layer, first)))[0]
+        want = theirs[f"kept {name}"][layer]
+        if name == "lagkv":  # equal ranks of partitions are cut anywhere: as many of each partition
+            kept, want = (x[:, SINKS:].reshape(2, -1, LAG)[:, :-1] for x in (kept, want))
+            full = want.sum(-1).min()
+            for head, part in np.ndindex(*want.shape[:2]):
+                both = kept[head, part] & want[head, part]
+                assert both.sum() >= min(kept[head, part].sum(), want[head, part].sum()), layer
+            assert 0 < full < LAG
+        else:
+            np.testing.assert_array_equal(kept, want, err_msg=str(layer))
+
+
+@pytest.mark.parametrize(
+    ("name", "inner", "safeguard"), [("ada(keydiff)", "keydiff", 0.2), ("ada(knorm)", "knorm", 0.6)]
+)
+def test_heads_compete_for_the_same_entries(theirs, name, inner, safeguard):
+    policy = policies.Ada(free(policies.get(inner)), safeguard=safeguard, room=2)
+    uneven = False
+    for layer in range(CONFIG.layers):
+        view = view_of(theirs, layer)
+        importance = policy.importance(view)
+        keep = np.asarray(policy.keep(view, importance))[0]
+        rank = np.argsort(np.argsort(-np.asarray(importance)[0], axis=-1), axis=-1)
+        np.testing.assert_array_equal(rank < keep[:, None], theirs[f"kept {name}"][layer])
+        uneven |= keep[0] != keep[1]
+    assert uneven
+
+
+def test_layers_have_the_same_budgets(theirs):
+    policy = policies.Pyramid(policies.SnapKV(window=2), beta=10)
+    ours = [
+        int(policy.keep(view_of(theirs, layer), jnp.zeros((1, 2, TOKENS)))[0, 0])
+        for layer in range(CONFIG.layers)
+    ]
+    assert ours == theirs["kept pyramid"].sum(-1)[:, 0].tolist()
