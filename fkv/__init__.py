@@ -6,7 +6,10 @@ from typing import Any
 __version__ = "0.1.0"
 
 # Imported on first use, so that jobs without a tokenizer, and `pip`, start quickly.
-_API = ("Generation", "Model", "Sampling", "generate", "load", "load_scorer", "stream")
+_API = (
+    "Generation", "Model", "Sampling", "calibrate", "generate", "load", "load_scorer",
+    "save_scorer", "stream",
+)  # fmt: skip
 __all__ = ["__version__", *_API]
 
 

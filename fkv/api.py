@@ -18,7 +18,9 @@ from jax.typing import DTypeLike
 
 from fkv import kinds, models, policies, tasks
 from fkv.cache.cadence import Cadence
+from fkv.engine import calibration
 from fkv.engine.answers import Answer, Generation, stop_strings
+from fkv.engine.batch import Batch
 from fkv.engine.batcher import Batcher, Request
 from fkv.engine.sampling import Sampling
 from fkv.errors import UserError
@@ -30,8 +32,9 @@ from fkv.policies.base import Policy
 from fkv.runs import costs, sharing
 
 __all__ = [
-    "EMBEDDED", "Generation", "Model", "Prompt", "Sampling", "check_known", "decode", "encode",
-    "finished", "generate", "load", "load_scorer", "sample_key", "stream", "without_weights",
+    "EMBEDDED", "Generation", "Model", "Prompt", "Sampling", "calibrate", "check_known", "decode",
+    "encode", "finished", "generate", "load", "load_scorer", "sample_key", "save_scorer", "stream",
+    "without_weights",
 ]  # fmt: skip
 EMBEDDED = "embedded"
 
@@ -296,17 +299,55 @@ def stream(
 
 def load_scorer(
     source: str | Path, revision: str | None = None, any_interval: bool = False
-) -> policies.Foresight:
+) -> Policy:
     """Trained scorers, as a policy.
 
     Args:
-      source: the workdir of a run, a directory that `launch.export` wrote, a checkpoint of the
-        released PyTorch code, or the hub id of one of the last two.
+      source: the workdir of a run, a directory that `launch.export` or `save_scorer` wrote, a
+        checkpoint of the released PyTorch code, surrogates of KVzap, gates of TRIM-KV, or the hub
+        id of one of these; or a file of statistics of TriAttention. See `runs.imported`.
       revision: branch, tag or commit of a hub id.
-      any_interval: allow another interval than that of their training. Another budget needs no
-        permission.
+      any_interval: allow another interval than that of their training, where one is known. Another
+        budget needs no permission.
 
     Raises:
       UserError: there are no scorers, or they are damaged.
     """
-    return sharing.load(source, revision)[0].replace(any_interval=any_interval)
+    policy = sharing.load(source, revision)[0]
+    if isinstance(policy, policies.Foresight):
+        return policy.replace(any_interval=any_interval)
+    return policy
+
+
+def save_scorer(policy: Policy, directory: str | Path, **about: Any) -> None:
+    """Writes a policy with weights for `load_scorer`, with a card that says their source.
+
+    Args:
+      policy: of `load_scorer` or `calibrate`.
+      about: JSON data for the card, such as `license`.
+
+    Raises:
+      UserError: the directory holds other files, or the policy has no weights.
+    """
+    sharing.export(policy, directory, sharing.origin(policy) | about)
+
+
+def calibrate(model: Model, text: str | Sequence[str]) -> policies.TriAttention:
+    """TriAttention for a model: the centres of its queries, over all tokens of these texts.
+
+    One pass with the full cache; memory is that of a prefill of the longest text.
+
+    Raises:
+      UserError: there is no text.
+    """
+    given = [text] if isinstance(text, str) else list(text)
+    ids = [encode(model, one, what=f"text {i}") for i, one in enumerate(given)]
+    if not ids:
+        raise UserError("no text given to calibrate on")
+    length = np.array([len(one) for one in ids], np.int32)
+    token = np.zeros((len(ids), length.max()), np.int32)
+    for row, one in zip(token, ids, strict=True):
+        row[: len(one)] = one
+    params = calibration.query_statistics(model.lm, Batch.of(token, length))
+    trained = policies.foresight.Trained(model=model.name, revision=model.revision)
+    return policies.TriAttention(jax.device_get(params), trained=trained)

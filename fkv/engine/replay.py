@@ -38,8 +38,8 @@ _SUMS = "cumulative", "decayed"  # of attention, in `Cache.entry`
 # (accumulator, policy, view, evicted slots [b, k, l]) of an eviction -> the new accumulator, and
 # outputs to stack over evictions.
 Observer = Callable[[Any, Policy, View, Array], tuple[Any, Any]]
-# Of one layer: q [b, t, h, d], k and v [b, t, k, d]; fourth, what the policy's `arrive` gave of these
-# tokens, if it has one.
+# Of one layer: q [b, t, h, d], k and v [b, t, k, d]; fourth, what the policy's `arrive` gave of
+# these tokens, if it has one.
 Projections = tuple[Array, Array, Array] | tuple[Array, Array, Array, dict[str, Array]]
 
 

@@ -180,9 +180,10 @@ def steps(
         live = left > 0
         at = jnp.where(live, position, -1)[:, None]
         hidden, held, queries = models.embed(lm, token[:, None]), [], []
-        for layer, cache in zip(weights, caches, strict=True):
-            q, k, v = models.project(config, layer, hidden, at)
-            cache = kv.append(cache, ring + start + i, k, v, at)
+        for n, (layer, cache) in enumerate(zip(weights, caches, strict=True)):
+            one = policy if policy.arrive is None else jax.tree.map(lambda x, n=n: x[n], policy)
+            q, k, v, *arrived = replay.project(one, config, n, layer, hidden, at)
+            cache = kv.append(cache, ring + start + i, k, v, at, *arrived)
             out, lse = attention.attend_one(q, cache, at)
             hidden = models.finish(config, layer, hidden, out)
             held.append(cache)
@@ -279,12 +280,15 @@ def read_layer(
       follows, or a full cache without a ring.
     """
     policy = jax.tree.map(lambda x: x[site.layer], policy)
-    qkv = models.project(site.config, weights, hidden_btm, position_bt)
+    qkv = replay.project(policy, site.config, site.layer, weights, hidden_btm, position_bt)
     if not policy.evicts:
         out, held = _read_full(site.config, qkv, position_bt, held, room)
     elif held is None:
         first = replay.beginning(policy, site.cadence, position_bt.shape[1])
-        begun, rest = ([x[:, part] for x in qkv] for part in (slice(first), slice(first, None)))
+        begun, rest = (
+            jax.tree.map(lambda x, part=part: x[:, part], qkv)
+            for part in (slice(first), slice(first, None))
+        )
         at = position_bt[:, :first]
         out, held = replay.begin_layer(policy, site.config, site.cadence, begun, at)
         held = held.replace(chunk=held.chunk.replace(index=age(held.chunk.position_bl)))

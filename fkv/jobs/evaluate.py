@@ -33,7 +33,7 @@ from fkv.evaluation import math_answers as judge
 from fkv.files import write_text
 from fkv.jobs import answering, common, groups
 from fkv.policies.base import Policy, trained_at
-from fkv.runs import parallel, preemption, provenance, rundir
+from fkv.runs import parallel, preemption, provenance, rundir, sharing
 from fkv.runs.rundir import Run, open_run
 from fkv.tasks import ledger
 
@@ -261,15 +261,20 @@ def policies_of(config: ConfigDict) -> tuple[dict[str, Policy], dict[str, str]]:
         name, equals, workdir = entry.partition("=")
         if not equals:
             raise UserError(f"evaluate.scorers: {entry!r} must be of the form name=workdir")
-        if name in policies.names() and name != "foresight":
+        if name in policies.names() and name not in sharing.METHODS:
             raise UserError(f"evaluate.scorers: {name!r} names a rule-based policy; use another")
         with common.scorers_of(f"evaluate.scorers = {entry!r}", workdir):
             policy = api.load_scorer(workdir, any_interval=config.evaluate.any_interval)
-        policy = scorers[name] = policy.replace(
-            action=config.evaluate.action, temperature=config.evaluate.action_temperature
-        )
+        if isinstance(policy, policies.Foresight):
+            policy = policy.replace(
+                action=config.evaluate.action, temperature=config.evaluate.action_temperature
+            )
+            settings = str(policy.config)
+        else:
+            settings = str(sharing.settings(policy))
+        scorers[name] = policy
         inputs[rundir.answers_of(name)] = provenance.of_arrays(policy.params)
-        inputs[f"settings of the scorers {name!r}"] = str(policy.config)
+        inputs[f"settings of the scorers {name!r}"] = settings
     baselines = {name: policies.get(name) for name in config.evaluate.policies}
     for name, policy in baselines.items():
         inputs[rundir.answers_of(name)] = provenance.of_settings(policy)

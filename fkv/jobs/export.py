@@ -3,7 +3,9 @@
 from ml_collections import ConfigDict
 
 from fkv import files, kinds, models
+from fkv.errors import UserError
 from fkv.jobs import common, groups
+from fkv.policies import Foresight
 from fkv.runs import parallel, sharing
 
 LAYOUTS = ("fkv", "released")
@@ -30,6 +32,8 @@ def _write(config: ConfigDict, workdir: str) -> None:
     sharing.check_directory(workdir, released)  # before a model is downloaded
     with common.scorers_of(f"export.scorer = {scorer!r}", scorer):
         policy, about = sharing.load(scorer)
+    if released and not isinstance(policy, Foresight):
+        raise UserError(f"export.scorer = {scorer!r}: its method has no layout `released`")
     if released:
         base = models.find(common.model_path(config), common.revision(config))
         sharing.export_released(policy, base, workdir)

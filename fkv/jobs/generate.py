@@ -10,8 +10,8 @@ from fkv.cache.cadence import said_budget
 from fkv.errors import UserError
 from fkv.files import write_text
 from fkv.jobs import common, groups
-from fkv.policies.base import trained_at
-from fkv.runs import parallel
+from fkv.policies.base import name_of, trained_at
+from fkv.runs import parallel, sharing
 from fkv.runs.rundir import open_run
 from fkv.tasks import ledger
 
@@ -21,11 +21,14 @@ def run(config: ConfigDict, workdir: str) -> str:
     groups.check(config, "generate")
     settings = config.generate
     cadence = common.cadence(config)
-    if settings.scorer and settings.policy != "foresight":
-        raise UserError("generate.scorer is for generate.policy=foresight")
+    if settings.scorer and settings.policy not in sharing.METHODS:
+        methods = ", ".join(sharing.METHODS)
+        raise UserError(f"generate.scorer is for generate.policy=foresight (or of {methods})")
     if settings.scorer:
         with common.scorers_of(f"generate.scorer = {settings.scorer!r}", settings.scorer):
             policy = api.load_scorer(settings.scorer, any_interval=settings.any_interval)
+            if (found := name_of(policy)) != settings.policy:
+                raise UserError(f"it is of {found}: set generate.policy to {found}")
     else:
         policy = policies.get(settings.policy)
     shape = common.model_config(config)

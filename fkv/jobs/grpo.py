@@ -127,6 +127,8 @@ def _supervised(config: ConfigDict) -> policies.Foresight:
     source = config.grpo.scorer
     with common.scorers_of(f"grpo.scorer = {source!r}", source, "sft"):
         policy = api.load_scorer(source)
+    if not isinstance(policy, policies.Foresight):
+        raise UserError(f"grpo.scorer = {source!r} holds weights of another method")
     wanted = scorer.ScorerConfig(**config.scorer)
     if policy.config != wanted:
         raise UserError(

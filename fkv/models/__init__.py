@@ -25,4 +25,5 @@ __all__ = [
     "stack",
     "stacked",
     "unembed",
+    "unrotated",
 ]

@@ -1,7 +1,7 @@
 """What a policy may ask of entries when they come: numbers that stay with them.
 
-A policy that defines `arrive(self, arrival)` gets, for every layer, the tokens that come, and gives a
-dictionary of floating arrays [b, t, k, ...], by name. They travel with the entries through every
+A policy that defines `arrive(self, arrival)` gets, for every layer, the tokens that come, and gives
+a dictionary of floating arrays [b, t, k, ...], by name. They travel with the entries through every
 eviction, in replay and decoding; `View.arrived` has them by slot. Nothing is computed or held for
 what is not asked for.
 """
@@ -76,7 +76,9 @@ def ask(policy: Policy, arrival: Arrival) -> dict[str, Array]:
     return dict(found)
 
 
-def shapes(policy: Policy, config: ModelConfig, dtype: jnp.dtype) -> dict[str, jax.ShapeDtypeStruct]:
+def shapes(
+    policy: Policy, config: ModelConfig, dtype: jnp.dtype
+) -> dict[str, jax.ShapeDtypeStruct]:
     """Trailing shapes of what a policy keeps of each entry, by name; empty if it asks for nothing.
 
     Args:

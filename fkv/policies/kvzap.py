@@ -17,9 +17,9 @@ from fkv.policies.weights import check_arrays
 class KVzap(Policy):
     """Keeps what a surrogate of the scores of KVzip+ rates highest (arXiv 2601.07891).
 
-    A layer's surrogate sees the hidden state x of a token after the input norm, once, when it comes,
-    and gives a score for each KV head: x w1 + b1, or gelu(x w1 + b1) w2 + b2 with the exact GELU.
-    The paper keeps what passes a threshold: `threshold(kvzap):at=-4`. So do `KVzapPress` and
+    A layer's surrogate sees the hidden state x of a token after the input norm, once, when it
+    comes, and gives a score for each KV head: x w1 + b1, or gelu(x w1 + b1) w2 + b2 with the exact
+    GELU. The paper keeps what passes a threshold: `threshold(kvzap):at=-4`. So do `KVzapPress` and
     `DMSPress` of kvpress, which multiply in the model's dtype (here: float32), and never evict the
     newest 128 (here: L).
 

@@ -18,8 +18,8 @@ class TriAttention(Policy):
     """Keeps keys that the mean query attends to from various distances (arXiv 2604.04921).
 
     Before their rotation, the queries of a head lie around a centre, which is measured once
-    (`fkv.calibrate`). With the pairs f of channels as complex numbers and w_f the frequencies of the
-    rotation, the score of a key k at position p after n tokens, for one query head, is
+    (`fkv.calibrate`). With the pairs f of channels as complex numbers and w_f the frequencies of
+    the rotation, the score of a key k at position p after n tokens, for one query head, is
       mean over offsets o of sum_f |E q_f| |k_f| cos((n - p + o) w_f + arg(E q_f conj(k_f)))
       + sum_f (E |q_f| - |E q_f|) |k_f|
     with o = 1, 2, 4, ... up to `reach`. The mean over o is linear in the rotated key, so the first
@@ -53,7 +53,7 @@ class TriAttention(Policy):
 
     def score(self, view: View) -> Array:
         position, key = view.cache.position_bks, view.key_bksd.astype(jnp.float32)
-        b, k, s, d = key.shape
+        b, k, _s, d = key.shape
         frequency, scale = view.config.inv_frequencies()
         mean = self.params["mean"].astype(jnp.float32)
         now = view.query_position_bl.max(-1, keepdims=True) + 1

@@ -64,7 +64,7 @@ class VaSE(Policy):
 
     def score(self, view: View) -> Array:
         position = view.cache.position_bks
-        b, k, s = position.shape
+        _b, k, s = position.shape
         candidate = (position >= 0) & (jnp.arange(s) < view.capacity)[None, None]
         most = view.budget - view.interval
         value = view.value_bksd.astype(jnp.float32)
@@ -87,8 +87,8 @@ class VaSEDKV(Policy):
     """Keeps what random projections of keys and values rate high (VaSE-DKV, arXiv 2606.03928).
 
     Importance is |k G|^2 |v G|^2, with the rotated key, and G [d, rank] drawn from a normal of
-    variance 1 / rank at every eviction, one for the heads of a row. The first `sinks` positions stay.
-    As the released code does in its mode `cur_resample_gauss`, whose rank is 20.
+    variance 1 / rank at every eviction, one for the heads of a row. The first `sinks` positions
+    stay. As the released code does in its mode `cur_resample_gauss`, whose rank is 20.
     """
 
     rank: int = setting(kinds.whole(1, 2**16), 20)

@@ -23,25 +23,36 @@ from fkv import files, models, policies
 from fkv.cache.cadence import Cadence
 from fkv.errors import UserError
 from fkv.models import loading
-from fkv.policies import scorer
+from fkv.policies import Policy, scorer
+from fkv.policies.base import name_of
 from fkv.policies.foresight import Foresight, Trained
 from fkv.policies.scorer import ScorerConfig
-from fkv.runs import checkpoint
+from fkv.runs import checkpoint, imported
 
 WEIGHTS, ABOUT, CARD = "scorer.safetensors", "scorer.json", "README.md"
 # Of the training, see `Trained`.
 KNOWN = ("model", "revision", "budget", "interval", "protect_prompt")
+_WEIGHTED = policies.KVzap, policies.TrimKV, policies.TriAttention
+# Policies whose weights are loaded, by name.
+METHODS = ("foresight", *(cls.registered_as for cls in _WEIGHTED))
+_WHAT = {  # on cards, by the policy's name
+    None: "One small MLP per layer and KV head, trained to predict which KV pairs later tokens "
+    "will attend to\n(ForesightKV, arXiv 2602.03203).",
+    "kvzap": "Surrogates of KVzip+ scores on hidden states (KVzap, arXiv 2601.07891).",
+    "trimkv": "Gates that say how fast an entry is forgotten (TRIM-KV, arXiv 2512.03324).",
+    "triattention": "Centres and norms of the model's queries (TriAttention, arXiv 2604.04921).",
+}
 _BASE, _JUDGES = "model-base.safetensors", "model-judges.safetensors"
 _INDEX = "model.safetensors.index.json"
 _FILES = (".json", ".safetensors", ".jinja", ".model", ".txt")
 
 
-def load(source: str | os.PathLike, revision: str | None = None) -> tuple[Foresight, dict]:
+def load(source: str | os.PathLike, revision: str | None = None) -> tuple[Policy, dict]:
     """Loads scorers as a policy, with their metadata (`model`, `budget`, `interval`...).
 
     Args:
       source: the workdir of an sft or grpo run, a shared directory, a checkpoint of the released
-        PyTorch code, or the hub id of one of the last two.
+        PyTorch code or of another method (`imported`), or the hub id of one of the last three.
       revision: branch, tag or commit of a hub id.
     """
     path = files.expand(source)
@@ -51,22 +62,55 @@ def load(source: str | os.PathLike, revision: str | None = None) -> tuple[Foresi
         path = models.find(str(source), revision)
     if (path / ABOUT).exists() or (path / WEIGHTS).exists():
         return _of_directory(path, source)
+    if imported.is_imported(path):
+        return imported.load(path, str(source))
     if on_hub or any(path.glob("*.safetensors")):
         return _of_released(path, source)
     return _of_run(path, source)
 
 
-def _of_directory(path: Path, source: str | os.PathLike) -> tuple[Foresight, dict]:
+def _of_directory(path: Path, source: str | os.PathLike) -> tuple[Policy, dict]:
     try:
         about = files.read_json(path / ABOUT)
         if not (path / WEIGHTS).is_file():  # reading a pipe may never end
             raise UserError(f"{path / WEIGHTS}: no such file, or not a regular one")
-        if not isinstance(rules := about.get("scorer"), dict):
+        rules = about.get("policy", about.get("scorer"))
+        if not isinstance(rules, dict):
             raise UserError(f"{ABOUT} does not describe the scorers: scorer is {rules!r:.40}")
         params = load_file(path / WEIGHTS)
     except (UserError, OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"{path}: these scorers can't be read ({error})") from error
+    if "policy" in about:
+        return _weighted(path / ABOUT, source, params, rules, about), about
     return _policy(path / ABOUT, source, params, rules, about), about
+
+
+def _weighted(where: Any, source: Any, params: Any, rules: dict, about: Mapping) -> Policy:
+    """The policy of another method that `export` wrote."""
+    name = rules.get("name")
+    if name not in METHODS[1:]:
+        known = ", ".join(METHODS[1:])
+        raise UserError(f"{where}: policy.name = {name!r:.40} must be one of {known}")
+    fields = {field: value for field, value in rules.items() if field != "name"}
+    said = {key: about[key] for key in ("model", "revision") if about.get(key) is not None}
+    try:
+        return policies.get(name, params=params, trained=Trained(str(source), **said), **fields)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def settings(policy: Policy) -> dict[str, Any]:
+    """The name and the static settings of a policy with weights."""
+    own = [f.name for f in dataclasses.fields(policy)]
+    other = ("params", "trained", "kind")
+    return {"name": name_of(policy)} | {n: getattr(policy, n) for n in own if n not in other}
+
+
+def origin(policy: Policy) -> dict[str, Any]:
+    """What is known of where a policy's weights come from."""
+    trained = getattr(policy, "trained", None)
+    known = {name: getattr(trained, name, None) for name in ("source", *KNOWN)}
+    return {name: value for name, value in known.items() if value}
 
 
 def _of_run(path: Path, source: str | os.PathLike) -> tuple[Foresight, dict]:
@@ -124,19 +168,27 @@ def check_directory(directory: str | os.PathLike, released: bool = False) -> Pat
 
 
 def export(
-    policy: Foresight, directory: str | os.PathLike, about: Mapping[str, Any], metrics: str = ""
+    policy: Policy, directory: str | os.PathLike, about: Mapping[str, Any], metrics: str = ""
 ) -> None:
     """Writes a directory to share.
 
     Args:
-      about: JSON data: `model`, `revision`, `budget`, `interval`, and other metadata.
+      policy: `foresight`, or one of another method that has weights.
+      about: JSON data: `model`, `revision`, `budget`, `interval`, `license`, `source`, and other
+        metadata.
       metrics: a Markdown table for the card.
     """
+    if not isinstance(policy, (Foresight, *_WEIGHTED)):
+        raise UserError(f"{name_of(policy)} has no weights of its own to write")
     path = check_directory(directory)
     with files.writing(path):
         path.mkdir(parents=True, exist_ok=True)
     params = {name: np.ascontiguousarray(x, np.float32) for name, x in policy.params.items()}
-    data = {"fkv": fkv.__version__, "scorer": dataclasses.asdict(policy.config), **about}
+    if isinstance(policy, Foresight):
+        rules = {"scorer": dataclasses.asdict(policy.config)}
+    else:
+        rules = {"policy": settings(policy)}
+    data = {"fkv": fkv.__version__, **rules, **about}
     # All three or none: weights with another record would be misread.
     with (
         files.whole(path / WEIGHTS) as weights,
@@ -152,17 +204,21 @@ def export(
 
 def _card(data: Mapping[str, Any], metrics: str) -> str:
     model = data.get("model", "unknown")
-    rest = {k: v for k, v in data.items() if k not in ("scorer", "fkv", "model", "revision")}
+    rules = data.get("policy") or data["scorer"]
+    above = ("scorer", "policy", "fkv", "model", "revision")
+    rest = {k: v for k, v in data.items() if k not in above}
     on_hub = "/".join(model.split("/")[:2])  # without the name of a GGUF file
     text = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
     return string.Template(text).substitute(
         base=f"base_model: {on_hub}\n" if "/" in model and not files.expand(model).exists() else "",
+        license=f"license: {data['license']}\n" if data.get("license") else "",
+        what=_WHAT.get(rules.get("name"), _WHAT[None]),
         model=model,
         version=data["fkv"],
         revision=data.get("revision") or "main",
         budget=data.get("budget", 1024),
         interval=data.get("interval", 256),
-        rows="\n".join(f"| {k} | {v} |" for k, v in {**rest, **data["scorer"]}.items()),
+        rows="\n".join(f"| {k} | {v} |" for k, v in {**rest, **rules}.items()),
         metrics=metrics,
     )
 

@@ -18,8 +18,8 @@ from fkv.learning import golden
 from fkv.learning.tokens import token_losses
 from fkv.policies import scorer
 from tests import oracles
-from tests.policies import BY_NAME
 from tests.learning.test_golden import assert_linear, memory
+from tests.policies import BY_NAME
 
 BUDGET, INTERVAL = 24, 12
 CADENCE = Cadence(BUDGET, INTERVAL)

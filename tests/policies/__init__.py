@@ -7,7 +7,9 @@ from fkv import policies
 WEIGHTED = "kvzap", "kvzap, linear", "triattention", "trimkv", "trimkv, rg2", "trimkv, rg3"
 # Made by a name alone.
 BY_NAME = sorted(
-    set(policies.names()) - {"full", "forced", "foresight"} - {name.split(",")[0] for name in WEIGHTED}
+    set(policies.names())
+    - {"full", "forced", "foresight"}
+    - {name.split(",")[0] for name in WEIGHTED}
 )
 
 

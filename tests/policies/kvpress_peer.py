@@ -1,8 +1,8 @@
 """What presses of kvpress keep of a prefill by a random model, for `test_kvpress.py`.
 
-Runs in an environment of its own, started by path; it imports nothing of fkv or its tests. Writes an
-npz: of each layer the rotated keys and the values [k, t, d], and the queries before their rotation
-[h, t, d]; and of each press the positions that it keeps, [y, k, ...] as a mask over t.
+Runs in an environment of its own, started by path; it imports nothing of fkv or its tests. Writes
+an npz: of each layer the rotated keys and the values [k, t, d], and the queries before their
+rotation [h, t, d]; and of each press the positions that it keeps, [y, k, ...] as a mask over t.
 """
 
 import contextlib

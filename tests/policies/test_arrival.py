@@ -2,6 +2,7 @@
 
 import functools
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +73,7 @@ def probed(cache_dtype=""):
 
 @pytest.mark.parametrize("way", ["chunk by chunk", "in one pass", "from a beginning"])
 def test_what_arrived_stays_with_its_entry(way):
-    found, batch = probed()
+    found, _batch = probed()
     position, key, value, arrived = found[
         ["chunk by chunk", "in one pass", "from a beginning"].index(way)
     ]
@@ -153,6 +154,14 @@ def test_decoding_keeps_what_arrived(wrap):
     assert [x.tolist() for x in late] == [x.tolist() for x in early]
     other = decoding.generate(LM, wrap(policies.Knorm()), plan, prompts, keys, [30] * 3)
     assert [x.tolist() for x in other] != [x.tolist() for x in early]
+
+
+def test_the_policy_of_the_readme_runs():
+    readme = (Path(policies.__file__).parent / "README.md").read_text()
+    code = next(x for x in readme.split("```python\n") if x.startswith("class Loud"))
+    made = {"policies": policies, "jnp": jnp, "__name__": "notebook"}
+    exec(code.split("```")[0], made)
+    replay.check(made["Loud"](), LM.config, CADENCE)
 
 
 def program(policy):

@@ -146,7 +146,7 @@ def test_triattention_leaves_protected_prompts_out_of_its_scale():
 
 @pytest.mark.parametrize("sizes", SIZES)
 def test_vase_keeps_large_values_and_draws_the_rest(sizes):
-    budget, interval, h, kv_heads, empty = sizes
+    budget, interval, _h, kv_heads, empty = sizes
     policy, view = policies.get("vase:large=0.25,kernel=3,sinks=2"), random_view(3, 3, *sizes)
     position = np.asarray(view.cache.position_bks)
     evict = np.asarray(policy.evict(view))
@@ -194,7 +194,9 @@ def test_vase_dkv_by_its_projections():
     got, position = np.asarray(policy.score(view)), np.asarray(view.cache.position_bks)
     for row, head in np.ndindex(3, 2):
         g = np.asarray(jax.random.normal(view.random_b[row], (DIM, 3)), np.float64) / 3**0.5
-        key, value = (np.asarray(x[row, head], np.float64) for x in (view.key_bksd, view.value_bksd))
+        key, value = (
+            np.asarray(x[row, head], np.float64) for x in (view.key_bksd, view.value_bksd)
+        )
         want = ((key @ g) ** 2).sum(1) * ((value @ g) ** 2).sum(1)
         want[position[row, head] < 2] = np.inf
         np.testing.assert_allclose(got[row, head], want, rtol=1e-4)
@@ -240,7 +242,7 @@ def test_weights_of_another_model_are_refused_before_a_pass(name):
         ({"layers": 3}, r"is float32 \[2, .*, but this model needs floats \[3, "),
     ):
         other = dataclasses.replace(CONFIG, **change)
-        if message and not ("rg2" in name or "rg3" in name) or change == {"layers": 3}:
+        if (message and not ("rg2" in name or "rg3" in name)) or change == {"layers": 3}:
             with pytest.raises(UserError, match=f"{where}: .*{message}") as error:
                 replay.check(policy, other, Cadence(16, 8))
             assert "\n" not in str(error.value)
