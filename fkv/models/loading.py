@@ -75,6 +75,8 @@ _BESIDE = re.compile(
 )
 # Files to download: the weights, the configs, and every file of a tokenizer.
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+# Of what `load_scorer` reads: gates of TRIM-KV, and the card that says a licence.
+_FILES += ["trimkv_weights.pth", "README.md"]
 _AT_ONCE = 2**23  # numbers of a matrix held in memory while two are compared
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fkv import policies
+from fkv import api, policies
 from fkv.cache import slots as kv
 from fkv.cache.cadence import Cadence
-from fkv.engine import beginnings, decoding, replay
+from fkv.engine import beginnings, replay
 from fkv.errors import UserError
 from tests import oracles
 
@@ -145,15 +145,13 @@ class Early(policies.Policy):
 def test_decoding_keeps_what_arrived(wrap):
     rng = np.random.default_rng(0)
     prompts = [rng.integers(37, size=n).astype(np.int32) for n in (40, 5, 17)]
-    plan = decoding.Plan(CADENCE, decoding.Sampling(0.8, 12, 0.9))
-    keys = jax.random.split(jax.random.key(0), 3)
-    late, early = (
-        decoding.generate(LM, wrap(policy), plan, prompts, keys, [30] * 3)
-        for policy in (Late(), Early())
-    )
-    assert [x.tolist() for x in late] == [x.tolist() for x in early]
-    other = decoding.generate(LM, wrap(policies.Knorm()), plan, prompts, keys, [30] * 3)
-    assert [x.tolist() for x in other] != [x.tolist() for x in early]
+    model = api.Model(LM, None, (), "a model")
+
+    def answers(policy):
+        found = api.generate(model, prompts, wrap(policy), 16, 8, new_tokens=30, temperature=0.8)
+        return [one.tokens.tolist() for (one,) in found]
+
+    assert answers(Late()) == answers(Early()) != answers(policies.Knorm())
 
 
 def test_the_policy_of_the_readme_runs():
