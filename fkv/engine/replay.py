@@ -27,7 +27,7 @@ from fkv.cache.cadence import Cadence
 from fkv.engine.batch import Batch
 from fkv.errors import UserError
 from fkv.keys import Purpose, key_of, keys_of
-from fkv.models import LM, ModelConfig
+from fkv.models import LM, ModelConfig, numerics
 from fkv.policies import arrival, base
 from fkv.policies.arrival import Arrival
 from fkv.policies.base import Policy, View, check_given
@@ -253,10 +253,13 @@ def project(
     """
     if policy.arrive is None:
         return models.project(config, weights, hidden_btm, position_bt)
-    x, q, k, v = models.unrotated(config, weights, hidden_btm)
-    come = Arrival(hidden_btm, x, q, k, v, position_bt, layer, config)
-    q, k = (models.rotate(x, position_bt, config) for x in (q, k))
-    return q, k, v, arrival.ask(policy, come)
+
+    def some(hidden, at):
+        x, q, k, v = models.unrotated(config, weights, hidden)
+        asked = arrival.ask(policy, Arrival(hidden, x, q, k, v, at, layer, config))
+        return models.rotate(q, at, config), models.rotate(k, at, config), v, asked
+
+    return numerics.in_pieces(some, hidden_btm, position_bt)
 
 
 def stage(
