@@ -1,9 +1,9 @@
 """What a policy may ask of entries when they come: numbers that stay with them.
 
 A policy that defines `arrive(self, arrival)` gets, for every layer, tokens that come, however many
-at a time, and gives a dictionary of floating arrays [b, t, k, ...], by name. They travel with the entries through every
-eviction, in replay and decoding; `View.arrived` has them by slot. Nothing is computed or held for
-what is not asked for.
+at a time, and gives a dictionary of floating arrays [b, t, k, ...], by name. They travel with the
+entries through every eviction, in replay and decoding; `View.arrived` has them by slot. Nothing is
+computed or held for what is not asked for.
 """
 
 from collections.abc import Mapping
