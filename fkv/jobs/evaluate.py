@@ -266,15 +266,11 @@ def policies_of(config: ConfigDict) -> tuple[dict[str, Policy], dict[str, str]]:
         with common.scorers_of(f"evaluate.scorers = {entry!r}", workdir):
             policy = api.load_scorer(workdir, any_interval=config.evaluate.any_interval)
         if isinstance(policy, policies.Foresight):
-            policy = policy.replace(
-                action=config.evaluate.action, temperature=config.evaluate.action_temperature
-            )
-            settings = str(policy.config)
-        else:
-            settings = str(sharing.settings(policy))
+            action, temperature = config.evaluate.action, config.evaluate.action_temperature
+            policy = policy.replace(action=action, temperature=temperature)
         scorers[name] = policy
         inputs[rundir.answers_of(name)] = provenance.of_arrays(policy.params)
-        inputs[f"settings of the scorers {name!r}"] = settings
+        inputs[f"settings of the scorers {name!r}"] = sharing.said_settings(policy)
     baselines = {name: policies.get(name) for name in config.evaluate.policies}
     for name, policy in baselines.items():
         inputs[rundir.answers_of(name)] = provenance.of_settings(policy)

@@ -74,9 +74,7 @@ _BESIDE = re.compile(
     r"model\.layers\.\d+\.self_attn\.judge_model\..+|model\..*rotary_emb\.inv_freq"
 )
 # Files to download: the weights, the configs, and every file of a tokenizer.
-_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-# Of what `load_scorer` reads: gates of TRIM-KV, and the card that says a licence.
-_FILES += ["trimkv_weights.pth", "README.md"]
+_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md", "trimkv*.pth"]
 _AT_ONCE = 2**23  # numbers of a matrix held in memory while two are compared
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 

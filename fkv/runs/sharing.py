@@ -106,6 +106,11 @@ def settings(policy: Policy) -> dict[str, Any]:
     return {"name": name_of(policy)} | {n: getattr(policy, n) for n in own if n not in other}
 
 
+def said_settings(policy: Policy) -> str:
+    """Those of scorers, or of the policy of another method, as one text."""
+    return str(policy.config if isinstance(policy, Foresight) else settings(policy))
+
+
 def origin(policy: Policy) -> dict[str, Any]:
     """What is known of where a policy's weights come from."""
     trained = getattr(policy, "trained", None)
