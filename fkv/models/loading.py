@@ -208,7 +208,7 @@ def _as_stored(name: str, ours: NamedSharding | None, stacked: bool) -> NamedSha
         return None
     axes, inputs = ours.spec[stacked:], _INPUTS.get(name, 0)
     # Of several axes merged in the checkpoint, only the first may be sharded.
-    stored = (axes[inputs], axes[0]) if inputs else axes[:2]
+    stored = (axes[inputs], axes[0]) if inputs else axes[:1]
     return NamedSharding(ours.mesh, PartitionSpec(*stored))
 
 

@@ -18,6 +18,7 @@ from fkv.errors import UserError
 from fkv.models import LM, ModelConfig, loading
 from fkv.models.config import from_hf, read
 from fkv.models.decoder import OUTPUTS_FIRST
+from fkv.runs import parallel
 from tests.models import (
     SMALL,
     full_logits,
@@ -139,6 +140,16 @@ def test_save_then_load_is_the_identity(config, tmp_path):
     for name in ("model.safetensors", "config.json"):
         some, others = ((tmp_path / form / name).read_bytes() for form in ("stacked", "separate"))
         assert some == others
+
+
+@configs
+@pytest.mark.parametrize("separate", [True, False])
+def test_a_mesh_of_one_device_changes_nothing(config, separate, tmp_path):
+    """Jobs load over a mesh, biases too."""
+    models.save(tmp_path, random_lm(config))
+    mesh = parallel.make_mesh(1)
+    found = models.load(tmp_path, mesh=mesh, separate=separate)
+    assert_equal(found.params, models.load(tmp_path, separate=separate).params)
 
 
 def one_by_one(params):
