@@ -78,6 +78,9 @@ def sample(logits_bv: Array, key_b: Array, sampling: Sampling) -> Array:
         p = jax.nn.softmax(x, axis=-1)
         before = jnp.cumsum(p, axis=-1) - p  # of likelier tokens: the first always stays
         x = jnp.where(before < sampling.top_p, x, -jnp.inf)
+    if sampling.min_p:
+        least = x.max(-1, keepdims=True) + jnp.log(jnp.float32(sampling.min_p))
+        x = jnp.where(x >= least, x, -jnp.inf)
     drawn = jax.vmap(jax.random.categorical)(key_b, x)
     if token is not None:
         drawn = jnp.take_along_axis(token, drawn[:, None], axis=-1)[:, 0]

@@ -33,13 +33,14 @@ def given(vocab=500, rows=64):
 def test_a_row_draws_what_it_draws_in_any_company(vocab):
     """Here among rows of all settings, there by a program for its settings alone."""
     logits, keys = given(vocab)
-    mixed = [HOWS[i % len(HOWS)] for i in range(len(logits))]
+    hows = HOWS + MIN_P
+    mixed = [hows[i % len(hows)] for i in range(len(logits))]
     found = np.asarray(draw(logits, keys, arrays(mixed)))
     static = jax.jit(decoding.sample, static_argnums=2)
-    for n, how in enumerate(HOWS):
+    for n, how in enumerate(hows):
         alone = np.asarray(static(logits, keys, how))
         assert (alone == np.asarray(draw(logits, keys, arrays([how] * len(logits))))).all(), how
-        assert (alone[n :: len(HOWS)] == found[n :: len(HOWS)]).all(), how
+        assert (alone[n :: len(hows)] == found[n :: len(hows)]).all(), how
 
 
 @pytest.mark.parametrize("how", [*HOWS[:7], *HOWS[8:], *MIN_P], ids=str)
