@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import flax.struct
 import jax
@@ -48,32 +49,56 @@ def token_losses(
     Args:
       block: tokens of every row in a block, a quarter of that on a CPU, where rows go one by one.
     """
-    return numerics.row_by_row(
-        functools.partial(_losses, lm, block), hidden_btm[:, :-1], token_bt[:, 1:],
-        of_one=functools.partial(_losses, lm, -(-block // 4)),
-    )  # fmt: skip
+    sizes = block, -(-block // 4)
+    return of_logits(lm, _losses, hidden_btm[:, :-1], token_bt[:, 1:], blocks=sizes)
 
 
-def _losses(lm, block, hidden_btm, target_bt):
-    b, t, m = hidden_btm.shape
-    block = min(block, t)
-    blocks = -(-t // block)
-    pad = ((0, 0), (0, blocks * block - t))
-    hidden = jnp.pad(hidden_btm, (*pad, (0, 0))).reshape(b, blocks, block, m)
-    target = jnp.pad(target_bt, pad).reshape(b, blocks, block)
+def _losses(logits_btv, target_bt):
+    x = logits_btv - jax.lax.stop_gradient(logits_btv.max(-1, keepdims=True))
+    e = jnp.exp(x)
+    total = e.sum(-1)
+    log_total = jnp.log(total)
+    nll = log_total - jnp.take_along_axis(x, target_bt[..., None], axis=-1)[..., 0]
+    return TokenLosses(nll, log_total - (e * x).sum(-1) / total)
 
-    def one(inputs):
-        hidden, target = inputs
-        x = models.unembed(lm, hidden)
-        x = x - jax.lax.stop_gradient(x.max(-1, keepdims=True))
-        e = jnp.exp(x)
-        total = e.sum(-1)
-        log_total = jnp.log(total)
-        nll = log_total - jnp.take_along_axis(x, target[..., None], axis=-1)[..., 0]
-        return TokenLosses(nll, log_total - (e * x).sum(-1) / total)
 
-    losses = jax.lax.map(one, (jnp.moveaxis(hidden, 1, 0), jnp.moveaxis(target, 1, 0)))
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(b, blocks * block)[:, :t], losses)
+def of_logits(
+    lm: models.LM,
+    function: Callable[..., Any],
+    hidden_btm: Array,
+    *arrays_bt: Array,
+    blocks: tuple[int, int] = (512, 128),
+) -> Any:
+    """`function` of the logits of tokens, which are computed a block at a time.
+
+    Args:
+      function: of logits [b, n, v], float32, and of the other arrays [b, n, ...] of the same
+        tokens, each alone; gives a pytree of arrays [b, n, ...].
+      hidden_btm: last hidden states.
+      arrays_bt: others, [b, t, ...].
+      blocks: tokens of every row in a block; and on a CPU, where rows go one by one.
+    """
+
+    def some(block, *arrays_bt):
+        b, t = arrays_bt[0].shape[:2]
+        block = min(block, t)
+        count = -(-t // block)
+
+        def split(x):
+            x = jnp.pad(x, ((0, 0), (0, count * block - t), *[(0, 0)] * (x.ndim - 2)))
+            return jnp.moveaxis(x.reshape(b, count, block, *x.shape[2:]), 1, 0)
+
+        def join(x):
+            return jnp.moveaxis(x, 0, 1).reshape(b, count * block, *x.shape[3:])[:, :t]
+
+        def one(inputs):
+            hidden, *others = inputs
+            return function(models.unembed(lm, hidden), *others)
+
+        return jax.tree.map(join, jax.lax.map(one, tuple(map(split, arrays_bt))))
+
+    together, one_by_one = (functools.partial(some, size) for size in blocks)
+    return numerics.row_by_row(together, hidden_btm, *arrays_bt, of_one=one_by_one)
 
 
 def low_entropy(entropy_bt: Array, counted_bt: Array, high_fraction: float) -> Array:
