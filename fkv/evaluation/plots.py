@@ -1,73 +1,29 @@
-"""Figures of results, written atomically in the format of their file name."""
+"""Figures of results.
 
-import collections
-import contextlib
-import itertools
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+Every function returns its figure, which a notebook shows, and writes it atomically where a path is
+given: a PNG has a PDF beside it. Learned policies are thick, and rule-based ones thin; lines bear
+their names at their ends, so that nobody has to tell twenty colours apart. Error bars are those of
+the tables: one standard error, or 95 % of an answer's interval.
+"""
+
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fkv import files
+from fkv.evaluation import drawing
 from fkv.evaluation.accuracy import Accuracy
+from fkv.evaluation.drawing import COLOURS, LEARNED, Name
 from fkv.evaluation.loss_ratio import Losses
 from fkv.evaluation.paired import against_baseline
 
-Name = str | Path
-PANELS = (("all tokens", 0), ("low-entropy tokens, added nats", 1), ("high-entropy tokens", 2))
-
-# A policy has the same colour in every figure.
-COLOURS = {
-    "full": "gray", "golden": "black", "rkv": "tab:orange", "snapkv": "tab:blue",
-    "h2o": "tab:green", "streaming_llm": "tab:brown", "keydiff": "tab:cyan", "tova": "tab:olive",
-    "lagkv": "gold", "knorm": "darkseagreen", "expected_attention": "slateblue",
-    "pyramid": "navy", "ada": "skyblue", "prompt": "steelblue", "random": "silver",
-    "threshold": "cornflowerblue", "kvzap": "limegreen", "trimkv": "darkgoldenrod",
-    "triattention": "teal", "vase": "orchid", "vase_dkv": "plum",
-}  # fmt: skip
-# Scorers have names of the user's choice.
-LEARNED = {"foresight": "crimson", "supervised": "crimson", "grpo": "darkviolet"}
-OTHERS = ("crimson", "darkviolet", "deeppink", "maroon", "indigo")
-_BUDGET = "budget (KV pairs per head)"
-_STYLE = {
-    "axes.titlesize": "medium", "errorbar.capsize": 3, "figure.constrained_layout.use": True,
-    "figure.labelsize": "medium", "image.aspect": "auto", "image.interpolation": "nearest",
-    "legend.fontsize": "small", "lines.markersize": 4, "savefig.dpi": 120,
-}  # fmt: skip
-
-
-@contextlib.contextmanager
-def _figure(path: Name, size, grid=(1, 1), title="", x="", y="") -> Iterator[np.ndarray]:
-    """Axes of a figure with these labels, saved with its legend on exit."""
-    # Not pyplot, so that a notebook keeps its backend; the import takes a second.
-    import matplotlib
+if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_STYLE), files.whole(path) as temporary:
-        figure = Figure(figsize=size)
-        axes = figure.subplots(*grid, squeeze=False)
-        yield axes
-        legend = {}
-        for axis in axes.flat:
-            for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
-                legend.setdefault(label, handle)
-        if legend:
-            figure.legend(legend.values(), legend, loc="outside right")
-        figure.suptitle(title)
-        figure.supxlabel(x)
-        figure.supylabel(y)
-        figure.savefig(temporary, format=Path(path).suffix[1:] or "png")
+PANELS = (("all tokens", 0), ("low-entropy tokens, added nats", 1), ("high-entropy tokens", 2))
 
-
-def _horizontal(axis, y: float) -> None:
-    axis.axhline(y, color="gray", linewidth=1, linestyle=":")
-
-
-def _log2(axis, both: bool) -> None:
-    """Logarithmic axes, or a logarithmic one and one from 0."""
-    axis.set_xscale("log", base=2)
-    axis.set_yscale("log", base=2) if both else axis.set_ylim(bottom=0)
+_BUDGET = "budget (KV pairs per head)"
 
 
 def _held(axis, held_ct, top: float, colours: str) -> int:
@@ -78,91 +34,94 @@ def _held(axis, held_ct, top: float, colours: str) -> int:
     return interval
 
 
-def _curve(axis, points: Iterable[tuple], label: str, **style) -> None:
-    """A line through (x, y, error) or (x, y, error below, error above), in the order of x."""
-    x, y, *error = map(list, zip(*sorted(points), strict=True))
-    error = error if len(error) == 2 else error[0]
-    axis.errorbar(x, y, yerr=error, label=label, **{"marker": "o"} | style)
-
-
-def _styles(names: Sequence[str]) -> dict[str, dict]:
-    """Colour and line style of each policy: golden dashed, scorers bold."""
-    styles, lines = {}, collections.defaultdict(lambda: itertools.cycle(("-", "--", "-.", ":")))
-    free = [c for c in OTHERS if c not in {LEARNED.get(name) for name in names}]
-    for name in names:
-        kind = re.split("[:()]", name.removeprefix("prompt("))[0]
-        colour = COLOURS.get(kind) or LEARNED.get(kind) or (free.pop(0) if free else "crimson")
-        line = "--" if kind == "golden" else next(lines[colour])
-        width = 1.3 if kind in COLOURS else 2.6
-        styles[name] = {"color": colour, "linestyle": line, "linewidth": width}
-    return styles
-
-
-def loss_ratios(results: Sequence[Losses], path: Name, title: str, baseline: str = "") -> None:
-    """Loss ratio against budget, a line per policy, ± 2 standard errors.
+def loss_ratios(
+    results: Sequence[Losses], path: Name = None, title: str = "", baseline: str = ""
+) -> "Figure":
+    """Loss ratio against budget, a line per policy, ± one standard error.
 
     The last panel has differences to the baseline, paired by trace, if there is one.
 
     Args:
       baseline: see `against_baseline`.
     """
-    styles = _styles(dict.fromkeys(r.policy for r in results if r.policy != "full"))
+    styles = drawing.styles_of(dict.fromkeys(r.policy for r in results if r.policy != "full"))
     pairs = against_baseline(results, baseline)
     against = {p.baseline: None for p in pairs if p.baseline}
     panels = len(PANELS) + bool(against)
-    with _figure(path, (4.2 * panels + 1.4, 4.2), (1, panels), title, _BUDGET) as axes:
+    with drawing.figure(path, (4.6 * panels, 4.2), (1, panels), title, _BUDGET) as axes:
         for axis, (label, kind) in zip(axes[0], PANELS, strict=False):
             for name, style in styles.items():
                 rows = [r for r in results if r.policy == name]
                 found = [(r.budget, r.added(kind) if kind == 1 else r.ratio(kind)) for r in rows]
-                _curve(axis, [(x, y, 2 * error) for x, (y, error) in found], name, **style)
-            _horizontal(axis, 0 if kind == 1 else 1)
+                drawing.curve(axis, [(x, y, error) for x, (y, error) in found], name, **style)
+            drawing.horizontal(axis, 0 if kind == 1 else 1)
             what = "nats per token" if kind == 1 else "loss / full-cache loss"
             axis.set(title=label, ylabel=what)
         if against:
             axis = axes[0, -1]
             for name, style in styles.items():
                 found = [
-                    (r.budget, p.difference[0], 2 * p.difference[1])
+                    (r.budget, *p.difference)
                     for r, p in zip(results, pairs, strict=True)
                     if r.policy == name and p.difference
                 ]
                 if found:
-                    _curve(axis, found, name, **style)
-            _horizontal(axis, 0)
+                    drawing.curve(axis, found, name, **style)
+            drawing.horizontal(axis, 0)
             what = next(iter(against)) if len(against) == 1 else "the best baseline"
             axis.set(title=f"all tokens, minus {what}", ylabel="difference of ratios, paired")
         for axis in axes[0]:
             axis.set_xticks(sorted({r.budget for r in results}))
+            _cut_random(axis)
+            drawing.name_lines(axis)
+    return drawing.figure_of(axes)
 
 
-def accuracy(results: Sequence[Accuracy], path: Name) -> None:
+def _cut_random(axis) -> None:
+    """Ends the axis below plain `random` where that would leave the others no room."""
+    handles, names = axis.get_legend_handles_labels()
+    ys = {name: h.lines[0].get_ydata() for h, name in zip(handles, names, strict=True)}
+    others = [y for name, y in ys.items() if name != "random"]
+    if "random" not in ys or not others:
+        return
+    low, high = np.nanmin(np.concatenate(others)), np.nanmax(np.concatenate(others))
+    if np.nanmax(ys["random"]) > high + (high - low):
+        top, end = high + 0.25 * (high - low), ys["random"][-1]
+        axis.set_ylim(top=top)
+        if end > top:
+            handles[names.index("random")].set_label(f"random: {end:.3g}, above")
+
+
+def accuracy(results: Sequence[Accuracy], path: Name = None) -> "Figure":
     """pass@1 against budget with 95 % intervals, the full cache as a band."""
     evicted = [r for r in results if r.budget]
     title = "pass@1 with 95 % intervals over problems"
     if kept := max(r.protect_prompt for r in results):
         title += f"; {kept} tokens of the prompt protected"
-    with _figure(path, (8.5, 4.8), (1, 1), title, _BUDGET, "pass@1, %") as axes:
+    with drawing.figure(path, (8.5, 4.8), (1, 1), title, _BUDGET, "pass@1, %") as axes:
         axis = axes[0, 0]
         for r in results:
             if not r.budget:
                 axis.axhspan(*(100 * x for x in r.interval()), color="gray", alpha=0.3)
-                axis.axhline(100 * r.pass_at_1, color="gray", label=r.policy)
-        for name, style in _styles(dict.fromkeys(r.policy for r in evicted)).items():
+                at = 100 * r.pass_at_1
+                axis.axhline(at, color=COLOURS["full"], linewidth=1, label=r.policy)
+        for name, style in drawing.styles_of(dict.fromkeys(r.policy for r in evicted)).items():
             found = [(r.budget, r.pass_at_1, *r.interval()) for r in evicted if r.policy == name]
             points = [(x, 100 * y, 100 * (y - low), 100 * (top - y)) for x, y, low, top in found]
-            _curve(axis, points, name, **style)
+            drawing.curve(axis, points, name, **style)
         axis.set(xticks=sorted({r.budget for r in evicted}), ylim=(-2, 102))
+        drawing.name_lines(axis)
+    return drawing.figure_of(axes)
 
 
-def loss_by_position(results: Sequence[Losses], path: Name, bins: int = 16) -> None:
+def loss_by_position(results: Sequence[Losses], path: Name = None, bins: int = 16) -> "Figure":
     """Nats added by eviction against position, a panel per budget."""
     budgets = sorted({r.budget for r in results})
     size, labels = (4.5 * len(budgets) + 4, 4.2), ("position (tokens)", "nats per token")
-    with _figure(path, size, (1, len(budgets)), "loss added by eviction", *labels) as axes:
+    with drawing.figure(path, size, (1, len(budgets)), "loss added by eviction", *labels) as axes:
         for axis, budget in zip(axes[0], budgets, strict=True):
             rows = [r for r in results if r.budget == budget and r.policy != "full"]
-            styles = _styles([r.policy for r in rows])
+            styles = drawing.styles_of([r.policy for r in rows])
             for r in rows:
                 counted = ~np.isnan(r.excess_nt)
                 position, excess = np.nonzero(counted)[1] + 1, r.excess_nt[counted]
@@ -170,21 +129,26 @@ def loss_by_position(results: Sequence[Losses], path: Name, bins: int = 16) -> N
                 count, edges = np.histogram(position, bins, reach)
                 total, _ = np.histogram(position, bins, reach, weights=excess)
                 mean = np.where(count, total / np.maximum(count, 1), np.nan)
-                axis.plot((edges[:-1] + edges[1:]) / 2, mean, label=r.policy, **styles[r.policy])
-            _horizontal(axis, 0)
+                style = styles[r.policy] | {"marker": ""}
+                axis.plot((edges[:-1] + edges[1:]) / 2, mean, label=r.policy, **style)
+            drawing.horizontal(axis, 0)
             axis.set_title(f"B = {budget}")
+            drawing.name_lines(axis)
+    return drawing.figure_of(axes)
 
 
-def regret(results: Sequence[Losses], path: Name) -> None:
-    """Regret against golden per layer and KV head, a panel per policy and budget."""
+def regret(results: Sequence[Losses], path: Name = None) -> "Figure | None":
+    """Regret against golden per layer and KV head, a panel per policy and budget; None if it is of
+    no policy here.
+    """
     shown = [r for r in results if r.regret_nyk is not None and r.policy != "golden"]
     if not shown:  # golden eviction has even budgets only
-        return
+        return None
     names, budgets = list(dict.fromkeys(r.policy for r in shown)), sorted({r.budget for r in shown})
     size = (max(1.7 * len(names) + 1, 5.5), 1.9 * len(budgets) + 0.6)
     title = "attention lost per eviction, beyond golden"
     top = max(r.regret_nyk.mean(0).max() for r in shown)
-    with _figure(path, size, (len(budgets), len(names)), title, "KV head", "layer") as axes:
+    with drawing.figure(path, size, (len(budgets), len(names)), title, "KV head", "layer") as axes:
         for r in shown:
             axis = axes[budgets.index(r.budget)][names.index(r.policy)]
             image = axis.imshow(r.regret_nyk.mean(0), vmin=0, vmax=top, cmap="magma_r")
@@ -192,9 +156,10 @@ def regret(results: Sequence[Losses], path: Name) -> None:
             ticks = {"xticks": range(heads), "yticks": range(0, layers, 1 + layers // 10)}
             axis.set(title=f"{r.policy}, {r.budget}", **ticks)
         image.figure.colorbar(image, ax=axes, label="attention lost")
+    return drawing.figure_of(axes)
 
 
-def retention(held: Mapping[str, np.ndarray], path: Name, title: str) -> None:
+def retention(held: Mapping[str, np.ndarray], path: Name = None, title: str = "") -> "Figure":
     """The entries held over time, a panel per policy and layer; of many layers six.
 
     Args:
@@ -204,17 +169,22 @@ def retention(held: Mapping[str, np.ndarray], path: Name, title: str) -> None:
     shown = np.linspace(0, layers - 1, min(layers, 6)).round().astype(int).tolist()
     size = (4 * len(shown), 1.5 * len(held) + 0.8)
     labels = "position of the token", "position of the queries"
-    with _figure(path, size, (len(held), len(shown)), title, *labels) as axes:
+    with drawing.figure(path, size, (len(held), len(shown)), title, *labels) as axes:
         for row, (name, one) in zip(axes, held.items(), strict=True):
             for layer, axis in zip(shown, row, strict=True):
                 _held(axis, one[layer].mean(0), 1, "Greens")
                 axis.set_title(f"{name}, layer {layer}")
                 axis.label_outer()
+    return drawing.figure_of(axes)
 
 
 def lookups(
-    held: Mapping[str, np.ndarray], lookup_n2: np.ndarray, path: Name, title: str, prompt: int = 0
-) -> None:
+    held: Mapping[str, np.ndarray],
+    lookup_n2: np.ndarray,
+    path: Name = None,
+    title: str = "",
+    prompt: int = 0,
+) -> "Figure":
     """The entries that one head holds over time, and which of its look-ups find their token.
 
     Args:
@@ -227,33 +197,59 @@ def lookups(
     size = (3.6 * columns + 1, 3.2 * rows + 0.6)
     labels = "position of the key (tokens); gray where it is held", "position of the query (tokens)"
     query, key = lookup_n2.T
-    with _figure(path, size, (rows, columns), title, *labels) as axes:
+    with drawing.figure(path, size, (rows, columns), title, *labels) as axes:
         for axis, (name, one) in zip(axes.flat, held.items(), strict=False):
             interval = _held(axis, one, 3, "Greys")
             found = one[query // interval, key]
-            axis.plot(key[found], query[found], "o", color="tab:blue", label="look-up found")
-            axis.plot(key[~found], query[~found], "x", color="red", label="look-up gone")
+            axis.plot(key[found], query[found], "o", color="#0072b2", label="look-up found")
+            axis.plot(key[~found], query[~found], "x", color="#d55e00", label="look-up lost")
             if prompt:
                 axis.axhline(prompt, color="black", linewidth=0.8, linestyle=":")
             axis.set_title(f"{name}: {found.sum()} of {len(found)} found")
             axis.label_outer()
         for axis in axes.flat[len(held) :]:
             axis.set_visible(False)
+    return drawing.figure_of(axes)
 
 
-def attention_patterns(patterns: Mapping[str, np.ndarray], interval: int, path: Name) -> None:
+def attention_patterns(
+    patterns: Mapping[str, np.ndarray], interval: int, path: Name = None
+) -> "Figure":
     """Attention to single tokens over time, a panel per pattern."""
     title = "attention to single tokens, the clearest of a pattern dark"
     labels = "position of the queries (tokens)", "attention, mean over a chunk"
-    with _figure(path, (13, 4), (1, len(patterns)), title, *labels) as axes:
+    with drawing.figure(path, (13, 4), (1, len(patterns)), title, *labels) as axes:
         for axis, (name, rows) in zip(axes[0], patterns.items(), strict=True):
             for i, row in enumerate(rows):
                 style = {"color": "lightsteelblue"} if i else {"color": "navy", "zorder": 3}
                 axis.plot(interval * np.arange(len(row)), row, marker=".", **style)
             axis.set_title(f"{name}{'' if len(rows) else ': no such token'}")
+    return drawing.figure_of(axes)
 
 
-def sweep(summary: Sequence[Mapping], path: Name) -> None:
+def training(records: Sequence[Mapping], names: Sequence[str], path: Name = None) -> "Figure":
+    """Training curves: a panel per metric against the step, thin, and its running mean, thick.
+
+    Args:
+      records: lines of `metrics.jsonl`; those without a metric are left out of its panel.
+      names: of the metrics.
+    """
+    size = 3.6 * len(names), 3.2
+    with drawing.figure(path, size, (1, len(names)), "", "step") as axes:
+        for axis, name in zip(axes[0], names, strict=True):
+            found = [(r["step"], r[name]) for r in records if r.get(name) is not None]
+            step, value = np.array(found, float).reshape(-1, 2).T
+            colour, window = LEARNED["foresight"], max(1, len(step) // 20)
+            axis.plot(step, value, color=colour, linewidth=0.7, alpha=0.4)
+            sums = np.cumsum(np.concatenate([[0.0], value]))
+            start = np.maximum(np.arange(len(value)) - window + 1, 0)
+            mean = (sums[1:] - sums[start]) / (np.arange(len(value)) + 1 - start)
+            axis.plot(step, mean, color=colour, linewidth=2)
+            axis.set_title(name)
+    return drawing.figure_of(axes)
+
+
+def sweep(summary: Sequence[Mapping], path: Name = None) -> "Figure":
     """Metrics of a sweep against budget, a panel per metric, a line per group and policy.
 
     Args:
@@ -261,14 +257,14 @@ def sweep(summary: Sequence[Mapping], path: Name) -> None:
         group (baselines) are shown once.
     """
     names = [f for f in dict.fromkeys(row["figure"] for row in summary) if f != "overlap"]
-    size, title = (5 * len(names) + 3, 5), "mean over the points of a group, ± 2 standard errors"
-    with _figure(path, size, (1, len(names)), title, _BUDGET) as axes:
+    size, title = (5 * len(names) + 3, 5), "mean over the points of a group, ± one standard error"
+    with drawing.figure(path, size, (1, len(names)), title, _BUDGET) as axes:
         styles = {}  # of a line, the same in every panel
         for axis, name in zip(axes[0], names, strict=True):
             lines, seen = {}, set()
             for row in sorted(summary, key=lambda row: row["budget"]):
                 if row["figure"] == name and row["budget"] and row["policy"] != "full":
-                    point = row["budget"], row["mean"], np.nan_to_num(2 * row["se"])
+                    point = row["budget"], row["mean"], np.nan_to_num(row["se"])
                     lines.setdefault((row["policy"], row["group"]), []).append(point)
             for line, points in lines.items():
                 means = (line[0], *(mean for _, mean, _ in points))
@@ -276,25 +272,30 @@ def sweep(summary: Sequence[Mapping], path: Name) -> None:
                     seen.add(means)
                     i = len(styles)
                     style = {"color": f"C{i % 10}", "marker": "os^vD"[i // 10 % 5]}
-                    _curve(axis, points, ", ".join(line), **styles.setdefault(line, style))
+                    drawing.curve(axis, points, ", ".join(line), **styles.setdefault(line, style))
             axis.set_title(name)
+            drawing.name_lines(axis)
+    return drawing.figure_of(axes)
 
 
-def cache_memory(bytes_per_token: int, slots: int, tokens: int, path: Name, title: str) -> None:
+def cache_memory(
+    bytes_per_token: int, slots: int, tokens: int, path: Name = None, title: str = ""
+) -> "Figure":
     """Bytes of a full cache and of a bounded one against tokens, log-log."""
     held, scale = np.geomspace(16, tokens, 257), bytes_per_token / 2**20
     bounded, labels = (
         np.full(257, scale * slots),
         ("tokens read and written", "keys and values (MiB)"),
     )
-    with _figure(path, (8, 4), (1, 1), title, *labels) as axes:
+    with drawing.figure(path, (8, 4), (1, 1), title, *labels) as axes:
         axis = axes[0, 0]
         axis.plot(held, scale * held, color=COLOURS["full"], label="full cache")
         axis.plot(held, bounded, color=LEARNED["foresight"], label=f"bounded, B + L = {slots}")
         axis.margins(x=0)
-        _log2(axis, True)
+        drawing.log2(axis, True)
         axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.yaxis.set_major_formatter("{x:,.4g}")
+    return drawing.figure_of(axes)
 
 
 def costs(found: Mapping[str, Sequence[Mapping]], directory: Path) -> list[str]:
@@ -317,14 +318,14 @@ def costs(found: Mapping[str, Sequence[Mapping]], directory: Path) -> list[str]:
     return list(drawn)
 
 
-def _decode_cost(records: Sequence[Mapping], path: Path) -> None:
+def _decode_cost(records: Sequence[Mapping], path: Name) -> None:
     """Time per token against context length, a panel per batch size; under eviction, where it was
     measured at one length, the same at all.
     """
     batches, lengths = (sorted({r[name] for r in records}) for name in ("batch", "length"))
     lines = list(dict.fromkeys((r["policy"], r["budget"]) for r in records))
     size, labels = (4.5 * len(batches) + 2, 4.2), ("tokens of context", "ms per step")
-    with _figure(path, size, (1, len(batches)), "", *labels) as axes:
+    with drawing.figure(path, size, (1, len(batches)), "", *labels) as axes:
         for axis, batch in zip(axes[0], batches, strict=True):
             points = {}
             for r in records:
@@ -338,20 +339,22 @@ def _decode_cost(records: Sequence[Mapping], path: Path) -> None:
                 name, budget = line
                 label = f"{name}, B = {budget}" if budget else name
                 colour = f"C{lines.index(line) % 10}" if budget else "black"
-                _curve(axis, found, label, color=colour, linestyle="-" if budget else "--")
-            _log2(axis, False)
+                drawing.curve(axis, found, label, color=colour, linestyle="-" if budget else "--")
+            drawing.log2(axis, False)
             axis.set_title(f"batch {batch}")
 
 
 def _growth_cost(records: Sequence[Mapping], path: Path) -> None:
     """Time per token, evictions included, against tokens generated."""
     title = f"batch {records[0]['batch']}"
-    with _figure(path, (7.5, 4.2), (1, 1), title, "tokens generated", "ms per token") as axes:
+    with drawing.figure(
+        path, (7.5, 4.2), (1, 1), title, "tokens generated", "ms per token"
+    ) as axes:
         for record in records:
             ms = record["ms_per_token"]
             label = f"{record['policy']}, B = {record['budget']}"
             axes[0, 0].plot([int(n) for n in ms], list(ms.values()), label=label, marker="o")
-        _log2(axes[0, 0], False)
+        drawing.log2(axes[0, 0], False)
 
 
 def _label_cost(records: Sequence[Mapping], path: Path) -> None:
@@ -363,11 +366,11 @@ def _label_cost(records: Sequence[Mapping], path: Path) -> None:
         ("seconds per trace", [r["seconds"] for r in rows], (1, 2)),
         ("MiB of the program", [r["program_bytes"] / 2**20 for r in rows], (1,)),
     )
-    with _figure(path, (10, 4.2), (1, 2), "golden labels", "tokens of the trace") as axes:
+    with drawing.figure(path, (10, 4.2), (1, 2), "golden labels", "tokens of the trace") as axes:
         for axis, (name, values, slopes) in zip(axes[0], panels, strict=True):
             axis.plot(length, values, marker="o", color="C0", label="measured")
             for slope in slopes:
                 guide, (label, line) = values[-1] * (length / length[-1]) ** slope, guides[slope]
                 axis.plot(length, guide, color="gray", linestyle=line, linewidth=1, label=label)
-            _log2(axis, True)
+            drawing.log2(axis, True)
             axis.set_ylabel(name)

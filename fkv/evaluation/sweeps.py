@@ -97,8 +97,9 @@ def table(summary: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[st
 
 
 def write_summary(points: Sequence[Point], root: str | os.PathLike) -> str:
-    """Writes `results.csv` (all metrics) and `summary.{csv,txt,md,png}`; returns the table as text,
-    and where it is."""
+    """Writes `results.csv` (all metrics) and `summary.*`, tables and a picture; returns the table
+    as text, and where it is.
+    """
     root = files.expand(root)
     rows = collect(points, root)
     if not rows:
@@ -111,4 +112,4 @@ def write_summary(points: Sequence[Point], root: str | os.PathLike) -> str:
     files.write_text(Path(root, "results.csv"), every)
     text = tables.write(Path(root, "summary"), *table(summary), means)
     plots.sweep(summary, Path(root, "summary.png"))
-    return f"{text}\n\nwritten to {root}: results.csv, summary.(csv txt md png)"
+    return f"{text}\n\nwritten to {root}: results.csv, summary.(csv txt md png pdf)"

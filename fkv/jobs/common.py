@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -304,6 +305,13 @@ def measure_losses(
     return results
 
 
+def write_curves(run: Run, *names: str) -> None:
+    """Draws these metrics of a run against the step."""
+    if parallel.first():
+        lines = files.read_text(run.path / "metrics.jsonl").splitlines()
+        plots.training([json.loads(line) for line in lines], names, run.path / "training.png")
+
+
 def check_baseline(config: ConfigDict, named: Iterable[str]) -> None:
     """Refuses an `eval.baseline` that is not one of these policies."""
     baseline, known = config.eval.baseline, list(named)
@@ -323,9 +331,9 @@ def write_losses(
     if not parallel.first():
         return
     table = loss_table.write(run.path / "loss_ratio", results, baseline)
-    title = f"loss under eviction, {len(results[0].full)} held-out traces, ± 2 standard errors"
+    title = f"loss under eviction, {len(results[0].full)} held-out traces, ± one standard error"
     if kept := results[0].protect_prompt:
         title += f"; {kept} tokens of the prompt protected"
     plots.loss_ratios(results, run.path / "loss_ratio.png", title, baseline)
     shown = f"\n{table}\n\n" if show else ""
-    say(f"{shown}written to {run.path}: loss_ratio.(txt md csv png)")
+    say(f"{shown}written to {run.path}: loss_ratio.(txt md csv png pdf)")

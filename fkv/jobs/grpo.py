@@ -97,6 +97,7 @@ def _train(
         "grpo": supervised.replace(params=jax.device_get(state.params), trained=trained),
     }
     results = stage.measure(learned)
+    common.write_curves(run, "reward", "loss_ratio_low", "kl", "grad_norm")
     common.write_losses(run, results, config.eval.baseline)
     run.close()
     return results, answers if answering else None

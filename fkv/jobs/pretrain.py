@@ -83,6 +83,7 @@ def run(config: ConfigDict, workdir: str) -> float:
             models.save(directory, lm)
             ledger.tokenizer().save_pretrained(directory)
     right, (low, high) = answers(config, plan, lm)
+    common.write_curves(run, "loss", "accuracy")
     run.log(plan.steps, {"answers": right, "answers_low": low, "answers_high": high})
     run.close()
     common.say(

@@ -52,7 +52,7 @@ def plans_of(configs: Mapping[str, ConfigDict], mesh: Mesh) -> tuple[sft.Plan, .
 def run(config: ConfigDict, workdir: str) -> list[loss_ratio.Losses]:
     """Trains scorers in `workdir`, or resumes, and measures them on held-out traces.
 
-    Writes checkpoints, metrics and `loss_ratio.{txt,md,csv,png}` there. With variants each has all
+    Writes checkpoints, metrics and `{training,loss_ratio}.*` there. With variants each has all
     of this in `workdir/<name>`, as a run of its own would, and `workdir` a table of all of them.
 
     Returns:
@@ -108,6 +108,7 @@ def together(
     for run, name in zip(runs, learned, strict=True):
         others = learned.keys() - {name}
         own = [_named(x, {name: NAME}) for x in results if x.policy not in others]
+        common.write_curves(run, "loss", "overlap", "grad_norm")
         common.write_losses(run, own, first.eval.baseline, show=len(runs) == 1)
         run.close()
     results = [_named(x, {name: Path(name).name for name in learned}) for x in results]

@@ -3,16 +3,18 @@
 import csv
 import dataclasses
 import io
+import time
 
 import numpy as np
 import pytest
 from matplotlib import image
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from fkv import policies
 from fkv.cache.cadence import Cadence
 from fkv.engine.batch import Batch
-from fkv.evaluation import diagnosis, loss_ratio, plots
+from fkv.evaluation import diagnosis, drawing, loss_ratio, plots
 from fkv.evaluation.accuracy import Accuracy
 from tests import oracles
 from tests.policies.test_policies import h2o
@@ -311,7 +313,7 @@ def test_lookups_are_drawn(held, tmp_path, drawn):
     for i, name in enumerate(one):
         there = [one[name][query // INTERVAL, key] for query, key in lookup]
         for (label, (x, y, _)), want in zip(lines[2 * i : 2 * i + 2], (True, False), strict=True):
-            assert label == ("look-up found" if want else "look-up gone")
+            assert label == ("look-up found" if want else "look-up lost")
             shown = [row for row, found in zip(lookup, there, strict=True) if found == want]
             assert np.stack([y, x], axis=-1).tolist() == [row.tolist() for row in shown]
 
@@ -325,14 +327,63 @@ def test_memory_is_drawn(tmp_path, drawn):
 
 
 def test_a_policy_has_one_colour_in_all_pictures():
-    few = plots._styles(["snapkv", "grpo"])
-    many = plots._styles(["golden", "rkv", "rkv:mix=0.05", "mine", "supervised", "grpo", "snapkv"])
+    few = drawing.styles_of(["snapkv", "grpo"])
+    many = drawing.styles_of(
+        ["golden", "rkv", "rkv:mix=0.05", "mine", "supervised", "grpo", "snapkv"]
+    )
     assert all(few[name]["color"] == many[name]["color"] for name in few)
     assert len({(s["color"], s["linestyle"]) for s in many.values()}) == len(many)
     assert many["rkv"]["color"] == many["rkv:mix=0.05"]["color"]
-    (nested,) = plots._styles(["ada(rkv:mix=0.05):room=2"]).values()
-    assert nested["color"] == plots.COLOURS["ada"]
-    assert set(policies.names()) <= {*plots.COLOURS, *plots.LEARNED, "forced"}
+    (nested,) = drawing.styles_of(["ada(rkv:mix=0.05):room=2"]).values()
+    assert nested["color"] == drawing.COLOURS["ada"]
+    assert set(policies.names()) <= {*drawing.COLOURS, *drawing.LEARNED, "forced"}
+
+
+def test_training_is_drawn_with_its_running_mean(tmp_path, drawn):
+    rng = np.random.default_rng(0)
+    records = [{"step": i, "loss": float(x)} for i, x in enumerate(rng.random(60), 1)]
+    records.insert(7, {"step": 7, "answers": 1.0})  # of another kind
+    plots.training(records, ("loss", "answers", "none"), tmp_path / "a.png")
+    check_png(tmp_path / "a.png")
+    (step, loss), (_, mean), *_ = (args for kind, args, _ in drawn if kind == "plot")
+    assert step.tolist() == list(range(1, 61))
+    assert loss.tolist() == [r["loss"] for r in records if "loss" in r]
+    plain = [loss[max(0, i - 2) : i + 1].mean() for i in range(60)]  # a twentieth of the steps
+    np.testing.assert_allclose(mean, plain)
+
+
+def test_a_picture_has_a_pdf_beside_it_and_the_same_one_is_the_same_file(tmp_path):
+    figure = plots.cache_memory(2**20, 48, 512, tmp_path / "a.png", "a title")
+    files = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert set(files) == {"a.png", "a.pdf"} and files["a.pdf"].startswith(b"%PDF")
+    time.sleep(1.1)  # PDF files hold the second of their making
+    plots.cache_memory(2**20, 48, 512, tmp_path / "a.png", "a title")
+    assert files == {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert isinstance(figure, Figure) and figure._repr_png_().startswith(b"\x89PNG")
+
+
+def test_names_of_lines_are_apart_in_the_order_of_their_ends():
+    rng = np.random.default_rng(0)
+    for wanted in (np.zeros(8), np.ones(3), rng.random(12), np.array([0.5, 0.52, 0.9])):
+        found = drawing.apart(wanted, 0.05)
+        order = np.argsort(wanted, kind="stable")
+        assert np.diff(found[order]).min() >= 0.05 - 1e-9
+        assert found.min() >= 0 and found.max() <= 1 + 1e-9
+    assert found[2] == 0.9 and found[:2].mean() == pytest.approx(0.51)  # no further than needed
+
+
+def test_plain_random_leaves_the_others_room():
+    small = [losses(name, b) for b in (16, 32) for name in ("golden", "h2o", "foresight")]
+    far = [
+        dataclasses.replace(losses("random", b), evicted=losses("random", b).full * 50)
+        for b in (16, 32)
+    ]
+    axis = plots.loss_ratios([*small, *far]).axes[0]
+    top = axis.get_ylim()[1]
+    assert max(r.ratio()[0] for r in small) < top < min(r.ratio()[0] for r in far)
+    shown = {text.get_text() for text in axis.texts}
+    assert {"golden", "h2o", "foresight"} < shown and len(shown) == 4
+    assert any(text.startswith("random: ") and text.endswith(", above") for text in shown)
 
 
 def test_attention_patterns_are_drawn(tmp_path, drawn):

@@ -413,4 +413,4 @@ def test_loss_ratios_are_drawn(several, tmp_path, monkeypatch):
         assert name in ("golden", "foresight") and x == [16, 32]
         results = [by_name[name, budget] for budget in x]
         points = [r.added(1) if panel == 1 else r.ratio(panel) for r in results]
-        assert list(zip(y, yerr, strict=True)) == [(value, 2 * error) for value, error in points]
+        assert list(zip(y, yerr, strict=True)) == [(value, error) for value, error in points]
