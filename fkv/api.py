@@ -6,6 +6,7 @@ print(out[0][0].text)
 """
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ from fkv.engine.batcher import Batcher, Request
 from fkv.engine.sampling import Sampling
 from fkv.errors import UserError
 from fkv.keys import Purpose, key_of
-from fkv.models import LM, texts
+from fkv.models import LM, detokenizing, texts
 from fkv.models.named import Model, decode
 from fkv.models.prompts import Prompt, check_known, encode, encode_all
 from fkv.policies.base import Policy
@@ -163,8 +164,9 @@ def generate(
     cadence = Cadence(budget, interval, protect_prompt)
     made = _Run(model, _policy(policy, model, cadence), cadence, sampling, new_tokens)
     _warn_of_length(model, max(map(len, ids)), new_tokens)
-    answers = [Answer(model, stop_strings(stop)) for _ in rows]
-    requests = [made.request(ids[i], sample_key(seed, i, j), top_logprobs) for i, j in rows]
+    stop = stop_strings(stop)
+    answers = [Answer(model, stop) for _ in rows]
+    requests = [made.request(ids[i], sample_key(seed, i, j), stop, top_logprobs) for i, j in rows]
     top = top_logprobs if logprobs or top_logprobs else None
     for _ in made.events(requests, answers, min(batch, len(rows)), top, None):
         pass
@@ -187,8 +189,12 @@ class _Run:
     def __post_init__(self):
         kinds.check("new_tokens", self.new_tokens, kinds.whole(1))
 
-    def request(self, prompt: np.ndarray, key: jax.Array, top: int) -> Request:
-        return Request(prompt, key, self.new_tokens, self.sampling, self.model.stop, top)
+    def request(
+        self, prompt: np.ndarray, key: jax.Array, stop: tuple[str, ...], top: int = 0
+    ) -> Request:
+        until = functools.partial(detokenizing.until, self.model.tokenizer, stop) if stop else None
+        settings = {"stop": self.model.stop, "logprobs": top, "until": until}
+        return Request(prompt, key, self.new_tokens, self.sampling, **settings)
 
     def events(
         self,
@@ -209,16 +215,13 @@ class _Run:
         going = dict(zip([batcher.submit(one) for one in requests], answers, strict=True))
         while going:
             for event in batcher.step(every):
-                answer = going.get(event.id)
-                if answer is None:  # ended by a stop string
-                    continue
+                answer = going[event.id]
                 if event.finish == "error":
                     raise not_finite(self.model)
                 logprobs = None if top is None else event.logprobs
                 yield answer.add(event.tokens, event.finish, logprobs, event.top)
-                if answer.finish is not None:
+                if event.finish is not None:
                     del going[event.id]
-                    batcher.cancel(event.id)
 
     def said(self, prompt: int, answer: Answer) -> Generation:
         return _said(self.model, self.policy, prompt, answer, self.cadence)
@@ -284,7 +287,8 @@ def stream(
     if model.tokenizer is None:
         raise UserError(f"model {model.name} has no tokenizer: there is no text to stream")
     kinds.check("every", every, kinds.whole(1))
-    answer = Answer(model, stop_strings(stop))
+    stop = stop_strings(stop)
+    answer = Answer(model, stop)
     sampling = Sampling(temperature, top_k, top_p, min_p)
     cadence = Cadence(budget, interval, protect_prompt)
     made = _Run(model, _policy(policy, model, cadence), cadence, sampling, new_tokens)
@@ -292,7 +296,7 @@ def stream(
     if len(found) != 1:
         raise UserError(f"stream takes one prompt, not {len(found)}: use generate")
     _warn_of_length(model, len(found[0]), new_tokens)
-    request = made.request(found[0], sample_key(seed, 0, 0), 0)
+    request = made.request(found[0], sample_key(seed, 0, 0), stop)
     yield from made.events([request], [answer], 1, None, every)
     return made.said(len(found[0]), answer)
 

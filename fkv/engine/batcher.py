@@ -42,6 +42,7 @@ class _Row:
       new: what was drawn since the last event, arrays [n, ...].
       answer: the tokens of all events.
       held: at the end, what its cache holds, per layer.
+      before: the cache at the end of its prompt, if it is to be kept.
     """
 
     id: int
@@ -53,6 +54,10 @@ class _Row:
     new: list[steps.Drawn] = dataclasses.field(default_factory=list)
     answer: list[int] = dataclasses.field(default_factory=list)
     held: list[Any] | None = None
+    before: Kept | None = None
+
+    def __post_init__(self):
+        self._until = self.request.until() if self.request.until else None
 
     @property
     def left(self) -> int:
@@ -72,12 +77,16 @@ class _Row:
         last = int(drawn.token[count - 1])
         if last == NOT_FINITE:
             self.finish, count = "error", count - 1
+        elif last in self.request.stop:
+            self.finish = "stop"
+        if self._until:
+            ended = self._until(drawn.token[: count - (self.finish == "stop")])
+            if ended is not None:
+                self.finish, count = "stop", ended
         self.new.append(jax.tree.map(lambda x: x[:count], drawn))
         self.tokens += count
         self.newest = last
-        if last in self.request.stop:
-            self.finish = "stop"
-        elif not self.finish and self.tokens == self.request.limit:
+        if not self.finish and self.tokens == self.request.limit:
             self.finish = "length"
 
 
@@ -239,6 +248,9 @@ class Batcher:
             if not one.pieces:
                 self._reading = None
                 one.row.take(jax.tree.map(lambda x: x[0], jax.device_get(drawn)))
+                if one.row.request.keep and self._policy.evicts:
+                    # Evictions mix the answer into what is kept at its end.
+                    one.row.before = self._kept(one.row, one.held)
                 if one.row.finish:
                     one.row.held = one.held
                     self._ended.append(one.row)
@@ -248,8 +260,9 @@ class Batcher:
     def _begin(self, row: _Row) -> _Reading:
         prompt, kept, held = row.request.prompt, row.request.kept, [None] * self._lm.config.layers
         first = 0
-        if kept is not None:  # copied, as reading on reuses the buffers
-            first, held = len(kept.tokens), jax.tree.map(jnp.copy, list(kept.held))
+        if kept is not None:
+            first = len(kept.tokens)
+            held = [steps.continue_layer(one, np.int32(first)) for one in kept.held]
         pieces = cut(prompt[first:], self._cadence.interval, self._piece, first)
         return _Reading(row, collections.deque(pieces), self._settings_of([row]), held)
 
@@ -356,12 +369,19 @@ class Batcher:
             top = new.top_token[:, :n], new.top_logprob[:, :n]
         row.new = []
         row.answer += new.token.tolist()
-        entries, evictions = self._counts(row)
-        kept = None
+        evictions, kept = self._counts(row)[1], None
         if row.request.keep and row.finish in ("stop", "length"):
-            tokens = np.concatenate([row.request.prompt, row.answer[:-1]]).astype(np.int32)
-            kept = Kept(tokens, tuple(row.held), entries, evictions, self._made)
+            kept = dataclasses.replace(self._kept(row, row.held), before=row.before)
         return Event(row.id, new.token, logprob, top, row.finish, evictions, kept)
+
+    def _kept(self, row: _Row, held: Sequence[Any]) -> Kept:
+        """The cache of the prompt and what is answered, all of it but the newest token."""
+        tokens = np.concatenate([row.request.prompt, row.answer[:-1]]).astype(np.int32)
+        least = 1
+        if self._policy.evicts:
+            position = np.asarray(held[0].chunk.position_bl)
+            least = int(position[position >= 0].min()) + 1
+        return Kept(tokens, tuple(held), *self._counts(row), self._made, least)
 
     def _counts(self, row: _Row) -> tuple[int, int]:
         """Entries that a head with an even budget holds, and evictions a token attended after."""

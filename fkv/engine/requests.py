@@ -1,6 +1,7 @@
 """What is asked of the batcher, and what it tells."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,18 +20,21 @@ STOPS = 64  # a request's stop tokens, at most
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """The cache of an answer, for a request that goes on from it; it may be used several times.
+    """The cache of an answer, for requests that continue from it or from a part of it.
 
-    A request that goes on has its next evictions earlier than an uninterrupted one, whose chunks
-    are not cut by the end of an answer. Where nothing is evicted, both are the same up to rounding.
+    It may be used several times. A request that continues has its next evictions earlier than an
+    uninterrupted one, whose chunks are not cut by the end of an answer. Where nothing is evicted,
+    both are the same up to rounding.
 
     Attributes:
       tokens: those that entered it: all of prompt and answer but the last, which was only drawn.
       held: per layer, as `steps.read_layer` leaves it: entries and, for a policy that evicts, the
-        chunk of which the next eviction is to come.
-      entries: that a head holds.
+        chunk of which the next eviction is to come. It may hold later tokens' entries, too.
+      entries: that a head holds of `tokens`.
       evictions: of a head so far.
-      made_by: what the batcher that goes on must have in common: policy, cadence and sizes.
+      made_by: what the batcher that continues must have in common: policy, cadence and sizes.
+      least: the fewest of its tokens that it can be cut to: later evictions have not seen more.
+      before: the cache at the end of the prompt, if the answer's can't be cut to it.
     """
 
     tokens: np.ndarray
@@ -38,11 +42,29 @@ class Kept:
     entries: int
     evictions: int
     made_by: tuple[Policy, Cadence, tuple[int, int]]
+    least: int = 1
+    before: "Kept | None" = None
 
     @property
     def bytes(self) -> int:
         """That it takes."""
-        return sum(x.nbytes for x in jax.tree.leaves(self.held))
+        mine = sum(x.nbytes for x in jax.tree.leaves(self.held))
+        return mine + (self.before.bytes if self.before else 0)
+
+    def serving(self, prompt: np.ndarray) -> "Kept | None":
+        """Cut to the longest beginning that it has in common with a prompt, if it can be.
+
+        At least one token of the prompt is left to read.
+        """
+        most = min(len(self.tokens), len(prompt) - 1)
+        other = np.flatnonzero(self.tokens[:most] != prompt[:most])
+        count = int(other[0]) if len(other) else most
+        if count >= self.least:
+            entries = self.entries - (len(self.tokens) - count)
+            return dataclasses.replace(
+                self, tokens=self.tokens[:count], entries=entries, before=None
+            )
+        return self.before.serving(prompt) if self.before else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +81,8 @@ class Request:
       kept: the cache of an earlier answer, with whose tokens `prompt` begins; only the rest is
         read.
       keep: hand out the cache at the end.
+      until: makes a function that is called with tokens as they are drawn, stop tokens left out. It
+        returns how many of these belong to the answer if it ends there (by a stop string), or None.
     """
 
     prompt: np.ndarray
@@ -69,6 +93,7 @@ class Request:
     logprobs: int = 0
     kept: Kept | None = None
     keep: bool = False
+    until: Callable[[], Callable[[np.ndarray], int | None]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -428,6 +428,24 @@ def take_layer(
     return moves.replace(position_bks=moved(one.position_bks, -1))
 
 
+@jax.jit
+def continue_layer(held: Staged | kv.Cache, count: Array | int) -> Staged | kv.Cache:
+    """A copy of a layer as `read_layer` left it, without the tokens from that position on.
+
+    None of them may have been seen by an eviction.
+    """
+
+    def cut(position):
+        return jnp.where(position < count, position, -1)
+
+    held = jax.tree.map(jnp.copy, held)  # reading on reuses the buffers
+    if isinstance(held, kv.Cache):
+        return held.replace(position_bks=cut(held.position_bks))
+    cache = held.cache.replace(position_bks=cut(held.cache.position_bks))
+    position = cut(held.chunk.position_bl)
+    return Staged(cache, held.chunk.replace(position_bl=position, index=age(position)))
+
+
 # ---- shapes
 
 

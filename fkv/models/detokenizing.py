@@ -1,7 +1,7 @@
 """Text of tokens as they are drawn: never half a character, never beyond a stop string."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -80,3 +80,17 @@ class Detokenizer:
 
     def _text(self, tokens):
         return self._tokenizer.decode(np.asarray(tokens, np.int32), skip_special_tokens=True)
+
+
+def until(tokenizer: Any, stop: Sequence[str]) -> Callable[[Sequence[int]], int | None]:
+    """A function that takes an answer's tokens as they come, and tells where a stop string ends it.
+
+    It returns how many of the tokens of this call belong to the answer then, and None before.
+    """
+    text = Detokenizer(tokenizer, stop)
+
+    def take(tokens: Sequence[int]) -> int | None:
+        count = text.add(tokens)[1]
+        return count if text.stopped else None
+
+    return take
