@@ -1,7 +1,7 @@
 """Chat messages: what they may hold, the template that writes them as a prompt, and thoughts."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fkv import kinds
@@ -73,7 +73,11 @@ def _text(content: Any, where: str) -> str:
 
 
 def render(
-    tokenizer: Any, messages: str | Messages, name: str, template: Mapping[str, Any] | None = None
+    tokenizer: Any,
+    messages: str | Messages,
+    name: str,
+    template: Mapping[str, Any] | None = None,
+    hide: Callable[[list[dict]], list[dict]] | None = None,
 ) -> str:
     """Messages, or a user's text, in the chat template, with the generation prompt.
 
@@ -81,6 +85,7 @@ def render(
       messages: as `checked` returns them.
       name: the model's, for errors.
       template: values for variables of the template, as `{"enable_thinking": False}`.
+      hide: changes the messages just before the template gets them.
 
     Raises:
       UserError: the tokenizer has no chat template, or it fails.
@@ -89,7 +94,7 @@ def render(
     for key in template:
         if not isinstance(key, str) or key in _RESERVED:
             raise UserError(f"chat_template_kwargs: {said(key)} is no variable of a chat template")
-    messages = _asked(messages) if isinstance(messages, str) else list(messages)
+    messages = asked(messages) if isinstance(messages, str) else list(messages)
 
     def ask(messages):
         return _apply(tokenizer, messages, **template, add_generation_prompt=True)
@@ -110,6 +115,9 @@ def render(
             bare = text.lstrip().removeprefix(begin)
             messages = [{**messages[0], "content": bare}, *messages[1:]]
             whole = ask(messages)
+        if hide:
+            messages = hide(messages)
+            whole = ask(messages)
         # A template may rewrite the text: escape it, or change its case.
         last = messages[-1]
         if last["content"].strip() not in whole:
@@ -124,7 +132,8 @@ def render(
     return whole
 
 
-def _asked(text: str) -> list[dict]:
+def asked(text: str) -> list[dict]:
+    """A text as the user's message."""
     return [{"role": "user", "content": text}]
 
 
@@ -140,7 +149,7 @@ def end_of_answer(tokenizer: Any, stop: tuple[int, ...], chat: bool) -> int | No
     which is not its EOS); otherwise, or if no template tells, the tokenizer's EOS.
     """
     if chat and tokenizer.chat_template:
-        messages = [*_asked("What is six times seven?"), {"role": "assistant", "content": _ANSWER}]
+        messages = [*asked("What is six times seven?"), {"role": "assistant", "content": _ANSWER}]
         try:
             _, found, after = _apply(tokenizer, messages).rpartition(_ANSWER)
             ids = tokenize(tokenizer, after, continued=False) if found else []

@@ -10,7 +10,7 @@ import numpy as np
 from fkv.errors import UserError
 from fkv.kinds import said
 from fkv.models import chat as chats
-from fkv.models import texts
+from fkv.models import controls, texts
 from fkv.models.named import Model
 
 Prompt = str | Sequence[int] | np.ndarray | chats.Messages
@@ -32,7 +32,8 @@ def encode(
     Args:
       prompt: text, ids that are taken as they are, or messages, see `chat.checked`. Text gets a BOS
         if the tokenizer adds one and the text has none, and no EOS; messages get what the model's
-        chat template writes.
+        chat template writes. The text of a special token is that token in a text, and text in a
+        message, see `controls`.
       chat: put a text into the chat template as the user's message.
       what: names the prompt in errors.
       template: values for variables of the chat template.
@@ -44,7 +45,7 @@ def encode(
     if not isinstance(prompt, str) and _are_messages(prompt):
         messages = chats.checked(prompt, what)
         _needs_tokenizer(model)
-        ids = _rendered(model, messages, template)
+        ids = _rendered(model, messages, template, what)
     elif not isinstance(prompt, str):
         ids = _listed(prompt, what)
         for entry in ids:
@@ -55,7 +56,8 @@ def encode(
         if not chat:
             ids = texts.tokenize(model.tokenizer, prompt)
         else:  # of no text the template alone would have tokens
-            ids = _rendered(model, prompt, template) if prompt.strip() else []
+            asked = chats.asked(prompt)
+            ids = _rendered(model, asked, template, what) if prompt.strip() else []
     if not len(ids):
         if isinstance(prompt, str) and prompt.strip():
             raise UserError(f"{what}: the tokenizer makes no tokens of {said(prompt)}")
@@ -106,10 +108,13 @@ def _needs_tokenizer(model: Model) -> None:
         raise UserError(f"model {model.name} has no tokenizer: give prompts as token ids")
 
 
-def _rendered(model: Model, prompt: str | chats.Messages, template) -> list[int]:
+def _rendered(model: Model, messages: list[dict[str, str]], template, what: str) -> list[int]:
     """What the template writes has the special tokens that belong there, a BOS included."""
-    rendered = chats.render(model.tokenizer, prompt, model.name, template)
-    return texts.tokenize(model.tokenizer, rendered, continued=False)
+
+    def render(messages, hide=None):
+        return chats.render(model.tokenizer, messages, model.name, template, hide)
+
+    return controls.ids(model.tokenizer, messages, render, what)
 
 
 def _written(prompt: Prompt, what: str) -> str:

@@ -106,8 +106,9 @@ class App:
     async def _metrics(self, _: Request) -> Response:
         service, sessions = self._service, self._service.sessions
         text = service.metrics.text(
-            service.gauges(), sessions=len(sessions), sessions_reused_total=sessions.reused,
-            sessions_missed_total=sessions.missed,
+            service.gauges(), sessions=len(sessions), session_bytes=sessions.bytes,
+            sessions_reused_total=sessions.reused, sessions_missed_total=sessions.missed,
+            session_tokens_reused_total=sessions.tokens,
         )  # fmt: skip
         return Response(text, media_type="text/plain; version=0.0.4")
 

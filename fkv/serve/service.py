@@ -17,7 +17,7 @@ from fkv.engine.sampling import Sampling
 from fkv.errors import UserError, suggest
 from fkv.kinds import said
 from fkv.models import chat as chats
-from fkv.models import prompts
+from fkv.models import detokenizing, prompts
 from fkv.models.named import Model
 from fkv.serve.engine import Engine, Failed, Ticket
 from fkv.serve.metrics import Metrics
@@ -75,7 +75,7 @@ class Service:
         default.
       defaults: sampling where a request says nothing.
       limits: of requests.
-      sessions: caches that are kept at most.
+      sessions: conversations whose caches are kept, at most.
     """
 
     def __init__(
@@ -222,7 +222,9 @@ class Service:
             ]
         except UserError as error:
             raise Refused(str(error), param=field, code="invalid_value") from None
-        limits = [self._limit(asked, len(one), field) for one in ids]
+        limits, until = [self._limit(asked, len(one), field) for one in ids], None
+        if asked.stop:
+            until = functools.partial(detokenizing.until, self.model.tokenizer, asked.stop)
         requests = [
             Request(
                 prompt=one,
@@ -232,6 +234,7 @@ class Service:
                 stop=self.model.stop,
                 logprobs=asked.top,
                 keep=bool(asked.session),
+                until=until,
             )
             for i, one in enumerate(ids)
             for j in range(asked.n)
@@ -308,14 +311,9 @@ class Service:
                 raise Refused(event.message, 400 if event.clients else 500)
             if event.finish not in (None, "stop", "length"):
                 raise Refused("the model's logits are NaN or infinite", 500)
-            choice = work.reply.choices[index]
-            if choice.answer.finish is not None:  # by a stop string
-                continue
-            thought, text, logprobs = choice.add(event)
-            finish = choice.answer.finish
-            if finish is not None:
-                left -= 1
-                self._cancel(work.tickets[index], work)
+            thought, text, logprobs = work.reply.choices[index].add(event)
+            finish = event.finish
+            left -= finish is not None
             if thought or text or logprobs or finish:
                 yield index, thought, text, logprobs, finish
 

@@ -1,11 +1,13 @@
 """The server of a config: real models, its command, and what it refuses before it loads."""
 
+import dataclasses
 import importlib.util
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -115,7 +117,7 @@ def test_texts_are_those_of_the_library(served):
 def test_a_session_gets_the_answers_of_one_that_reads_all(served):
     model, client, service = served
     if model.name != "embedded":
-        pytest.skip("a template of words marks no roles")
+        pytest.skip("its chats are tested below")
     settings = {"model": f"{service.name}/full", "temperature": 0, "max_tokens": 9}
     session = settings | {"extra_body": {"session": "me"}}
     first = client.completions.create(prompt=PROMPT, **session)
@@ -126,6 +128,49 @@ def test_a_session_gets_the_answers_of_one_that_reads_all(served):
     plain = client.completions.create(prompt=longer, **settings)
     assert plain.usage.prompt_tokens_details.cached_tokens == 0
     assert again.choices[0].text == plain.choices[0].text
+
+
+def test_a_chat_goes_on_where_its_template_writes_answers_in_another_way(served):
+    """Under eviction, from the cache at the end of the prompt, whose last chunk can be cut."""
+    model, client, service = served
+    if model.name == "embedded":
+        pytest.skip("it has no chat template")
+    create = client.chat.completions.create
+    settings = {"temperature": 0, "max_tokens": 30, "extra_body": {"session": "me"}}
+    first = create(model=service.name, messages=MESSAGES, **settings)
+    answer = {"role": "assistant", "content": first.choices[0].message.content}
+    more = [*MESSAGES, answer, {"role": "user", "content": "w7"}]
+    again = create(model=service.name, messages=more, **settings)
+    # All of the first prompt but `<bot>`.
+    assert again.usage.prompt_tokens_details.cached_tokens == first.usage.prompt_tokens - 1
+    assert service.sessions.reused == 1 and service.sessions.bytes > 0
+
+
+def test_a_full_queue_refuses_and_loses_nothing(served, monkeypatch):
+    model, client, service = served
+    monkeypatch.setattr(service, "limits", dataclasses.replace(service.limits, queue=1))
+    settings = {"model": next(iter(service.lanes)), "prompt": [3, 4, 5], "max_tokens": 20}
+    settings |= {"seed": SEED, "stream": True}
+    [want] = fkv.generate(
+        model, [3, 4, 5], "snapkv", 16, 8, 20, samples=4, temperature=0.6, seed=SEED
+    )
+    gate = threading.Event()
+    batcher = service._engine._lanes[settings["model"].split("/")[1]].batcher
+    step = batcher.step
+    monkeypatch.setattr(batcher, "step", lambda tokens: gate.wait(60) and step(tokens))
+    running = client.completions.create(**settings, n=4)
+    waiting = client.completions.create(**settings)
+    for n in (1, 2):
+        with pytest.raises(openai.RateLimitError, match="5 answers are under way") as refused:
+            client.completions.create(**settings, n=n)
+        assert refused.value.code == "queue_full"
+        assert 1 <= int(refused.value.response.headers["retry-after"]) <= 60
+    gate.set()
+    for stream, count in ((running, 4), (waiting, 1), (client.completions.create(**settings), 1)):
+        shown = [piece.choices[0] for piece in stream]
+        texts = ["".join(x.text for x in shown if x.index == i) for i in range(count)]
+        assert texts == [one.text for one in want[:count]]
+    assert service.pending == 0
 
 
 def test_the_command_serves_and_ends_with_zero(tmp_path):

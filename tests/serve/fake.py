@@ -1,18 +1,10 @@
 """A batcher without a model: quick, and every token follows from the row's key and position."""
 
-import dataclasses
-
 import jax
 import numpy as np
 
-from fkv.engine.requests import Event
+from fkv.engine.requests import Event, Kept
 from fkv.errors import UserError
-
-
-@dataclasses.dataclass(frozen=True)
-class Kept:
-    tokens: np.ndarray
-    evictions: int
 
 
 def instead(patch, module, script=None):
@@ -32,6 +24,7 @@ class Batcher:
     """As `fkv.engine.batcher.Batcher`; `script` replaces the tokens of every row."""
 
     def __init__(self, vocabulary, rows, length, top=0, script=None):
+        self.least = 1  # tokens that a kept cache can be cut to
         self.vocabulary, self.rows, self.length, self.top = vocabulary, rows, length, top
         self.script, self.count, self.queue, self.running = script, 0, [], {}
         self.gate = None  # an event that steps wait for
@@ -65,7 +58,12 @@ class Batcher:
                 tokens[rng.random(200) < 0.03] = request.stop[0]
         tokens = [int(x) for x in tokens][: request.limit]
         ends = [i for i, x in enumerate(tokens) if x in request.stop]
-        return tokens[: ends[0] + 1] if ends else tokens
+        tokens = tokens[: ends[0] + 1] if ends else tokens
+        until = request.until() if request.until else lambda _: None
+        for i, x in enumerate(tokens):
+            if x not in request.stop and until([x]):
+                return tokens[: i + 1]
+        return tokens
 
     def step(self, tokens=None):
         tokens = tokens or self.interval
@@ -80,7 +78,9 @@ class Batcher:
             at += len(new)
             finish = None
             if at == len(drawn):
-                finish = "stop" if drawn[-1] in request.stop else "length"
+                finish = (
+                    "stop" if len(drawn) < request.limit or drawn[-1] in request.stop else "length"
+                )
                 del self.running[id]
             else:
                 self.running[id] = (request, drawn, at)
@@ -89,7 +89,7 @@ class Batcher:
             kept = None
             if finish and request.keep:
                 whole = np.concatenate([request.prompt, np.array(drawn[:-1], np.int32)])
-                kept = Kept(whole, at // 4)
+                kept = Kept(whole, (), len(whole), at // 4, (), self.least)
             logprobs = np.full(len(new), -1.5, np.float32)
             events.append(Event(id, new, logprobs, top, finish, at // 4, kept))
         return events

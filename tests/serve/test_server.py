@@ -117,6 +117,12 @@ def test_a_chat_splits_its_thought_off(served, serving):
         assert pieces[0] == {"role": "assistant", "content": ""}
         assert "".join(x.get("content", "") for x in pieces) == "six six"
         assert "".join(x.get("reasoning_content", "") for x in pieces) == "one two"
+        # A control token in a message is not one.
+        talk = [{"role": "user", "content": "six </s> two"}]
+        one.client.post("/v1/chat/completions", json=CHAT | {"messages": talk})
+        assert one.made[0].seen[-1].prompt.tolist() == [
+            IDS[x] for x in "<user> six <unk> two <eot> <bot> <think>".split()
+        ]
         # A switch for the template; without a thought, nothing is split.
         body = CHAT | {"chat_template_kwargs": {"enable_thinking": False}, "logprobs": True}
         choice = one.client.post("/v1/chat/completions", json=body).json()["choices"][0]
@@ -410,9 +416,16 @@ def test_a_session_goes_on_from_its_cache(serving):
         assert answer == "one two" and first["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
         more = [*talk, {"role": "assistant", "content": answer}, {"role": "user", "content": "two"}]
         second = ask(more)
-        # "<user> six <eot> <bot> one two", which the template writes as "<assistant>", is another.
-        assert second["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+        # Of "<user> six <eot> <bot> one two", which the template writes as "<assistant> one two",
+        # the user's turn serves: with a full cache, or where no eviction has seen more of it.
+        assert second["usage"]["prompt_tokens_details"]["cached_tokens"] == 3
+        assert one.service.sessions.reused == 1 and one.service.sessions.tokens == 3
+        one.made[0].least = 4
+        ask(more)
+        third = ask([*talk, {"role": "user", "content": "two"}])
+        assert third["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
         assert one.service.sessions.missed == 1
+        one.made[0].least = 1
         # Of a session of another name, and one that was not asked for, nothing is used.
         assert len(one.service.sessions) == 1
         ask(talk, "you")
@@ -427,8 +440,18 @@ def test_a_session_goes_on_from_its_cache(serving):
         assert reply["usage"]["prompt_tokens_details"]["cached_tokens"] == 4
         last = one.made[0].seen[-1]
         assert last.kept.tokens.tolist() == last.prompt.tolist()[:4] and last.keep
+        # So does what a stop string ended, up to its end.
+        cut = {"stop": "two", "prompt": "two six", "session": "cut"}
+        assert one.client.post("/v1/completions", json=body | cut).json()["choices"][0][
+            "text"
+        ].split() == ["one"]
+        cut["prompt"] = "two six one two six"
+        reply = one.client.post("/v1/completions", json=body | cut).json()
+        assert reply["usage"]["prompt_tokens_details"]["cached_tokens"] == 3
         lines = one.client.get("/metrics").text
-        assert "\nfkv_sessions 2\n" in lines and "\nfkv_sessions_reused_total 1\n" in lines
+        assert "\nfkv_sessions 2\n" in lines and "\nfkv_session_bytes 0\n" in lines
+        assert f"\nfkv_sessions_reused_total {one.service.sessions.reused}\n" in lines
+        assert f"\nfkv_session_tokens_reused_total {one.service.sessions.tokens}\n" in lines
         # What another session holds is nobody else's, whatever its name.
         body |= {"model": "words/full"}
         reply = one.client.post("/v1/completions", json=body).json()
