@@ -1,6 +1,7 @@
 """Start and end of every job: `app.run(main)` calls `main(config, workdir)`.
 
-Mains import their jobs when called, so that `--help` and errors are fast.
+Mains import their jobs when called, and JAX is imported then, so that `--help`, errors and the
+tables of finished jobs are fast.
 """
 
 import contextlib
@@ -8,19 +9,26 @@ import errno
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import jax
 from ml_collections import ConfigDict
 
 from fkv import files
 from fkv.errors import UserError
+from fkv.jobs import READS
+from fkv.runs import finished
 from launch import flags
+
+# Jobs that have nothing to do if they are run again; others answer, serve, write or measure anew.
+_END = ("pretrain", "traces", "sft", "grpo", "evaluate", "recall", "pipeline")
 
 
 def run(main: Callable[[ConfigDict, str], None], argv: Sequence[str] | None = None) -> None:
     """Parse the command line and run `main(config, workdir)`, or its dry run.
+
+    A job that has finished is not run again: its tables are printed.
 
     A `UserError`, here or in `main`, becomes one line on stderr and exit code 2; any other
     exception keeps its traceback.
@@ -31,24 +39,60 @@ def run(main: Callable[[ConfigDict, str], None], argv: Sequence[str] | None = No
     description = sys.modules[main.__module__].__doc__
 
     def start(argv):
+        since, job = time.monotonic(), Path(argv[0]).stem
         config, workdir = flags.parse(argv, description)
+        alone = job in _END and not config.get("dry_run") and not _are_several(argv)
+        read = _read_by(job, config) if alone else {}
+        if alone and (tables := finished.tables(workdir, read)) is not None:
+            _say_finished(job, workdir, tables)
+            return
         begin(argv)
         if config.get("dry_run"):
             from fkv.jobs import dry_run
 
-            dry_run.run(Path(argv[0]).stem, config)
+            dry_run.run(job, config)
         elif name := next((x for x in ("target", "dry_run_json") if config.get(x)), None):
             raise UserError(f"{name} = {config[name]!r} is for dry runs: add --config.dry_run=True")
         else:
             main(config, workdir)
+            if alone:
+                finished.record(workdir, read)
+            from fkv.runs import console
+
+            console.say(f"{job}: done in {console.duration(time.monotonic() - since)}")
 
     guard(start, sys.argv if argv is None else argv)
+
+
+def _say_finished(job: str, workdir: str, tables: str) -> None:
+    if tables:
+        print(f"{tables}\n")
+    again = f"delete {Path(workdir, finished.RECORD)} and rerun to measure again"
+    print(f"{job}: nothing left to do in {workdir}: {again}")
+
+
+def _read_by(job: str, config: ConfigDict) -> dict:
+    """The fields, and groups of fields, that a job reads; a pipeline's stages may read all."""
+    if job == "pipeline":
+        return config.to_dict()
+    found = {}
+    for name in READS[job]:
+        value = config.to_dict()
+        for part in name.split("."):
+            value = value.get(part, {})
+        found[name] = value
+    return found
+
+
+def _are_several(argv: Sequence[str]) -> bool:
+    """Whether this process is one of several."""
+    return flags.DISTRIBUTED in argv or bool(os.environ.get("JAX_COORDINATOR_ADDRESS"))
 
 
 def begin(argv: Sequence[str]) -> None:
     """What every job does before JAX finds its devices: a cache of programs, other processes."""
     use_compilation_cache()
-    if flags.DISTRIBUTED in argv or os.environ.get("JAX_COORDINATOR_ADDRESS"):
+    if _are_several(argv):
         join()
 
 
@@ -61,6 +105,8 @@ def join() -> None:
     Raises:
       UserError: the topology is unknown, or the other processes can't be reached.
     """
+    import jax
+
     numbers = {}
     for field in ("num_processes", "process_id"):
         value = os.environ.get(f"JAX_{field.upper()}")
@@ -114,6 +160,8 @@ def guard(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:
 
 def use_compilation_cache() -> None:
     """Keep compiled programs in ~/.cache/fkv/jax, or in $JAX_COMPILATION_CACHE_DIR if it is set."""
+    import jax
+
     path = jax.config.jax_compilation_cache_dir
     if path is None:
         path = os.path.expanduser("~/.cache/fkv/jax")

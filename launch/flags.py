@@ -21,6 +21,7 @@ from ml_collections import ConfigDict, config_flags
 
 from fkv import files
 from fkv.errors import UserError, suggest
+from fkv.runs import places
 from launch import fields
 
 DISTRIBUTED = "--distributed"
@@ -70,10 +71,8 @@ def parse(
         parser.epilog = fields.describe(job, config, name)
         parser.print_help()
         sys.exit()
-    from fkv.runs import rundir
-
     workdir = f"runs/{job}_{name}" if given.workdir is None else given.workdir
-    return config, str(rundir.check_path(workdir))
+    return config, str(places.check_path(workdir))
 
 
 def no_config(rest: Sequence[str]) -> UserError:

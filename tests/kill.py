@@ -217,7 +217,9 @@ def contents(run: Path) -> dict[str, bytes]:
     found = {}
     for path in sorted(run.rglob("*")):
         name = str(path.relative_to(run))
-        if path.is_file() and not {"tb", "checkpoints"} & set(path.relative_to(run).parts):
+        parts = path.relative_to(run).parts
+        # Times differ from run to run.
+        if path.is_file() and not {"tb", "checkpoints", "times.jsonl", "finished.json"} & {*parts}:
             found[name] = path.read_bytes()
     for root in sorted(run.rglob("checkpoints")):
         # A process killed while it deletes older ones leaves what is left of them.

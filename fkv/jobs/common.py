@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from fkv import api, files, models, tasks
-from fkv.cache.cadence import Cadence, said_budget
+from fkv.cache.cadence import Cadence
 from fkv.data import traces
 from fkv.engine import replay
 from fkv.engine.batch import Batch
@@ -44,19 +44,33 @@ def spec(config: ConfigDict) -> ledger.Spec:
 
 
 def announce(
-    job: str, config: ConfigDict, workdir: str | Path, model: ModelConfig | None = None, what=""
+    job: str,
+    config: ConfigDict,
+    workdir: str | Path,
+    model: ModelConfig | None = None,
+    what: Sequence[str] = (),
 ) -> None:
-    """Prints what a job starts to do, with the language model that it runs, if any.
+    """Prints the first line of a job: the model that it runs, if any, `what`, devices, directory.
 
     Args:
-      what: the policies or the stage; by default the cadence.
+      what: policies, cadence, traces or questions: what there is of them, in this order.
     """
-    parts = [parallel.describe()]
+    parts = [*what, parallel.describe()]
     if model is not None:
-        parts.append(f"{config.model} ({size_of(model)}, {config.dtype})")
-    budget = said_budget(config.budget, config.get("protect_prompt", 0))
-    parts.append(what or f"B = {budget}, L = {config.interval}")
+        parts.insert(0, f"{config.model} ({size_of(model)}, {config.dtype})")
     say(f"{job}: {', '.join(parts)}, in {workdir}")
+
+
+def said_cadence(config: ConfigDict, budgets: Sequence[int] = ()) -> str:
+    """Of a config, at its budget or at these."""
+    said = ", ".join(map(str, budgets)) or str(config.budget)
+    kept = config.get("protect_prompt", 0)
+    return f"B = {said}, L = {config.interval}" + (f", prompt {kept}" if kept else "")
+
+
+def said_traces(config: ConfigDict) -> str:
+    """Where the traces of a config come from."""
+    return f"traces of {config.data.path or 'the embedded task'}"
 
 
 def size_of(model: ModelConfig) -> str:

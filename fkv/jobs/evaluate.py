@@ -118,9 +118,8 @@ def run(config: ConfigDict, workdir: str, anew: Sequence[str] = ()) -> list[accu
     settings = config.evaluate
     checker = judge.Checker(settings.deadline)
     budgets, count = settings.budgets, len(settings.policies) + len(settings.scorers)
-    what = f"{count} policies, B = {', '.join(map(str, budgets))}, L = {config.interval}"
-    if config.protect_prompt:
-        what += f", prompt {config.protect_prompt}"
+    asked = "the embedded task" if settings.benchmark == api.EMBEDDED else settings.benchmark
+    what = f"{count} policies", common.said_cadence(config, budgets), f"questions of {asked}"
     common.announce("evaluate", config, workdir, common.model_config(config), what)
     plan = _plan(config, workdir, checker, anew)
     named, model, problems = plan.named, plan.model, plan.problems

@@ -21,7 +21,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     groups.check(config, "export")
     settings = config.export
     kinds.check("export.layout", settings.layout, kinds.one_of(LAYOUTS))
-    what = f"scorers of {settings.scorer}, layout {settings.layout}"
+    what = f"scorers of {settings.scorer}", f"layout {settings.layout}"
     common.announce("export", config, workdir, what=what)
     parallel.on_first(lambda: _write(config, workdir), f"export to {workdir}")
     common.say(f"written to {workdir}: fkv.load_scorer({str(workdir)!r}) reads it")

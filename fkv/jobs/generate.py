@@ -34,7 +34,7 @@ def run(config: ConfigDict, workdir: str) -> str:
     shape = common.model_config(config)
     budget = said_budget(config.budget, config.protect_prompt)
     label = f"{settings.policy}, B = {budget}, L = {config.interval}"
-    common.announce("generate", config, workdir, shape, label)
+    common.announce("generate", config, workdir, shape, [label])
     common.check_policies(config, shape, {settings.policy: policy}, [cadence])
     model = common.load_language_model(config)
     problem, prompt = None, settings.prompt

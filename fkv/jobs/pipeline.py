@@ -32,7 +32,7 @@ def run(config: ConfigDict, workdir: str) -> None:
         entries = [x.partition("=") for x in stages["evaluate"].evaluate.scorers]
         later = [name for name, _, place in entries if place in own]
         evaluate.check(stages["evaluate"], f"{workdir}/evaluate", later)
-    common.announce("pipeline", config, workdir, what=f"stages {', '.join(stages)}")
+    common.announce("pipeline", config, workdir, what=[f"stages {', '.join(stages)}"])
     for stage, part in stages.items():
         common.say("")
         STAGES[stage](part, f"{workdir}/{stage}")

@@ -52,7 +52,8 @@ def run(config: ConfigDict, workdir: str) -> float:
       The share of held-out problems answered right with the full cache.
     """
     plan = plan_of(config)
-    what = f"{common.size_of(plan.config)} from scratch, {plan.steps:,} steps"
+    size, steps = common.size_of(plan.config), f"{plan.steps:,} steps"
+    what = f"{size} from scratch", steps, "problems of the embedded task"
     common.announce("pretrain", config, workdir, what=what)
     run = open_run(workdir, config, MAY_DIFFER)
     params = models.init(key_of(config.seed, Purpose.MODEL), plan.config, plan.qk_gain)

@@ -30,7 +30,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     groups.check(config, "recall")
     settings, budgets = config.recall, config.evaluate.budgets
     named, inputs = evaluate.policies_of(config)
-    what = f"{len(named)} policies, B = {', '.join(map(str, budgets))}, L = {config.interval}"
+    what = f"{len(named)} policies", common.said_cadence(config, budgets)
     common.announce("recall", config, workdir, common.model_config(config), what)
     if not budgets:
         raise UserError("evaluate.budgets is empty: give at least one")

@@ -36,7 +36,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     shape = common.model_config(config)
     common.check_policies(config, shape, named, at)
     lanes = lanes_of(config, named)
-    common.announce("serve", config, workdir, shape, ", ".join(lanes))
+    common.announce("serve", config, workdir, shape, [*lanes])
     if jax.process_count() > 1:
         raise UserError("launch.serve runs in one process: start one for each replica")
     common.warn_of_length(shape, config.serve.length, "serve.length")

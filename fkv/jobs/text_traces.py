@@ -65,9 +65,8 @@ def run(config: ConfigDict, workdir: str) -> int:
     """
     settings, path = config.traces, rundir.check_path(workdir)
     _check(config)
-    common.say(
-        f"traces: text of {len(settings.text)} places, {settings.length} tokens each, in {workdir}"
-    )
+    what = f"text of {len(settings.text)} places", f"{settings.length} tokens each"
+    common.announce("traces", config, workdir, what=what)
     places = _find(settings.text, path)
     model = load_tokenizer(config)
     if settings.length <= (slots := config.budget + config.interval):

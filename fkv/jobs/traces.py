@@ -57,7 +57,7 @@ def run(config: ConfigDict, workdir: str) -> int:
     settings = config.traces
     if settings.text:
         return text_traces.run(config, workdir)
-    common.announce("traces", config, workdir, common.model_config(config), "full cache")
+    common.announce("traces", config, workdir, common.model_config(config), ["full cache"])
     model = common.load_language_model(config)
     questions = _questions(config, model)
     new_tokens = answering.new_tokens(config, "traces", settings.questions == api.EMBEDDED)

@@ -123,7 +123,9 @@ def prepare(
     at = common.cadences(config, "eval.budgets")
     baselines = {name: policies.get(name) for name in config.eval.policies}
     shape = common.model_config(config)
-    common.announce(plan.group, config, where, shape)
+    count = f"{len(configs)} variants of " if len(configs) > 1 else ""
+    what = f"{count}foresight", common.said_cadence(config), common.said_traces(config)
+    common.announce(plan.group, config, where, shape, what)
     common.check_policies(config, shape, scorers, [plan.cadence])
     common.check_policies(config, shape, baselines, at)
     lm = common.load_model(config, "process")

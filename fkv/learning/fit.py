@@ -1,6 +1,7 @@
 """The training loop of every stage: updates, metrics, checkpoints and preemption."""
 
 import dataclasses
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -67,7 +68,9 @@ def fit(
 ) -> Sequence[Any]:
     """Trains from step `start` to `plan.steps`; a resumed run gives the same result.
 
-    Metrics of a step are read while the next one runs.
+    Metrics of a step are read while the next one runs. `times.jsonl` has the seconds that a step
+    takes, the mean since the line before, compilation included, and rates; they are not among the
+    metrics, which are the same in every run.
 
     Args:
       runs: that train side by side, on the same batches; `states` are theirs.
@@ -85,11 +88,14 @@ def fit(
         range(start, plan.steps), initial=start, total=plan.steps, desc=plan.group
     )
     pending = None
+    since, read, rows = time.monotonic(), start, 0  # of what was logged last
 
     def settle():
+        nonlocal since, read, rows
         if pending is None:
             return
         step, found, ids = pending
+        rows += len(ids)
         found = jax.device_get(list(found))
         of_runs = [merged([part[i] for part in found]) for i in range(len(runs))]
         for run, metrics in zip(runs, of_runs, strict=True):
@@ -99,8 +105,15 @@ def fit(
                 raise DivergedError(f"{run.path}: {error}" if runs[1:] else str(error)) from None
         if step % plan.log_every == 0 or step == plan.steps:
             reports = [report(metrics) for metrics in of_runs]
+            now = time.monotonic()
+            each = max(now - since, 1e-9) / (step - read)
+            spent = {"seconds": each, "steps_per_second": 1 / each}
+            if rows:
+                spent["traces_per_second"] = rows / (step - read) / each
+            since, read, rows = now, step, 0
             for run, (logged, _) in zip(runs, reports, strict=True):
                 run.log(step, logged)
+                run.log_times(step, spent)
             bar.set_postfix(reports[0][1], refresh=False)
 
     with preemption.noticed() as asked_to_end:

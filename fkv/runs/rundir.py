@@ -5,8 +5,6 @@ import fcntl
 import json
 import math
 import os
-import re
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,12 +13,13 @@ from typing import IO, Any
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-import fkv
 from fkv import files
 from fkv.errors import UserError
 from fkv.runs import checkpoint, parallel
+from fkv.runs.places import check_path, source_version
 
 PROVENANCE = "provenance.json"
+_LOGS = "metrics.jsonl", "times.jsonl"
 Inputs = Mapping[str, str | list[str]]  # name: digest, or a list of digests that may grow
 
 
@@ -28,8 +27,8 @@ Inputs = Mapping[str, str | list[str]]  # name: digest, or a list of digests tha
 class Run:
     """An open run directory, from `open_run`. Only process 0 writes to it.
 
-    It holds `config.json`, `provenance.json`, `commit.txt`, `metrics.jsonl`, `tb/` and
-    `checkpoints/`; `config` is the resolved config as JSON data.
+    It holds `config.json`, `provenance.json`, `commit.txt`, `metrics.jsonl`, `times.jsonl`, `tb/`
+    and `checkpoints/`; `config` is the resolved config as JSON data.
     """
 
     path: Path
@@ -50,7 +49,8 @@ class Run:
             restored = checkpoint.restore(self.path, target, step)
         if parallel.first():
             last_step = -1 if restored is None else restored.step
-            _trim_metrics(self.path / "metrics.jsonl", last_step)
+            for name in _LOGS:
+                _trim_metrics(self.path / name, last_step)
             # TensorBoard also reads the old event files, and hides their steps from this one on.
             self._write_events([{"step": last_step + 1, "session_log": {"status": 1}}])
         return restored
@@ -65,11 +65,18 @@ class Run:
         Values are numbers, arrays, strings, or lists and dicts of these; NaN and infinity become
         null.
         """
+        self._log("metrics.jsonl", step, metrics)
+
+    def log_times(self, step: int, times: Mapping[str, float]) -> None:
+        """Appends a line to `times.jsonl`: what differs from run to run; and to TensorBoard."""
+        self._log("times.jsonl", step, times)
+
+    def _log(self, name: str, step: int, metrics: Mapping[str, Any]) -> None:
         if not parallel.first():
             return
         text = json.dumps({"step": int(step), **metrics}, default=lambda x: x.tolist())
         record = json.loads(text, parse_constant=lambda _: None)
-        files.append_text(self.path / "metrics.jsonl", json.dumps(record) + "\n")
+        files.append_text(self.path / name, json.dumps(record) + "\n")
         from tensorboardX import summary
 
         scalars = {name: record[name] for name in metrics if isinstance(record[name], int | float)}
@@ -148,18 +155,6 @@ def check_run(
     parallel.on_first(lambda: _check(path, data, may_differ, inputs or {}), f"open {path}")
 
 
-def check_path(workdir: str | os.PathLike) -> Path:
-    """The path with `~` expanded; refuses `gs://...` and the empty string (an unset variable)."""
-    if not os.fspath(workdir).strip():
-        raise UserError("--workdir is empty: name a directory")
-    if match := re.match(r"(\w+)://", os.fspath(workdir)):
-        raise UserError(
-            f"{workdir}: {match[1]}:// is not a file system: mount the bucket (by gcsfuse, or "
-            "--bucket of launch.sweep) and give its local directory"
-        )
-    return files.expand(workdir)
-
-
 def lock(path: Path, shared: bool = False) -> IO:
     """Locks a directory until the process ends or the file is closed; `shared` locks coexist."""
     file = (path / ".lock").open("a+")
@@ -200,22 +195,6 @@ def write_inputs(path: Path, inputs: Inputs) -> None:
     files.write_text(path / PROVENANCE, json.dumps(dict(inputs), indent=1) + "\n")
 
 
-def source_version() -> str:
-    """The git commit of fkv's source, with "-dirty" if modified, or else fkv's version."""
-    here = Path(__file__)
-    try:
-        for command in (
-            # An fkv installed inside another project's checkout is not tracked by it.
-            ["git", "ls-files", "--error-unmatch", here.name],
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-        ):
-            options = {"check": True, "capture_output": True, "text": True}
-            done = subprocess.run(command, cwd=here.parent, **options)
-    except (OSError, subprocess.CalledProcessError):
-        return f"fkv {fkv.__version__}"
-    return done.stdout.strip()
-
-
 def _create(path: Path, data: dict[str, Any], may_differ: Sequence[str], inputs: Inputs) -> IO:
     """Opens a run directory on process 0; returns its lock."""
     with files.writing(path):
@@ -229,7 +208,8 @@ def _create(path: Path, data: dict[str, Any], may_differ: Sequence[str], inputs:
         text = files.read_bytes(record).decode(errors="backslashreplace") if record.exists() else ""
         if (commit := source_version()) not in text.splitlines()[-1:]:
             files.write_text(record, "\n".join([*text.splitlines(), commit, ""]))
-    _trim_metrics(path / "metrics.jsonl")
+    for name in _LOGS:
+        _trim_metrics(path / name)
     return held
 
 

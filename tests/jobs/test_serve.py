@@ -200,7 +200,7 @@ def test_the_command_serves_and_ends_with_zero(tmp_path):
         process.send_signal(signal.SIGTERM)
         said += process.stdout
         assert process.wait(60) == 0, said
-    assert said[-1] == "served all that was running\n"
+    assert said[-2] == "served all that was running\n" and said[-1].startswith("serve: done in ")
     written = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert {path.name for path in written} >= {"config.json", "commit.txt"}
     assert not any(key.encode() in path.read_bytes() for path in written)

@@ -118,7 +118,10 @@ def test_run_writes_all_that_it_promises(finished):
     assert json.loads((path / "config.json").read_text())["budget"] == 16
     assert (path / "commit.txt").read_text().strip()
     assert list((path / "tb").iterdir())
+    times = [json.loads(line) for line in (path / "times.jsonl").open()]
+    assert all(x["seconds"] > 0 and x["traces_per_second"] > x["steps_per_second"] for x in times)
     steps = [json.loads(line)["step"] for line in (path / "metrics.jsonl").open()]
+    assert [x["step"] for x in times] == steps
     assert steps == [1, 2, 3, 4, 5, 6]
     saved = checkpoint.load(path)
     assert saved.step == 6 and saved.info["data"] == {"next_index": 6}

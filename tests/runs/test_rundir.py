@@ -17,7 +17,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 import fkv
 from fkv.errors import UserError
-from fkv.runs import checkpoint, rundir
+from fkv.runs import checkpoint, places, rundir
 
 
 def disk_full(*_):
@@ -247,13 +247,13 @@ def test_commit_of_the_source(tmp_path, monkeypatch):
         )
         return done.stdout.strip()
 
-    source = tmp_path / "rundir.py"
+    source = tmp_path / "places.py"
     source.write_text("1")
-    monkeypatch.setattr(rundir, "__file__", str(source))
+    monkeypatch.setattr(places, "__file__", str(source))
     git("init")
     git("commit", "--allow-empty", "-m", "another project, with fkv installed inside")
     assert rundir.source_version() == f"fkv {fkv.__version__}"
-    git("add", "rundir.py")
+    git("add", "places.py")
     git("commit", "-m", "fkv's own")
     commit = git("rev-parse", "HEAD")
     assert rundir.source_version() == commit

@@ -69,7 +69,7 @@ def run(config: ConfigDict, workdir: str) -> dict:
     settings = groups.Benchmark.of(config.benchmark, peers=config.benchmark.peers)
     end = time.perf_counter() + 60 * (settings.minutes or float("inf"))
     model = _check(config, settings)
-    what = f"sections {', '.join(settings.sections)}"
+    what = (f"sections {', '.join(settings.sections)}",)
     common.announce("benchmark", config, workdir, model, what)
     lm = None if settings.random_weights else common.load_model(config)
     run = open_run(workdir, config, common.other_jobs("benchmark"))
