@@ -137,7 +137,10 @@ class App:
             raise Refused("the server is shutting down", 503, headers={"Retry-After": "10"})
         body = await self._body(request)
         asked = protocol.parse(body, chat, service.defaults)
-        work = await _unless_gone(request, service.begin(asked))
+        try:
+            work = await _unless_gone(request, service.begin(asked))
+        except TimeoutError:
+            raise _too_long(service) from None
         if asked.stream:
             return _Stream(service, work, asked)
         try:
@@ -147,7 +150,7 @@ class App:
 
     async def _whole(self, work: Work) -> Response:
         try:
-            async with asyncio.timeout(self._service.limits.seconds):
+            async with asyncio.timeout_at(work.deadline):
                 async for _ in self._service.pieces(work):
                     pass
         except TimeoutError:
@@ -195,7 +198,7 @@ class _Stream(Response):
     async def _all(self, send) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         try:
-            async with asyncio.timeout(self._service.limits.seconds):
+            async with asyncio.timeout_at(self._work.deadline):
                 await send(start)
                 await self._pieces(send)
         except Refused as refused:  # too late for another status

@@ -114,6 +114,14 @@ class Engine:
         }
 
     def _run(self) -> None:
+        try:
+            self._turns()
+        except BaseException:  # nothing answers any more: `alive` tells
+            traceback.print_exc()
+            for lane in self._lanes.values():
+                self._end([*lane.tickets.values()], Failed("the server has failed"))
+
+    def _turns(self) -> None:
         while not self._stopping:
             self._listen(wait=not any(lane.busy for lane in self._lanes.values()))
             for name, lane in self._lanes.items():
@@ -163,8 +171,8 @@ class Engine:
             traceback.print_exc()
             told = str(error) if isinstance(error, UserError) else "generation failed"
             tickets, lane.tickets = [*lane.tickets.values()], {}
-            lane.batcher = lane.make()
             self._end(tickets, Failed(told))
+            lane.batcher = lane.make()
             return
         pairs = []
         for event in events:

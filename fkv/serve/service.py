@@ -57,10 +57,11 @@ class Work:
     Args:
       reply: is built from them.
       since: when it came, on the monotonic clock.
+      deadline: when it must be over, on the event loop's clock.
     """
 
-    def __init__(self, reply: Reply, since: float):
-        self.reply, self.since = reply, since
+    def __init__(self, reply: Reply, since: float, deadline: float):
+        self.reply, self.since, self.deadline = reply, since, deadline
         self.tickets: list[Ticket] = []
         self.queue: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
 
@@ -139,25 +140,30 @@ class Service:
 
         Raises:
           Refused: the model is unknown, the prompts can't be, or the queue is full.
+          TimeoutError: encoding took longer than a request may take.
         """
         if self.draining:
             raise Refused("the server is shutting down", 503, headers={"Retry-After": "10"})
+        if not self._engine.alive:
+            raise Refused("the server has failed, see its log", 503)
         since, name = time.monotonic(), self._lane(asked.model)
         lane, rows = self.lanes[name], len(asked.prompts) * asked.n
         self._check(asked, rows)
         self._room(lane, rows)
+        deadline = self._loop.time() + self.limits.seconds
         # Taken before anything is awaited, so that no other request gets it.
         self._pending[lane] += rows
         left = rows
         try:
             prepare = functools.partial(self._prepare, asked)
-            ids, requests, choices = await self._loop.run_in_executor(self._texts, prepare)
+            async with asyncio.timeout_at(deadline):
+                ids, requests, choices = await self._loop.run_in_executor(self._texts, prepare)
             cached = 0
             if asked.session and (kept := self.sessions.find(name, asked.session, ids[0])):
                 cached = len(kept.tokens)
                 requests = [dataclasses.replace(requests[0], kept=kept)]
             usage = sum(map(len, ids)), cached
-            work = Work(Reply(asked.chat, name, choices, usage), since)
+            work = Work(Reply(asked.chat, name, choices, usage), since, deadline)
             for i, request in enumerate(requests):
                 listen = functools.partial(self._listen, work, lane, asked, i)
                 ticket = Ticket(lane, request, listen)

@@ -363,6 +363,43 @@ def test_failures_are_told_and_the_next_request_runs(serving, capfd):
         settled(one)
 
 
+def test_a_server_that_has_failed_says_so(serving, capfd, monkeypatch):
+    gate = threading.Event()
+    with serving(gate=gate) as one:
+        threads, _ = in_background(lambda: one.client.post("/v1/completions", json=TEXT))
+        settled(one, 1)
+
+        def fail(_):
+            raise MemoryError("out of beer")
+
+        engine = one.service._engine
+        monkeypatch.setattr(engine._lanes["snapkv-16"].batcher, "step", fail)
+        monkeypatch.setattr(engine._lanes["snapkv-16"], "make", lambda: fail(0))
+        gate.set()
+        one.client.post("/v1/completions", json=TEXT)
+        for thread in threads:
+            thread.join()
+        engine._thread.join(20)
+        assert one.client.get("/health").status_code == 503
+        assert (
+            "has failed" in refusal(one.client.post("/v1/completions", json=TEXT), 503)["message"]
+        )
+        settled(one)
+    assert "out of beer" in capfd.readouterr().err
+
+
+def test_reading_a_prompt_takes_only_so_long(serving, monkeypatch):
+    with serving(seconds=0.2) as one:
+        prepare = one.service._prepare
+        slow = threading.Event()
+        monkeypatch.setattr(one.service, "_prepare", lambda asked: slow.wait(20) and prepare(asked))
+        for stream in (False, True):
+            response = one.client.post("/v1/completions", json=TEXT | {"stream": stream})
+            assert refusal(response, 504)["code"] == "timeout"
+        slow.set()
+        settled(one)
+
+
 def test_the_end_lets_running_requests_finish(serving):
     gate = threading.Event()
     with serving(gate=gate) as one:
