@@ -167,7 +167,9 @@ def test_a_request_goes_on_from_a_kept_cache(name):
     kept = events[1][-1].kept
     assert kept.tokens.tolist() == [*PROMPTS[2], *tokens[:-1]] and evictions == kept.evictions
     assert all(event.kept is None for i in (0, 2) for event in events[i])
-    assert 0 < kept.bytes == sum(x.nbytes for x in jax.tree.leaves(kept.held))
+    mine = sum(x.nbytes for x in jax.tree.leaves(kept.held))
+    # Under eviction the cache at the end of the prompt is kept, too.
+    assert 0 < kept.bytes == mine * (1 if name == "full" else 2)
     assert kept.entries == (40 if name == "full" else BUDGET + 4)
     # The same whatever was beside the two; and the kept cache is not used up.
     whole = np.concatenate([PROMPTS[2], tokens, PROMPTS[5][:20]])
