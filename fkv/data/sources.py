@@ -8,9 +8,8 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,8 +17,10 @@ import pyarrow.parquet as pq
 from fkv import files
 from fkv.errors import UserError
 
+if TYPE_CHECKING:  # slow to import: with it come pandas, and all its formats
+    import datasets
+
 _KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
-_REFUSED = datasets.exceptions.DatasetGenerationError, pa.ArrowException, ValueError, OSError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,13 +43,15 @@ class JsonRows:
         return [row.get(name) for row in self.rows]
 
 
-Rows = datasets.Dataset | JsonRows
+Rows: TypeAlias = "datasets.Dataset | JsonRows"
 
 
 def open_rows(path: str, split: str, subset: str = "") -> Rows:
     """Rows of a file, or of a data set on the hub; UserError if neither can be read."""
     if Path(path).suffix in _KINDS or files.expand(path).exists():
         return open_file(path)
+    import datasets
+
     try:
         return datasets.load_dataset(path, subset or None, split=split)
     except Exception as error:  # whatever the hub's client raises
@@ -89,12 +92,20 @@ def open_file(path: str) -> Rows:
         if not filled:
             raise ValueError("empty")
         _refuse_copies(filled)
-        # `datasets` interprets names as patterns.
-        names = [glob.escape(str(part)) for part in parts]
-        return datasets.load_dataset(kind, data_files=names, split="train")
-    except _REFUSED as error:
+        return _load(parts)
+    except (pa.ArrowException, ValueError, OSError) as error:
         reason = _line(error.__cause__ or error)
         raise UserError(f"{file}: can't be read as {kind} ({reason})") from error
+
+
+def _load(parts: Sequence[Path]) -> "datasets.Dataset":
+    import datasets
+
+    names = [glob.escape(str(part)) for part in parts]  # names are taken for patterns
+    try:
+        return datasets.load_dataset("parquet", data_files=names, split="train")
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise ValueError(str(error)) from error.__cause__
 
 
 def _parts(directory: Path) -> list[Path]:

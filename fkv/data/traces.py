@@ -7,9 +7,8 @@ import json
 import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import grain
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,6 +17,9 @@ from fkv import files, kinds
 from fkv.data import sources
 from fkv.errors import UserError
 from fkv.tasks import ledger
+
+if TYPE_CHECKING:  # slow to import
+    import grain
 
 # Of the files that `launch.traces` writes.
 SCHEMA = pa.schema(
@@ -205,7 +207,7 @@ def written(path: Path) -> list[tuple[str, int]]:
     return list(zip(ids, samples, strict=True))
 
 
-def batches(traces: Traces, batch: int, seed: int) -> grain.MapDataset:
+def batches(traces: Traces, batch: int, seed: int) -> "grain.MapDataset":
     """Endless shuffled batches: entry `i` holds the indices of the traces of batch `i`.
 
     The traces of a batch share a bucket; buckets alternate in proportion to their sizes.
@@ -215,6 +217,8 @@ def batches(traces: Traces, batch: int, seed: int) -> grain.MapDataset:
     """
     if batch > len(traces):
         raise UserError(f"batch = {batch} is larger than the number of traces, {len(traces)}")
+    import grain
+
     parts, shares = [], []
     for width in np.unique(traces.padded_n):
         ids = np.flatnonzero(traces.padded_n == width)
@@ -224,8 +228,10 @@ def batches(traces: Traces, batch: int, seed: int) -> grain.MapDataset:
     return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, shares)
 
 
-def iterate(batches: grain.MapDataset, state: dict | None = None) -> grain.DatasetIterator:
+def iterate(batches: "grain.MapDataset", state: dict | None = None) -> "grain.DatasetIterator":
     """An iterator over the batches, from the start or from the state of another."""
+    import grain
+
     # No prefetching: rows are in memory, and the state is that of the last batch taken.
     iterator = iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0)))
     if state is not None:

@@ -10,7 +10,6 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
-from scipy import special
 
 from fkv.cache.cadence import said_budget
 from fkv.evaluation import answers, tables
@@ -21,6 +20,8 @@ Cell = tuple[str, int]  # policy and budget, 0 for the full cache
 
 def exact_interval(right: float, n: int, level: float = 0.95) -> tuple[float, float]:
     """Clopper-Pearson interval of a share, observed as `right` of `n`."""
+    from scipy import special  # slow to import
+
     tail = (1 - level) / 2
     low = special.betaincinv(right, n - right + 1, tail) if right > 0 else 0.0
     high = special.betaincinv(right + 1, n - right, 1 - tail) if right < n else 1.0
@@ -42,6 +43,8 @@ class Difference:
 
 def difference(ours_p: np.ndarray, theirs_p: np.ndarray, level: float = 0.95) -> Difference:
     """Our accuracy minus theirs, from the share of right answers per problem."""
+    from scipy import special
+
     gain_p = np.subtract(ours_p, theirs_p, dtype=float)
     shrunk_p = np.append(gain_p, [1.0, -1.0])
     half = special.ndtri((1 + level) / 2) * shrunk_p.std() / len(shrunk_p) ** 0.5

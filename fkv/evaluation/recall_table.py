@@ -7,7 +7,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from scipy import special
 
 from fkv.cache.cadence import said_budget
 from fkv.evaluation import tables
@@ -197,6 +196,8 @@ def difference(ours: Found, theirs: Found, level: float = 0.95) -> Difference:
     The interval is Wald's after adding a document in which a look-up is won and one in which one is
     lost, as `accuracy.difference` adds problems.
     """
+    from scipy import special  # slow to import
+
     gain = ours.right_n.astype(float) - theirs.right_n
     sums, counts = (by_document(x, ours.document_n) for x in (gain, np.ones(len(gain))))
     value = float(gain.mean())

@@ -3,9 +3,8 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import grain
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -20,6 +19,9 @@ from fkv.policies.base import Policy
 from fkv.policies.foresight import Trained
 from fkv.runs import parallel, provenance
 from fkv.runs.rundir import Run, open_run, resume_together
+
+if TYPE_CHECKING:
+    import grain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Stage:
     lm: LM
     train: Traces
     held_out: Traces
-    batches: grain.MapDataset
+    batches: "grain.MapDataset"
 
     def lm_on(self, mesh: Mesh) -> LM:
         """The language model on these devices."""

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from flax import traverse_util
 
 from fkv import files
@@ -256,8 +255,10 @@ def _check_space(path: Path, size: int) -> None:
 
 
 @contextlib.contextmanager
-def _checkpointer() -> Iterator[ocp.StandardCheckpointer]:
+def _checkpointer() -> Iterator[Any]:
     """Orbax for this process alone, without the hundreds of lines it logs per error."""
+    import orbax.checkpoint as ocp  # slow to import
+
     index = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(
         primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"process_{index}"

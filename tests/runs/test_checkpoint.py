@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 from fkv.errors import UserError
@@ -149,10 +150,10 @@ def test_a_full_disk(tmp_path, monkeypatch, where, caplog):
             limits.enter_context(small_files_only(100_000))
         elif where == "limit":
             limits.enter_context(small_files_only(100_000))
-            patch.setattr(checkpoint.ocp, "StandardCheckpointer", None)
+            patch.setattr(ocp, "StandardCheckpointer", None)
         elif where == "asked before":
             patch.setattr(os, "posix_fallocate", disk_full)
-            patch.setattr(checkpoint.ocp, "StandardCheckpointer", None)  # Orbax is never called
+            patch.setattr(ocp, "StandardCheckpointer", None)  # Orbax is never called
         else:
             patch.setattr(Path, "write_text", disk_full)
         with pytest.raises(UserError) as error:
