@@ -63,6 +63,24 @@ def said(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def shown(value: Any) -> str:
+    """A value as a `repr` of one line shows it: of arrays dtype and shape, of many their number."""
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{value.dtype}[{','.join(map(str, value.shape))}]"
+    if isinstance(value, Mapping):
+        if value and all(hasattr(x, "size") for x in value.values()):
+            return f"<{len(value)} arrays of {sum(x.size for x in value.values()):,} numbers>"
+        return f"{{{', '.join(f'{key}: {shown(x)}' for key, x in value.items())}}}"
+    return " ".join(repr(value).split())
+
+
+def one_line(owner: Any) -> str:
+    """`Class(field=value, ...)` of a dataclass, to be its `__repr__`."""
+    fields = [field.name for field in dataclasses.fields(owner) if field.repr]
+    said = ", ".join(f"{name}={shown(getattr(owner, name))}" for name in fields)
+    return f"{type(owner).__name__}({said})"
+
+
 def check(name: str, value: Any, kind: Kind) -> None:
     """Raises a `UserError` unless the value is of this kind; `name` is the field's."""
     if not kind.fits(value):

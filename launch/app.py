@@ -19,7 +19,8 @@ from fkv import files
 from fkv.errors import UserError
 from fkv.jobs import READS
 from fkv.runs import finished
-from launch import flags
+
+from . import flags
 
 # Jobs that have nothing to do if they are run again; others answer, serve, write or measure anew.
 _END = ("pretrain", "traces", "sft", "grpo", "evaluate", "recall", "pipeline")

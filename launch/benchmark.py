@@ -1,6 +1,6 @@
 """Time and memory of decoding, prefill, labels and training steps, against roofline and peers."""
 
-from launch import app
+from . import app
 
 
 def main(config, workdir):

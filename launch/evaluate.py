@@ -1,6 +1,6 @@
 """Evaluates every policy at every budget, by answers and by loss."""
 
-from launch import app
+from . import app
 
 
 def main(config, workdir):

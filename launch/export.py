@@ -1,6 +1,6 @@
 """Exports scorers as safetensors with a model card, or in the layout of the released code."""
 
-from launch import app
+from . import app
 
 
 def main(config, workdir):

@@ -19,10 +19,11 @@ from typing import Any
 from absl import flags as absl_flags
 from ml_collections import ConfigDict, config_flags
 
-from fkv import files
+from fkv import commands, files
 from fkv.errors import UserError, suggest
 from fkv.runs import places
-from launch import fields
+
+from . import fields
 
 DISTRIBUTED = "--distributed"
 OPTIONS = ("--config", "--workdir", DISTRIBUTED, "--help")  # of every job
@@ -45,7 +46,7 @@ def parse(
     """
     job = Path(argv[0]).stem
     parser = argparse.ArgumentParser(
-        prog=f"python -m launch.{job}",
+        prog=commands.command(job),
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -129,14 +130,29 @@ def load_module(path: Path) -> ModuleType:
     if spec is None:
         raise UserError(f"config file {path} is not a Python file: give configs/<name>.py")
     module = importlib.util.module_from_spec(spec)
-    # A packaged recipe imports its own base, even if the user has a package named configs.
-    found_first = [str(PACKAGED.parent)] if path.parent == PACKAGED else []
-    sys.path[:0] = found_first
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        del sys.path[: len(found_first)]
+    _provide_recipes([PACKAGED] if path.parent == PACKAGED else [CONFIGS.absolute(), PACKAGED])
+    spec.loader.exec_module(module)
     return module
+
+
+def _provide_recipes(folders: Sequence[Path]) -> None:
+    """Has recipes import `configs` from these folders, the first that has a module.
+
+    A packaged recipe imports its own base, even if the user has a package named configs; the user's
+    recipes import either. Installed, the packaged ones are no top-level package.
+    """
+    places = [str(folder) for folder in folders if folder.is_dir()]
+    before = sys.modules.get("configs")
+    if before is not None and list(dict.fromkeys(before.__path__)) == places:
+        return
+    for name in [x for x in sys.modules if x.partition(".")[0] == "configs"]:
+        del sys.modules[name]
+    start = next(x for x in (Path(place, "__init__.py") for place in places) if x.exists())
+    spec = importlib.util.spec_from_file_location(
+        "configs", start, submodule_search_locations=places
+    )
+    sys.modules["configs"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["configs"])
 
 
 def _load(path: Path, argument: str) -> ConfigDict:

@@ -1,6 +1,6 @@
 """Streams one answer, generated with a bounded cache."""
 
-from launch import app
+from . import app
 
 
 def main(config, workdir):

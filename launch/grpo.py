@@ -1,6 +1,6 @@
 """Reinforcement stage: GRPO over eviction traces, from the scorers of a supervised run."""
 
-from launch import app
+from . import app
 
 
 def main(config, workdir):

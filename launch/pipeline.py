@@ -1,6 +1,6 @@
 """All stages in one directory: supervised scorers, reinforcement, answers of every policy."""
 
-from launch import app
+from . import app
 
 
 def main(config, workdir):

@@ -1,6 +1,6 @@
 """Trains the embedded reasoner from scratch."""
 
-from launch import app
+from . import app
 
 
 def main(config, workdir):

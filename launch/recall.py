@@ -1,6 +1,6 @@
 """What policies still find: agreement with the full cache's continuations, and look-ups."""
 
-from launch import app
+from . import app
 
 
 def main(config, workdir):

@@ -1,6 +1,6 @@
 """Serves a model under eviction policies to clients of OpenAI's API."""
 
-from launch import app
+from . import app
 
 
 def main(config, workdir):

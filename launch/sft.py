@@ -1,6 +1,6 @@
 """Supervised stage: train scorers on golden evictions, then compare all policies."""
 
-from launch import app
+from . import app
 
 
 def main(config, workdir):

@@ -15,7 +15,8 @@ from fkv.errors import UserError
 from fkv.evaluation import sweeps
 from fkv.jobs import common, variants
 from fkv.runs import pods, rundir, sweep
-from launch import app, flags
+
+from . import app, flags
 
 MAIN_JOB = "sft"
 BACKENDS = ("local", "xpk", "tpu-vm")

@@ -1,6 +1,6 @@
 """Writes the model's own answers to questions, or given answers, as traces in Parquet."""
 
-from launch import app
+from . import app
 
 
 def main(config, workdir):

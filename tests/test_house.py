@@ -8,7 +8,7 @@ import fkv
 HOME = Path(fkv.__file__).parent
 # Each room may use those of the lines above it, and what stands beside it.
 ROOMS = (
-    ("errors", "files", "hub", "keys", "kinds"),
+    ("commands", "errors", "files", "hub", "keys", "kinds"),
     ("models", "tasks"),
     ("cache", "data"),
     ("policies",),

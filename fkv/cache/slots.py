@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from fkv import kinds
+
 
 @flax.struct.dataclass
 class Int8:
@@ -70,6 +72,8 @@ class Cache:
     value_bksd: Array | Int8
     position_bks: Array
     entry: Any = ()
+
+    __repr__ = kinds.one_line
 
 
 def init(

@@ -51,6 +51,12 @@ class Traces:
     def __len__(self) -> int:
         return len(self.length_n)
 
+    def __repr__(self) -> str:
+        least, most = self.length_n.min(initial=2**31 - 1), self.length_n.max(initial=0)
+        lengths = f" of {least:,} to {most:,} tokens" if len(self) else ""
+        skipped = f", {self.skipped:,} skipped" if self.skipped else ""
+        return f"Traces({len(self):,} traces{lengths}{skipped})"
+
     def digests(self) -> list[str]:
         """A digest per trace: its index, and a hash of its prompt length and tokens."""
         columns = zip(self.prompt_n, self.token_nt, self.length_n, strict=True)

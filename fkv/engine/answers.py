@@ -40,6 +40,15 @@ class Generation:
     logprobs: np.ndarray | None = None
     top: Top | None = None
 
+    def __repr__(self) -> str:
+        ended = {"stop": "ended by itself", "length": "cut off"}.get(self.finish, self.finish)
+        text = self.text if len(self.text) <= 60 else f"{self.text[:40]} ... {self.text[-15:]}"
+        size = f"{self.cache_bytes / 2**20:,.2f} MiB of cache"
+        return (
+            f"Generation({text!r}, {len(self.tokens):,} tokens, {ended}, "
+            f"{self.evictions:,} evictions, {size})"
+        )
+
     @property
     def truncated(self) -> bool:
         """The limit on new tokens came before a stop token or string."""

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from fkv import kinds
+
 
 @flax.struct.dataclass
 class Batch:
@@ -24,6 +26,8 @@ class Batch:
     length_b: Array
     prompt_b: Array
     padding_b: Array
+
+    __repr__ = kinds.one_line
 
     @classmethod
     def of(cls, token_bt: Array, length_b: Array, prompt_b: Array | None = None) -> Self:

@@ -70,6 +70,12 @@ class Accuracy:
     trained: str = ""  # the scorers' budget in training, see `Trained.at`
     protect_prompt: int = 0  # of the cadence
 
+    def __repr__(self) -> str:
+        problems, samples = self.right_pn.shape
+        where = f"B = {self.budget}" if self.budget else "full cache"
+        asked = f"{problems} problems" + (f" x {samples} samples" if samples > 1 else "")
+        return f"Accuracy({self.policy!r}, {where}, {asked}, pass@1 {100 * self.pass_at_1:.1f} %)"
+
     @property
     def pass_at_1(self) -> float:
         """Mean over problems and samples."""

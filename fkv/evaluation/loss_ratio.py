@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from fkv import kinds
 from fkv.cache.cadence import Cadence
 from fkv.engine import beginnings, replay
 from fkv.engine.batch import Batch
@@ -118,6 +119,12 @@ class Losses:
     rule: bool = False
     protect_prompt: int = 0
 
+    def __repr__(self) -> str:
+        ratio, error = self.ratio()
+        where = f"B = {self.budget}, L = {self.interval}" if self.budget else "full cache"
+        traces = f"{len(self.full)} traces"
+        return f"Losses({self.policy!r}, {where}, {traces}, loss ratio {ratio:.3f} ± {error:.3f})"
+
     @property
     def overlap(self) -> np.ndarray | None:
         """Recall of the golden evictions, mean over layers and heads, [n]."""
@@ -165,6 +172,8 @@ class Traces:
     width_b: np.ndarray
     high_fraction: float = 0.2
     at_once: int = 32
+
+    __repr__ = kinds.one_line
 
 
 def measure(

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from fkv import api, files, models, tasks
 from fkv.cache.cadence import Cadence
+from fkv.commands import command
 from fkv.data import traces
 from fkv.engine import replay
 from fkv.engine.batch import Batch
@@ -178,7 +179,7 @@ def scorers_of(field: str, source: str, job: str = "") -> Iterator[None]:
             raise UserError(f"{field}: {error}") from error
         job = job or ("grpo" if "grpo" in Path(source).name else "sft")
         raise UserError(
-            f"{field}: {error}. Make some with `python -m launch.{job} --config=... "
+            f"{field}: {error}. Make some with `{command(job)} --config=... "
             f"--workdir={source}`, or set {field.partition(' ')[0]} to others"
         ) from error
 
@@ -200,7 +201,7 @@ def load_traces(
             of_text = "traces" in config and config.traces.text  # with a folder for each split
             workdir = re.sub(r"/(train|dev|heldout)(/.*)?$", "", path) if of_text else path
             raise UserError(
-                f"data.{field} = {path!r}: no such file or directory. `python -m launch.traces "
+                f"data.{field} = {path!r}: no such file or directory. `{command('traces')} "
                 f"--config=... --workdir={workdir}` writes traces to a directory"
             )
         where, corrupt = path, None if config.data.strict else []

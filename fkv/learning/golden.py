@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fkv import models
+from fkv import kinds, models
 from fkv.cache import attention
 from fkv.cache import slots as kv
 from fkv.cache.cadence import Cadence
@@ -53,6 +53,8 @@ class Labels:
     future_score_ebkn: Array
     newest_score_ebkl: Array
     valid_eb: Array
+
+    __repr__ = kinds.one_line
 
 
 def at(x_e: Array, eviction: Array) -> Array:

@@ -6,6 +6,7 @@ heads, d head dim, f MLP width. Activations also have b batch and t tokens.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 
 import chex
@@ -55,6 +56,16 @@ class LM:
 
     params: Params
     config: ModelConfig = flax.struct.field(pytree_node=False)
+
+    def __repr__(self) -> str:
+        c, arrays = self.config, jax.tree.leaves(self.params)
+        dtypes = " and ".join(sorted({str(getattr(x, "dtype", "?")) for x in arrays}))
+        count = sum(math.prod(x.shape) for x in jax.tree.leaves(param_shapes(c)))
+        size = f"{count / 1e6:.2f} M" if count < 1e9 else f"{count / 1e9:.2f} B"
+        held = f"in {dtypes}" if arrays else "not loaded"
+        heads = f"{c.layers} layers of {c.kv_heads} KV heads"
+        cached = f", {c.cache_dtype} cache" if c.cache_dtype else ""
+        return f"LM({c.family}, {size} parameters {held}, {heads}{cached})"
 
 
 def param_shapes(config: ModelConfig, separate: bool = False, on_cpu: bool = False) -> dict:

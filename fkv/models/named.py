@@ -30,6 +30,11 @@ class Model:
     directory: Path | None = None
     revision: str = ""
 
+    def __repr__(self) -> str:
+        name = f"{self.name}@{self.revision}" if self.revision else self.name
+        known = self.tokenizer is not None and f"vocabulary of {len(self.tokenizer):,}"
+        return f"Model({name!r}, {str(self.lm)[3:-1]}, {known or 'no tokenizer'})"
+
     @property
     def config(self) -> ModelConfig:
         return self.lm.config

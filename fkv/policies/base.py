@@ -71,6 +71,8 @@ class View:
     prompt_b: Array | None = None
     protect_prompt: int = flax.struct.field(pytree_node=False, default=0)
 
+    __repr__ = kinds.one_line
+
     budget = property(lambda self: self.cadence.budget)
     interval = property(lambda self: self.cadence.interval)
     eviction = property(lambda self: self.chunk - self.cadence.fill_chunks)
@@ -151,13 +153,15 @@ class Policy:
         cls.__annotations__ = {**annotations, "kind": type}
         cls.kind = flax.struct.field(pytree_node=False, default=cls, kw_only=True, repr=False)
         super().__init_subclass__(**kwargs)
-        flax.struct.dataclass(cls)
+        flax.struct.dataclass(cls, repr=False)
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             if "kind" in field.metadata:
                 value = getattr(self, field.name)
                 kinds.check(f"{name_of(self)}: {field.name}", value, field.metadata["kind"])
+
+    __repr__ = kinds.one_line  # its name and settings
 
     def limits(self, config: ModelConfig, cadence: Cadence) -> dict[str, float]:
         """Upper limits of settings; defaults are clipped to them, other values are refused."""

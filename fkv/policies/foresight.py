@@ -42,6 +42,10 @@ class Trained:
         size = kinds.whole(0)
         kinds.check_fields("", self, budget=size, interval=size, protect_prompt=size)
 
+    def __repr__(self) -> str:
+        known = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
+        return f"Trained({', '.join(f'{name}={value!r}' for name, value in known if value)})"
+
     def at(self, interval: int) -> str:
         """The budget in training, and its interval if it differs, as tables show it."""
         budget = said_budget(self.budget, self.protect_prompt)

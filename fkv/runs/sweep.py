@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from fkv import files
+from fkv import commands, files
 from fkv.errors import UserError
 from fkv.runs import preemption, rundir
 
@@ -45,7 +45,7 @@ class Point:
     def arguments(self, root: str, common: Sequence[str]) -> list[str]:
         """The command line after `python -m`, with the sweep's directory `root` for `{sweep}`."""
         values = [f"--config.{k}={v}".replace("{sweep}", root) for k, v in self.values.items()]
-        return [f"launch.{self.job}", *common, f"--workdir={root}/{self.name}", *values]
+        return [commands.module(self.job), *common, f"--workdir={root}/{self.name}", *values]
 
 
 def arguments(points: Sequence[Point], root: str, common: Sequence[str]) -> list[str]:
@@ -53,7 +53,8 @@ def arguments(points: Sequence[Point], root: str, common: Sequence[str]) -> list
     if len(points) == 1:
         return points[0].arguments(root, common)
     names = ",".join(point.name for point in points)
-    return ["launch.sweep", *common, f"--workdir={root}", f"--points={names}", "--together"]
+    options = f"--workdir={root}", f"--points={names}", "--together"
+    return [commands.module("sweep"), *common, *options]
 
 
 def command(points: Sequence[Point], root: str, common: Sequence[str]) -> str:
