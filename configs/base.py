@@ -302,6 +302,10 @@ def export() -> ConfigDict:
     config = ConfigDict()
     config.scorer = ""  # workdir of an sft or grpo run
     config.layout = "fkv"  # fkv, or released, which needs scorer.norm = none
+    config.push = ""  # hub id, owner/name, to upload to; '' for none. Needs `hf auth login`
+    config.private = False  # whether only the owner sees it there
+    config.license = ""  # on the card: an id of the hub, such as apache-2.0; '' for none
+    config.datasets = ()  # on the card: hub ids of the data that was trained on
     return config
 
 

@@ -66,6 +66,7 @@ def load(
     """
     # Small files first: their errors come before the weights are read.
     model = without_weights(path_or_hub_id, revision)
+    assert model.directory is not None
     lm = models.load(model.directory, dtype, mesh=mesh, separate=separate)
     lm = lm.replace(config=dataclasses.replace(lm.config, cache_dtype=cache_dtype))
     return dataclasses.replace(model, lm=lm)
@@ -170,7 +171,7 @@ def generate(
     top = top_logprobs if logprobs or top_logprobs else None
     for _ in made.events(requests, answers, min(batch, len(rows)), top, None):
         pass
-    found = [[] for _ in ids]
+    found: list[list[Generation]] = [[] for _ in ids]
     for (i, _), answer in zip(rows, answers, strict=True):
         found[i].append(made.said(len(ids[i]), answer))
     return found
@@ -253,7 +254,9 @@ def finished(
     return _said(model, policy, prompt, answer, cadence)
 
 
-def _said(model, policy, prompt, answer: Answer, cadence: Cadence) -> Generation:
+def _said(
+    model: Model, policy: Policy, prompt: int, answer: Answer, cadence: Cadence
+) -> Generation:
     length = prompt + len(answer.tokens)
     slots, fired = length, 0
     if policy.evicts:

@@ -10,6 +10,8 @@ from jax import Array
 
 from fkv import kinds
 
+Numbers = Array | np.ndarray
+
 
 @flax.struct.dataclass
 class Batch:
@@ -22,15 +24,15 @@ class Batch:
       padding_b: left padding of each row; the rest of its padding is on the right.
     """
 
-    token_bt: Array
-    length_b: Array
-    prompt_b: Array
-    padding_b: Array
+    token_bt: Numbers
+    length_b: Numbers
+    prompt_b: Numbers
+    padding_b: Numbers
 
     __repr__ = kinds.one_line
 
     @classmethod
-    def of(cls, token_bt: Array, length_b: Array, prompt_b: Array | None = None) -> Self:
+    def of(cls, token_bt: Numbers, length_b: Numbers, prompt_b: Numbers | None = None) -> Self:
         """Right-padded traces, with prompts of these lengths or none."""
         none = np.zeros(np.shape(length_b), np.int32)
         return cls(token_bt, length_b, none if prompt_b is None else prompt_b, none)

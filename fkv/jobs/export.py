@@ -1,5 +1,7 @@
 """Scorers of a run, exported to be shared, with a model card."""
 
+import re
+
 from ml_collections import ConfigDict
 
 from fkv import files, kinds, models
@@ -9,6 +11,7 @@ from fkv.policies import Foresight
 from fkv.runs import parallel, sharing
 
 LAYOUTS = ("fkv", "released")
+_HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
 
 
 def run(config: ConfigDict, workdir: str) -> None:
@@ -16,15 +19,22 @@ def run(config: ConfigDict, workdir: str) -> None:
 
     `fkv`: safetensors, their settings, and a model card with the run's tables: losses ± one
     standard error and, where it has them, answers with their intervals.
+    With `export.push` they are then uploaded to the hub.
     `released`: the base model with the scorers inside, for the PyTorch code of ForesightKV.
     """
     groups.check(config, "export")
     settings = config.export
     kinds.check("export.layout", settings.layout, kinds.one_of(LAYOUTS))
+    if settings.push and not re.fullmatch(_HUB_ID, settings.push):
+        raise UserError(f"export.push = {settings.push!r} must be a hub id, owner/name")
+    if settings.push and settings.layout != "fkv":
+        raise UserError(f"export.push uploads layout fkv, not {settings.layout}: set one of them")
     what = f"scorers of {settings.scorer}", f"layout {settings.layout}"
     common.announce("export", config, workdir, what=what)
     parallel.on_first(lambda: _write(config, workdir), f"export to {workdir}")
     common.say(f"written to {workdir}: fkv.load_scorer({str(workdir)!r}) reads it")
+    if settings.push:
+        parallel.on_first(lambda: _push(config, workdir), f"upload to {settings.push}")
 
 
 def _write(config: ConfigDict, workdir: str) -> None:
@@ -40,4 +50,12 @@ def _write(config: ConfigDict, workdir: str) -> None:
     else:
         tables = [files.expand(scorer) / x for x in ("loss_ratio.md", "answers/accuracy.md")]
         metrics = "\n\n".join(files.read_text(table) for table in tables if table.exists())
-        sharing.export(policy, workdir, about, metrics)
+        said = {"license": config.export.license, "datasets": list(config.export.datasets)}
+        about |= {name: value for name, value in said.items() if value}
+        sharing.export(policy, workdir, about, metrics, config.export.push or ".")
+
+
+def _push(config: ConfigDict, workdir: str) -> None:
+    with common.of_field("export.push"):
+        address = sharing.push(workdir, config.export.push, config.export.private)
+    common.say(f"uploaded to {address}: fkv.load_scorer({config.export.push!r}) reads it")

@@ -219,6 +219,10 @@ class Export(Settings):
     group: ClassVar[str] = "export"
     scorer: str = setting(TEXT)
     layout: str = setting(TEXT)
+    push: str = setting(TEXT)
+    private: bool = setting(SWITCH)
+    license: str = setting(TEXT)
+    datasets: Names = setting(NAMES)
 
 
 @settings

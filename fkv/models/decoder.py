@@ -8,6 +8,7 @@ heads, d head dim, f MLP width. Activations also have b batch and t tokens.
 import functools
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Self
 
 import chex
 import flax.struct
@@ -56,6 +57,10 @@ class LM:
 
     params: Params
     config: ModelConfig = flax.struct.field(pytree_node=False)
+
+    if TYPE_CHECKING:  # flax has it
+
+        def replace(self, **changes: Any) -> Self: ...
 
     def __repr__(self) -> str:
         c, arrays = self.config, jax.tree.leaves(self.params)

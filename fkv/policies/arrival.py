@@ -57,6 +57,7 @@ def ask(policy: Policy, arrival: Arrival) -> dict[str, Array]:
     Raises:
       UserError: it is not a dictionary of floating arrays [b, t, k, ...].
     """
+    assert policy.arrive is not None
     found = policy.arrive(arrival)
     lead = arrival.key_btkd.shape[:3]
     if not isinstance(found, Mapping) or not found:

@@ -11,7 +11,7 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, Self, dataclass_transform
 
 import flax.struct
 import jax
@@ -67,20 +67,47 @@ class View:
     statistics: attention.Statistics | None
     cadence: Cadence = flax.struct.field(pytree_node=False)
     layer: Array | int = 0
-    config: ModelConfig | None = flax.struct.field(pytree_node=False, default=None)
-    prompt_b: Array | None = None
+    config: ModelConfig = flax.struct.field(pytree_node=False, default=None)
+    prompt_b: Array = flax.struct.field(default=None)
     protect_prompt: int = flax.struct.field(pytree_node=False, default=0)
+
+    if TYPE_CHECKING:  # flax has it
+
+        def replace(self, **changes: Any) -> Self: ...
 
     __repr__ = kinds.one_line
 
-    budget = property(lambda self: self.cadence.budget)
-    interval = property(lambda self: self.cadence.interval)
-    eviction = property(lambda self: self.chunk - self.cadence.fill_chunks)
-    capacity = property(lambda self: self.cache.position_bks.shape[-1] - self.interval)
-    key_bksd = property(lambda self: kv.dense(self.cache.key_bksd))
-    value_bksd = property(lambda self: kv.dense(self.cache.value_bksd))
-    cumulative_bksg = property(lambda self: self._sums("cumulative"))
-    decayed_bksg = property(lambda self: self._sums("decayed"))
+    @property
+    def budget(self) -> int:
+        return self.cadence.budget
+
+    @property
+    def interval(self) -> int:
+        return self.cadence.interval
+
+    @property
+    def eviction(self) -> Array:
+        return self.chunk - self.cadence.fill_chunks
+
+    @property
+    def capacity(self) -> int:
+        return self.cache.position_bks.shape[-1] - self.interval
+
+    @property
+    def key_bksd(self) -> Array:
+        return kv.dense(self.cache.key_bksd)
+
+    @property
+    def value_bksd(self) -> Array:
+        return kv.dense(self.cache.value_bksd)
+
+    @property
+    def cumulative_bksg(self) -> Array:
+        return self._sums("cumulative")
+
+    @property
+    def decayed_bksg(self) -> Array:
+        return self._sums("decayed")
 
     @property
     def unrotated_key_bksd(self) -> Array:
@@ -125,6 +152,7 @@ def setting(kind: kinds.Kind, default: Any = dataclasses.MISSING) -> Any:
     return flax.struct.field(pytree_node=False, default=default, metadata={"kind": kind})
 
 
+@dataclass_transform()
 @flax.struct.dataclass
 class Policy:
     """Base of all policies; subclassing it makes a flax dataclass.
@@ -141,10 +169,22 @@ class Policy:
         name: rerunning an edited notebook cell defines another class of that name.
     """
 
-    statistics = None
-    arrive = None
-    evicts = True
-    trained = None
+    registered_as: ClassVar[str]
+    evicts: ClassVar[bool] = True
+    if TYPE_CHECKING:  # a subclass has a method, a property or a field instead
+
+        @property
+        def statistics(self) -> str | None: ...
+
+        @property
+        def arrive(self) -> Callable[..., dict[str, Array]] | None: ...
+
+        @property
+        def trained(self) -> Any: ...
+
+        def replace(self, **changes: Any) -> Self: ...
+    else:
+        statistics = arrive = trained = None
 
     def __init_subclass__(cls, **kwargs):
         annotations = inspect.get_annotations(cls)
@@ -200,11 +240,11 @@ class Policy:
                     "= flax.struct.field(pytree_node=False, default=...)"
                 )
         kinds.check(f"{name}: statistics", self.statistics, STATISTICS)
-        for field, most in self.limits(config, cadence).items():
-            value = getattr(self, field)
-            if value > most and value != fields[field].default:
+        for limited, most in self.limits(config, cadence).items():
+            value = getattr(self, limited)
+            if value > most and value != fields[limited].default:
                 raise UserError(
-                    f"{name}: {field} = {value:g} must be at most {most:g} at budget = {budget}, "
+                    f"{name}: {limited} = {value:g} must be at most {most:g} at budget = {budget}, "
                     f"interval = {cadence.interval} and {config.kv_heads} KV heads"
                 )
         if not self.evicts:

@@ -7,7 +7,7 @@ give an eviction score instead: their output weights are negated on import.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import flax.linen as nn
 import jax
@@ -195,6 +195,7 @@ def _standardised(x_bknf: Array, held: Array) -> Array:
 
 def _attention(view: View) -> list[Array]:
     s = view.statistics
+    assert s is not None, "the scorers' form asks for them"
     parts = [s.largest, s.smallest, s.total, s.last_16, s.last_8, s.last_32]
     return [*parts, view.cumulative_bksg, view.decayed_bksg]
 
@@ -224,4 +225,4 @@ _PART = {
 
 def apply(config: ScorerConfig, params: dict, feature_bknf: Array) -> Array:
     """Importance [b, k, n] of the candidates of one layer, from that layer's parameters."""
-    return Scorer(config).apply({"params": params}, feature_bknf)
+    return cast(Array, Scorer(config).apply({"params": params}, feature_bknf))

@@ -18,7 +18,7 @@ def check_arrays(policy: Policy, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """
     trained = getattr(policy, "trained", None)
     where = (trained and trained.source) or name_of(policy)
-    params = policy.params
+    params = getattr(policy, "params", None)
     if not isinstance(params, Mapping) or params.keys() != shapes.keys():
         has = ", ".join(map(str, params)) if isinstance(params, Mapping) else repr(params)[:60]
         raise UserError(f"{where}: params must hold {', '.join(shapes)}, not {has or 'nothing'}")

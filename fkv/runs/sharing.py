@@ -9,7 +9,6 @@ import dataclasses
 import json
 import os
 import shutil
-import string
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from fkv.policies import Policy, scorer
 from fkv.policies.base import name_of
 from fkv.policies.foresight import Foresight, Trained
 from fkv.policies.scorer import ScorerConfig
-from fkv.runs import checkpoint, imported
+from fkv.runs import cards, checkpoint, imported
 
 WEIGHTS, ABOUT, CARD = "scorer.safetensors", "scorer.json", "README.md"
 # Of the training, see `Trained`.
@@ -35,13 +34,6 @@ KNOWN = ("model", "revision", "budget", "interval", "protect_prompt")
 _WEIGHTED = policies.KVzap, policies.TrimKV, policies.TriAttention
 # Policies whose weights are loaded, by name.
 METHODS = ("foresight", *(cls.registered_as for cls in _WEIGHTED))
-_WHAT = {  # on cards, by the policy's name
-    None: "One small MLP per layer and KV head, trained to predict which KV pairs later tokens "
-    "will attend to\n(ForesightKV, arXiv 2602.03203).",
-    "kvzap": "Surrogates of KVzip+ scores on hidden states (KVzap, arXiv 2601.07891).",
-    "trimkv": "Gates that say how fast an entry is forgotten (TRIM-KV, arXiv 2512.03324).",
-    "triattention": "Centres and norms of the model's queries (TriAttention, arXiv 2604.04921).",
-}
 _BASE, _JUDGES = "model-base.safetensors", "model-judges.safetensors"
 _INDEX = "model.safetensors.index.json"
 _FILES = (".json", ".safetensors", ".jinja", ".model", ".txt")
@@ -173,15 +165,20 @@ def check_directory(directory: str | os.PathLike, released: bool = False) -> Pat
 
 
 def export(
-    policy: Policy, directory: str | os.PathLike, about: Mapping[str, Any], metrics: str = ""
+    policy: Policy,
+    directory: str | os.PathLike,
+    about: Mapping[str, Any],
+    metrics: str = "",
+    place: str = ".",
 ) -> None:
     """Writes a directory to share.
 
     Args:
       policy: `foresight`, or one of another method that has weights.
-      about: JSON data: `model`, `revision`, `budget`, `interval`, `license`, `source`, and other
-        metadata.
-      metrics: a Markdown table for the card.
+      about: JSON data: `model`, `revision`, `budget`, `interval`, `license`, `datasets`, `source`,
+        and other metadata.
+      metrics: Markdown tables for the card.
+      place: the hub id that it will have, for the card.
     """
     if not isinstance(policy, (Foresight, *_WEIGHTED)):
         raise UserError(f"{name_of(policy)} has no weights of its own to write")
@@ -204,28 +201,35 @@ def export(
             loading.write_tensors(weights, params, "fkv")
         with files.writing(path / ABOUT):
             record.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-        card.write_text(_card(data, metrics), encoding="utf-8")
+        card.write_text(cards.card(data, metrics, place), encoding="utf-8")
 
 
-def _card(data: Mapping[str, Any], metrics: str) -> str:
-    model = data.get("model", "unknown")
-    rules = data.get("policy") or data["scorer"]
-    above = ("scorer", "policy", "fkv", "model", "revision")
-    rest = {k: v for k, v in data.items() if k not in above}
-    on_hub = "/".join(model.split("/")[:2])  # without the name of a GGUF file
-    text = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
-    return string.Template(text).substitute(
-        base=f"base_model: {on_hub}\n" if "/" in model and not files.expand(model).exists() else "",
-        license=f"license: {data['license']}\n" if data.get("license") else "",
-        what=_WHAT.get(rules.get("name"), _WHAT[None]),
-        model=model,
-        version=data["fkv"],
-        revision=data.get("revision") or "main",
-        budget=data.get("budget", 1024),
-        interval=data.get("interval", 256),
-        rows="\n".join(f"| {k} | {v} |" for k, v in {**rest, **rules}.items()),
-        metrics=metrics,
-    )
+def push(directory: str | os.PathLike, hub_id: str, private: bool = False) -> str:
+    """Uploads a directory that `export` wrote to the Hugging Face hub; returns its address.
+
+    Raises:
+      UserError: nobody is logged in, the hub refuses, or the network is down.
+    """
+    import huggingface_hub
+
+    path, api = files.expand(directory), huggingface_hub.HfApi()
+    names = [name for name in (WEIGHTS, ABOUT, CARD) if (path / name).exists()]
+    try:
+        address = api.create_repo(hub_id, private=private, exist_ok=True)
+        api.upload_folder(
+            repo_id=hub_id,
+            folder_path=path,
+            allow_patterns=names,
+            commit_message=f"Scorers of fkv {fkv.__version__}",
+        )
+    except Exception as error:  # offline, whatever its HTTP library raises
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{hub_id}: the upload to the Hugging Face hub failed ({type(error).__name__}: "
+            f"{reason}); log in with `hf auth login` as one who may write there, and rerun. The "
+            f"files are in {path}"
+        ) from error
+    return str(address)
 
 
 def export_released(policy: Foresight, model: str | os.PathLike, directory: str | os.PathLike):
