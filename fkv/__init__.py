@@ -8,7 +8,11 @@ print(out[0][0].text)
 
 The budget is how many KV pairs each head keeps; every `interval` tokens the least important go.
 `fkv.policies.names()` lists the policies, `help(fkv.generate)` the settings. Jobs that train and
-measure are commands: `fkv --help` in a shell.
+measure are commands, `fkv --help` in a shell, or functions of a recipe and a directory:
+
+from fkv.jobs import sft
+
+sft.run(fkv.recipe("tiny"), "runs/sft_tiny")
 """
 
 import importlib
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
     from fkv.api import generate as generate
     from fkv.api import load as load
     from fkv.api import load_scorer as load_scorer
+    from fkv.api import recipe as recipe
     from fkv.api import save_scorer as save_scorer
     from fkv.api import stream as stream
 
@@ -30,7 +35,7 @@ __version__ = "0.1.0"
 
 # Imported on first use, so that jobs without a tokenizer, and `pip`, start quickly.
 _API = (
-    "Generation", "Model", "Sampling", "calibrate", "generate", "load", "load_scorer",
+    "Generation", "Model", "Sampling", "calibrate", "generate", "load", "load_scorer", "recipe",
     "save_scorer", "stream",
 )  # fmt: skip
 _ROOMS = ("policies",)

@@ -30,12 +30,13 @@ from fkv.models import LM, detokenizing, texts
 from fkv.models.named import Model, decode
 from fkv.models.prompts import Prompt, check_known, encode, encode_all
 from fkv.policies.base import Policy
+from fkv.recipes import recipe
 from fkv.runs import costs, sharing
 
 __all__ = [
     "EMBEDDED", "Generation", "Model", "Prompt", "Sampling", "calibrate", "check_known", "decode",
-    "encode", "finished", "generate", "load", "load_scorer", "sample_key", "save_scorer", "stream",
-    "without_weights",
+    "encode", "finished", "generate", "load", "load_scorer", "recipe",
+    "sample_key", "save_scorer", "stream", "without_weights",
 ]  # fmt: skip
 EMBEDDED = "embedded"
 

@@ -2,14 +2,14 @@
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from fkv import recipes
 from fkv.jobs import READS
 
-BASE = Path(__file__).parents[1] / "configs" / "base.py"
+BASE = recipes.PACKAGED / "base.py"
 # Lines of `configs.base`: a group, its docstring, a field with a comment, a comment above a field.
 _LINE = re.compile(
     r'def (?P<group>\w+)\(.*|    """(?P<about>.+)"""'

@@ -6,20 +6,16 @@ and one-line errors with suggestions.
 
 import argparse
 import difflib
-import importlib.util
-import inspect
-import os
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from absl import flags as absl_flags
 from ml_collections import ConfigDict, config_flags
 
-from fkv import commands, files
+from fkv import commands, recipes
 from fkv.errors import UserError, suggest
 from fkv.runs import places
 
@@ -27,9 +23,6 @@ from . import fields
 
 DISTRIBUTED = "--distributed"
 OPTIONS = ("--config", "--workdir", DISTRIBUTED, "--help")  # of every job
-CONFIGS = Path("configs")  # the user's, in the current directory
-PACKAGED = Path(__file__).parents[1] / "configs"
-SHARED = ("__init__", "base", "paper")  # modules that are not recipes
 
 
 def parse(
@@ -64,8 +57,8 @@ def parse(
         raise UserError(f"{error} (see --help)") from error
     if given.config is None and not given.help:
         raise no_config(rest)
-    path, argument = find_config(given.config or "tiny")
-    config = _load(path, argument)
+    path, argument = recipes.find(given.config or "tiny")
+    config = recipes.load(path, argument)
     _override(config, rest, options)
     name = "_".join([path.stem, *argument.replace("/", "_").split()])
     if given.help:
@@ -89,90 +82,6 @@ def no_config(rest: Sequence[str]) -> UserError:
         if word.endswith(".py"):
             return UserError(f"no config given: did you mean --config={word}?")
     return UserError("no config given: add --config=<name>, for example --config=tiny")
-
-
-# ---- config files
-
-
-def find_config(given: str) -> tuple[Path, str]:
-    """The file and the argument of `--config=NAME[:ARGUMENT]`.
-
-    `tiny` is `tiny.py` or `configs/tiny.py` in the current directory, else the packaged recipe;
-    the same holds for `configs/tiny.py`.
-
-    Raises:
-      UserError: no such file.
-    """
-    name, _, argument = given.partition(":")
-    path = files.expand(name)
-    folders = [Path(), CONFIGS]
-    if path.parent in folders:
-        folders.append(PACKAGED)
-    for folder in folders:
-        start = folder / (path.name if folder == PACKAGED else path)
-        for found in (start, start.with_name(f"{start.name}.py") if start.name else start):
-            if os.path.isfile(found):  # Path.is_file raises on overlong names
-                return found, argument
-    if "=" in name:
-        raise UserError(f"--config={given}: a field of the config is set by --config.{given}")
-    if PACKAGED in folders:
-        stems = {p.stem for folder in (CONFIGS, PACKAGED) for p in folder.glob("*.py")}
-        wanted, known = path.stem, sorted(stems - {*SHARED})
-    else:
-        wanted = str(path.parent / path.stem)
-        known = [str(p.with_suffix("")) for p in sorted(path.parent.glob("*.py"))]
-    raise UserError(f"config file {name} not found{suggest(wanted, known)}")
-
-
-def load_module(path: Path) -> ModuleType:
-    """The module of a config file found by `find_config`."""
-    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
-    if spec is None:
-        raise UserError(f"config file {path} is not a Python file: give configs/<name>.py")
-    module = importlib.util.module_from_spec(spec)
-    _provide_recipes([PACKAGED] if path.parent == PACKAGED else [CONFIGS.absolute(), PACKAGED])
-    spec.loader.exec_module(module)
-    return module
-
-
-def _provide_recipes(folders: Sequence[Path]) -> None:
-    """Has recipes import `configs` from these folders, the first that has a module.
-
-    A packaged recipe imports its own base, even if the user has a package named configs; the user's
-    recipes import either. Installed, the packaged ones are no top-level package.
-    """
-    places = [str(folder) for folder in folders if folder.is_dir()]
-    before = sys.modules.get("configs")
-    if before is not None and list(dict.fromkeys(before.__path__)) == places:
-        return
-    for name in [x for x in sys.modules if x.partition(".")[0] == "configs"]:
-        del sys.modules[name]
-    start = next(x for x in (Path(place, "__init__.py") for place in places) if x.exists())
-    spec = importlib.util.spec_from_file_location(
-        "configs", start, submodule_search_locations=places
-    )
-    sys.modules["configs"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["configs"])
-
-
-def _load(path: Path, argument: str) -> ConfigDict:
-    module = load_module(path)
-    if not hasattr(module, "get_config"):
-        raise UserError(f"config file {path} has no get_config(): is it a config?")
-    arguments = [argument] if argument else []
-    try:
-        inspect.signature(module.get_config).bind(*arguments)
-    except TypeError as error:
-        wants = "takes no argument" if argument else "needs an argument"
-        raise UserError(
-            f"config file {path} {wants}: give --config={path}{'' if argument else ':<argument>'}"
-        ) from error
-    config = module.get_config(*arguments)
-    if not isinstance(config, ConfigDict):
-        raise UserError(
-            f"config file {path}: get_config() returns a {type(config).__name__}, not a ConfigDict"
-        )
-    return config.lock()
 
 
 # ---- fields

@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from fkv import files
+from fkv import files, recipes
 from fkv.errors import UserError
 from fkv.evaluation import sweeps
 from fkv.jobs import common, variants
@@ -35,7 +35,7 @@ def main(argv):
     if options.config is None:
         raise flags.no_config(rest)
     shared = [f"--config={options.config}", *rest]
-    path, _ = flags.find_config(options.config)
+    path, _ = recipes.find(options.config)
     where = [] if options.workdir is None else [f"--workdir={options.workdir}"]
     root = options.workdir or flags.parse([argv[0], *shared, *where], options=OPTIONS)[1]
     root = str(files.expand(root)) if root.startswith("~") else root
@@ -111,7 +111,7 @@ def _parser():
 
 
 def _points(options, path):
-    module = flags.load_module(path)
+    module = recipes.load_module(path)
     if not hasattr(module, "sweep"):
         job = options.job or MAIN_JOB
         return [sweep.Point(job, job, {})]

@@ -8,7 +8,7 @@ import fkv
 HOME = Path(fkv.__file__).parent
 # Each room may use those of the lines above it, and what stands beside it.
 ROOMS = (
-    ("commands", "errors", "files", "hub", "keys", "kinds"),
+    ("commands", "errors", "files", "hub", "keys", "kinds", "recipes"),
     ("models", "tasks"),
     ("cache", "data"),
     ("policies",),
@@ -18,7 +18,10 @@ ROOMS = (
     ("serve",),
     ("jobs",),
 )
-BESIDE = {("files", "errors"), ("keys", "errors"), ("kinds", "errors"), ("files", "kinds")}
+BESIDE = {
+    ("files", "errors"), ("keys", "errors"), ("kinds", "errors"), ("files", "kinds"),
+    ("recipes", "errors"), ("recipes", "files"),
+}  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 PARAMETERS, LINES, SECTION_LINES = 7, 500, 350
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import fkv
+from fkv.errors import UserError
 from fkv.jobs import READS
 from launch import __main__ as console
 from launch import flags
@@ -95,5 +96,8 @@ def test_recipes_import_packaged_ones_and_those_beside_them(tmp_path, monkeypatc
         monkeypatch.delitem(sys.modules, name)
     for config, budget in (("mine", 96), ("tiny", 64), ("mine", 96)):
         assert flags.parse(["sft.py", f"--config={config}"])[0].budget == budget
+    assert fkv.recipe("mine").budget == 96 and fkv.recipe("r1_qwen:2k").budget == 2048
+    with pytest.raises(UserError, match=r"config file tinny not found: did you mean tiny\?"):
+        fkv.recipe("tinny")
     (tmp_path / "configs" / "base.py").write_text("raise AssertionError('of the user')\n")
     assert flags.parse(["sft.py", "--config=tiny"])[0].budget == 64

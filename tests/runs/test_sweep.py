@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import yaml
 
+from fkv import recipes
 from fkv.errors import UserError
 from fkv.evaluation import sweeps
 from fkv.jobs import common
@@ -77,7 +78,7 @@ def test_impossible_sweeps_are_refused(points, message):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_sweeps_of_the_project_are_sound(path):
-    points = sweep.check(flags.load_module(path).sweep(), common.JOBS)
+    points = sweep.check(recipes.load_module(path).sweep(), common.JOBS)
     for point in points:
         config, workdir = flags.parse(point.arguments("runs/s", [f"--config={path}"]))
         assert workdir == f"runs/s/{point.name}" and config.is_locked
