@@ -305,7 +305,7 @@ def export() -> ConfigDict:
     config.push = ""  # hub id, owner/name, to upload to; '' for none. Needs `hf auth login`
     config.private = False  # whether only the owner sees it there
     config.license = ""  # on the card: an id of the hub, such as apache-2.0; '' for none
-    config.datasets = ()  # on the card: hub ids of the data that was trained on
+    config.datasets = ""  # on the card: hub ids of the data trained on, with commas between them
     return config
 
 

@@ -12,6 +12,11 @@ from fkv.runs import parallel, sharing
 
 LAYOUTS = ("fkv", "released")
 _HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
+_LICENSE = kinds.Kind("'' or an id, as apache-2.0", lambda x: re.fullmatch(r"[\w.-]*", x))
+_DATASETS = kinds.Kind(
+    "hub ids with commas between them, or ''",
+    lambda x: re.fullmatch(rf"|({_HUB_ID}|\w[\w.-]*)(,({_HUB_ID}|\w[\w.-]*))*", x),
+)
 
 
 def run(config: ConfigDict, workdir: str) -> None:
@@ -27,6 +32,8 @@ def run(config: ConfigDict, workdir: str) -> None:
     kinds.check("export.layout", settings.layout, kinds.one_of(LAYOUTS))
     if settings.push and not re.fullmatch(_HUB_ID, settings.push):
         raise UserError(f"export.push = {settings.push!r} must be a hub id, owner/name")
+    kinds.check("export.license", settings.license, _LICENSE)
+    kinds.check("export.datasets", settings.datasets, _DATASETS)
     if settings.push and settings.layout != "fkv":
         raise UserError(f"export.push uploads layout fkv, not {settings.layout}: set one of them")
     what = f"scorers of {settings.scorer}", f"layout {settings.layout}"
@@ -50,7 +57,8 @@ def _write(config: ConfigDict, workdir: str) -> None:
     else:
         tables = [files.expand(scorer) / x for x in ("loss_ratio.md", "answers/accuracy.md")]
         metrics = "\n\n".join(files.read_text(table) for table in tables if table.exists())
-        said = {"license": config.export.license, "datasets": list(config.export.datasets)}
+        datasets = config.export.datasets.split(",") if config.export.datasets else []
+        said = {"license": config.export.license, "datasets": datasets}
         about |= {name: value for name, value in said.items() if value}
         sharing.export(policy, workdir, about, metrics, config.export.push or ".")
 

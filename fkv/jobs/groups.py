@@ -222,7 +222,7 @@ class Export(Settings):
     push: str = setting(TEXT)
     private: bool = setting(SWITCH)
     license: str = setting(TEXT)
-    datasets: Names = setting(NAMES)
+    datasets: str = setting(TEXT)
 
 
 @settings

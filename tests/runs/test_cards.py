@@ -66,7 +66,7 @@ def config(scorers, tmp_path):
     config = tiny.get_config()
     config.export.scorer = str(tmp_path / "given")
     config.export.push, config.export.license = "me/mine", "mit"
-    config.export.datasets = ("a/b",)
+    config.export.datasets = "a/b,c"
     return config
 
 
@@ -89,7 +89,7 @@ def test_scorers_are_uploaded(config, tmp_path, monkeypatch, capsys):
     ]  # fmt: skip
     assert "uploaded to https://huggingface.co/me/mine: " in capsys.readouterr().out
     front, text = parts(tmp_path / "out")
-    assert front["license"] == "mit" and front["datasets"] == ["a/b"]
+    assert front["license"] == "mit" and front["datasets"] == ["a/b", "c"]
     assert 'load_scorer("me/mine")' in text
 
 
@@ -102,7 +102,10 @@ def test_an_upload_that_fails_is_one_line(config, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=says):
         export.run(config, str(tmp_path / "out"))
     assert fkv.load_scorer(tmp_path / "out") is not None
-    config.export.push = "mine"
+    config.export.datasets = "a/b, c"
+    with pytest.raises(UserError, match=r"export.datasets = 'a/b, c' must be hub ids with commas"):
+        export.run(config, str(tmp_path / "new"))
+    config.export.datasets, config.export.push = "", "mine"
     with pytest.raises(UserError, match="'mine' must be a hub id, owner/name"):
         export.run(config, str(tmp_path / "new"))
     config.export.push, config.export.layout = "me/mine", "released"
