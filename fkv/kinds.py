@@ -68,7 +68,7 @@ def shown(value: Any) -> str:
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"{value.dtype}[{','.join(map(str, value.shape))}]"
     if isinstance(value, Mapping):
-        if value and all(hasattr(x, "size") for x in value.values()):
+        if len(value) > 2 and all(hasattr(x, "size") for x in value.values()):
             return f"<{len(value)} arrays of {sum(x.size for x in value.values()):,} numbers>"
         return f"{{{', '.join(f'{key}: {shown(x)}' for key, x in value.items())}}}"
     return " ".join(repr(value).split())
