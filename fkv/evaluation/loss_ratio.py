@@ -6,6 +6,7 @@ the rewards of the reinforcement stage.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from fkv.cache.cadence import Cadence
 from fkv.engine import beginnings, replay
 from fkv.engine.batch import Batch
 from fkv.learning import golden
-from fkv.learning.tokens import low_entropy, token_losses
+from fkv.learning.tokens import TokenLosses, low_entropy, token_losses
 from fkv.models import LM
 from fkv.policies.base import Policy, View, common_statistics, trained_at
 from fkv.runs import parallel
@@ -177,15 +178,17 @@ class Traces:
 
 
 def measure(
-    lm: LM, policies: Mapping[str, Policy], traces: Traces, cadence: Cadence
+    lm: LM, policies: Mapping[str, Policy], traces: Traces, cadence: Cadence, alone: bool = False
 ) -> list[Losses]:
     """Runs every policy and golden eviction over the traces at one budget.
 
     All share what comes before the first eviction, except for those that `shares` leaves out.
-    Processes share the work, and all get the results.
+    Processes share the work, and all get the results. Programs are compiled once for all calls
+    with the same policies, sizes and cadence.
 
     Args:
       policies: by reported name; `full` and `golden` are always added.
+      alone: this process does all of it, and others may measure something else meanwhile.
 
     Returns:
       One `Losses` per policy: full, golden, then `policies` in their order.
@@ -197,58 +200,17 @@ def measure(
     n, t = batch.token_bt.shape
     together = {name: p for name, p in policies.items() if shares(p, cadence)}
     names, several = list(together), tuple(together.values())
-    alone = {name: p for name, p in policies.items() if name not in together}
+    apart = {name: p for name, p in policies.items() if name not in together}
     first = cadence.first_evicting_token
-
-    def losses(lm, hidden, part):
-        """Of tokens `first` and later, from hidden states that end with the last token."""
-        before = part.token_bt[:, first - 1 :]
-        return token_losses(lm, hidden[:, -before.shape[1] :], before)
-
-    @jax.jit
-    def run_golden(lm, several, part, key_b):
-        one = one_of(several, 0, config.layers)
-        forced, labels, full, begun = golden.policy_and_beginning(lm, part, cadence, one)
-        scores = jnp.concatenate([labels.future_score_ebkn, labels.newest_score_ebkl], axis=-1)
-
-        def observe(acc, policy, view, evict):
-            live_b = golden.at(labels.valid_eb[0], view.eviction)
-            future = golden.at(jnp.take(scores, view.layer, axis=0), view.eviction)
-
-            def lost(slots):
-                return jnp.take_along_axis(future, slots, axis=-1).sum(-1)
-
-            recall, regret = [jnp.ones(evict.shape[:2])], [jnp.zeros(evict.shape[:2])]
-            for chosen in _evictions(policy.watchers, view):
-                recall.append((chosen[..., :, None] == evict[..., None, :]).any(-1).mean(-1))
-                regret.append(lost(chosen) - lost(evict))
-            both = jnp.stack([jnp.stack(recall), jnp.stack(regret)])
-            return acc + jnp.where(live_b[None, None, :, None], both, 0.0), ()
-
-        watched = Watched(forced, several)
-        start = jnp.zeros((2, 1 + len(several), len(key_b), config.kv_heads))
-        hidden, both, _ = beginnings.replay_from(lm, part, begun, watched, key_b, observe, start)
-        events = jnp.maximum(labels.valid_eb[0].sum(0), 1)[None, None, None, :, None]
-        recall, regret = jnp.moveaxis(both / events, 0, 3)  # each [w, b, y, k]
-        full, gold = (losses(lm, x, part) for x in (full, hidden))
-        return full, gold, recall, regret, begun
-
-    @jax.jit
-    def run(lm, policy, part, key_b):
-        return losses(lm, replay.replay(lm, part, policy, cadence, key_b)[0], part).nll_bt
-
-    @jax.jit
-    def run_from(lm, begun, policy, part, key_b):
-        hidden, _, _ = beginnings.replay_from(lm, part, begun, policy, key_b)
-        return losses(lm, hidden, part).nll_bt
 
     nll = {name: np.zeros((n, t - 1), np.float32) for name in ("full", "golden", *policies)}
     entropy = np.zeros((n, t - 1), np.float32)
     shape = (1 + len(names), n, config.layers, config.kv_heads)
     recalls, regrets = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-    turns = enumerate(_batches(traces.width_b, traces.at_once))
+    processes, mine = (1, 0) if alone else (jax.process_count(), jax.process_index())
+    turns = enumerate(batches(traces.width_b, traces.at_once))
     for turn, (rows, wanted) in turns:  # other rows stay zero: other processes fill them in
-        if turn % jax.process_count() != jax.process_index():
+        if turn % processes != mine:
             continue
         width, key_b = traces.width_b[rows[0]], traces.key_b[rows]
         if width <= first:  # no token counts
@@ -258,7 +220,7 @@ def measure(
         def put(table, found, wanted=wanted, width=width):
             table[wanted, first - 1 : width - 1] = np.asarray(found)[: len(wanted)]
 
-        full, gold, recall, regret, begun = run_golden(lm, several, part, key_b)
+        full, gold, recall, regret, begun = _run_golden(lm, several, part, key_b, cadence)
         put(nll["full"], full.nll_bt)
         put(nll["golden"], gold.nll_bt)
         put(entropy, full.entropy_bt)
@@ -266,11 +228,12 @@ def measure(
         regrets[:, wanted] = np.asarray(regret)[:, : len(wanted)]
         for i, name in enumerate(names):
             one = one_of(several, i, config.layers)
-            put(nll[name], run_from(lm, begun, one, part, key_b))
-        for name, policy in alone.items():
-            put(nll[name], run(lm, policy, part, key_b))
+            put(nll[name], _run_from(lm, begun, one, part, key_b))
+        for name, policy in apart.items():
+            put(nll[name], _run(lm, policy, part, key_b, cadence))
 
-    *found, entropy, recalls, regrets = parallel.total([*nll.values(), entropy, recalls, regrets])
+    found = [*nll.values(), entropy, recalls, regrets]
+    *found, entropy, recalls, regrets = found if alone else parallel.total(found)
     nll = dict(zip(nll, found, strict=True))
     recall = dict(zip(("golden", *names), recalls, strict=True))
     regret = dict(zip(("golden", *names), regrets, strict=True))
@@ -301,6 +264,54 @@ def measure(
     ]
 
 
+def _losses(lm: LM, hidden: Array, part: Batch, cadence: Cadence) -> TokenLosses:
+    """Of tokens after the first `B + L`, from hidden states that end with the last token."""
+    before = part.token_bt[:, cadence.first_evicting_token - 1 :]
+    return token_losses(lm, hidden[:, -before.shape[1] :], before)
+
+
+@functools.partial(jax.jit, static_argnames="cadence")
+def _run_golden(lm, several, part, key_b, cadence):
+    """The full cache, and golden eviction watched by all policies that share its pass."""
+    config = lm.config
+    one = one_of(several, 0, config.layers)
+    forced, labels, full, begun = golden.policy_and_beginning(lm, part, cadence, one)
+    scores = jnp.concatenate([labels.future_score_ebkn, labels.newest_score_ebkl], axis=-1)
+
+    def observe(acc, policy, view, evict):
+        live_b = golden.at(labels.valid_eb[0], view.eviction)
+        future = golden.at(jnp.take(scores, view.layer, axis=0), view.eviction)
+
+        def lost(slots):
+            return jnp.take_along_axis(future, slots, axis=-1).sum(-1)
+
+        recall, regret = [jnp.ones(evict.shape[:2])], [jnp.zeros(evict.shape[:2])]
+        for chosen in _evictions(policy.watchers, view):
+            recall.append((chosen[..., :, None] == evict[..., None, :]).any(-1).mean(-1))
+            regret.append(lost(chosen) - lost(evict))
+        both = jnp.stack([jnp.stack(recall), jnp.stack(regret)])
+        return acc + jnp.where(live_b[None, None, :, None], both, 0.0), ()
+
+    watched = Watched(forced, several)
+    start = jnp.zeros((2, 1 + len(several), len(key_b), config.kv_heads))
+    hidden, both, _ = beginnings.replay_from(lm, part, begun, watched, key_b, observe, start)
+    events = jnp.maximum(labels.valid_eb[0].sum(0), 1)[None, None, None, :, None]
+    recall, regret = jnp.moveaxis(both / events, 0, 3)  # each [w, b, y, k]
+    full, gold = (_losses(lm, x, part, cadence) for x in (full, hidden))
+    return full, gold, recall, regret, begun
+
+
+@functools.partial(jax.jit, static_argnames="cadence")
+def _run(lm, policy, part, key_b, cadence):
+    return _losses(lm, replay.replay(lm, part, policy, cadence, key_b)[0], part, cadence).nll_bt
+
+
+@jax.jit
+def _run_from(lm, begun, policy, part, key_b):
+    hidden, _, _ = beginnings.replay_from(lm, part, begun, policy, key_b)
+    return _losses(lm, hidden, part, begun.cadence).nll_bt
+
+
 def shares(policy: Policy, cadence: Cadence) -> bool:
     """Whether a policy can share a beginning, a pass and the golden cache with others.
 
@@ -313,7 +324,7 @@ def is_rule(policy: Policy | None) -> bool:
     return policy is not None and policy.evicts and not jax.tree.leaves(policy)
 
 
-def _batches(width_b: np.ndarray, batch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def batches(width_b: np.ndarray, batch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Rows of equal width, `batch` at a time, and which of them are new.
 
     The last batch of a width is filled up with repeated rows, so that all have one shape.

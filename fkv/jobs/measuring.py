@@ -1,4 +1,4 @@
-"""What the measurements of `launch.recall` share: the open run, batches, and turns of processes."""
+"""What the measurements of several jobs share: the open run, batches, and turns of processes."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -101,7 +101,7 @@ def measure(job: Job, parts: Sequence[Part], at: Sequence[Cadence], store: Sampl
 
 def _check_finite(job: Job, rows: Sequence[dict]) -> None:
     for row in rows:
-        if not np.isfinite(row.get("kl", row.get("nll"))):
+        if not np.isfinite(row.get("kl", row.get("nll", 0.0))).all():
             raise UserError(
                 f"results of {row['policy']!r} at budget {row['budget']} are NaN or infinite with "
                 f"the language model in {job.config.dtype}: set dtype to one with a wider range"

@@ -17,6 +17,8 @@ from fkv.cache.cadence import Cadence
 from fkv.errors import UserError
 from fkv.models import ModelConfig, find, read
 from fkv.models.decoder import param_shapes
+from fkv.policies import arrival
+from fkv.policies.base import Policy
 from fkv.policies.scorer import ScorerConfig, feature_size
 
 
@@ -108,14 +110,19 @@ def parameter_bytes(config: ModelConfig, dtype: str) -> int:
     return parameters(config) * jnp.dtype(dtype).itemsize
 
 
-def cache_bytes(config: ModelConfig, slots: int, dtype: str, statistics: bool = False) -> int:
-    """Bytes of one row's keys, values, positions and (if kept) attention sums in all layers.
+def cache_bytes(config: ModelConfig, slots: int, dtype: str, policy: Policy | None = None) -> int:
+    """Bytes of one row's cache in all layers: keys, values and positions.
 
     The config's `cache_dtype` takes precedence over the model's `dtype`.
+
+    Args:
+      policy: whose numbers of entries count, too: attention sums, and what its `arrive` gives.
     """
     entry = 2 * config.head_dim * jnp.dtype(config.cache_dtype or dtype).itemsize + 4
     entry += 2 * 4 if config.cache_dtype == "int8" else 0  # scales
-    entry += 8 * config.group_size if statistics else 0
+    if policy is not None:
+        entry += 8 * config.group_size if policy.statistics else 0
+        entry += size(arrival.shapes(policy, config, jnp.dtype(dtype)))
     return config.layers * config.kv_heads * slots * entry
 
 

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from configs import qwen3_4b, tiny
+from fkv import policies
 from fkv.errors import UserError
 from fkv.jobs import common, dry_run, programs
 from fkv.learning import sft
@@ -103,9 +104,10 @@ def test_generation_s_programs_and_caches(described):
     assert "512 and up to 64 new tokens" in text
     _, programs_ = figures(described)
     model = common.model_config(described)
+    sums = policies.get("h2o")  # what scorers keep of an entry, too
     full, evicting = programs_["full, batch 4, 576 slots"], programs_["foresight 32, batch 4"]
     assert full["memory"]["caches"] == 4 * costs.cache_bytes(model, 512 + 64, "bfloat16")
-    assert evicting["memory"]["caches"] == 4 * costs.cache_bytes(model, 48, "bfloat16", True)
+    assert evicting["memory"]["caches"] == 4 * costs.cache_bytes(model, 48, "bfloat16", sums)
     for one, slots in ((full, 576), (evicting, 48)):
         assert one["ideal_bytes"] == costs.decode_bytes(model, 4, slots, "bfloat16")
         assert one["ideal_flops"] == costs.decode_flops(model, 4, slots)

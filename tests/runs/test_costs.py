@@ -113,16 +113,28 @@ def test_operations_are_those_that_the_compiler_counts():
     assert counted == pytest.approx(ours, rel=0.05)
 
 
+class Arriving(policies.Policy):
+    """Keeps numbers of two types with each entry, besides the sums."""
+
+    statistics = "sums"
+
+    def arrive(self, arrival):
+        norm = jnp.linalg.norm(arrival.key_btkd.astype(jnp.float32), axis=-1)
+        return {"norm": norm, "value": arrival.value_btkd[..., :3]}
+
+    def score(self, view):
+        return view.arrived["norm"]
+
+
 @pytest.mark.parametrize("cache_dtype", ["", "int8"])
 def test_caches_have_the_bytes_that_are_said(cache_dtype):
     config, _ = oracles.make_model(heads=4, kv_heads=2, cache_dtype=cache_dtype)
-    for name in ("snapkv", "h2o"):
-        policy = policies.get(name)
+    for policy in (policies.get("snapkv"), policies.get("h2o"), Arriving()):
         cache = jax.eval_shape(
             lambda policy=policy: replay.init_cache(policy, 3, config, Cadence(16, 8), jnp.bfloat16)
         )
-        ours = costs.cache_bytes(config, 24, "bfloat16", bool(policy.statistics))
-        assert 3 * ours == config.layers * costs.size(cache), name
+        ours = costs.cache_bytes(config, 24, "bfloat16", policy)
+        assert 3 * ours == config.layers * costs.size(cache), policy
 
 
 def test_the_largest_that_fits_lies_on_the_line():
