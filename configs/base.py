@@ -247,6 +247,28 @@ def recall() -> ConfigDict:
     return config
 
 
+def leaderboard() -> ConfigDict:
+    """One table of policies, scorers and budgets, those of `evaluate`."""
+    config = ConfigDict()
+    config.calibrate = 0  # training traces that TriAttention is calibrated on; 0 leaves it out
+    config.retained = 16  # traces that attention retained is measured on, 0 for none
+    config.benchmark = ""  # workdir of launch.benchmark for this model, for times per token
+    return config
+
+
+def advise() -> ConfigDict:
+    """The smallest budgets that keep the full cache's loss; scorers are those of `evaluate`."""
+    config = ConfigDict()
+    config.percent = (1.0, 2.0, 5.0)  # loss that eviction may add, in % of the full cache's
+    config.budgets = (256, 512, 1024, 2048, 4096)  # B, the ladder that is measured first
+    config.halvings = 2  # of the steps of the ladder that contain an answer
+    config.policies = ("snapkv", "h2o", "streaming_llm")  # besides golden eviction and the scorers
+    config.groups = ()  # name=traces, advised on one by one and together; () for data.eval_path
+    config.traces = 64  # of each group, at most
+    config.heads = 16  # traces that budgets per layer and KV head are found on, 0 for none
+    return config
+
+
 def pipeline() -> ConfigDict:
     """Several stages in one run directory."""
     config = ConfigDict()

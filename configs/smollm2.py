@@ -58,8 +58,8 @@ def get_config(arg: str = "") -> ConfigDict:
         )
     name = f"smollm2_{arg}" if arg else "smollm2"  # as launch names run directories
     config = base.recipe(
-        "data", "traces", "scorer", "sft", "grpo", "eval", "evaluate", "recall", "pipeline",
-        "benchmark", "export", "generate", "serve",
+        "data", "traces", "scorer", "sft", "grpo", "eval", "evaluate", "recall", "leaderboard",
+        "advise", "pipeline", "benchmark", "export", "generate", "serve",
     )  # fmt: skip
     place, paper = VARIANTS[arg]
     config.model, config.revision = MODELS[place]
@@ -109,6 +109,13 @@ def get_config(arg: str = "") -> ConfigDict:
 
     config.recall.prompt_tokens = 512
     config.recall.context = 640
+
+    config.leaderboard.calibrate = 16
+    config.leaderboard.retained = 6
+
+    config.advise.budgets = (64, 96, 128, 192, 256, 384)
+    config.advise.policies = ("tova", "h2o", "rkv", "random:sinks=4")
+    config.advise.traces, config.advise.heads = 24, 6
 
     config.generate.policy = "h2o"
     config.generate.new_tokens = 256

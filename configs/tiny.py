@@ -8,6 +8,9 @@ python -m launch.evaluate --config=tiny  answers of every policy; at B = 64 the 
                                          81 % of 512 right, those of grpo 87 %, baselines below 1 %
 python -m launch.pipeline --config=tiny  these three in one directory, with fewer problems
 python -m launch.traces --config=tiny    the reasoner's own answers, as traces
+python -m launch.leaderboard --config=tiny   answers, losses, attention retained and costs in one
+                                         table
+python -m launch.advise --config=tiny    the smallest budget that keeps the full cache's loss
 python -m launch.generate --config=tiny  one answer, streamed
 python -m launch.serve --config=tiny     an OpenAI-compatible server
 python -m launch.export --config=tiny    the scorers, to share
@@ -32,7 +35,7 @@ def get_config() -> ConfigDict:
     """The recipe; see `configs.base` for what the fields mean."""
     config = base.recipe(
         "task", "pretrain", "data", "traces", "scorer", "sft", "grpo", "eval", "evaluate",
-        "recall", "pipeline", "benchmark", "export", "generate", "serve",
+        "recall", "leaderboard", "advise", "pipeline", "benchmark", "export", "generate", "serve",
     )  # fmt: skip
     config.budget, config.interval = 64, 16
 
@@ -77,6 +80,11 @@ def get_config() -> ConfigDict:
     config.recall.prompt_tokens = 128
     config.recall.new_tokens = 128
     config.recall.lookups = 0
+
+    config.leaderboard.calibrate = 16
+
+    config.advise.budgets = (32, 48, 64, 96, 128, 192)
+    config.advise.policies = (TUNED_RKV, "lagkv", "random:sinks=4")
 
     config.serve.budgets, config.serve.length = (64,), 1024
 

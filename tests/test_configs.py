@@ -16,7 +16,7 @@ from fkv.policies import scorer
 from launch import fields, flags
 
 REAL = ("r1_qwen", "qwen3_4b", "qwen3_1p7b", "r1_llama")
-OTHERS = ("tiny", "tiny_ablations", "speed", "smollm2")
+OTHERS = ("tiny", "tiny_ablations", "speed", "smollm2", "leaderboard")
 
 
 def parse(job, config, *rest):

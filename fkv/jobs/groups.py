@@ -166,6 +166,26 @@ class Recall(Settings):
 
 
 @settings
+class Leaderboard(Settings):
+    group: ClassVar[str] = "leaderboard"
+    calibrate: int = setting(ANY)
+    retained: int = setting(ANY)
+    benchmark: str = setting(TEXT)
+
+
+@settings
+class Advise(Settings):
+    group: ClassVar[str] = "advise"
+    percent: tuple[float, ...] = setting(kinds.several(POSITIVE, "a tuple of numbers above 0"))
+    budgets: Sizes = setting(SIZES)
+    halvings: int = setting(ANY)
+    policies: Names = setting(NAMES)
+    groups: Names = setting(NAMES)
+    traces: int = setting(COUNT)
+    heads: int = setting(ANY)
+
+
+@settings
 class Pipeline(Settings):
     group: ClassVar[str] = "pipeline"
     stages: Names = setting(NAMES)
@@ -263,7 +283,7 @@ class Serve(Sampling):
 GROUPS = (
     Shared, ledger.Spec, Reasoner, pretrain.Plan, Data, Traces, ScorerConfig, sft.Plan,
     sft.LossConfig, Supervised, Reinforcement, grpo.GRPOConfig, grpo.Plan, Eval, Evaluate, Recall,
-    Pipeline, Benchmark, Peers, Export, Generate, Serve,
+    Leaderboard, Advise, Pipeline, Benchmark, Peers, Export, Generate, Serve,
 )  # fmt: skip
 FIELDS = {
     f"{cls.group}.{name}".lstrip("."): kind for cls in GROUPS for name, kind in cls.kinds().items()

@@ -1,0 +1,13 @@
+"""One table of every policy at every budget: answers, losses, attention retained and costs."""
+
+from launch import app
+
+
+def main(config, workdir):
+    from fkv.jobs import leaderboard
+
+    leaderboard.run(config, workdir)
+
+
+if __name__ == "__main__":
+    app.run(main)
