@@ -1,11 +1,12 @@
 """Figures of leaderboards and of budget advice, in the style of `plots`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from fkv.evaluation import plots
+from fkv.evaluation.advice import MORE, RESAMPLES, Curve, smallest
 from fkv.evaluation.board import Entry
 
 _PANELS = {
@@ -47,3 +48,40 @@ def _log_budgets(axis, budgets: Sequence[int] | None) -> None:
     if budgets:
         axis.set_xticks(budgets, [str(x) for x in budgets])
         axis.minorticks_off()
+
+
+def advice(curves: Mapping[str, Mapping[str, Curve]], limits: Sequence[float], path: Path) -> None:
+    """Loss added against budget, a panel per group of traces, with the limits and the answers.
+
+    Args:
+      curves: by group and policy.
+      limits: loss that may be added, %.
+    """
+    styles = plots._styles(list(dict.fromkeys(name for one in curves.values() for name in one)))
+    size, title = (
+        (5.2 * len(curves) + 2.4, 4.8),
+        "loss added by eviction, 95 % intervals; rings: advised",
+    )
+    labels = plots._BUDGET, "% of the full cache's loss"
+    with plots._figure(path, size, (1, len(curves)), title, *labels) as axes:
+        for axis, (group, some) in zip(axes[0], curves.items(), strict=True):
+            for name, curve in some.items():
+                n = len(curve.full_n)
+                rng = np.random.default_rng(0)
+                again = curve.percent(rng.multinomial(n, np.full(n, 1 / n), RESAMPLES))
+                low, high = np.quantile(again, (0.025, 0.975), axis=0)
+                value = curve.percent()
+                ends = (np.maximum(value - low, 0), np.maximum(high - value, 0))
+                points = list(zip(curve.budgets, value, *ends, strict=True))
+                plots._curve(axis, points, name, **styles[name])
+                for limit in limits:
+                    found = float(smallest(curve.budgets, value, limit))
+                    if found != MORE:
+                        at = value[curve.budgets.index(int(found))]
+                        ring = {"markersize": 9, "markerfacecolor": "none"}
+                        axis.plot(found, at, "o", color=styles[name]["color"], **ring)
+            for limit in limits:
+                plots._horizontal(axis, limit)
+            axis.set_yscale("symlog", linthresh=min(limits))
+            axis.set_title(group)
+            _log_budgets(axis, sorted({b for c in some.values() for b in c.budgets}))

@@ -28,6 +28,7 @@ from fkv.policies.threshold import Threshold as Threshold
 from fkv.policies.tova import TOVA as TOVA
 from fkv.policies.triattention import TriAttention as TriAttention
 from fkv.policies.trimkv import TrimKV as TrimKV
+from fkv.policies.uneven import Uneven as Uneven
 from fkv.policies.vase import VaSE as VaSE
 from fkv.policies.vase import VaSEDKV as VaSEDKV
 from fkv.policies.wrapper import Wrapper as Wrapper
