@@ -23,7 +23,17 @@ from fkv.runs import finished
 from . import flags
 
 # Jobs that have nothing to do if they are run again; others answer, serve, write or measure anew.
-_END = ("pretrain", "traces", "sft", "grpo", "evaluate", "recall", "pipeline")
+_END = (
+    "pretrain",
+    "traces",
+    "sft",
+    "grpo",
+    "evaluate",
+    "recall",
+    "leaderboard",
+    "advise",
+    "pipeline",
+)
 
 
 def run(main: Callable[[ConfigDict, str], None], argv: Sequence[str] | None = None) -> None:

@@ -51,8 +51,8 @@ def run(config: ConfigDict, workdir: str) -> list[dict]:
     named, inputs = evaluate.policies_of(part)
     at = common.cadences(config, "advise.budgets")
     shape = common.model_config(config)
-    what = f"{len(named)} policies, B = {', '.join(map(str, settings.budgets))}"
-    common.announce("advise", config, workdir, shape, f"{what}, L = {config.interval}")
+    what = f"{len(named)} policies", common.said_cadence(config, settings.budgets)
+    common.announce("advise", config, workdir, shape, what)
     common.check_policies(config, shape, named, at)
     rundir.check_run(workdir, config, MAY_DIFFER, inputs)
     traces = _traces(config, shape.vocab_size)
@@ -300,9 +300,9 @@ def _write(job: Job, found: list[dict], curves: dict[str, Curve], group_n) -> No
     table = tables.write(path / "advice", HEAD, [_cells(row) for row in found], csv, note)
     data = {"model": config.model, "interval": config.interval, "note": note, "advice": found}
     write_text(path / "advice.json", json.dumps(data, indent=1) + "\n")
-    for suffix in ("png", "pdf"):
-        parts = {
-            x: {n: c.take(rows) for n, c in curves.items()} for x, rows in _parts(group_n).items()
-        }
-        charts.advice(parts, config.advise.percent, path / f"advice.{suffix}")
+    parts = {
+        group: {name: curve.take(rows) for name, curve in curves.items()}
+        for group, rows in _parts(group_n).items()
+    }
+    charts.advice(parts, config.advise.percent, path / "advice.png")
     common.say(f"\n{table}\n\n{note}\nwritten to {path}: advice.(txt md csv json png pdf)")

@@ -55,8 +55,8 @@ def run(config: ConfigDict, workdir: str) -> list[board.Entry]:
     if settings.calibrate and CALIBRATED in named:
         raise UserError(f"leaderboard.calibrate makes {CALIBRATED!r}: name other scorers otherwise")
     common.check_baseline(config, [*named, *([CALIBRATED] if settings.calibrate else [])])
-    what = f"{len(named)} policies, B = {', '.join(map(str, config.evaluate.budgets))}"
-    common.announce("leaderboard", config, workdir, shape, f"{what}, L = {config.interval}")
+    what = f"{len(named)} policies", common.said_cadence(config, config.evaluate.budgets)
+    common.announce("leaderboard", config, workdir, shape, what)
     common.check_policies(config, shape, named, at)
     rundir.check_run(workdir, config, MAY_DIFFER, inputs)
     times = _times(config)
@@ -232,8 +232,5 @@ def _write(path, config: ConfigDict, found, traces: int, some: int, length: int)
     about = {"model": config.model, "interval": config.interval, "traces": traces, "note": note}
     data = {**about, "entries": board.records(found)}
     write_text(path / "leaderboard.json", json.dumps(data, indent=1) + "\n")
-    for suffix in ("png", "pdf"):
-        charts.leaderboard(
-            found, path / f"leaderboard.{suffix}", f"{config.model}, L = {config.interval}"
-        )
+    charts.leaderboard(found, path / "leaderboard.png", f"{config.model}, L = {config.interval}")
     common.say(f"\n{table}\n\n{note}\nwritten to {path}: leaderboard.(txt md csv json png pdf)")

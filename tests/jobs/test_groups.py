@@ -13,6 +13,7 @@ from fkv import api, models
 from fkv.errors import UserError
 from fkv.jobs import (
     READS,
+    advise,
     benchmark,
     common,
     evaluate,
@@ -20,6 +21,7 @@ from fkv.jobs import (
     generate,
     groups,
     grpo,
+    leaderboard,
     pipeline,
     pretrain,
     serve,
@@ -30,7 +32,8 @@ from fkv.jobs import (
 RUN = {
     "pretrain": pretrain.run, "traces": traces.run, "sft": sft.run, "grpo": grpo.run,
     "evaluate": evaluate.run, "benchmark": benchmark.run, "export": export.run,
-    "generate": generate.run, "serve": serve.run,
+    "generate": generate.run, "serve": serve.run, "leaderboard": leaderboard.run,
+    "advise": advise.run,
 }  # fmt: skip
 TOP = (
     "seed", "model", "dtype", "cache_dtype", "model_axis", "budget", "interval",
@@ -42,6 +45,8 @@ GROUPS = {
     "sft": (*TOP, "data", "scorer", "sft", "eval"),
     "grpo": (*TOP, "data", "scorer", "grpo", "eval"),
     "evaluate": (*TOP, "data", "eval", "evaluate"),
+    "leaderboard": (*TOP, "data", "eval", "evaluate", "leaderboard"),
+    "advise": (*TOP, "data", "advise"),
     "benchmark": (*TOP, "benchmark"),
     "export": ("model", "export"),
     "generate": (*TOP, "generate"),
@@ -61,7 +66,8 @@ ZERO = {
     "benchmark.layers", "benchmark.top_k", "benchmark.temperature", "benchmark.memory_gib",
     "benchmark.minutes", "traces.min_p", "evaluate.min_p", "generate.min_p", "benchmark.min_p",
     "serve.min_p", "serve.temperature", "serve.top_k", "serve.port", "serve.queue",
-    "serve.logprobs", "serve.sessions", "serve.drain",
+    "serve.logprobs", "serve.sessions", "serve.drain", "leaderboard.calibrate",
+    "leaderboard.retained", "advise.halvings", "advise.heads",
 }  # fmt: skip
 
 
