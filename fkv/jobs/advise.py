@@ -48,6 +48,7 @@ def run(config: ConfigDict, workdir: str) -> list[dict]:
     for name in ("budgets", "percent"):
         if list(settings[name]) != sorted({*settings[name]}) or not settings[name]:
             raise UserError(f"advise.{name} = {settings[name]} must be ascending, at least one")
+    _places(config)
     named, inputs = evaluate.policies_of(part)
     at = common.cadences(config, "advise.budgets")
     shape = common.model_config(config)
@@ -77,24 +78,34 @@ def run(config: ConfigDict, workdir: str) -> list[dict]:
 # ---- traces
 
 
-def _traces(config: ConfigDict, vocabulary: int) -> dict[str, Traces]:
-    """The traces of each group, by its name."""
-    settings, found = config.advise, {}
-    for entry in settings.groups or (f"{ALL}={config.data.eval_path}",):
-        name, equals, path = entry.partition("=")
-        if not equals or not name or (settings.groups and (not path or name == ALL)):
+def _places(config: ConfigDict) -> dict[str, str]:
+    """Where the traces of each group are, by its name."""
+    if not config.advise.groups:
+        return {ALL: config.data.eval_path}
+    found = {}
+    for entry in config.advise.groups:
+        name, _, path = entry.partition("=")
+        if not name or not path or name == ALL:
             raise UserError(
                 f"advise.groups: {entry!r} must be of the form name=traces, with a name other than "
                 f"{ALL!r}"
             )
         if name in found:
             raise UserError(f"advise.groups: {name!r} is given twice")
+        found[name] = path
+    return found
+
+
+def _traces(config: ConfigDict, vocabulary: int) -> dict[str, Traces]:
+    """The traces of each group, by its name."""
+    found, least = {}, min(config.advise.budgets)
+    for name, path in _places(config).items():
         part = ConfigDict(config).copy_and_resolve_references()
         part.data.eval_path = path
-        with common.of_field(f"advise.groups: {entry!r}" if settings.groups else "advise"):
-            found[name] = common.load_traces(
-                part, "eval", settings.traces, min(settings.budgets), vocabulary
-            )
+        where = f"advise.groups: {name}={path}" if config.advise.groups else "advise"
+        with common.of_field(where):
+            count = config.advise.traces
+            found[name] = common.load_traces(part, "eval", count, least, vocabulary)
     return found
 
 

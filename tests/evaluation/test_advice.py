@@ -61,7 +61,7 @@ def test_nothing_is_said_beyond_what_was_measured():
 
 
 def test_intervals_hold_the_share_of_resamples_that_they_say():
-    one, limit = curve(n=12, seed=3), 0.5
+    one, limit = curve(n=12, seed=3), 1.0
     found, rng = advice.advise(one, limit), np.random.default_rng(0)
     again = []
     for _ in range(1000):

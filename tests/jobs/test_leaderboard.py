@@ -182,7 +182,7 @@ def test_advice_refuses_what_it_cannot_measure(tmp_path):
         ({"advise__budgets": (17,)}, "advise.budgets: budget = 17 must be a multiple"),
         ({"advise__groups": ("x",)}, "'x' must be of the form name=traces"),
         ({"advise__groups": ("all=x",)}, "with a name other than 'all'"),
-        ({"advise__groups": ("a=/nowhere",)}, "advise.groups: 'a=/nowhere'.*no such file"),
+        ({"advise__groups": ("a=/nowhere",)}, "advise.groups: a=/nowhere: .*no such file"),
     ):
         with pytest.raises(UserError, match=message):
             advise.run(advice_recipe(**changes), str(tmp_path / "run"))
