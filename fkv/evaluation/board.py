@@ -9,7 +9,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from scipy import special
 
 from fkv.cache.cadence import FULL, said_budget
 from fkv.evaluation import accuracy, paired, tables
@@ -30,6 +29,8 @@ class Interval:
     @classmethod
     def of(cls, estimate: paired.Estimate, n: int) -> "Interval":
         """From a value and its standard error over n traces."""
+        from scipy import special  # slow to import
+
         value, error = map(float, estimate)
         half = float(special.stdtrit(n - 1, 0.975)) * error if n > 1 else float("nan")
         return cls(value, value - half, value + half)
