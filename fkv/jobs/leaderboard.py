@@ -87,6 +87,7 @@ def run(config: ConfigDict, workdir: str) -> list[board.Entry]:
         store = losses.measure(job, given, at)
         some = given.first(settings.retained)
         held = losses.measure_retained(job, some, at) if settings.retained else None
+    del model, job  # answers load one of their own
     answered = []
     if (part := _answers(config, own)) is not None:
         answered = evaluate.run(part, f"{workdir}/answers")
@@ -147,12 +148,13 @@ def _costs(
     full = costs.cache_bytes(shape, length, config.dtype)
     found = {("full", FULL): Cost(full, 1.0, ms=times.get(("full", FULL)))}
     for cadence in at:
+        # Golden eviction is known in hindsight only; its cache is that of a policy without numbers.
         for name, policy in {GOLDEN: policies.get("knorm"), **named}.items():
             cell = name, cadence.budget
             slots = policy.capacity(cadence.budget) + cadence.interval
             own = costs.cache_bytes(shape, slots, config.dtype, policy)
             work = (None, None)
-            if name != GOLDEN:  # which is known in hindsight only
+            if name != GOLDEN:
                 work = eviction_work(policy, shape, cadence, config.dtype)
             found[cell] = Cost(own, own / full, *work, times.get(cell))
     return found
