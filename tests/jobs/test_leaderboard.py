@@ -2,15 +2,17 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
 from fkv import models, policies
 from fkv.cache.cadence import Cadence
+from fkv.engine import replay
 from fkv.engine.batch import Batch
 from fkv.errors import UserError
 from fkv.evaluation import loss_ratio
-from fkv.jobs import advise, common, leaderboard, losses
+from fkv.jobs import advise, common, leaderboard
 from fkv.runs import preemption
 from fkv.tasks import REASONER
 from tests.jobs.test_sft import small
@@ -60,8 +62,9 @@ def test_losses_are_those_of_one_pass_over_all_traces(finished):
     held_out = common.load_traces(config, "eval", 3, 16, 72)
     given = loss_ratio.Traces(
         Batch.of(held_out.token_nt, held_out.length_n, held_out.prompt_n),
-        losses.replay.row_keys(losses.key_of(0, losses.Purpose.REPLAY), 3),
+        replay.row_keys(jax.random.key(0), 3),
         held_out.padded_n,
+        at_once=2,  # as there: the same programs
     )
     lm = models.load(REASONER, "float32")
     want = loss_ratio.measure(lm, {"h2o": policies.get("h2o")}, given, Cadence(16, config.interval))
@@ -103,14 +106,23 @@ def test_what_does_not_fit_is_refused_before_anything_is_measured(tmp_path):
 # ---- advice
 
 
+LIMITS = (20.0, 200.0, 240.0)
+
+
 def advice_recipe(**changes):
     fields = dict(
-        evaluate__scorers=(), advise__policies=("h2o",), advise__budgets=(16, 48),
-        advise__percent=(20.0, 200.0), advise__halvings=2, advise__traces=3, advise__heads=0,
+        evaluate__scorers=(), advise__policies=("h2o",), advise__budgets=(16, 32),
+        advise__percent=LIMITS, advise__halvings=1, advise__traces=3, advise__heads=2,
     )  # fmt: skip
     config = small("embedded", **{**fields, **changes})
     config.eval.batch = 3
     return config
+
+
+@pytest.fixture(scope="module")
+def advised(tmp_path_factory):
+    path = tmp_path_factory.mktemp("advice")
+    return path, advise.run(advice_recipe(), str(path))
 
 
 def brute_force(budgets, limits):
@@ -121,8 +133,8 @@ def brute_force(budgets, limits):
     lm, full, added = models.load(REASONER, "float32"), None, {"golden": {}, "h2o": {}}
     for budget in budgets:
         given = loss_ratio.Traces(
-            batch, losses.replay.row_keys(losses.key_of(0, losses.Purpose.REPLAY), 3),
-            held_out.padded_n,
+            batch, replay.row_keys(jax.random.key(0), 3),
+            held_out.padded_n, at_once=3,
         )  # fmt: skip
         rules = {"h2o": policies.get("h2o")}
         found = loss_ratio.measure(lm, rules, given, Cadence(budget, config.interval))
@@ -138,39 +150,37 @@ def brute_force(budgets, limits):
     }
 
 
-def test_the_budget_advised_is_that_of_trying_all(tmp_path):
-    config = advice_recipe()
-    found = advise.run(config, str(tmp_path))
-    every = range(16, 49, config.interval)
-    want = brute_force(every, config.advise.percent)
+def test_the_budget_advised_is_that_of_trying_all(advised):
+    _, found = advised
+    want = brute_force(range(16, 33, 8), LIMITS)
     got = {(row["policy"], row["percent"]): row["budget"] for row in found}
-    assert got == want and len({*want.values()}) > 1
+    assert got == want and {None, 16} < {*want.values()}
     for row in found:
         assert row["group"] == "all" and row["traces"] == 3
         if row["budget"] is None:
-            assert row["said"] == "more than 48" and "paste" not in row
+            assert row["said"] == "more than 32" and "paste" not in row
         else:
             assert row["paste"] == f"--config.budget={row['budget']}"
             assert row["added_percent"]["value"] <= row["percent"] and row["cache_bytes"] > 0
-    names = ("advice.txt", "advice.md", "advice.csv", "advice.json", "advice.png", "advice.pdf")
-    before = {name: (tmp_path / name).read_bytes() for name in names[:4]}
-    assert all((tmp_path / name).exists() for name in names)
-    # Rerun, it measures nothing and says the same.
-    lines = (tmp_path / "losses.jsonl").read_text()
-    advise.run(config, str(tmp_path))
-    assert lines == (tmp_path / "losses.jsonl").read_text()
-    assert before == {name: (tmp_path / name).read_bytes() for name in names[:4]}
 
 
-def test_budgets_by_head_are_measured(tmp_path):
-    found = advise.run(advice_recipe(advise__heads=2, advise__percent=(200.0,)), str(tmp_path))
-    rows = {row["policy"]: row for row in found}
-    for name, row in rows.items():
+def test_budgets_by_head_are_measured(advised):
+    _, found = advised
+    assert {row["policy"] for row in found if "heads" in row} == {"golden", "h2o"}
+    for row in found:
         if row["budget"] is not None:
             heads = row["heads"]
-            assert np.shape(heads["budgets"]) == (3, 2) and heads["mean"] <= row["budget"]
-            assert (heads["added_percent"] is None) == (name == "golden")
-    assert rows["golden"]["budget"] is not None
+            assert np.shape(heads["budgets"]) == (3, 2) and 16 <= heads["mean"] <= row["budget"]
+            assert (heads["added_percent"] is None) == (row["policy"] == "golden")
+
+
+def test_rerun_measures_nothing_and_says_the_same(advised):
+    path, _ = advised
+    names = ["losses.jsonl", "retained.jsonl", *(f"advice.{x}" for x in ("txt", "csv", "json"))]
+    assert all((path / f"advice.{x}").exists() for x in ("md", "png", "pdf"))
+    before = {name: (path / name).read_bytes() for name in names}
+    advise.run(advice_recipe(), str(path))
+    assert before == {name: (path / name).read_bytes() for name in names}
 
 
 def test_advice_refuses_what_it_cannot_measure(tmp_path):
