@@ -148,9 +148,9 @@ def check_vocabulary(config: ConfigDict, vocabulary: int) -> None:
     """Refuses the embedded task for a model of another vocabulary."""
     if vocabulary != len(ledger.VOCABULARY):
         raise UserError(
-            f"model {config.model} has {vocabulary} words, the embedded task "
-            f"{len(ledger.VOCABULARY)}: set data.path and data.eval_path to traces of its own, and "
-            "evaluate.benchmark to questions"
+            f"the vocabulary of model {config.model} has {vocabulary} tokens, that of the embedded "
+            f"task {len(ledger.VOCABULARY)}: set data.path and data.eval_path to traces of this "
+            "model, and evaluate.benchmark to questions for it"
         )
 
 

@@ -50,7 +50,10 @@ def _write(config: ConfigDict, workdir: str) -> None:
     with common.scorers_of(f"export.scorer = {scorer!r}", scorer):
         policy, about = sharing.load(scorer)
     if released and not isinstance(policy, Foresight):
-        raise UserError(f"export.scorer = {scorer!r}: its method has no layout `released`")
+        raise UserError(
+            f"export.scorer = {scorer!r}: its weights can't be written in the layout `released`: "
+            "set export.layout to fkv"
+        )
     if released:
         base = models.find(common.model_path(config), common.revision(config))
         sharing.export_released(policy, base, workdir)

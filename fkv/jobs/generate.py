@@ -23,12 +23,12 @@ def run(config: ConfigDict, workdir: str) -> str:
     cadence = common.cadence(config)
     if settings.scorer and settings.policy not in sharing.METHODS:
         methods = ", ".join(sharing.METHODS)
-        raise UserError(f"generate.scorer is for generate.policy=foresight (or of {methods})")
+        raise UserError(f"generate.scorer needs a generate.policy with weights: one of {methods}")
     if settings.scorer:
         with common.scorers_of(f"generate.scorer = {settings.scorer!r}", settings.scorer):
             policy = api.load_scorer(settings.scorer, any_interval=settings.any_interval)
             if (found := name_of(policy)) != settings.policy:
-                raise UserError(f"it is of {found}: set generate.policy to {found}")
+                raise UserError(f"its weights are of {found}: set generate.policy to {found}")
     else:
         policy = policies.get(settings.policy)
     shape = common.model_config(config)

@@ -108,7 +108,7 @@ def _can_answer(config: ConfigDict, model: ModelConfig) -> bool:
     if not config.grpo.answers:
         return False
     if config.evaluate.benchmark == api.EMBEDDED and model.vocab_size != len(ledger.VOCABULARY):
-        common.say("no answers: set evaluate.benchmark to questions for this model")
+        common.say("the scorers answer no questions: set evaluate.benchmark to some for this model")
         return False
     return True
 
@@ -129,7 +129,9 @@ def _supervised(config: ConfigDict) -> policies.Foresight:
     with common.scorers_of(f"grpo.scorer = {source!r}", source, "sft"):
         policy = api.load_scorer(source)
     if not isinstance(policy, policies.Foresight):
-        raise UserError(f"grpo.scorer = {source!r} holds weights of another method")
+        raise UserError(
+            f"grpo.scorer = {source!r} holds weights of another method: give a run of sft or grpo"
+        )
     wanted = scorer.ScorerConfig(**config.scorer)
     if policy.config != wanted:
         raise UserError(

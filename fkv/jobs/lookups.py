@@ -165,7 +165,7 @@ def run(job: Job, found: Sequence[documents.Document], at: Sequence[Cadence]) ->
             f"{len(found)} held-out documents: add text, or set recall.lookups to 0"
         )
     if len(names) < job.settings.lookups:
-        common.say(f"{len(names)} look-ups of {job.settings.lookups}: the text has no more")
+        common.say(f"{len(names)} look-ups found of {job.settings.lookups}: the text has no more")
 
     def part(members):
         whole = job.filled(members)

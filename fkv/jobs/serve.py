@@ -105,7 +105,10 @@ def policies_of(config: ConfigDict) -> dict[str, Policy]:
             found[name] = api.load_scorer(workdir, any_interval=config.serve.any_interval)
     for name in config.serve.policies:
         if name in found:
-            raise UserError(f"serve.policies: {name!r} is the name of scorers; use another")
+            raise UserError(
+                f"serve.policies: {name!r} is also the name of scorers: rename these in "
+                "serve.scorers"
+            )
         with common.of_field("serve.policies"):
             found[name] = policies.get(name)
     if not found:

@@ -42,12 +42,12 @@ def resolve(config: ConfigDict, known: Mapping[str, kinds.Kind]) -> dict[str, Co
         name, _, changes = text.partition(":")
         where = f"sft.variants: {kinds.said(text)}"
         if not re.fullmatch(r"[\w+-]{1,100}", name):
-            raise UserError(f"{where}: name it by at most 100 letters, digits and _ + -")
+            raise UserError(f"{where}: a name has at most 100 letters, digits and _ + -")
         if name in _TAKEN or name in rows:
-            what = "run directories have a folder" if name in _TAKEN else "the table has a row"
-            raise UserError(f"{where}: {what} {name!r}: name it otherwise")
+            what = "a folder of run directories" if name in _TAKEN else "a row of the table"
+            raise UserError(f"{where}: {name!r} is the name of {what}: use another name")
         if name.casefold() in map(str.casefold, found):  # one directory on some disks
-            raise UserError(f"{where}: there are two of this name")
+            raise UserError(f"{where}: two variants have this name")
         one = ConfigDict(config).copy_and_resolve_references()
         with one.unlocked():
             one.sft.variants = ()

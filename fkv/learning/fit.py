@@ -160,8 +160,8 @@ def check_finite(stage: str, metrics: Mapping, step: int, run: Run, ids: Sequenc
         of = f" (traces {np.asarray(ids).tolist()})" if len(ids) else ""
         saved = checkpoint.latest_step(run.path) is not None
         raise DivergedError(
-            f"{', '.join(bad)} of step {step}{of} NaN or infinite: set {stage}.learning_rate "
-            "lower, or dtype to one with a wider range, and use another --workdir"
+            f"{', '.join(bad)} of step {step}{of} {'are' if bad[1:] else 'is'} NaN or infinite: "
+            f"set {stage}.learning_rate lower, or dtype to one with a wider range, and use another --workdir"
             + (f"; the checkpoints in {run.path} are intact" if saved else "")
         )
 

@@ -93,7 +93,10 @@ def render(
     template = template or {}
     for key in template:
         if not isinstance(key, str) or key in _RESERVED:
-            raise UserError(f"chat_template_kwargs: {said(key)} is no variable of a chat template")
+            raise UserError(
+                f"chat_template_kwargs: {said(key)} is an argument of apply_chat_template: give "
+                "variables of the template only"
+            )
     messages = asked(messages) if isinstance(messages, str) else list(messages)
 
     def ask(messages):
@@ -105,8 +108,8 @@ def render(
         raise UserError(f"model {name} has no chat template: {raw}")
     if isinstance(written, dict) and "default" not in written:
         raise UserError(
-            f"model {name}: none of its chat templates ({', '.join(written)}) is the 'default': "
-            f"name one so in {CONFIG}, or {raw}"
+            f"model {name}: none of its chat templates ({', '.join(written)}) is named 'default': "
+            f"rename one in {CONFIG}, or {raw}"
         )
     try:
         whole, begin = ask(messages), tokenizer.bos_token

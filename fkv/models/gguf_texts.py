@@ -153,7 +153,9 @@ def _add_ends(
     around = [("bos_token", begins), ("eos_token", ends)]
     for role, asked in around:
         if asked and role not in named:
-            raise UserError(f"{header.path}: tokenizer.ggml.add_{role} is set, but it has none")
+            raise UserError(
+                f"{header.path}: tokenizer.ggml.add_{role} is set, but the file names no such token"
+            )
     front, back = (named[role] if asked else "" for role, asked in around)
     if begins or ends:
         inner.post_processor = processors.TemplateProcessing(

@@ -94,7 +94,7 @@ class _Tensors:
 
     def done(self) -> None:
         if self._left:
-            raise UserError(f"{self._where}: {min(map(str, self._left))} belongs to nothing known")
+            raise UserError(f"{self._where}: {min(map(str, self._left))} is not a known tensor")
 
 
 def _kvzap(path: Path, config: dict, about: dict) -> tuple[Policy, dict]:

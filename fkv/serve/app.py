@@ -94,7 +94,7 @@ class App:
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         right = hmac.compare_digest(given.strip().encode("utf-8", "replace"), self._key)
         if not right or scheme.lower() != "bearer":
-            raise Refused("no API key, or a wrong one", 401, code="invalid_api_key")
+            raise Refused("the API key is missing or wrong", 401, code="invalid_api_key")
 
     # ---- pages
 
@@ -175,7 +175,7 @@ class App:
                     if len(body) > most:
                         raise too_large
         except TimeoutError:
-            raise Refused("the body did not come in time", 408) from None
+            raise Refused("the body took longer than 30 s to arrive", 408) from None
         return bytes(body)
 
 
@@ -255,7 +255,9 @@ def _json(data: Any, status: int = 200, headers: dict[str, str] | None = None) -
 
 
 def _too_long(service: Service) -> Refused:
-    return Refused(f"it took longer than {service.limits.seconds:g} s", 504, code="timeout")
+    return Refused(
+        f"the request took longer than {service.limits.seconds:g} s", 504, code="timeout"
+    )
 
 
 async def _no_page(_: Request, error: HTTPException) -> Response:

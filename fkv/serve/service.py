@@ -189,15 +189,19 @@ class Service:
     def _check(self, asked: Asked, rows: int) -> None:
         limits = self.limits
         if rows > limits.rows + limits.queue:
-            told = f"{rows} answers at once, and {limits.rows + limits.queue} are the most"
+            most = limits.rows + limits.queue
+            told = f"{rows} answers asked for at once: at most {most} are allowed"
             raise Refused(told, param="n", code="invalid_value")
         if asked.top > limits.top:
             field = "top_logprobs" if asked.chat else "logprobs"
-            raise Refused(f"{field} = {asked.top}, and {limits.top} are the most", param=field)
+            raise Refused(f"{field} = {asked.top} must be at most {limits.top}", param=field)
         if asked.session and not self._keeps:
-            raise Refused("no sessions are kept: serve.sessions is 0", param="session")
+            raise Refused(
+                "this server keeps no sessions (serve.sessions is 0): leave session out",
+                param="session",
+            )
         if asked.session and rows > 1:
-            raise Refused("a session has one answer: n must be 1", param="session")
+            raise Refused("a session takes one prompt and one answer: n must be 1", param="session")
 
     def _room(self, lane: str, rows: int) -> None:
         """Refuses more than rows and queue hold."""
@@ -205,7 +209,7 @@ class Service:
         if over > 0:
             wait = max(1, min(60, round(self._seconds * over / self.limits.rows)))
             raise Refused(
-                f"{self._pending[lane]} answers are under way or wait: try again later", 429,
+                f"{self._pending[lane]} answers are running or queued: try again later", 429,
                 code="queue_full", headers={"Retry-After": str(wait)},
             )  # fmt: skip
 
@@ -252,15 +256,16 @@ class Service:
         most = self.limits.length - prompt
         if most < 1:
             raise Refused(
-                f"{field} has {prompt} tokens, and with an answer {self.limits.length} are the "
-                "most", param=field, code="context_length_exceeded",
+                f"{field} has {prompt} tokens: with its answer it may have at most "
+                f"{self.limits.length}", param=field, code="context_length_exceeded",
             )  # fmt: skip
         if asked.limit is None:
             return most if asked.chat else min(most, 16)
         if asked.limit > most:
             raise Refused(
-                f"{prompt} tokens of {field} and max_tokens = {asked.limit} are more than "
-                f"{self.limits.length}", param="max_tokens", code="context_length_exceeded",
+                f"{prompt} tokens of {field} and max_tokens = {asked.limit} are more than the "
+                f"{self.limits.length} of a request", param="max_tokens",
+                code="context_length_exceeded",
             )  # fmt: skip
         return asked.limit
 

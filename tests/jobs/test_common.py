@@ -172,7 +172,7 @@ def test_metrics_of_micro_batches_are_those_of_the_step():
 
 def test_a_run_that_diverges_has_intact_checkpoints_only_where_it_has_some(tmp_path):
     run = Run(tmp_path, {})
-    with pytest.raises(DivergedError, match=r"loss of step 1 NaN .* use another --workdir$"):
+    with pytest.raises(DivergedError, match=r"loss of step 1 is NaN .* use another --workdir$"):
         fit.check_finite("sft", {"loss": np.nan}, 1, run, ())
     checkpoint.save(tmp_path, 1, {"x": np.ones(3)}, {})
     with pytest.raises(DivergedError, match=f"the checkpoints in {tmp_path} are intact$"):

@@ -650,7 +650,7 @@ def test_another_evaluation_is_compared_with(finished, scorer_dir, tmp_path, cap
         (dict(evaluate__policies=("foresight",)), "'foresight' needs"),
         (dict(evaluate__scorers=("nowhere/at/all",)), "must be of the form name=workdir"),
         (dict(evaluate__scorers=("mine=nowhere/at/all",)), "nowhere/at/all"),
-        (dict(evaluate__scorers=("h2o=nowhere",)), "'h2o' names a rule-based policy"),
+        (dict(evaluate__scorers=("h2o=nowhere",)), "'h2o' is the name of a rule-based policy"),
         (dict(evaluate__action="best"), "action = 'best' must be one of top, sample, multinomial"),
         (dict(evaluate__temperature=-1.0), r"temperature = -1\.0"),
         (dict(evaluate__top_p=0.0), r"top_p = 0\.0"),
@@ -884,7 +884,9 @@ def test_a_chat_needs_a_template(questions, tmp_path):
 def test_the_embedded_task_needs_its_vocabulary(word_model, tmp_path):
     config = recipe("", evaluate__scorers=())
     config.model = word_model
-    with pytest.raises(UserError, match=r"has 10 words, the embedded task 72: .*benchmark"):
+    with pytest.raises(
+        UserError, match=r"has 10 tokens, that of the embedded task 72: .*benchmark"
+    ):
         evaluate.run(config, str(tmp_path / "run"))
 
 
@@ -975,7 +977,7 @@ def test_generate_warns_of_more_than_the_model_was_made_for_once(
     [
         (dict(generate__policy="foresight"), "'foresight' needs"),
         (dict(generate__policy="snapkw"), "choose from"),
-        (dict(generate__scorer="runs/x"), "generate.scorer is for generate.policy=foresight"),
+        (dict(generate__scorer="runs/x"), "generate.scorer needs a generate.policy with weights"),
         (dict(generate__scorer="no/run", generate__policy="foresight"), "no/run"),
         (dict(generate__prompt="hi", generate__chat=True), "no chat template"),
         (dict(generate__prompt="  "), "generate.prompt is empty"),

@@ -204,7 +204,7 @@ def test_infinity_stops_the_run_and_names_the_traces(model_dir, supervised, tmp_
         return state, {**metrics, "reward": jax.numpy.where(late, jax.numpy.nan, 0.0)}
 
     monkeypatch.setattr(grpo, "train_step", poisoned)
-    with pytest.raises(DivergedError, match=r"reward of step 3 \(traces \[\d+, \d+.* NaN or"):
+    with pytest.raises(DivergedError, match=r"reward of step 3 \(traces \[\d+, \d+.* is NaN or"):
         job.run(shrink(small(model_dir), supervised), str(tmp_path))
     assert checkpoint.latest_step(tmp_path) == 2
     assert fkv.load_scorer(tmp_path).params["w1"].shape == (2, 1, 32, 16)

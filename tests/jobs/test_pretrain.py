@@ -93,7 +93,7 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path, monkeypatch):
         return jax.tree.map(lambda x: x * jnp.inf, state), metrics
 
     monkeypatch.setattr(pretrain, "train_step", overflows)
-    with pytest.raises(DivergedError, match="weights of step 1 NaN or infinite"):
+    with pytest.raises(DivergedError, match="weights of step 1 is NaN or infinite"):
         job.run(small(log_every=100), str(tmp_path))
     assert checkpoint.latest_step(tmp_path) is None and not (tmp_path / "model").exists()
 

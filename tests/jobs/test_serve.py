@@ -161,7 +161,7 @@ def test_a_full_queue_refuses_and_loses_nothing(served, monkeypatch):
     running = client.completions.create(**settings, n=4)
     waiting = client.completions.create(**settings)
     for n in (1, 2):
-        with pytest.raises(openai.RateLimitError, match="5 answers are under way") as refused:
+        with pytest.raises(openai.RateLimitError, match="5 answers are running") as refused:
             client.completions.create(**settings, n=n)
         assert refused.value.code == "queue_full"
         assert 1 <= int(refused.value.response.headers["retry-after"]) <= 60

@@ -98,8 +98,8 @@ def test_a_run_that_diverges_ends_in_one_line(model_dir, tmp_path, monkeypatch, 
     assert end.value.code == 2
     *_, line = capsys.readouterr().err.splitlines()
     assert line == (
-        "error: grad_norm of step 3 (traces [5, 3]) NaN or infinite: set sft.learning_rate lower, "
-        f"or dtype to one with a wider range, and use another --workdir; the checkpoints in "
+        "error: grad_norm of step 3 (traces [5, 3]) is NaN or infinite: set sft.learning_rate "
+        f"lower, or dtype to one with a wider range, and use another --workdir; the checkpoints in "
         f"{tmp_path} are intact"
     )
     assert checkpoint.latest_step(tmp_path) == 2

@@ -203,7 +203,9 @@ def test_the_one_that_diverges_is_named(model_dir, tmp_path, monkeypatch):
         return states, metrics
 
     monkeypatch.setattr(stage, "train_step", poisoned)
-    with pytest.raises(DivergedError, match=rf"^{tmp_path}/small: loss of step 1 .* NaN or infin"):
+    with pytest.raises(
+        DivergedError, match=rf"^{tmp_path}/small: loss of step 1 .* is NaN or infin"
+    ):
         sft.run(several(model_dir), str(tmp_path))
 
 
@@ -213,15 +215,15 @@ def test_the_one_that_diverges_is_named(model_dir, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (("a", "a:scorer.hidden=4"), "'a:scorer.hidden=4': there are two of this name"),
-        (("a", "A:scorer.hidden=4"), "'A:scorer.hidden=4': there are two of this name"),
+        (("a", "a:scorer.hidden=4"), "'a:scorer.hidden=4': two variants have this name"),
+        (("a", "A:scorer.hidden=4"), "'A:scorer.hidden=4': two variants have this name"),
         (("a", "b:scorer.hidden=16"), "'a' and 'b' are the same: leave one out"),
-        (("../a",), "'../a': name it by at most 100 letters, digits and _ + -"),
-        (("",), "'': name it by at most 100 letters"),
-        (("a b",), "'a b': name it by"),
-        (("a" * 101,), "name it by at most 100"),
-        (("checkpoints",), "'checkpoints': run directories have a folder 'checkpoints': name it"),
-        (("snapkv",), "'snapkv': the table has a row 'snapkv': name it otherwise"),
+        (("../a",), "'../a': a name has at most 100 letters, digits and _ + -"),
+        (("",), "'': a name has at most 100 letters"),
+        (("a b",), "'a b': a name has"),
+        (("a" * 101,), "a name has at most 100"),
+        (("checkpoints",), "'checkpoints': 'checkpoints' is the name of a folder"),
+        (("snapkv",), "'snapkv': 'snapkv' is the name of a row of the table"),
         (("golden:scorer.hidden=4",), "the table has a row 'golden'"),
         (("a:scorer.hiden=4",), "can't change 'scorer.hiden': did you mean scorer.hidden"),
         (("a:hidden=4",), "can't change 'hidden': did you mean scorer.hidden?"),
@@ -236,7 +238,7 @@ def test_the_one_that_diverges_is_named(model_dir, tmp_path, monkeypatch):
         (("a:sft.clip=nan",), "sft.clip = nan must be a number above 0"),
         (("a:scorer.inputs=keys",), "scorer.inputs = 'keys' must be one of both, attention, kv"),
         (("a:sft.warmup=6", "b"), "/a: sft.warmup = 6 must be less than sft.steps = 6"),
-        (("a",) * 2, "there are two of this name"),
+        (("a",) * 2, "two variants have this name"),
     ],
 )
 def test_impossible_variants_are_refused_before_work_starts(tmp_path, monkeypatch, names, message):

@@ -696,7 +696,7 @@ BAD_WORDS = {
     "merges of no tokens": ({"token_merges": ["a §§"]}, "its tokenizer can't be built ("),
     "too few types": ({"token_types": [1, 1]}, "token_type = [1, 1] must be"),
     "an id beyond": ({"bos_token_id": 10**6}, "bos_token_id = 1000000 must be"),
-    "no BOS": ({"bos_token_id": None, "add_bos_token": True}, "add_bos_token is set, but it has"),
+    "no BOS": ({"bos_token_id": None, "add_bos_token": True}, "add_bos_token is set, but the"),
 }  # fmt: skip
 
 
