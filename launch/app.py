@@ -68,11 +68,18 @@ def run(main: Callable[[ConfigDict, str], None], argv: Sequence[str] | None = No
             main(config, workdir)
             if alone:
                 finished.record(workdir, read)
-            from fkv.runs import console
-
-            console.say(f"{job}: done in {console.duration(time.monotonic() - since)}")
+            _say_done(job, time.monotonic() - since, argv)
 
     guard(start, sys.argv if argv is None else argv)
+
+
+def _say_done(job: str, seconds: float, argv: Sequence[str]) -> None:
+    if _are_several(argv):
+        from fkv.runs import parallel
+
+        if not parallel.first():
+            return
+    print(f"{job}: done in {finished.duration(seconds)}", flush=True)
 
 
 def _say_finished(job: str, workdir: str, tables: str) -> None:

@@ -329,7 +329,8 @@ def test_a_job_in_its_own_process():
 
     done = job("--config.steps=1")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == "runs/job_toy /home/me/.cache/fkv/jax 1\n"
+    first, last = done.stdout.splitlines()
+    assert first == "runs/job_toy /home/me/.cache/fkv/jax 1" and last.startswith("job: done in ")
     failed = job("--config.steps=0")
     assert failed.returncode == 1
     assert failed.stderr.startswith("Traceback") and "ZeroDivisionError" in failed.stderr

@@ -261,9 +261,7 @@ def policies_of(config: ConfigDict) -> tuple[dict[str, Policy], dict[str, str]]:
         if not equals:
             raise UserError(f"evaluate.scorers: {entry!r} must be of the form name=workdir")
         if name in policies.names() and name not in sharing.METHODS:
-            raise UserError(
-                f"evaluate.scorers: {name!r} is the name of a rule-based policy: use another name"
-            )
+            raise UserError(f"evaluate.scorers: {name!r} names a rule-based policy: rename it")
         with common.scorers_of(f"evaluate.scorers = {entry!r}", workdir):
             policy = api.load_scorer(workdir, any_interval=config.evaluate.any_interval)
         if isinstance(policy, policies.Foresight):

@@ -161,8 +161,8 @@ def check_finite(stage: str, metrics: Mapping, step: int, run: Run, ids: Sequenc
         saved = checkpoint.latest_step(run.path) is not None
         raise DivergedError(
             f"{', '.join(bad)} of step {step}{of} {'are' if bad[1:] else 'is'} NaN or infinite: "
-            f"set {stage}.learning_rate lower, or dtype to one with a wider range, and use another --workdir"
-            + (f"; the checkpoints in {run.path} are intact" if saved else "")
+            f"set {stage}.learning_rate lower, or dtype to one with a wider range, and use another "
+            "--workdir" + (f"; the checkpoints in {run.path} are intact" if saved else "")
         )
 
 

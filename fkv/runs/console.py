@@ -19,14 +19,3 @@ def say(message: str) -> None:
 def progress(*args: Any, **kwargs: Any) -> tqdm:
     """A progress bar with the time that is left; in a notebook, a widget."""
     return tqdm(*args, **kwargs, mininterval=0.5, disable=not parallel.first())
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words: `4.2 s`, `3 min 20 s`, `2 h 05 min`."""
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes:02} min"

@@ -44,6 +44,17 @@ def tables(workdir: str | os.PathLike, config: Mapping[str, Any]) -> str | None:
         return None
 
 
+def duration(seconds: float) -> str:
+    """Seconds in words: `4.2 s`, `3 min 20 s`, `2 h 05 min`."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02} min"
+
+
 def _state(path: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
     """What must be the same for the job to have nothing to do."""
     stamps = {}

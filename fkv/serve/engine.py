@@ -75,7 +75,7 @@ class Engine:
         self._every, self._deliver = every, deliver
         self._inbox: queue.SimpleQueue = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="fkv engine", daemon=True)
-        self._stopping = False
+        self._stopping = self._failed = False
 
     def start(self) -> None:
         self._thread.start()
@@ -97,6 +97,8 @@ class Engine:
     def submit(self, ticket: Ticket) -> None:
         """From any thread."""
         self._inbox.put(("submit", ticket))
+        if self._failed:
+            self._refuse()
 
     def cancel(self, ticket: Ticket) -> None:
         """From any thread: its row is free at the next step; no event follows."""
@@ -118,8 +120,20 @@ class Engine:
             self._turns()
         except BaseException:  # nothing answers any more: `alive` tells
             traceback.print_exc()
+            self._failed = True
             for lane in self._lanes.values():
                 self._end([*lane.tickets.values()], Failed("the server has failed"))
+            self._refuse()
+
+    def _refuse(self) -> None:
+        """Ends what came in and is not submitted any more."""
+        while True:
+            try:
+                told = self._inbox.get_nowait()
+            except queue.Empty:
+                return
+            if told is not None and told[0] == "submit":
+                self._end([told[1]], Failed("the server has failed"))
 
     def _turns(self) -> None:
         while not self._stopping:

@@ -650,7 +650,7 @@ def test_another_evaluation_is_compared_with(finished, scorer_dir, tmp_path, cap
         (dict(evaluate__policies=("foresight",)), "'foresight' needs"),
         (dict(evaluate__scorers=("nowhere/at/all",)), "must be of the form name=workdir"),
         (dict(evaluate__scorers=("mine=nowhere/at/all",)), "nowhere/at/all"),
-        (dict(evaluate__scorers=("h2o=nowhere",)), "'h2o' is the name of a rule-based policy"),
+        (dict(evaluate__scorers=("h2o=nowhere",)), "'h2o' names a rule-based policy"),
         (dict(evaluate__action="best"), "action = 'best' must be one of top, sample, multinomial"),
         (dict(evaluate__temperature=-1.0), r"temperature = -1\.0"),
         (dict(evaluate__top_p=0.0), r"top_p = 0\.0"),
