@@ -49,14 +49,14 @@ def announce(
     config: ConfigDict,
     workdir: str | Path,
     model: ModelConfig | None = None,
-    what: Sequence[str] = (),
+    what: str | Sequence[str] = (),
 ) -> None:
     """Prints the first line of a job: the model that it runs, if any, `what`, devices, directory.
 
     Args:
       what: policies, cadence, traces or questions: what there is of them, in this order.
     """
-    parts = [*what, parallel.describe()]
+    parts = [*([what] if isinstance(what, str) else what), parallel.describe()]
     if model is not None:
         parts.insert(0, f"{config.model} ({size_of(model)}, {config.dtype})")
     say(f"{job}: {', '.join(parts)}, in {workdir}")
