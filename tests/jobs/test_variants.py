@@ -224,7 +224,7 @@ def test_the_one_that_diverges_is_named(model_dir, tmp_path, monkeypatch):
         (("a" * 101,), "a name has at most 100"),
         (("checkpoints",), "'checkpoints': 'checkpoints' is the name of a folder"),
         (("snapkv",), "'snapkv': 'snapkv' is the name of a row of the table"),
-        (("golden:scorer.hidden=4",), "the table has a row 'golden'"),
+        (("golden:scorer.hidden=4",), "'golden' is the name of a row of the table"),
         (("a:scorer.hiden=4",), "can't change 'scorer.hiden': did you mean scorer.hidden"),
         (("a:hidden=4",), "can't change 'hidden': did you mean scorer.hidden?"),
         (("a:scorer.form=reference",), "can't change 'scorer.form'"),
