@@ -26,7 +26,7 @@ COLOURS = {
     "h2o": "#009e73", "streaming_llm": "#999933", "keydiff": "#56b4e9", "tova": "#aa4499",
     "lagkv": "#b8a038", "knorm": "#44aa99", "expected_attention": "#332288",
     "pyramid": "#6699cc", "ada": "#88ccee", "prompt": "#4477aa", "random": "#aaaaaa",
-    "threshold": "#117733", "kvzap": "#cc79a7", "trimkv": "#8c510a",
+    "threshold": "#117733", "uneven": "#44bb99", "kvzap": "#cc79a7", "trimkv": "#8c510a",
     "triattention": "#01665e", "vase": "#cc6677", "vase_dkv": "#997788",
 }  # fmt: skip
 # Scorers have names of the user's choice.
