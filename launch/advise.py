@@ -1,6 +1,6 @@
 """Advises on budgets: the smallest that keep the full cache's loss on your own traces."""
 
-from launch import app
+from . import app
 
 
 def main(config, workdir):

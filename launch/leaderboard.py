@@ -1,6 +1,6 @@
 """One table of every policy at every budget: answers, losses, attention retained and costs."""
 
-from launch import app
+from . import app
 
 
 def main(config, workdir):
