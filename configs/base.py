@@ -353,8 +353,8 @@ def serve() -> ConfigDict:
     config.host = "127.0.0.1"  # address to listen at; 0.0.0.0 for all of this machine's
     config.port = 8000  # 0 for any that is free
     config.key_variable = ""  # environment variable with the API key that clients must send
-    config.origins = ()  # of web pages that may call it (CORS), * for any
-    config.name = ""  # of the model in lists; '' for the last part of `model`
+    config.origins = ()  # web pages that may call it (CORS), * for any
+    config.name = ""  # the model's name in lists; '' for the last part of `model`
     config.policies = ("snapkv", "full")  # besides the scorers; the first of all is the default
     config.scorers = ()  # name=workdir of sft or grpo runs
     config.any_interval = False  # accept scorers trained at another interval
@@ -368,8 +368,8 @@ def serve() -> ConfigDict:
     config.min_p = 0.0  # least share of the likeliest token's probability
     config.every = 16  # tokens between two pieces of a stream
     config.logprobs = 5  # most likely tokens beside each that a request may ask for, at most
-    config.sessions = 0  # caches of conversations that are kept
-    config.seconds = 600.0  # that a request may take
+    config.sessions = 0  # conversations whose caches are kept, at most
+    config.seconds = 600.0  # a request may take, from its body to its last token
     config.drain = 30.0  # seconds for running requests after SIGTERM
-    config.body_kib = 1024  # size of a request's body
+    config.body_kib = 1024  # most KiB of a request's body
     return config
