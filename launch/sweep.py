@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from fkv import files, recipes
+from fkv import commands, files, recipes
 from fkv.errors import UserError
 from fkv.evaluation import sweeps
 from fkv.jobs import common, variants
@@ -75,7 +75,7 @@ def main(argv):
 
 def _parser():
     parser = argparse.ArgumentParser(
-        prog="python -m launch.sweep",
+        prog=commands.command("sweep"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
