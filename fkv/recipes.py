@@ -20,7 +20,7 @@ PACKAGED = next((x for x in [_HERE / "configs"] if x.is_dir()), _HERE.parent / "
 SHARED = ("__init__", "base", "paper")  # modules that are not recipes
 
 
-def recipe(name: str) -> ConfigDict:
+def recipe(name: str | Path) -> ConfigDict:
     """The config of a recipe, to change and to hand to a job.
 
     config = fkv.recipe("tiny")
@@ -36,7 +36,7 @@ def recipe(name: str) -> ConfigDict:
     Raises:
       UserError: there is no such recipe, or its file is no recipe.
     """
-    return load(*find(name))
+    return load(*find(str(name)))
 
 
 def find(given: str) -> tuple[Path, str]:
