@@ -195,8 +195,8 @@ class _Run:
         self, prompt: np.ndarray, key: jax.Array, stop: tuple[str, ...], top: int = 0
     ) -> Request:
         until = functools.partial(detokenizing.until, self.model.tokenizer, stop) if stop else None
-        settings = {"stop": self.model.stop, "logprobs": top, "until": until}
-        return Request(prompt, key, self.new_tokens, self.sampling, **settings)
+        ends = self.model.stop
+        return Request(prompt, key, self.new_tokens, self.sampling, ends, top, until=until)
 
     def events(
         self,

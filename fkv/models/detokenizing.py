@@ -82,14 +82,14 @@ class Detokenizer:
         return self._tokenizer.decode(np.asarray(tokens, np.int32), skip_special_tokens=True)
 
 
-def until(tokenizer: Any, stop: Sequence[str]) -> Callable[[Sequence[int]], int | None]:
+def until(tokenizer: Any, stop: Sequence[str]) -> Callable[[np.ndarray], int | None]:
     """A function that takes an answer's tokens as they come, and tells where a stop string ends it.
 
     It returns how many of the tokens of this call belong to the answer then, and None before.
     """
     text = Detokenizer(tokenizer, stop)
 
-    def take(tokens: Sequence[int]) -> int | None:
+    def take(tokens: np.ndarray) -> int | None:
         count = text.add(tokens)[1]
         return count if text.stopped else None
 
