@@ -30,24 +30,32 @@ if TYPE_CHECKING:
     from fkv.api import recipe as recipe
     from fkv.api import save_scorer as save_scorer
     from fkv.api import stream as stream
+    from fkv.context import Context as Context
+    from fkv.judge import loss as loss
+    from fkv.judge import receipt as receipt
 
 __version__ = "0.1.0"
 
 # Imported on first use, so that jobs without a tokenizer, and `pip`, start quickly.
-_API = (
-    "Generation", "Model", "Sampling", "calibrate", "generate", "load", "load_scorer", "recipe",
-    "save_scorer", "stream",
-)  # fmt: skip
+_HOMES = {
+    "api": (
+        "Generation", "Model", "Sampling", "calibrate", "generate", "load", "load_scorer", "recipe",
+        "save_scorer", "stream",
+    ),
+    "context": ("Context",),
+    "judge": ("loss", "receipt"),
+}  # fmt: skip
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
 _ROOMS = ("policies",)
-__all__ = ["__version__", *_API, *_ROOMS]
+__all__ = ["__version__", *_HOME, *_ROOMS]
 
 
 def __getattr__(name: str) -> Any:
     if name in _ROOMS:
         return importlib.import_module(f"fkv.{name}")
-    if name not in _API:
+    if name not in _HOME:
         raise AttributeError(f"module 'fkv' has no attribute {name!r}")
-    return getattr(importlib.import_module("fkv.api"), name)
+    return getattr(importlib.import_module(f"fkv.{_HOME[name]}"), name)
 
 
 def __dir__() -> list[str]:

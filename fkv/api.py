@@ -6,7 +6,6 @@ print(out[0][0].text)
 """
 
 import dataclasses
-import functools
 import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,23 +19,33 @@ from jax.typing import DTypeLike
 from fkv import kinds, models, policies, tasks
 from fkv.cache.cadence import Cadence
 from fkv.engine import calibration
-from fkv.engine.answers import Answer, Generation, stop_strings
+from fkv.engine.answers import (
+    Answer,
+    Generation,
+    Origin,
+    dtype_of,
+    not_finite,
+    pieces,
+    stop_strings,
+    until,
+)
 from fkv.engine.batch import Batch
 from fkv.engine.batcher import Batcher, Request
 from fkv.engine.sampling import Sampling
 from fkv.errors import UserError
 from fkv.keys import Purpose, key_of
-from fkv.models import LM, detokenizing, texts
+from fkv.models import LM, texts
 from fkv.models.named import Model, decode
 from fkv.models.prompts import Prompt, check_known, encode, encode_all
 from fkv.policies.base import Policy
+from fkv.policies.fitting import for_model
 from fkv.recipes import recipe
 from fkv.runs import costs, sharing
 
 __all__ = [
     "EMBEDDED", "Generation", "Model", "Prompt", "Sampling", "calibrate", "check_known", "decode",
-    "encode", "finished", "generate", "load", "load_scorer", "recipe",
-    "sample_key", "save_scorer", "stream", "without_weights",
+    "encode", "finished", "generate", "load", "load_scorer", "not_finite", "recipe", "sample_key",
+    "save_scorer", "stream", "without_weights",
 ]  # fmt: skip
 EMBEDDED = "embedded"
 
@@ -85,20 +94,6 @@ def without_weights(path_or_hub_id: str | Path, revision: str | None = None) -> 
 def sample_key(seed: int, prompt: int, sample: int) -> jax.Array:
     """The PRNG key of one sample of one prompt, in any batch."""
     return key_of(seed, Purpose.ANSWER, prompt, sample)
-
-
-def _policy(policy: str | Policy, model: Model, cadence: Cadence) -> Policy:
-    """The policy, which must fit the model; warns of scorers that were trained with another."""
-    if isinstance(policy, str):
-        policy = policies.get(policy)
-    trained = getattr(policy, "trained", None)
-    try:
-        policies.check(policy, model.config, cadence)
-    except UserError as error:
-        raise UserError(f"model {model.name}: {error}" if trained else str(error)) from None
-    if trained and (other := trained.other_model(model.name, model.revision)):
-        warnings.warn(other, stacklevel=3)
-    return policy
 
 
 def _warn_of_length(model: Model, prompt: int, new_tokens: int) -> None:
@@ -164,7 +159,7 @@ def generate(
     rows = [(i, j) for i in range(len(ids)) for j in range(samples)]
     sampling = Sampling(temperature, top_k, top_p, min_p)
     cadence = Cadence(budget, interval, protect_prompt)
-    made = _Run(model, _policy(policy, model, cadence), cadence, sampling, new_tokens)
+    made = _Run(model, for_model(policy, model, cadence), cadence, sampling, new_tokens)
     _warn_of_length(model, max(map(len, ids)), new_tokens)
     stop = stop_strings(stop)
     answers = [Answer(model, stop) for _ in rows]
@@ -173,8 +168,8 @@ def generate(
     for _ in made.events(requests, answers, min(batch, len(rows)), top, None):
         pass
     found: list[list[Generation]] = [[] for _ in ids]
-    for (i, _), answer in zip(rows, answers, strict=True):
-        found[i].append(made.said(len(ids[i]), answer))
+    for (i, _), request, answer in zip(rows, requests, answers, strict=True):
+        found[i].append(made.said(request, answer))
     return found
 
 
@@ -194,9 +189,8 @@ class _Run:
     def request(
         self, prompt: np.ndarray, key: jax.Array, stop: tuple[str, ...], top: int = 0
     ) -> Request:
-        until = functools.partial(detokenizing.until, self.model.tokenizer, stop) if stop else None
-        ends = self.model.stop
-        return Request(prompt, key, self.new_tokens, self.sampling, ends, top, until=until)
+        ends, early = self.model.stop, until(self.model, stop)
+        return Request(prompt, key, self.new_tokens, self.sampling, ends, top, until=early)
 
     def events(
         self,
@@ -214,31 +208,12 @@ class _Run:
         """
         length = max(len(one.prompt) for one in requests) + self.new_tokens
         batcher = Batcher(self.model.lm, self.policy, self.cadence, rows, length, top=top)
-        going = dict(zip([batcher.submit(one) for one in requests], answers, strict=True))
-        while going:
-            for event in batcher.step(every):
-                answer = going[event.id]
-                if event.finish == "error":
-                    raise not_finite(self.model)
-                logprobs = None if top is None else event.logprobs
-                yield answer.add(event.tokens, event.finish, logprobs, event.top)
-                if event.finish is not None:
-                    del going[event.id]
+        return pieces(self.model, batcher, requests, answers, top, every)
 
-    def said(self, prompt: int, answer: Answer) -> Generation:
-        return _said(self.model, self.policy, prompt, answer, self.cadence)
-
-
-def not_finite(model: Model) -> UserError:
-    """What is said where the model's logits are no numbers."""
-    dtype = _dtype(model)
-    other = "float32" if dtype == "bfloat16" else "bfloat16 or float32"
-    cure = "check its weights" if dtype == "float32" else f"set dtype to {other}"
-    return UserError(f"the language model's logits are NaN or infinite in {dtype}: {cure}")
-
-
-def _dtype(model: Model) -> str:
-    return str(model.lm.params["embed_vm"].dtype) if model.lm.params else "float32"
+    def said(self, request: Request, answer: Answer) -> Generation:
+        key, prompt = request.key, request.prompt
+        origin = Origin(self.model.full_name, prompt, self.policy, self.cadence, key)
+        return _said(self.model, self.policy, len(prompt), answer, self.cadence, origin)
 
 
 def finished(
@@ -256,13 +231,19 @@ def finished(
 
 
 def _said(
-    model: Model, policy: Policy, prompt: int, answer: Answer, cadence: Cadence
+    model: Model,
+    policy: Policy,
+    prompt: int,
+    answer: Answer,
+    cadence: Cadence,
+    origin: Origin | None = None,
 ) -> Generation:
     length = prompt + len(answer.tokens)
     slots, fired = length, 0
     if policy.evicts:
         slots, fired = cadence.slots, cadence.evictions_generating(prompt, len(answer.tokens))
-    return answer.generation(fired, prompt, costs.cache_bytes(model.config, slots, _dtype(model)))
+    size = costs.cache_bytes(model.config, slots, dtype_of(model))
+    return answer.generation(fired, prompt, size, origin)
 
 
 def stream(
@@ -295,14 +276,14 @@ def stream(
     answer = Answer(model, stop)
     sampling = Sampling(temperature, top_k, top_p, min_p)
     cadence = Cadence(budget, interval, protect_prompt)
-    made = _Run(model, _policy(policy, model, cadence), cadence, sampling, new_tokens)
+    made = _Run(model, for_model(policy, model, cadence), cadence, sampling, new_tokens)
     found = encode_all(model, prompt, chat, chat_template_kwargs)
     if len(found) != 1:
         raise UserError(f"stream takes one prompt, not {len(found)}: use generate")
     _warn_of_length(model, len(found[0]), new_tokens)
     request = made.request(found[0], sample_key(seed, 0, 0), stop)
     yield from made.events([request], [answer], 1, None, every)
-    return made.said(len(found[0]), answer)
+    return made.said(request, answer)
 
 
 def load_scorer(

@@ -1,16 +1,45 @@
 """Answers as their tokens come: text in pieces, stop strings, and what is said at the end."""
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
+from jax import Array
 
+from fkv.cache.cadence import Cadence
+from fkv.engine.batcher import Batcher
+from fkv.engine.compressed import Compressed
+from fkv.engine.requests import Request
 from fkv.errors import UserError
 from fkv.kinds import said
+from fkv.models import detokenizing
 from fkv.models.detokenizing import Detokenizer
 from fkv.models.named import Model
+from fkv.policies.base import Policy
 
 Top = tuple[np.ndarray, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """How an answer was made, for who replays it.
+
+    Attributes:
+      model: its name, and its revision if it has one.
+      prompt: token ids, int32 [t]; with a `context`, its text first.
+      policy, cadence: of its cache.
+      key: of its row.
+      context: the text that was read before, if any.
+    """
+
+    model: str
+    prompt: np.ndarray
+    policy: Policy
+    cadence: Cadence
+    key: Array
+    context: Compressed | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +58,7 @@ class Generation:
       logprobs: float32 [n], of each token under the model's own distribution, before temperature
         and top-k; None unless asked for.
       top: likeliest tokens, ids [n, top] and their logprobs [n, top]; None unless asked for.
+      origin: how it was made; None if that is not known.
     """
 
     text: str
@@ -39,6 +69,7 @@ class Generation:
     cache_bytes: int = 0
     logprobs: np.ndarray | None = None
     top: Top | None = None
+    origin: Origin | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def __repr__(self) -> str:
         ended = {"stop": "ended by itself", "length": "cut off"}.get(self.finish, self.finish)
@@ -113,7 +144,13 @@ class Answer:
     def text(self) -> str:
         return "".join(self.pieces)
 
-    def generation(self, evictions: int, prompt_tokens: int, cache_bytes: int) -> Generation:
+    def generation(
+        self,
+        evictions: int,
+        prompt_tokens: int,
+        cache_bytes: int,
+        origin: Origin | None = None,
+    ) -> Generation:
         """What it is at the end."""
         join = np.concatenate
         top = tuple(map(join, zip(*self.top, strict=True))) if self.top else None
@@ -126,7 +163,55 @@ class Answer:
             cache_bytes,
             join(self.logprobs) if self.logprobs else None,
             top,
+            origin,
         )
+
+
+def pieces(
+    model: Model,
+    batcher: Batcher,
+    requests: Sequence[Request],
+    answers: Sequence[Answer],
+    top: int | None = None,
+    every: int | None = None,
+) -> Iterator[str]:
+    """Has requests answered; yields pieces of text as they come, whosever they are.
+
+    Args:
+      answers: of the requests, which take what comes.
+      top: of the likeliest tokens beside each; None for no logprobs.
+      every: tokens between two pieces.
+
+    Raises:
+      UserError: the model's logits are NaN or infinite.
+    """
+    going = dict(zip([batcher.submit(one) for one in requests], answers, strict=True))
+    while going:
+        for event in batcher.step(every):
+            answer = going[event.id]
+            if event.finish == "error":
+                raise not_finite(model)
+            logprobs = None if top is None else event.logprobs
+            yield answer.add(event.tokens, event.finish, logprobs, event.top)
+            if event.finish is not None:
+                del going[event.id]
+
+
+def until(model: Model, stop: tuple[str, ...]) -> Callable[[], Any] | None:
+    """`Request.until` of stop strings; None without any."""
+    return functools.partial(detokenizing.until, model.tokenizer, stop) if stop else None
+
+
+def not_finite(model: Model) -> UserError:
+    """What is said where the model's logits are no numbers."""
+    dtype = dtype_of(model)
+    other = "float32" if dtype == "bfloat16" else "bfloat16 or float32"
+    cure = "check its weights" if dtype == "float32" else f"set dtype to {other}"
+    return UserError(f"the language model's logits are NaN or infinite in {dtype}: {cure}")
+
+
+def dtype_of(model: Model) -> str:
+    return str(model.lm.params["embed_vm"].dtype) if model.lm.params else "float32"
 
 
 def stop_strings(value: str | Sequence[str], what: str = "stop", most: int = 16) -> tuple[str, ...]:

@@ -68,3 +68,10 @@ def left_pad(prompts: Sequence[np.ndarray], multiple: int = 1, width: int = 0) -
     for row, prompt in zip(token, prompts, strict=True):
         row[width - len(prompt) :] = prompt
     return Batch(token, length, length, width - length)
+
+
+def rounded(count: int, unit: int) -> int:
+    """So many of few numbers: 1 to 8, 10, 12, 14, 16, 20 ... units, at least `count`."""
+    units = -(-count // unit)
+    step = 1 << max((units - 1).bit_length() - 3, 0)
+    return -(-units // step) * step * unit

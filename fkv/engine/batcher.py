@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from fkv import kinds, models
 from fkv.cache.cadence import Cadence
 from fkv.engine import replay, steps
+from fkv.engine.compressed import Compressed, widened
 from fkv.engine.replay import Site
 from fkv.engine.requests import STOPS, Event, Kept, Request, check, cut
 from fkv.engine.sampling import Sampling, Samplings
@@ -193,6 +194,20 @@ class Batcher:
         self._queue.append(_Row(self._ids, request, key))
         self._ids += 1
         return self._ids - 1
+
+    def kept(self, read: Compressed) -> Kept:
+        """The cache of a text that was read before, for requests that go on from it.
+
+        Raises:
+          ValueError: it is of another policy or cadence.
+        """
+        if read.policy is not self._policy or read.cadence != self._cadence:
+            raise ValueError("the text was read under another policy or cadence")
+        held = read.held
+        if not self._policy.evicts:
+            room = steps.room_to_read(self._room, self._piece)
+            held = tuple(widened(one, room) for one in held)
+        return Kept(read.tokens, held, read.entries, read.evictions, self._made)
 
     def cancel(self, id: int) -> None:
         """Ends a request, whose row is free at the next step; of one that has ended, nothing."""

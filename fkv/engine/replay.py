@@ -10,12 +10,9 @@ attention in one pass, which replays of the same traces can share (`fkv.engine.b
 The result of a row depends on its own tokens and key only.
 """
 
-import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -25,6 +22,7 @@ from fkv.cache import attention
 from fkv.cache import slots as kv
 from fkv.cache.cadence import Cadence
 from fkv.engine.batch import Batch
+from fkv.engine.state import Chooser, Chunk, Observer, Projections, Site, Staged, ignore
 from fkv.errors import UserError
 from fkv.keys import Purpose, key_of, keys_of
 from fkv.models import LM, ModelConfig, numerics
@@ -33,79 +31,7 @@ from fkv.policies.arrival import Arrival
 from fkv.policies.base import Policy, View, check_given
 
 DECAY = 0.9
-_SUMS = "cumulative", "decayed"  # of attention, in `Cache.entry`
-
-# (accumulator, policy, view, evicted slots [b, k, l]) of an eviction -> the new accumulator, and
-# outputs to stack over evictions.
-Observer = Callable[[Any, Policy, View, Array], tuple[Any, Any]]
-# Of one layer: q [b, t, h, d], k and v [b, t, k, d]; fourth, what the policy's `arrive` gave of
-# these tokens, if it has one.
-Projections = tuple[Array, Array, Array] | tuple[Array, Array, Array, dict[str, Array]]
-
-
-def ignore(acc, policy, view, evict):
-    return acc, ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Chooser:
-    """An observer that also chooses, so that nothing is computed twice; for even budgets.
-
-    Attributes:
-      act: (accumulator, policy, view) of an eviction -> the new accumulator, the slots to drop
-        [b, k, l] in place of those of `policy.evict`, and outputs to stack over evictions.
-    """
-
-    act: Callable[[Any, Policy, View], tuple[Any, Array, Any]]
-
-
-@flax.struct.dataclass
-class Chunk:
-    """The tokens since the last eviction.
-
-    Attributes:
-      query_blhd: their queries, rotated.
-      lse_bkgl: log-sum-exps of their attention, as `attention.attend` returns them.
-      position_bl: their positions, -1 for padding.
-      index: number of chunks before this one, int32.
-    """
-
-    query_blhd: Array
-    lse_bkgl: Array
-    position_bl: Array
-    index: Array
-
-
-@flax.struct.dataclass
-class Staged:
-    """A layer before an eviction.
-
-    Attributes:
-      cache: its entries; the staging ring is full.
-      chunk: the tokens in the ring. Their attention is not yet part of the sums in `cache.entry`.
-    """
-
-    cache: kv.Cache
-    chunk: Chunk
-
-
-@flax.struct.dataclass
-class Site:
-    """Where an eviction happens.
-
-    Attributes:
-      config: of the model.
-      cadence: of the evictions.
-      layer: index of the layer.
-      key_b: one PRNG key per row.
-      prompt_b: tokens of each row's prompt.
-    """
-
-    config: ModelConfig = flax.struct.field(pytree_node=False)
-    cadence: Cadence = flax.struct.field(pytree_node=False)
-    layer: Array | int
-    key_b: Array
-    prompt_b: Array
+SUMS = "cumulative", "decayed"  # of attention, in `Cache.entry`
 
 
 def _accumulate(
@@ -116,7 +42,7 @@ def _accumulate(
     decay = jnp.where(newest_b >= cadence.budget, DECAY, 1.0)[:, None, None, None]
     slots = cache.position_bks.shape[-1]
     staged = (jnp.arange(slots) >= slots - cadence.interval)[None, None, :, None]
-    before = {name: jnp.where(staged, 0.0, cache.entry[name]) for name in _SUMS}
+    before = {name: jnp.where(staged, 0.0, cache.entry[name]) for name in SUMS}
     sums = {
         "cumulative": before["cumulative"] + stats.total,
         "decayed": decay * before["decayed"] + stats.total,
@@ -134,7 +60,7 @@ def init_cache(
     """
     entry = {}
     if policy.statistics:
-        entry = dict.fromkeys(_SUMS, jax.ShapeDtypeStruct((config.group_size,), jnp.float32))
+        entry = dict.fromkeys(SUMS, jax.ShapeDtypeStruct((config.group_size,), jnp.float32))
     if asked := arrival.shapes(policy, config, dtype):
         entry["arrived"] = asked
     slots = policy.capacity(cadence.budget) + cadence.interval
@@ -315,7 +241,7 @@ def stage(
                 lse_bkgt[..., :kept], policy.statistics,
             ).total  # fmt: skip
             sums = sums.at[:, :, :room].set(total)
-        entry |= dict.fromkeys(_SUMS, sums)  # nothing decays yet
+        entry |= dict.fromkeys(SUMS, sums)  # nothing decays yet
     cache = kv.Cache(key, value, position, entry)
     query, at, lse = (
         jnp.moveaxis(_whole(jnp.moveaxis(x, axis, 1)[:, kept:], interval, value), 1, axis)
@@ -367,14 +293,11 @@ def pass_from(
         else:
             view, slots, cache = evict(policy, staged.cache, staged.chunk, site)
             acc, observed = observe(acc, policy, view, slots)
-        cache = kv.append(cache, view.capacity, k, v, position, *arrived)
-        seen = attention.visible(position, cache.position_bks)
-        out, lse = attention.attend(q, cache.key_bksd, cache.value_bksd, seen)
-        staged = Staged(cache, Chunk(q, lse, position, staged.chunk.index + 1))
+        out, staged = _take_in(cache, (q, k, v, *arrived), position, staged.chunk.index + 1)
         return (staged, acc), (out, observed)
 
     q, k, v, *arrived = jax.tree.map(split, qkv)
-    needed = (*(_SUMS if policy.statistics else ()), *(["arrived"] if arrived else ()))
+    needed = (*(SUMS if policy.statistics else ()), *(["arrived"] if arrived else ()))
     if missing := set(needed) - staged.cache.entry.keys():
         raise ValueError(f"the replay began without {sorted(missing)}, for another policy")
     entry = {name: staged.cache.entry[name] for name in needed}  # it may have begun for several
@@ -383,6 +306,44 @@ def pass_from(
     (staged, acc), (out, observed) = jax.lax.scan(step, (staged, acc), inputs)
     out = jnp.moveaxis(out, 0, 1).reshape(b, chunks * interval, h, d)
     return out[:, :t], staged, acc, observed
+
+
+def _take_in(cache, qkv, position_bl, index):
+    """The attended values of a chunk, and a layer whose empty staging ring has taken it in."""
+    q, k, v, *arrived = qkv
+    capacity = cache.position_bks.shape[-1] - position_bl.shape[1]
+    cache = kv.append(cache, capacity, k, v, position_bl, *arrived)
+    seen = attention.visible(position_bl, cache.position_bks)
+    out, lse = attention.attend(q, cache.key_bksd, cache.value_bksd, seen)
+    return out, Staged(cache, Chunk(q, lse, position_bl, index))
+
+
+def pass_after(
+    policy: Policy,
+    site: Site,
+    cache: kv.Cache,
+    qkv: Projections,
+    position_bt: Array,
+    index: Array | int,
+) -> tuple[Array, Staged]:
+    """`pass_from` of a layer whose eviction is done: its staging ring is empty.
+
+    Args:
+      qkv, position_bt: of whole chunks of tokens.
+      index: of the first of these chunks.
+
+    Returns:
+      Attended values [b, t, h, d], and the layer before the eviction that follows.
+    """
+    chunk, rest = (
+        jax.tree.map(lambda x, part=part: x[:, part], (qkv, position_bt))
+        for part in (slice(site.cadence.interval), slice(site.cadence.interval, None))
+    )
+    out, staged = _take_in(cache, *chunk, index)
+    if rest[1].shape[1]:
+        more, staged, _, _ = pass_from(policy, site, staged, *rest)
+        out = jnp.concatenate([out, more], axis=1)
+    return out, staged
 
 
 def layer_pass(

@@ -272,7 +272,8 @@ def read_layer(
       weights: of this layer.
       policy: of all layers; `site.layer` selects one.
       hidden_btm, position_bt: of the piece, one row; only before it there is padding.
-      held: what the piece before it left; None at the beginning.
+      held: what the piece before it left; None at the beginning. For a policy that evicts, a cache
+        without a chunk is one whose eviction is done.
       room: slots of a full cache that begins here, see `room_to_read`.
 
     Returns:
@@ -283,6 +284,9 @@ def read_layer(
     qkv = replay.project(policy, site.config, site.layer, weights, hidden_btm, position_bt)
     if not policy.evicts:
         out, held = _read_full(site.config, qkv, position_bt, held, room)
+    elif isinstance(held, kv.Cache):
+        index = age(position_bt[:, : site.cadence.interval])
+        out, held = replay.pass_after(policy, site, held, qkv, position_bt, index)
     elif held is None:
         first = replay.beginning(policy, site.cadence, position_bt.shape[1])
         begun, rest = (

@@ -17,7 +17,7 @@ from jax import Array
 from fkv import kinds, models, policies
 from fkv.cache.cadence import Cadence
 from fkv.engine import replay
-from fkv.engine.batch import Batch
+from fkv.engine.batch import Batch, rounded
 from fkv.engine.replay import Site
 from fkv.errors import UserError
 from fkv.keys import Purpose, key_of
@@ -86,7 +86,7 @@ def score(
     if keys is None:
         keys = replay.row_keys(key_of(0, Purpose.REPLAY), len(sequences))
     found: dict[int, Scored] = {}
-    for one in _passes(policy, cadence, sequences, prompts, rows):
+    for one in passes(policy, cadence, sequences, prompts, rows):
         first = np.maximum(one.batch.prompt_b, 1)
         count = one.batch.length_b - first
         hidden = last_hidden(lm, one.policy, cadence, one.batch, keys[one.rows])
@@ -129,6 +129,13 @@ def _layer(weights, policy, site, hidden_btm, position_bt):
     return models.finish(site.config, weights, hidden_btm, out)
 
 
+def likelihood(logits_btv: Array, target_bt: Array) -> tuple[Array, Array]:
+    """Losses of tokens, nats, and whether they are the likeliest, [b, t] each."""
+    x = logits_btv - logits_btv.max(-1, keepdims=True)
+    own = jnp.take_along_axis(x, target_bt[..., None], axis=-1)[..., 0]
+    return jnp.log(jnp.exp(x).sum(-1)) - own, jnp.argmax(logits_btv, axis=-1) == target_bt
+
+
 @functools.partial(jax.jit, static_argnames="count")
 def _likelihoods(lm, hidden_btm, batch, first_b, count):
     """Loss and greediness [b, count] of each row's tokens from token `first_b` on."""
@@ -138,17 +145,12 @@ def _likelihoods(lm, hidden_btm, batch, first_b, count):
     hidden = jnp.take_along_axis(hidden_btm, jnp.minimum(at - 1, last)[..., None], axis=1)
     target = jnp.take_along_axis(batch.token_bt, jnp.minimum(at, last), axis=1)
 
-    def likelihood(logits, target):
-        x = logits - logits.max(-1, keepdims=True)
-        own = jnp.take_along_axis(x, target[..., None], axis=-1)[..., 0]
-        return jnp.log(jnp.exp(x).sum(-1)) - own, jnp.argmax(logits, axis=-1) == target
-
     blocks = max(_LOGITS // len(hidden), 1), _LOGITS
     return of_logits(lm, likelihood, hidden, target, blocks=blocks)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Pass:
+class Pass:
     """What runs at a time.
 
     Attributes:
@@ -164,7 +166,7 @@ class _Pass:
     counted: int
 
 
-def _passes(policy, cadence, sequences, prompts, rows) -> Iterator[_Pass]:
+def passes(policy, cadence, sequences, prompts, rows) -> Iterator[Pass]:
     """All sequences, those of one width together; the shape of a pass depends on its width only."""
     full, groups = policies.get("full"), {}
     for i, (tokens, prompt) in enumerate(zip(sequences, prompts, strict=True)):
@@ -189,14 +191,7 @@ def _passes(policy, cadence, sequences, prompts, rows) -> Iterator[_Pass]:
             )
             batch = Batch(token, length, prompt, np.array([p for _, p in some], np.int32))
             counted = rounded(int((length - np.maximum(prompt, 1)).max()), _LOGITS)
-            yield _Pass(policy if evicts else full, batch, index, counted)
-
-
-def rounded(count: int, unit: int) -> int:
-    """So many of few numbers: 1 to 8, 10, 12, 14, 16, 20 ... units, at least `count`."""
-    units = -(-count // unit)
-    step = 1 << max((units - 1).bit_length() - 3, 0)
-    return -(-units // step) * step * unit
+            yield Pass(policy if evicts else full, batch, index, counted)
 
 
 def _check(sequences, prompts, vocab):

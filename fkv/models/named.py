@@ -39,6 +39,11 @@ class Model:
     def config(self) -> ModelConfig:
         return self.lm.config
 
+    @property
+    def full_name(self) -> str:
+        """Its name, and its revision if it has one."""
+        return f"{self.name}@{self.revision}" if self.revision else self.name
+
 
 def decode(model: Model, tokens: Sequence[int], special: bool = False) -> str:
     """Text of token ids, without special tokens unless asked for."""

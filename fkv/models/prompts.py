@@ -77,13 +77,9 @@ def encode_all(
     Warns:
       UserWarning: a prompt has words that the tokenizer does not know.
     """
-    if isinstance(prompts, str):
-        prompts = [prompts]
-    prompts = _listed(prompts, "the prompt")
+    prompts = [prompts] if is_one(prompts) else _listed(prompts, "the prompt")
     if not len(prompts):
         raise UserError(f"no prompts given: {_PROMPTS}")
-    if _is_id(prompts[0]) or _are_messages(prompts):
-        prompts = [prompts]
     found = []
     for i, prompt in enumerate(prompts):
         found.append(encode(model, prompt, chat, f"prompt {i}", template))
@@ -91,6 +87,14 @@ def encode_all(
             if warning := texts.unknown(model.tokenizer, written, found[-1]):
                 warnings.warn(f"prompt {i}: {warning}", stacklevel=3)
     return found
+
+
+def is_one(prompts: Any) -> bool:
+    """Whether this is one prompt, not a list of them."""
+    if isinstance(prompts, str):
+        return True
+    listed = _listed(prompts, "the prompt")
+    return len(listed) > 0 and (_is_id(listed[0]) or _are_messages(listed))
 
 
 def check_known(model: Model, ids: Sequence[int], what: str) -> None:

@@ -37,7 +37,7 @@ class Ada(Wrapper):
         b, k, s = importance_bks.shape
         slot = jnp.arange(s)[None, None]
         best = -jnp.sort(-importance_bks, axis=-1)
-        none = jnp.isneginf(best) | (slot >= view.capacity)
+        none = jnp.isneginf(best) | (slot >= min(view.capacity, self.capacity(view.budget)))
         best = jnp.where(slot < jnp.round(self.safeguard * even_bk)[..., None], jnp.inf, best)
         best = jnp.where(none, -jnp.inf, best)
         rank = jnp.argsort(jnp.argsort(-best.reshape(b, k * s), axis=-1), axis=-1)

@@ -162,6 +162,8 @@ class Policy:
         alone), or all of them in the `windowed` or `reference` form of `attention.statistics`.
       arrive: None, or a method that gives numbers of entries when they come (`policies.arrival`).
       evicts: False for the full cache.
+      all_queries: whether `score` takes all queries of a text that is evicted once at its end
+        (`engine.compressed`), in memory linear in their number; else it gets the last `L`.
       trained: what its parameters were trained for, if known (`foresight.Trained`).
       kind: the class, as a static field. JAX (0.10 to 0.12) compares the tree structures of two
         dataclasses by their fields, whatever their classes, but hashes them differently: once in
@@ -182,9 +184,13 @@ class Policy:
         @property
         def trained(self) -> Any: ...
 
+        @property
+        def all_queries(self) -> bool: ...
+
         def replace(self, **changes: Any) -> Self: ...
     else:
         statistics = arrive = trained = None
+        all_queries = False
 
     def __init_subclass__(cls, **kwargs):
         annotations = inspect.get_annotations(cls)

@@ -43,14 +43,35 @@ def expected_logits(view: View, horizon: int) -> Array:
     return mean + variance / 2
 
 
+def by_moments(view: View, horizon: int, sinks: int) -> Array:
+    """`expected_logits` from the moments of the queries, of which there may be many.
+
+    Args:
+      sinks: the queries of so many first positions are left out.
+    """
+    key = view.key_bksd.astype(jnp.float32)
+    q = numerics.group_queries(future_queries(view, horizon), key.shape[1]) * key.shape[-1] ** -0.5
+    real = (view.query_position_bl >= sinks)[:, :, None, None, None]
+    count = jnp.maximum(real.sum(1), 1)
+    mean = jnp.where(real, q, 0.0).sum(1) / count
+    centred = jnp.where(real, q - mean[:, None], 0.0)
+    spread = numerics.einsum_f32("blkgd,blkge->bkgde", centred, centred) / count[..., None]
+    along = numerics.einsum_f32("bkgde,bkse->bkgsd", spread, key)
+    variance = (along * key[:, :, None]).sum(-1)
+    return numerics.einsum_f32("bkgd,bksd->bkgs", mean, key) + variance / 2
+
+
 @register("expected_attention")
 class ExpectedAttention(Policy):
     """Keeps entries with large expected attention times value norm (arXiv 2510.00636).
 
-    That is the softmax of `expected_logits` over the entries held but for the first `sinks`
+    That is the softmax of `by_moments` over the entries held but for the first `sinks`
     positions, which are kept; mean over the group. As `ExpectedAttentionPress` of kvpress, which
-    takes its queries from the whole prompt, this from the last L.
+    takes its queries from the whole prompt; this from the last L, or from a whole text that is
+    evicted once at its end.
     """
+
+    all_queries = True
 
     horizon: int = setting(kinds.whole(1, 2**20), 512)
     sinks: int = setting(kinds.whole(0), 4)
@@ -60,8 +81,8 @@ class ExpectedAttention(Policy):
 
     def score(self, view: View) -> Array:
         position = view.cache.position_bks
-        x = expected_logits(view, self.horizon)
         sinks = min(self.sinks, view.budget - view.interval)
+        x = by_moments(view, self.horizon, sinks)
         x = jnp.where((position >= sinks)[:, :, None], x, numerics.MASKED)
         expected = jax.nn.softmax(x, axis=-1).mean(2)
         score = expected * jnp.linalg.norm(view.value_bksd.astype(jnp.float32), axis=-1)

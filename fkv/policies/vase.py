@@ -10,7 +10,7 @@ from fkv.cache.cadence import Cadence
 from fkv.models import ModelConfig
 from fkv.models.numerics import einsum_f32
 from fkv.policies.base import Policy, View, register, row_by_row, setting
-from fkv.policies.snapkv import ODD, by_position, widest
+from fkv.policies.snapkv import ODD, by_position, mean_pool, widest
 
 
 def later_attention(view: View) -> Array:
@@ -30,13 +30,6 @@ def later_attention(view: View) -> Array:
 
     heads = view.query_blhd.shape[2]
     return row_by_row(one, view, 4 * heads * view.interval * view.cache.position_bks.shape[-1])
-
-
-def mean_pool(x_bks: Array, kernel: int) -> Array:
-    """Mean over a centred window of `kernel` (odd) along the last axis; zeros beyond the ends."""
-    window, side = (1, 1, kernel), (kernel // 2, kernel // 2)
-    pads = ((0, 0), (0, 0), side)
-    return jax.lax.reduce_window(x_bks, 0.0, jax.lax.add, window, (1, 1, 1), pads) / kernel
 
 
 @register("vase")

@@ -30,6 +30,7 @@ class Wrapper(Policy):
     statistics = property(lambda self: self.policy.statistics)
     arrive = property(lambda self: self.policy.arrive)
     trained = property(lambda self: self.policy.trained)
+    all_queries = property(lambda self: self.policy.all_queries)
 
     def score(self, view: View) -> Array:
         return self.policy.score(view)

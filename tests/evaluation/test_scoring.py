@@ -9,10 +9,10 @@ import pytest
 from fkv import models, policies
 from fkv.cache.cadence import Cadence
 from fkv.engine import replay
-from fkv.engine.batch import Batch
+from fkv.engine.batch import Batch, rounded
 from fkv.engine.batcher import Batcher, Request
 from fkv.errors import UserError
-from fkv.evaluation.scoring import rounded, score
+from fkv.evaluation.scoring import score
 from tests.engine.test_decoding import model, policy_of, random_prompts
 from tests.models import torch_logits, torch_model
 

@@ -1,13 +1,15 @@
 """What presses of kvpress keep of a prefill by a random model, for `test_kvpress.py`.
 
 Runs in an environment of its own, started by path; it imports nothing of fkv or its tests. Writes
-an npz: of each layer the rotated keys and the values [k, t, d], and the queries before their
-rotation [h, t, d]; and of each press the positions that it keeps, [y, k, ...] as a mask over t.
+an npz: the ids; of each layer the rotated keys and the values [k, t, d], and the queries before
+their rotation [h, t, d]; and of each press the positions that it keeps, [y, k, ...] as a mask
+over t. The model is saved beside it.
 """
 
 import contextlib
 import importlib.metadata
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from kvpress import (
     KnormPress,
     LagKVPress,
     PyramidKVPress,
+    SnapKVPress,
 )
 from kvpress.utils import get_prerope_query_states
 from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
@@ -38,6 +41,7 @@ def main(path: str, tokens: int, kept: int) -> None:
         elif "embed" in name or "proj" in name:
             torch.nn.init.normal_(x, std=0.3)
     ids = torch.randint(211, (1, tokens))
+    model.save_pretrained(Path(path).with_name("model"))
 
     def prefill(press=None):
         cache = DynamicCache(config=config)
@@ -52,6 +56,7 @@ def main(path: str, tokens: int, kept: int) -> None:
             normed = layer.input_layernorm(hidden)
             queries.append(get_prerope_query_states(layer.self_attn, normed)[0])
     found = {
+        "ids": ids[0].numpy(),
         "version": importlib.metadata.version("kvpress"),
         "keys": np.stack([x.keys[0].numpy() for x in cache.layers]),
         "values": np.stack([x.values[0].numpy() for x in cache.layers]),
@@ -63,6 +68,7 @@ def main(path: str, tokens: int, kept: int) -> None:
         "knorm": KnormPress(ratio),
         "expected_attention": ExpectedAttentionPress(ratio),
         "lagkv": LagKVPress(ratio, lag_size=8),
+        "snapkv": SnapKVPress(ratio, window_size=8, kernel_size=5),
         "ada(keydiff)": AdaKVPress(KeyDiffPress(ratio), alpha_safeguard=0.2),
         "ada(knorm)": AdaKVPress(KnormPress(ratio), alpha_safeguard=0.6),
         "pyramid": PyramidKVPress(1 - kept / tokens, window_size=2, kernel_size=5, beta=10),

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import fkv
 from fkv import policies
 from fkv.cache import slots as kv
 from fkv.cache.cadence import Cadence
@@ -33,7 +34,8 @@ def theirs(tmp_path_factory):
     script = Path(__file__).with_name("kvpress_peer.py")
     command = [PYTHON, "-P", str(script), str(path), str(TOKENS), str(KEPT)]
     subprocess.run(command, check=True, timeout=500)
-    return dict(np.load(path))
+    model = fkv.load(path.with_name("model"))
+    return dict(np.load(path)) | {"model": model}
 
 
 def view_of(theirs, layer, first=0):
@@ -113,3 +115,23 @@ def test_layers_have_the_same_budgets(theirs):
         for layer in range(CONFIG.layers)
     ]
     assert ours == theirs["kept pyramid"].sum(-1)[:, 0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "ours", "newest"),
+    [
+        ("knorm", "knorm", 0),
+        ("keydiff", "keydiff", 0),
+        ("expected_attention", "expected_attention", 0),
+        ("snapkv", f"snapkv:window={LAG},kernel=5,mean=True", None),
+        ("ada(keydiff)", "ada(keydiff):safeguard=0.2", 0),
+    ],
+)
+def test_contexts_evicted_at_their_end_keep_what_presses_keep(theirs, name, ours, newest):
+    """The whole way: weights, a prefill with the full cache, one eviction down to the budget."""
+    size = dict(budget=KEPT, interval=LAG, when="end", newest=newest)
+    context = fkv.Context(theirs["model"], theirs["ids"], ours, **size)
+    for layer, heads in enumerate(context.positions):
+        for head, kept in enumerate(heads):
+            want = np.flatnonzero(theirs[f"kept {name}"][layer, head])
+            np.testing.assert_array_equal(kept, want, err_msg=f"{layer}, {head}")
