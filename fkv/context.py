@@ -23,9 +23,9 @@ from fkv.engine.sampling import Sampling
 from fkv.errors import UserError
 from fkv.evaluation.losses import Loss, loss_of
 from fkv.models import chat as chats
-from fkv.models import texts
+from fkv.models import controls, texts
 from fkv.models.named import Model
-from fkv.models.prompts import Prompt, encode, is_one
+from fkv.models.prompts import Prompt, are_messages, encode, is_one
 from fkv.policies.base import Policy, name_of
 from fkv.policies.fitting import for_model
 from fkv.runs import costs
@@ -91,7 +91,7 @@ class Context:
         """
         cadence, reading = Cadence(budget, interval, protect_prompt), Reading(when, room, newest)
         self.model, self._template = model, chat_template_kwargs
-        self._prefix = self._suffix = self._before = None
+        self._prefix: str | None = None  # in a template
         self.tokens = self._encoded(text, chat)
         if warning := model.config.beyond(len(self.tokens), "the text"):
             warnings.warn(f"model {model.name}: {warning}", stacklevel=2)
@@ -101,42 +101,63 @@ class Context:
         self.policy, self.budget, self.interval, self.when = policy, budget, interval, when
 
     def _encoded(self, text: Prompt, chat: bool) -> np.ndarray:
-        """Ids of the text; with a template, what it writes before and after a question."""
-        messages = not isinstance(text, str) and len(text) and isinstance(text[0], Mapping)
-        if not (messages or (chat and isinstance(text, str))):
+        """Ids of the text, in a template up to where a question begins."""
+        if not (are_messages(text) or (chat and isinstance(text, str))):
             return encode(self.model, text, what="the text")
         encode(self.model, text, chat, "the text", self._template)  # its errors are about the text
-        before, begun = (list(text), "") if messages else ([], text)
-        whole = self._rendered([*before, {"role": "user", "content": begun + _QUESTION}])
-        if whole.count(_QUESTION) != 1:
-            raise UserError(f"the text or the chat template contains {_QUESTION}: change that")
-        self._prefix, _, self._suffix = whole.partition(_QUESTION)
-        self._before = before if messages else None
-        ids = texts.tokenize(self.model.tokenizer, self._prefix, continued=False)
-        return np.asarray(ids, np.int32)
+        self._before, self._begun = ([], text) if isinstance(text, str) else (list(text), "")
+        self._prefix = self._rendered(self._messages([{"role": "user", "content": ""}]))[0]
+        return self._ids([{"role": "user", "content": ""}], 0, "the text")
 
-    def _rendered(self, messages: Sequence[Mapping[str, str]]) -> str:
-        return chats.render(self.model.tokenizer, messages, self.model.name, self._template)
+    def _messages(self, question: list[dict[str, str]]) -> list[dict[str, str]]:
+        """The text and a question, which begins at the mark."""
+        first, *rest = question
+        content = f"{self._begun}{_QUESTION}{first['content']}"
+        return [*self._before, {**first, "content": content}, *rest]
+
+    def _rendered(self, messages: list[dict[str, str]], hide: Any = None) -> tuple[str, str]:
+        """What the template writes before the mark, and after it."""
+        model = self.model
+        whole = chats.render(model.tokenizer, messages, model.name, self._template, hide)
+        before, mark, after = whole.partition(_QUESTION)
+        if not mark or _QUESTION in after:
+            raise UserError(
+                f"the text, a question or the chat template of model {model.name} has no place for "
+                f"a question: leave out {_QUESTION!r}, or give text with chat = False"
+            )
+        return before, after
+
+    def _ids(self, question: list[dict[str, str]], part: int, what: str) -> np.ndarray:
+        """Ids of the text (part 0) or the question (1)."""
+
+        def render(messages, hide=None):
+            if not any(_QUESTION in one["content"] for one in messages):  # contents were replaced
+                template = self._template
+                return chats.render(self.model.tokenizer, messages, self.model.name, template, hide)
+            return self._rendered(messages, hide)[part]
+
+        found = controls.ids(self.model.tokenizer, self._messages(question), render, what)
+        return np.asarray(found, np.int32)
 
     def _question(self, question: Prompt, what: str) -> np.ndarray:
         """Ids of what follows the text."""
-        if not isinstance(question, str):
-            messages = len(question) and isinstance(question[0], Mapping)
-            if not messages:
-                return encode(self.model, question, what=what)
-            if self._before is None:
-                raise UserError(f"{what} is messages, but the text of this context is none")
-            whole = self._rendered([*self._before, *chats.checked(question, what)])
-            if not whole.startswith(self._prefix):
-                raise UserError(f"{what}: the chat template writes the context anew; ask with text")
-            after = whole[len(self._prefix) :]
-        elif not question.strip():
-            raise UserError(f"{what} is empty: give at least one token")
-        else:
-            after = question + (self._suffix or "")
+        if not isinstance(question, str) and not are_messages(question):
+            return encode(self.model, question, what=what)
         if self.model.tokenizer is None:
-            raise UserError(f"model {self.model.name} has no tokenizer: give token ids")
-        return np.asarray(texts.tokenize(self.model.tokenizer, after, continued=False), np.int32)
+            raise UserError(f"model {self.model.name} has no tokenizer: give {what} as token ids")
+        if isinstance(question, str):
+            if not question.strip():
+                raise UserError(f"{what} is empty: give at least one token")
+            if self._prefix is None:
+                ids = texts.tokenize(self.model.tokenizer, question, continued=False)
+                return np.asarray(ids, np.int32)
+            return self._ids([{"role": "user", "content": question}], 1, what)
+        if self._prefix is None:
+            raise UserError(f"{what} is messages, and the text is not in a chat: set chat = True")
+        asked = chats.checked(question, what)
+        if self._rendered(self._messages(asked))[0] != self._prefix:
+            raise UserError(f"{what}: the chat template writes the text anew: ask with text")
+        return self._ids(asked, 1, what)
 
     @property
     def positions(self) -> list[list[np.ndarray]]:
@@ -164,8 +185,8 @@ class Context:
 
         Args:
           questions: one, or a list of them: text that follows the context's text directly (begin it
-            with a line break where that needs one), token ids, or, where the context's text is
-            messages, messages.
+            with a line break where that needs one), token ids, or messages, where the context's
+            text is in a chat.
           others: as of `fkv.generate`.
 
         Returns:

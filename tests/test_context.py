@@ -20,6 +20,7 @@ from fkv.learning.tokens import low_entropy
 from fkv.models.named import Model
 from tests.engine.test_decoding import model as tiny
 from tests.engine.test_decoding import random_prompts
+from tests.test_api import TEMPLATE, save_words
 
 L = 8
 TEXT, ASKED, OTHER, TOLD = random_prompts([61, 5, 11, 19], seed=4)
@@ -231,6 +232,33 @@ def test_bad_input_is_named_in_one_line(call, says):
     with pytest.raises(UserError, match=says) as error:
         call(model())
     assert "\n" not in str(error.value)
+
+
+def test_texts_and_questions_share_one_message_of_the_template(tmp_path):
+    words = fkv.load(save_words(tmp_path, TEMPLATE))
+    text, talk = "w1 w2 w3 w4", [{"role": "user", "content": "w1 w2"}]
+    more = dict(new_tokens=4, temperature=0.0)
+    encoded = functools.partial(words.tokenizer.encode, add_special_tokens=False)
+    context = fkv.Context(words, text, interval=L, chat=True)
+    assert context.tokens.tolist() == encoded("<user> w1 w2 w3 w4")
+    [[want]] = fkv.generate(words, text + " w5 w6", interval=L, chat=True, **more)
+    asked = (
+        context.ask(" w5 w6", **more),
+        context.ask([{"role": "user", "content": " w5 w6"}], **more),
+    )
+    assert {(x.text, x.prompt_tokens) for x in asked} == {(want.text, want.prompt_tokens)}
+    # A text that looks like a control token is none, in the text as in a question.
+    assert context.ask("<eos>", **more).prompt_tokens == context.ask("w7", **more).prompt_tokens
+    after = fkv.Context(words, talk, interval=L)
+    [[want]] = fkv.generate(words, [*talk, {"role": "user", "content": "w9"}], interval=L, **more)
+    assert after.ask("w9", **more).prompt_tokens == want.prompt_tokens
+    assert after.ask("w9", **more).text == want.text
+    plain = fkv.Context(words, text, interval=L)
+    assert plain.ask("w5", **more).prompt_tokens == 5
+    with pytest.raises(UserError, match="question 0 is messages, and the text is not in a chat"):
+        plain.ask(talk)
+    with pytest.raises(UserError, match="has no place for a question"):
+        fkv.Context(words, "w1 <fkv:question>", chat=True)
 
 
 def test_a_receipt_is_for_the_model_that_wrote():

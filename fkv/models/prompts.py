@@ -42,7 +42,7 @@ def encode(
       UserError: it is neither, is empty or has tokens that the model does not know, or there is no
         tokenizer or no chat template.
     """
-    if not isinstance(prompt, str) and _are_messages(prompt):
+    if not isinstance(prompt, str) and are_messages(prompt):
         messages = chats.checked(prompt, what)
         _needs_tokenizer(model)
         ids = _rendered(model, messages, template, what)
@@ -94,7 +94,7 @@ def is_one(prompts: Any) -> bool:
     if isinstance(prompts, str):
         return True
     listed = _listed(prompts, "the prompt")
-    return len(listed) > 0 and (_is_id(listed[0]) or _are_messages(listed))
+    return len(listed) > 0 and (_is_id(listed[0]) or are_messages(listed))
 
 
 def check_known(model: Model, ids: Sequence[int], what: str) -> None:
@@ -125,12 +125,12 @@ def _written(prompt: Prompt, what: str) -> str:
     """What of a prompt is text."""
     if isinstance(prompt, str):
         return prompt
-    if _are_messages(prompt):
+    if are_messages(prompt):
         return "\n".join(one["content"] for one in chats.checked(prompt, what))
     return ""
 
 
-def _are_messages(value: Any) -> bool:
+def are_messages(value: Any) -> bool:
     """Whether a prompt is meant as chat messages; `chat.checked` tells whether they are any."""
     listed = isinstance(value, Sequence) and not isinstance(value, str | bytes) and len(value) > 0
     return listed and isinstance(value[0], Mapping)
