@@ -143,11 +143,11 @@ class Context:
         """Ids of what follows the text."""
         if not isinstance(question, str) and not are_messages(question):
             return encode(self.model, question, what=what)
+        if isinstance(question, str) and not question.strip():
+            raise UserError(f"{what} is empty: give at least one token")
         if self.model.tokenizer is None:
             raise UserError(f"model {self.model.name} has no tokenizer: give {what} as token ids")
         if isinstance(question, str):
-            if not question.strip():
-                raise UserError(f"{what} is empty: give at least one token")
             if self._prefix is None:
                 ids = texts.tokenize(self.model.tokenizer, question, continued=False)
                 return np.asarray(ids, np.int32)

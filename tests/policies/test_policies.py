@@ -654,7 +654,9 @@ def test_fields_may_be_given_as_text():
         policies.get("rkv:mix")
     with pytest.raises(UserError, match="'rkv': 'mix=x' must be of the form field=number"):
         policies.get("rkv:kernel=1,mix=x")
-    with pytest.raises(UserError, match="'rkv' has no field mixx; it has window, kernel, mix"):
+    with pytest.raises(
+        UserError, match="'rkv' has no field mixx; it has window, kernel, mean, mix"
+    ):
         policies.get("rkv:mixx=1")
     with pytest.raises(UserError, match="'r-kv' is not known; choose from"):
         policies.get("r-kv:mix=1")
