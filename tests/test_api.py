@@ -389,7 +389,7 @@ def test_a_conversation_is_a_prompt(words, bare, monkeypatch):
         prompts_of(words, [{"role": "user", "content": "what"}], monkeypatch)
     with pytest.raises(UserError, match="has no tokenizer: give prompts as token ids"):
         fkv.generate(bare, talk, **SIZES)
-    with pytest.raises(UserError, match="chat_template_kwargs: 'tokenize' is no variable"):
+    with pytest.raises(UserError, match="chat_template_kwargs: 'tokenize' is an argument"):
         fkv.generate(words, talk, chat_template_kwargs={"tokenize": True}, **SIZES)
 
 
