@@ -196,7 +196,7 @@ class Context:
           UserError: a question is invalid or empty, or a size is out of range.
         """
         alone = is_one(questions)
-        asked = [questions] if alone else list(questions)
+        asked: list[Any] = [questions] if alone else list(questions)
         if not asked:
             raise UserError("no questions given: give text, token ids or messages, or several")
         kinds.check("batch", batch, kinds.whole(1))
@@ -216,7 +216,7 @@ class Context:
         batcher = Batcher(
             model.lm, self.policy, read.cadence, min(batch, len(prompts)), length, top=top
         )
-        settings = dict(
+        settings: dict[str, Any] = dict(
             stop=model.stop,
             logprobs=top_logprobs,
             kept=batcher.kept(read),

@@ -7,7 +7,7 @@ print(fkv.receipt(model, answer).table())
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -71,7 +71,7 @@ def loss(
             )
         given, told = ids[:prompt], ids[prompt:]
     else:
-        given = encode(model, prompt, chat, "the prompt", chat_template_kwargs)
+        given = encode(model, cast(Prompt, prompt), chat, "the prompt", chat_template_kwargs)
         if isinstance(text, str) and text and model.tokenizer is not None:
             text = texts.tokenize(model.tokenizer, text, continued=False)
         told = encode(model, text, what="the text")
