@@ -169,7 +169,7 @@ def test_less_than_asked_for_is_said(letters, text, tmp_path, capsys):
     recall.run(config, str(tmp_path))
     count = len({row["lookup"] for row in rows_of(tmp_path, "lookups")})
     assert 10 < count < 500
-    assert f"{count} look-ups of 500: the text has no more" in capsys.readouterr().out
+    assert f"{count} look-ups found of 500: the text has no more" in capsys.readouterr().out
     assert not (tmp_path / "agreement.txt").exists()
 
 
