@@ -8,7 +8,7 @@ WEIGHTED = "kvzap", "kvzap, linear", "triattention", "trimkv", "trimkv, rg2", "t
 # Made by a name alone.
 BY_NAME = sorted(
     set(policies.names())
-    - {"full", "forced", "foresight"}
+    - {"full", "forced", "foresight", "uneven"}
     - {name.split(",")[0] for name in WEIGHTED}
 )
 
