@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from configs import base, tiny
 from fkv.data import benchmarks, corpora
-from fkv.engine.decoding import Sampling
+from fkv.engine.sampling import Sampling
 from fkv.errors import UserError
 from fkv.jobs import groups
 from fkv.learning import grpo, sft

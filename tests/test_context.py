@@ -18,8 +18,8 @@ from fkv.errors import UserError
 from fkv.evaluation.losses import mean_interval
 from fkv.learning.tokens import low_entropy
 from fkv.models.named import Model
-from tests.engine.test_decoding import model as tiny
-from tests.engine.test_decoding import random_prompts
+from tests.engine.test_steps import model as tiny
+from tests.engine.test_steps import random_prompts
 from tests.test_api import TEMPLATE, save_words
 
 L = 8

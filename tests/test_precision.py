@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fkv import policies
+from fkv import models, policies
 from fkv.cache.cadence import Cadence
-from fkv.engine import decoding
+from fkv.engine import reading, replay, steps
 from fkv.engine.batch import Batch, left_pad
-from fkv.engine.decoding import Plan, Sampling
+from fkv.engine.sampling import Sampling, Samplings
 from fkv.keys import keys_of
 from fkv.learning import golden, grpo, pretrain, replayed, sft
 from fkv.learning.fit import TrainState
@@ -100,13 +100,24 @@ def answering(name, cache_dtype, dtype):
     lm = model(dtype, cache_dtype=cache_dtype)
     policy = scorers(lm.config) if name == "foresight" else None
     policy = weighted(name, lm.config) if name in WEIGHTED else policy or policies.get(name)
-    keys, limit = keys_of(jax.random.key(0), 2), np.array([5, 5], np.int32)
-    prompts = left_pad([np.zeros(n, np.int32) for n in (12, 9)])
-    plan = Plan(CADENCE, Sampling(0.6, 5, 0.9), stop=(1,))
+    prompts, row = left_pad([np.zeros(n, np.int32) for n in (12, 9)]), np.zeros(2, np.int32)
+    how = jax.tree.map(jnp.asarray, Samplings.of([Sampling(0.6, 5, 0.9)] * 2))
+    rows = steps.Rows(keys_of(jax.random.key(0), 2), prompts.prompt_b, row[:, None] + 1, how)
+    dtype = jnp.dtype(dtype)
 
     def run(lm, policy):
-        state = decoding.prefill(lm, policy, plan, prompts, keys, limit, new_tokens=8)
-        return decoding.decode_chunk(lm, policy, plan, state, prompt_width=12)
+        hidden, position = reading.embed(lm, prompts.token_bt), prompts.position_bt
+        site = replay.Site(lm.config, CADENCE, 0, rows.key_b, rows.prompt_b)
+        first, later = (hidden[:, :8], position[:, :8]), (hidden[:, 8:], position[:, 8:])
+        weights = models.layer(lm, 0)
+        _, held = reading.read_layer(weights, policy, site, *first, None, 16)
+        hidden, held = reading.read_layer(weights, policy, site, *later, held, 16)
+        drawn = reading.first_token(lm, rows, hidden[:, -1], later[1][:, -1], 2)
+        caches, asked = steps.empty(policy, 2, lm.config, CADENCE, 16, dtype)
+        caches = (reading.place_layer(policy, caches[0], held, site, np.arange(2), np.arange(2)),)
+        state = steps.State(caches, asked, drawn.token[:, 0], prompts.length_b, row + 5)
+        state, drawn = steps.steps(lm, policy, steps.Program(CADENCE, 4, 2), state, rows, 0)
+        return steps.evict(lm.config, policy, CADENCE, state, rows), drawn
 
     return jax.make_jaxpr(run)(lm, policy)
 

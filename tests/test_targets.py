@@ -19,13 +19,13 @@ import pytest
 from configs import qwen3_4b
 from fkv import policies
 from fkv.cache.cadence import FULL
-from fkv.engine import decoding
+from fkv.engine.sampling import Sampling
 from fkv.jobs import compiled, dry_run, programs
 from fkv.jobs.compiled import Program
 from fkv.jobs.dry_run import Arm, Generation, Setup
 from fkv.runs import costs, parallel, targets
 
-SAMPLING = decoding.Sampling(0.6, 20, 0.95)
+SAMPLING = Sampling(0.6, 20, 0.95)
 MODEL = dataclasses.replace(costs.SHAPES["Qwen/Qwen3-4B"], layers=2)
 # Small, but with the shapes that matter: several groups of query heads, blocks of queries and keys.
 SMALL = dataclasses.replace(

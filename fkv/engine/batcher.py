@@ -9,6 +9,7 @@ whenever it came.
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,20 +19,18 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from fkv import kinds, models
 from fkv.cache.cadence import Cadence
-from fkv.engine import replay, steps
+from fkv.engine import reading, replay, steps
 from fkv.engine.compressed import Compressed, widened
 from fkv.engine.replay import Site
-from fkv.engine.requests import STOPS, Event, Kept, Request, check, cut
+from fkv.engine.requests import STOPS, Event, Kept, Request, check, cut, piece_of, together
 from fkv.engine.sampling import Sampling, Samplings
 from fkv.engine.steps import NO_TOKEN, NOT_FINITE, Program
 from fkv.errors import UserError
 from fkv.models import LM
 from fkv.policies.base import Policy
 
-PIECE = 1024  # tokens of a prompt that are read between steps, by default
 
-
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class _Row:
     """A request on its way.
 
@@ -92,19 +91,23 @@ class _Row:
 
 @dataclasses.dataclass
 class _Reading:
-    """A prompt that is being read.
+    """Prompts that are read together, of equal padded widths.
 
     Attributes:
-      row: whose it is.
-      pieces: tokens and positions [1, t] of those to come.
-      rows: what its request sets, as arrays of one row.
+      members: whose they are; None for those that have ended.
+      pieces: tokens and positions [b, t] of those to come.
+      rows: what their requests set.
       held: what was read, per layer.
     """
 
-    row: _Row
+    members: list[_Row | None]
     pieces: collections.deque
     rows: steps.Rows
     held: list[Any]
+
+    @property
+    def live(self) -> list[_Row]:
+        return [row for row in self.members if row is not None]
 
 
 class Batcher:
@@ -146,7 +149,7 @@ class Batcher:
         interval = cadence.interval
         self._lm, self._policy = models.separate(lm, consume=False), policy
         self._cadence, self._length, self._top = cadence, length, top
-        self._piece = -(-(piece or PIECE) // interval) * interval
+        self._piece = piece_of(interval, piece)
         self._queue: collections.deque[_Row] = collections.deque()
         self._reading: _Reading | None = None
         self._ready: collections.deque[_Reading] = collections.deque()
@@ -164,7 +167,13 @@ class Batcher:
     @property
     def waiting(self) -> int:
         """Requests that have no row yet."""
-        return len(self._queue) + len(self._ready) + (self._reading is not None)
+        return len(self._queue) + len(self._begun)
+
+    @property
+    def _begun(self) -> list[_Row]:
+        """Rows whose prompts are read, or were, and have no place yet."""
+        begun = [self._reading, *self._ready]
+        return [row for one in begun if one is not None for row in one.live]
 
     @property
     def live(self) -> int:
@@ -205,23 +214,25 @@ class Batcher:
             raise ValueError("the text was read under another policy or cadence")
         held = read.held
         if not self._policy.evicts:
-            room = steps.room_to_read(self._room, self._piece)
+            room = reading.room_to_read(self._room, self._piece)
             held = tuple(widened(one, room) for one in held)
         return Kept(read.tokens, held, read.entries, read.evictions, self._made)
 
     def cancel(self, id: int) -> None:
         """Ends a request, whose row is free at the next step; of one that has ended, nothing."""
-        reading = [self._reading] if self._reading else []
-        found = [*self._queue, *(one.row for one in [*reading, *self._ready]), *self._rows]
+        found = [*self._queue, *self._begun, *self._rows]
         row = next((row for row in found if row is not None and row.id == id), None)
         if row is None:
             return
         row.finish = "cancelled"
         self._ended.append(row)
         self._queue = collections.deque(one for one in self._queue if one is not row)
-        self._ready = collections.deque(one for one in self._ready if one.row is not row)
-        self._rows = [None if one is row else one for one in self._rows]
-        if reading and reading[0].row is row:
+        self._rows = _without(row, self._rows)
+        for one in [self._reading, *self._ready]:
+            if one is not None:
+                one.members = _without(row, one.members)
+        self._ready = collections.deque(one for one in self._ready if one.live)
+        if self._reading and not self._reading.live:
             self._reading = None
 
     def step(self, tokens: int | None = None) -> list[Event]:
@@ -236,72 +247,116 @@ class Batcher:
         interval = self._cadence.interval
         if tokens is not None:
             kinds.check("tokens", tokens, kinds.whole(1))
-        if not self.live:
-            self._start = 0  # nothing in the rings is needed any more
-        self._read()
-        if self._start == 0:
-            while self._ready:
-                self._place(self._ready.popleft(), self._rows.index(None))
+        self.read()
         if self.live:
             self._decode(min(tokens or interval, interval - self._start))
         return self._events()
 
+    def wait(self) -> None:
+        """Returns when all that was begun is done: programs run while the host goes on."""
+        jax.block_until_ready((self._caches, self._asked))
+
     # ---- reading prompts
+
+    def read(self) -> None:
+        """Reads a piece of the prompts that wait, and at a border gives them rows; see `step`."""
+        if not self.live:
+            self._start = 0  # nothing in the rings is needed any more
+        self._read()
+        while self._ready and self._start == 0:
+            self._place(self._ready.popleft())
 
     def _read(self) -> None:
         """Reads about a piece; more while nobody waits for the next step."""
         budget = self._piece * (1 if self.live else len(self._rows))
         while budget > 0:
             if self._reading is None:
-                if not self._queue or self.idle <= len(self._ready):
+                room = self.idle - len(self._begun)
+                if not self._queue or room <= 0:
                     return
-                self._reading = self._begin(self._queue.popleft())
+                self._reading = self._begin(room)
             one = self._reading
-            budget -= one.pieces[0][0].shape[1]
+            budget -= one.pieces[0][0].size
             drawn = self._read_piece(one)
             if not one.pieces:
-                self._reading = None
-                one.row.take(jax.tree.map(lambda x: x[0], jax.device_get(drawn)))
-                if one.row.request.keep and self._policy.evicts:
-                    # Evictions mix the answer into what is kept at its end.
-                    one.row.before = self._kept(one.row, one.held)
-                if one.row.finish:
-                    one.row.held = one.held
-                    self._ended.append(one.row)
-                else:
+                self._reading, drawn = None, jax.device_get(drawn)
+                for i, row in enumerate(one.members):
+                    if row is not None:
+                        row.take(jax.tree.map(lambda x, i=i: x[i], drawn))
+                        self._is_read(one, i)
+                if one.live:
                     self._ready.append(one)
 
-    def _begin(self, row: _Row) -> _Reading:
-        prompt, kept, held = row.request.prompt, row.request.kept, [None] * self._lm.config.layers
-        first = 0
+    def _is_read(self, one: _Reading, index: int) -> None:
+        """Keeps what is to be kept of a row's prompt, and ends a row that needs no step."""
+        row = one.members[index]
+        if row.request.keep:
+            held = jax.tree.map(lambda x: x[index : index + 1], one.held)
+            if self._policy.evicts:  # evictions mix the answer into what is kept at its end
+                row.before = self._kept(row, held)
+            row.held = held if row.finish else None
+        if row.finish:
+            one.members[index] = None
+            self._ended.append(row)
+
+    def _begin(self, room: int) -> _Reading:
+        """Begins to read the next prompt, and those behind it that can be read with it."""
+        some, pieces = [self._queue[0]], self._cut(self._queue[0])
+        kept, held = some[0].request.kept, [None] * self._lm.config.layers
         if kept is not None:
-            first = len(kept.tokens)
-            held = [steps.continue_layer(one, np.int32(first)) for one in kept.held]
-        pieces = cut(prompt[first:], self._cadence.interval, self._piece, first)
-        return _Reading(row, collections.deque(pieces), self._settings_of([row]), held)
+            first = np.int32(len(kept.tokens))
+            held = [reading.continue_layer(one, first) for one in kept.held]
+        elif len(pieces) == 1:
+            width = pieces[0][0].shape[1]
+            for row in itertools.islice(self._queue, 1, room):
+                other = self._cut(row)
+                if row.request.kept is None and len(other) == 1 and other[0][0].shape[1] == width:
+                    some, pieces = [*some, row], [*pieces, *other]
+            count = together(len(some), width, self._piece)
+            some = some[:count]
+            pieces = [tuple(np.concatenate(x) for x in zip(*pieces[:count], strict=True))]
+        for row in some:
+            self._queue.remove(row)
+        return _Reading(some, collections.deque(pieces), self._settings_of(some), held)
+
+    def _cut(self, row: _Row) -> list[tuple[np.ndarray, np.ndarray]]:
+        """What is to be read of a row's prompt, in pieces."""
+        request, first = row.request, 0
+        if request.kept is not None:
+            first = len(request.kept.tokens)
+        return cut(request.prompt[first:], self._cadence.interval, self._piece, first)
 
     def _read_piece(self, one: _Reading) -> steps.Drawn | None:
         """Reads the next piece; after the last one, draws a token."""
         token, position = one.pieces.popleft()
-        hidden = steps.embed(self._lm, token)
-        room = steps.room_to_read(self._room, self._piece)
+        hidden = reading.embed(self._lm, token)
+        room = reading.room_to_read(self._room, self._piece)
         for layer in range(self._lm.config.layers):
             site = self._site(layer, one.rows)
-            hidden, one.held[layer] = steps.read_layer(
+            hidden, one.held[layer] = reading.read_layer(
                 self._lm.params["layers"][layer], self._policy, site, hidden, position,
                 one.held[layer], room,
             )  # fmt: skip
         if one.pieces:
             return None
-        return steps.first_token(self._lm, one.rows, hidden, position, self._top)
+        last = hidden[:, -1], position[:, -1]  # of any width, so nothing is compiled for it
+        return reading.first_token(self._lm, one.rows, *last, self._top)
 
-    def _place(self, one: _Reading, index: int) -> None:
-        caches, index_0 = list(self._caches), np.int32(index)
+    def _place(self, one: _Reading) -> None:
+        """Gives rows to prompts that have been read."""
+        free = [i for i, row in enumerate(self._rows) if row is None]
+        places = [(i, free.pop(0)) for i, row in enumerate(one.members) if row is not None]
+        for i, index in places:
+            self._rows[index] = one.members[i]
+        places += places[-1:] * (len(one.members) - len(places))  # the last one again
+        read, index = np.array(places, np.int32).T
+        caches = list(self._caches)
         for layer, held in enumerate(one.held):
             site, one.held[layer] = self._site(layer, one.rows), None
-            caches[layer] = steps.place_layer(self._policy, caches[layer], held, site, index_0)
+            caches[layer] = reading.place_layer(
+                self._policy, caches[layer], held, site, read, index
+            )
         self._caches, self._settings = tuple(caches), None
-        self._rows[index] = one.row
 
     def _site(self, layer: int, rows: steps.Rows) -> Site:
         return Site(self._lm.config, self._cadence, np.int32(layer), rows.key_b, rows.prompt_b)
@@ -358,18 +413,18 @@ class Batcher:
 
     def _take(self, state: steps.State, index: int) -> list[Any]:
         """What a row holds, per layer."""
-        room, row = steps.room_to_read(self._room, self._piece), np.int32(index)
+        room, row = reading.room_to_read(self._room, self._piece), np.int32(index)
         site = self._site(0, self._settings)
         asked = state.asked or [None] * len(state.caches)
         return [
-            steps.take_layer(self._policy, cache, one, site, row, room)
+            reading.take_layer(self._policy, cache, one, site, row, room)
             for cache, one in zip(state.caches, asked, strict=True)
         ]
 
     # ---- what comes of it
 
     def _events(self) -> list[Event]:
-        rows = [row for row in [*(one.row for one in self._ready), *self._rows] if row is not None]
+        rows = [row for row in [*self._begun, *self._rows] if row is not None]
         ended, self._ended = self._ended, []
         return [self._event(row) for row in [*ended, *rows] if row.new or row.finish]
 
@@ -383,10 +438,10 @@ class Batcher:
             top = new.top_token[:, :n], new.top_logprob[:, :n]
         row.new = []
         row.answer += new.token.tolist()
-        evictions, kept = self._counts(row)[1], None
+        (entries, evictions), kept = self._counts(row), None
         if row.request.keep and row.finish in ("stop", "length"):
             kept = dataclasses.replace(self._kept(row, row.held), before=row.before)
-        return Event(row.id, new.token, logprob, top, row.finish, evictions, kept)
+        return Event(row.id, new.token, logprob, top, row.finish, evictions, kept, entries)
 
     def _kept(self, row: _Row, held: Sequence[Any]) -> Kept:
         """The cache of the prompt and what is answered, all of it but the newest token."""
@@ -412,6 +467,10 @@ class Batcher:
             fired, held = fired + (held > budget), min(held, budget) + min(chunk, new)
             new, chunk = new - chunk, interval
         return held, fired
+
+
+def _without(row: _Row, rows: Sequence[_Row | None]) -> list[_Row | None]:
+    return [None if one is row else one for one in rows]
 
 
 def _same(some: tuple, others: tuple) -> bool:

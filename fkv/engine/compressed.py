@@ -17,7 +17,7 @@ from fkv import kinds, models
 from fkv.cache import attention
 from fkv.cache import slots as kv
 from fkv.cache.cadence import Cadence
-from fkv.engine import replay, steps
+from fkv.engine import reading, replay
 from fkv.engine.batch import rounded
 from fkv.engine.requests import cut
 from fkv.engine.state import Chunk, Site
@@ -153,12 +153,12 @@ def read_on(lm: LM, compressed: Compressed, tokens: np.ndarray, prompt: int, key
     token, position = np.zeros((1, width), np.int32), np.full((1, width), -1, np.int32)
     here = slice(padding, padding + len(tokens))
     token[0, here], position[0, here] = tokens, first + np.arange(len(tokens))
-    hidden = steps.embed(lm, token)
+    hidden = reading.embed(lm, token)
     length = np.array([first + prompt], np.int32)
     site = Site(lm.config, compressed.cadence, 0, key[None], length)
     for i, held in enumerate(compressed.held):
         at = site.replace(layer=np.int32(i))
-        hidden, _ = steps.read_layer(
+        hidden, _ = reading.read_layer(
             models.layer(lm, i), compressed.policy, at, hidden, position,
             jax.tree.map(jnp.copy, held),  # as reading on reuses the buffers
         )  # fmt: skip
@@ -169,12 +169,12 @@ def _streamed(lm, policy, site, tokens):
     """Per layer what reading a text in pieces leaves: `Staged`, or a full cache."""
     interval = site.cadence.interval
     piece = -(-PIECE // interval) * interval
-    held, room = [None] * lm.config.layers, steps.room_to_read(len(tokens), piece)
+    held, room = [None] * lm.config.layers, reading.room_to_read(len(tokens), piece)
     for token, position in cut(tokens, interval, piece):
-        hidden = steps.embed(lm, token)
+        hidden = reading.embed(lm, token)
         for i in range(lm.config.layers):
             at = site.replace(layer=np.int32(i))
-            hidden, held[i] = steps.read_layer(
+            hidden, held[i] = reading.read_layer(
                 models.layer(lm, i), policy, at, hidden, position, held[i], room
             )
     return held
@@ -196,7 +196,7 @@ def _at_end(lm, policy, site, tokens):
     width, held = rounded(len(tokens), interval), []
     token = np.pad(tokens, (width - len(tokens), 0))[None]
     position = np.arange(width, dtype=np.int32)[None] - (width - len(tokens))
-    hidden, position = steps.embed(lm, token), np.maximum(position, -1)
+    hidden, position = reading.embed(lm, token), np.maximum(position, -1)
     for i in range(lm.config.layers):
         at = site.replace(layer=np.int32(i))
         hidden, one = _layer_at_end(models.layer(lm, i), policy, at, hidden, position)

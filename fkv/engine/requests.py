@@ -16,6 +16,23 @@ from fkv.errors import UserError
 from fkv.policies.base import Policy
 
 STOPS = 64  # a request's stop tokens, at most
+PIECE = 1024  # tokens of a prompt that are read between steps, by default
+_TOGETHER = 8, 2, 1  # prompts that are read at a time: few numbers, as each is compiled for
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How answers are made, in a job that asks for many alike.
+
+    Attributes:
+      cadence: of evictions; for a policy that does not evict, only the interval is used.
+      sampling: of the tokens.
+      stop: tokens that end an answer.
+    """
+
+    cadence: Cadence
+    sampling: Sampling = FREE
+    stop: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +45,7 @@ class Kept:
 
     Attributes:
       tokens: those that entered it: all of prompt and answer but the last, which was only drawn.
-      held: per layer, as `steps.read_layer` leaves it: entries and, for a policy that evicts, the
+      held: per layer, as `reading.read_layer` leaves it: entries and, for a policy that evicts, the
         chunk of which the next eviction is to come. It may hold later tokens' entries, too.
       entries: that a head holds of `tokens`.
       evictions: of a head so far.
@@ -110,6 +127,7 @@ class Event:
         NaN or infinite.
       evictions: of a head so far, those after which a token attends.
       kept: the cache at the end, if it was to be kept and the request was not cut off.
+      entries: that a head holds, where heads share the budget evenly.
     """
 
     id: int
@@ -119,6 +137,7 @@ class Event:
     finish: str | None
     evictions: int
     kept: Kept | None = None
+    entries: int = 0
 
 
 def cut(
@@ -142,6 +161,16 @@ def cut(
     ends = range(width, len(token) + 1, piece)
     starts = [0, *ends][:-1]
     return [(token[None, i:j], position[None, i:j]) for i, j in zip(starts, ends, strict=True)]
+
+
+def piece_of(interval: int, piece: int | None = None) -> int:
+    """Tokens of a piece: about so many, in whole chunks."""
+    return -(-(piece or PIECE) // interval) * interval
+
+
+def together(waiting: int, width: int, piece: int) -> int:
+    """How many of the prompts of this padded width that wait are read at a time."""
+    return next(n for n in _TOGETHER if n <= min(waiting, max(piece // width, 1)))
 
 
 def check(request: Request, vocab: int, length: int, top: int | None) -> None:

@@ -1,8 +1,9 @@
 """How the next token of each row is drawn: settings are arrays, so that none is compiled for."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Self
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import flax.struct
 import jax
@@ -75,7 +76,35 @@ def sample(logits_bv: Array, key_b: Array, how: Samplings | Sampling) -> Array:
     def draw():
         return jnp.where(warm_b, _draw(logits_bv.astype(jnp.float32), key_b, how, warm_b), greedy)
 
-    return jax.lax.cond(warm_b.any(), draw, lambda: greedy)
+    return _if("warm", warm_b.any(), draw, lambda: greedy)
+
+
+def never(how: Sampling, vocab: int) -> tuple[str, ...]:
+    """Names of the branches of `sample` that rows of these settings don't take.
+
+    Operations bear them, so that a compiled program can be counted without these branches.
+    """
+    if how.temperature == 0:
+        return ("warm",)
+    top_k = min(how.top_k or vocab, vocab)
+    plain = top_k == vocab and how.top_p >= 1
+    wide = not plain and top_k > _MOST
+    taken = {
+        "some": not plain, "narrow": top_k <= _FEWEST, "not_narrow": top_k > _FEWEST,
+        "wide": wide, "more": wide, "plain": plain,
+    }  # fmt: skip
+    return tuple(name for name, so in taken.items() if not so)
+
+
+def _if(name: str, condition: Array, then: Callable[[], Any], other: Callable[[], Any]) -> Any:
+    """`lax.cond` with branches `name` and `not_name`, see `never`."""
+
+    def called(branch, name):
+        with jax.named_scope(name):
+            return branch()
+
+    branches = ((then, name), (other, f"not_{name}"))
+    return jax.lax.cond(condition, *(functools.partial(called, *one) for one in branches))
 
 
 def _draw(x_bv, key_b, how, warm_b):
@@ -95,14 +124,14 @@ def _draw(x_bv, key_b, how, warm_b):
         return jax.nn.logsumexp(x_bv / how.temperature_b, axis=-1, keepdims=True)
 
     def among(count):
-        total_b1 = jax.lax.cond(wide_b.any(), whole, lambda: jnp.zeros_like(how.temperature_b))
+        total_b1 = _if("wide", wide_b.any(), whole, lambda: jnp.zeros_like(how.temperature_b))
         x, token = numerics.top_k(x_bv, count)
         drawn, enough_b = _among_likeliest(x, token, key_b, how, total_b1, top_k_b == vocab)
         return drawn, wide_b & ~enough_b
 
     def among_few():
         narrow = (plain_b | ~warm_b | (top_k_b <= fewest)).all()
-        return jax.lax.cond(narrow, lambda: among(fewest), lambda: among(most))
+        return _if("narrow", narrow, lambda: among(fewest), lambda: among(most))
 
     def among_all():
         token = jnp.argsort(-x_bv, axis=-1)
@@ -115,9 +144,9 @@ def _draw(x_bv, key_b, how, warm_b):
 
     none = jnp.zeros(len(x_bv), jnp.int32)
     some = (warm_b & ~plain_b).any()
-    drawn, more_b = jax.lax.cond(some, among_few, lambda: (none, jnp.zeros_like(warm_b)))
-    drawn = jnp.where(more_b, jax.lax.cond(more_b.any(), among_all, lambda: none), drawn)
-    return jnp.where(plain_b, jax.lax.cond(plain_b.any(), unsorted, lambda: none), drawn)
+    drawn, more_b = _if("some", some, among_few, lambda: (none, jnp.zeros_like(warm_b)))
+    drawn = jnp.where(more_b, _if("more", more_b.any(), among_all, lambda: none), drawn)
+    return jnp.where(plain_b, _if("plain", plain_b.any(), unsorted, lambda: none), drawn)
 
 
 def _at_least(x_bn, likeliest_b1, how):

@@ -11,7 +11,7 @@ attends to and which are dropped first. What happens to a row depends on its own
 settings only. A policy that does not evict (`full`) has the same ring; at the border it is copied
 to the row's own next slots, of which there are enough for prompt and answer.
 
-Prompts are read one row at a time, in pieces: see `read_layer` and `place_layer`.
+How prompts are read is in `fkv.engine.reading`.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from fkv.cache import attention
 from fkv.cache import slots as kv
 from fkv.cache.cadence import Cadence
 from fkv.engine import replay
-from fkv.engine.replay import Chunk, Site, Staged
+from fkv.engine.replay import Chunk, Site
 from fkv.engine.sampling import Samplings, sample
 from fkv.keys import Purpose, key_of
 from fkv.models import LM, ModelConfig
@@ -130,7 +130,7 @@ class Drawn:
     top_logprob: Array | None = None
 
 
-def _draw(lm, hidden_bm, rows, position_b, top):
+def draw(lm: LM, hidden_bm: Array, rows: Rows, position_b: Array, top: int | None) -> Drawn:
     """One token of each row, at these positions; arrays [b, ...]."""
     logits = models.unembed(lm, hidden_bm[:, None])[:, 0]
     key_b = jax.vmap(lambda key, at: key_of(key, Purpose.TOKEN, at))(rows.key_b, position_b)
@@ -194,7 +194,7 @@ def steps(
 
         if policy.evicts:
             asked = jax.tree.map(put, asked, tuple(queries))
-        drawn = _draw(lm, hidden[:, 0], rows, position + 1, program.top)
+        drawn = draw(lm, hidden[:, 0], rows, position + 1, program.top)
         token = jnp.where(live, drawn.token, token)
         drawn = drawn.replace(token=jnp.where(live, drawn.token, NO_TOKEN))
         left = jnp.where(live, _left(token, left, rows.stop_bz), 0)
@@ -233,221 +233,19 @@ def evict(
     cadence: Cadence,
     state: State,
     rows: Rows,
-    program: Callable[..., kv.Cache] = evict_layer,
+    program: Callable[..., kv.Cache] | None = None,
 ) -> State:
     """The border after `steps`, layer after layer.
 
     Args:
-      program: `evict_layer`, or what it was compiled to.
+      program: what `evict_layer` was compiled to, to call in its place.
     """
+    program = program or evict_layer
     site = Site(config, cadence, 0, rows.key_b, rows.prompt_b)
     caches, asked = list(state.caches), state.asked or (None,) * config.layers
     for i, one in enumerate(asked):
         caches[i] = program(policy, caches[i], one, site.replace(layer=np.int32(i)))
     return state.replace(caches=tuple(caches))
-
-
-# ---- prompts
-
-
-@jax.jit
-def embed(lm: LM, token_bt: Array) -> Array:
-    """Hidden states [b, t, m] before the first layer."""
-    return models.embed(lm, token_bt)
-
-
-@functools.partial(jax.jit, static_argnames="room", donate_argnames=("hidden_btm", "held"))
-def read_layer(
-    weights: models.Params,
-    policy: Policy,
-    site: Site,
-    hidden_btm: Array,
-    position_bt: Array,
-    held: Staged | kv.Cache | None = None,
-    room: int = 0,
-) -> tuple[Array, Staged | kv.Cache]:
-    """One layer over a piece of a row's prompt, whole chunks of it.
-
-    Args:
-      weights: of this layer.
-      policy: of all layers; `site.layer` selects one.
-      hidden_btm, position_bt: of the piece, one row; only before it there is padding.
-      held: what the piece before it left; None at the beginning. For a policy that evicts, a cache
-        without a chunk is one whose eviction is done.
-      room: slots of a full cache that begins here, see `room_to_read`.
-
-    Returns:
-      The layer's output, in the buffer of its input; and the layer before the eviction that
-      follows, or a full cache without a ring.
-    """
-    policy = jax.tree.map(lambda x: x[site.layer], policy)
-    qkv = replay.project(policy, site.config, site.layer, weights, hidden_btm, position_bt)
-    if not policy.evicts:
-        out, held = _read_full(site.config, qkv, position_bt, held, room)
-    elif isinstance(held, kv.Cache):
-        index = age(position_bt[:, : site.cadence.interval])
-        out, held = replay.pass_after(policy, site, held, qkv, position_bt, index)
-    elif held is None:
-        first = replay.beginning(policy, site.cadence, position_bt.shape[1])
-        begun, rest = (
-            jax.tree.map(lambda x, part=part: x[:, part], qkv)
-            for part in (slice(first), slice(first, None))
-        )
-        at = position_bt[:, :first]
-        out, held = replay.begin_layer(policy, site.config, site.cadence, begun, at)
-        held = held.replace(chunk=held.chunk.replace(index=age(held.chunk.position_bl)))
-        if first < position_bt.shape[1]:
-            at = position_bt[:, first:]
-            more, held, _, _ = replay.pass_from(policy, site, held, rest, at)
-            out = jnp.concatenate([out, more], axis=1)
-    else:
-        out, held, _, _ = replay.pass_from(policy, site, held, qkv, position_bt)
-    return models.finish(site.config, weights, hidden_btm, out), held
-
-
-# Earlier keys, and queries of a piece, that meet at a time.
-_KEYS, _QUERIES = 512, 256
-
-
-def room_to_read(room: int, piece: int) -> int:
-    """Slots of a row's full cache while its prompt is read: whole tiles, and room for padding."""
-    return -(-(room + piece) // _KEYS) * _KEYS
-
-
-def _read_full(config, qkv, position_bt, held, room):
-    """Attention of a piece to what is held and itself, and the full cache: slot i has token i."""
-    k, v = (kv.stored(x, config.cache_dtype) for x in qkv[1:])
-    out, lse = attention.full_attention(qkv[0], k, v, position_bt)
-    padding = jnp.argmax(position_bt[0] >= 0)
-    start = position_bt[0, padding]
-    if held is None:
-        dtype = config.cache_dtype or qkv[0].dtype
-        held = kv.init(1, config.kv_heads, room, config.head_dim, dtype)
-    else:
-        out = _with_earlier(qkv[0], position_bt, held, start, (out, lse))
-    k, v, position = jax.tree.map(lambda x: jnp.roll(x, -padding, axis=1), (k, v, position_bt))
-    return out, kv.append(held, start, k, v, position)
-
-
-def _with_earlier(q_bthd, position_bt, held, count, own):
-    """Attention to the first `count` entries, joined with that of `own`."""
-
-    def block(inputs):
-        q, position, out, lse = inputs
-
-        def tile(carry):
-            i, out, lse = carry
-            part = functools.partial(
-                jax.lax.dynamic_slice_in_dim, start_index=i * _KEYS, slice_size=_KEYS, axis=2
-            )
-            some = jax.tree.map(part, held)
-            seen = attention.visible(position, some.position_bks)
-            more, other = attention.attend(q, some.key_bksd, some.value_bksd, seen)
-            both = jnp.logaddexp(lse, other)
-            out = out * share(lse, both) + more.astype(jnp.float32) * share(other, both)
-            return i + 1, out, both
-
-        def share(lse, both):  # [b, k, g, q] to [b, q, h, 1]
-            return jnp.moveaxis(jnp.exp(lse - both), 3, 1).reshape(*q.shape[:3], 1)
-
-        begun = jnp.int32(0), out.astype(jnp.float32), lse
-        return jax.lax.while_loop(lambda carry: carry[0] * _KEYS < count, tile, begun)[1]
-
-    t, (out, lse) = q_bthd.shape[1], own
-    blocks = -(-t // _QUERIES)
-    size = -(-t // blocks)
-
-    def split(x, axis, value=0):
-        pad = [(0, 0)] * x.ndim
-        pad[axis] = (0, blocks * size - t)
-        x = jnp.pad(x, pad, constant_values=value)
-        x = x.reshape(*x.shape[:axis], blocks, size, *x.shape[axis + 1 :])
-        return jnp.moveaxis(x, axis, 0)
-
-    arrays = split(q_bthd, 1), split(position_bt, 1, -1), split(out, 1), split(lse, 3)
-    joined = jnp.moveaxis(jax.lax.map(block, arrays), 0, 1)
-    return joined.reshape(1, blocks * size, *out.shape[2:])[:, :t].astype(out.dtype)
-
-
-@functools.partial(jax.jit, static_argnames="top")
-def first_token(
-    lm: LM, rows: Rows, hidden_btm: Array, position_bt: Array, top: int | None
-) -> Drawn:
-    """What is drawn after a prompt, of which this is the last piece."""
-    drawn = _draw(lm, hidden_btm[:, -1], rows, position_bt[:, -1] + 1, top)
-    return jax.tree.map(lambda x: x[:, None], drawn)
-
-
-@functools.partial(jax.jit, donate_argnames="cache")
-def place_layer(
-    policy: Policy, cache: kv.Cache, held: Staged | kv.Cache, site: Site, row: Array | int
-) -> kv.Cache:
-    """Puts a layer of a prompt, after the eviction at its end, into a row of a batch, in place."""
-    if policy.evicts:
-        one = jax.tree.map(lambda x: x[site.layer], policy)
-        held = replay.evict(one, held.cache, held.chunk, site)[2]
-    else:
-        room = cache.position_bks.shape[-1] - site.cadence.interval
-        held = jax.tree.map(lambda x: x[:, :, :room], held)
-        ring = [(0, 0), (0, 0), (0, site.cadence.interval)]
-        held = held.replace(position_bks=jnp.pad(held.position_bks, ring, constant_values=-1))
-
-    def put(x, one):
-        return jax.lax.dynamic_update_slice(x, one, (row, *[0] * (x.ndim - 1)))
-
-    return jax.tree.map(put, cache, held)
-
-
-@functools.partial(jax.jit, static_argnames="room")
-def take_layer(
-    policy: Policy, cache: kv.Cache, asked: Asked | None, site: Site, row: Array | int, room: int
-) -> Staged | kv.Cache:
-    """A layer of one row of a batch, anywhere between two borders, as `read_layer` leaves it.
-
-    Args:
-      room: slots of a full cache, see `room_to_read`.
-    """
-    interval = site.cadence.interval
-
-    def take(x, axis=0):
-        return jax.lax.dynamic_slice_in_dim(x, row, 1, axis)
-
-    one = jax.tree.map(take, cache)
-    if policy.evicts:
-        asked = jax.tree.map(functools.partial(take, axis=1), asked)
-        return Staged(one, asked.chunk(one.position_bks[:, 0, -interval:]))
-    more = room - one.position_bks.shape[-1]
-    start = one.position_bks[0, 0, -interval]
-
-    def moved(x, value=0):
-        ring = x[:, :, -interval:]
-        x = jnp.pad(
-            x[:, :, :-interval],
-            [(0, 0)] * 2 + [(0, more + interval)] + [(0, 0)] * (x.ndim - 3),
-            constant_values=value,
-        )
-        return jax.lax.dynamic_update_slice_in_dim(x, ring, start, axis=2)
-
-    moves = jax.tree.map(moved, one)
-    return moves.replace(position_bks=moved(one.position_bks, -1))
-
-
-@jax.jit
-def continue_layer(held: Staged | kv.Cache, count: Array | int) -> Staged | kv.Cache:
-    """A copy of a layer as `read_layer` left it, without the tokens from that position on.
-
-    None of them may have been seen by an eviction.
-    """
-
-    def cut(position):
-        return jnp.where(position < count, position, -1)
-
-    held = jax.tree.map(jnp.copy, held)  # reading on reuses the buffers
-    if isinstance(held, kv.Cache):
-        return held.replace(position_bks=cut(held.position_bks))
-    cache = held.cache.replace(position_bks=cut(held.cache.position_bks))
-    position = cut(held.chunk.position_bl)
-    return Staged(cache, held.chunk.replace(position_bl=position, index=age(position)))
 
 
 # ---- shapes

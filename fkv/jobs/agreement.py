@@ -11,8 +11,10 @@ from fkv import api, kinds, policies
 from fkv.api import Model
 from fkv.cache.cadence import FULL, Cadence
 from fkv.data.traces import Traces
-from fkv.engine import decoding, replay
+from fkv.engine import replay
 from fkv.engine.batch import Batch
+from fkv.engine.requests import Plan
+from fkv.engine.sampling import Sampling
 from fkv.evaluation import answers, recall, recall_table, tables
 from fkv.jobs import answering, common, measuring
 from fkv.jobs.measuring import CELL, COUNT, NATS, Job, Part
@@ -96,9 +98,7 @@ def continue_all(job: Job, held_out: Traces) -> None:
     ids = (row[: settings.prompt_tokens] for row in held_out.token_nt)
     asked = dict(zip(held_out.digests(), ids, strict=True))
     store = job.store(CONTINUATIONS, CONTINUATION)
-    plan = decoding.Plan(
-        Cadence.of(FULL, job.config.interval), decoding.Sampling(temperature=0.0), model.stop
-    )
+    plan = Plan(Cadence.of(FULL, job.config.interval), Sampling(temperature=0.0), model.stop)
     shape = answering.Shape(settings.batch, settings.prompt_tokens, settings.new_tokens)
     todo = [name for name in asked if (name,) not in store.rows]
     key = api.sample_key(job.config.seed, 0, 0)  # nothing is drawn

@@ -9,8 +9,8 @@ from ml_collections import ConfigDict
 
 from fkv import api
 from fkv.api import Model
-from fkv.engine import decoding
-from fkv.engine.batcher import Batcher, Request
+from fkv.engine.batcher import Batcher
+from fkv.engine.requests import Plan, Request
 from fkv.jobs import common
 from fkv.policies.base import Policy
 
@@ -32,7 +32,7 @@ def new_tokens(config: ConfigDict, job: str, embedded: bool) -> int:
 def queue(
     model: Model,
     policy: Policy,
-    plan: decoding.Plan,
+    plan: Plan,
     shape: Shape,
     asked: Sequence[tuple[np.ndarray, jax.Array]],
 ) -> Iterator[list[tuple[int, np.ndarray]]]:

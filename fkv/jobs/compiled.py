@@ -27,6 +27,8 @@ class Program:
         known.
       times: the number of its equal parts, such as decoding steps.
       arrays: shapes on a device by name, to say what is copied.
+      never: see `hlo.count`: branches that this run never takes.
+      trips: of loops whose number the data decide.
     """
 
     name: str
@@ -36,6 +38,8 @@ class Program:
     flops: float
     times: int = 1
     arrays: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    never: tuple[str, ...] = ()
+    trips: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +53,7 @@ class Found:
       memory: bytes on a device by kind, with `results` that reuse no argument's, `temporaries` and
         `total`.
       bytes, flops: that the program moves and multiplies.
+      most_bytes: that it would move if it took its costliest branches, never mind the settings.
       seconds: by the compiler's estimate, plus the bytes of operations that it gives none for over
         the bandwidth; of a GPU, whose compiler gives none, by `hlo.Rates`; 0 for other devices.
       copies, collectives: as `hlo.Moved`, as dictionaries.
@@ -62,6 +67,7 @@ class Found:
     why: str
     memory: dict[str, int]
     bytes: float = 0
+    most_bytes: float = 0
     flops: float = 0
     seconds: float = 0
     copies: Sequence[dict] = ()
@@ -102,7 +108,8 @@ def compile_for(target: Target, program: Program) -> Found:
     memory["temporaries"] = compiled.temporaries
     memory["total"] = sum(memory.values())
     fits = memory["total"] <= costs.USABLE * target.sheet.memory if target.sheet else None
-    counted, times = compiled.count(), program.times
+    counted, times = compiled.count(program.never, program.trips), program.times
+    most = compiled.count((), program.trips) if program.never else counted
     cost, estimate = counted.cost, counted.cost.seconds
     if estimate and target.sheet:
         estimate += cost.unestimated / target.sheet.bandwidth
@@ -110,8 +117,9 @@ def compile_for(target: Target, program: Program) -> Found:
         {**dataclasses.asdict(x), "of": _name(x.what, program.arrays)} for x in counted.copies
     ]
     return Found(
-        program, target, fits, "", memory, cost.bytes / times, cost.flops / times,
-        estimate / times, copies, [dataclasses.asdict(x) for x in counted.collectives],
+        program, target, fits, "", memory, cost.bytes / times, most.cost.bytes / times,
+        cost.flops / times, estimate / times, copies,
+        [dataclasses.asdict(x) for x in counted.collectives],
         {kind: flops / times for kind, flops in counted.products.items()}, seconds,
     )  # fmt: skip
 
@@ -190,6 +198,11 @@ def notes(found: Sequence[Found]) -> list[str]:
             if said:
                 rest = f"; {len(moved) - _SHOWN} more" if len(moved) > _SHOWN else ""
                 lines.append(f"{one.program.name} {title}: {'; '.join(said)}{rest}")
+        if one.most_bytes > 1.001 * one.bytes:
+            lines.append(
+                f"{one.program.name}: {one.most_bytes / one.bytes:.3f} times these bytes where "
+                "rows ask for another way to draw tokens"
+            )
         upcast = {k: v for k, v in one.products.items() if "f32" in k}
         if upcast:
             share = sum(upcast.values()) / max(sum(one.products.values()), 1)

@@ -13,7 +13,9 @@ from ml_collections import ConfigDict
 
 from fkv import api, files, kinds, policies
 from fkv.cache.cadence import FULL
-from fkv.engine import decoding
+from fkv.engine import reading
+from fkv.engine.requests import Plan
+from fkv.engine.sampling import Sampling, never
 from fkv.errors import UserError
 from fkv.evaluation import tables
 from fkv.jobs import answering, common, compiled, groups, programs
@@ -221,8 +223,7 @@ class Arm:
 
     Attributes:
       budget: `FULL` without eviction.
-      rows, prompt, new_tokens: of a batch: tokens of a row's prompt, a multiple of `L`, and the
-        most that it adds.
+      rows, prompt, new_tokens: at a time: tokens of a row's prompt, and the most that it adds.
     """
 
     name: str
@@ -245,19 +246,25 @@ class Arm:
 class Generation:
     """The programs of an arm, for shapes."""
 
-    def __init__(self, setup: Setup, arm: Arm, sampling: decoding.Sampling):
+    def __init__(self, setup: Setup, arm: Arm, sampling: Sampling):
         self.arm, self.model = arm, setup.model
         # Decoding takes one copy of the model.
         mesh = Mesh(setup.mesh.devices[:1], setup.mesh.axis_names)
-        plan = decoding.Plan(common.cadence(setup.config, arm.budget), sampling, (0,))
+        plan = Plan(common.cadence(setup.config, arm.budget), sampling, (0,))
         lm, shape = setup.lm(mesh, separate=True), (arm.rows, arm.prompt)
         self.decode = programs.decode(lm, arm.policy, plan, shape, arm.new_tokens, mesh)
         state, layers = self.decode.state, lm.params["layers"]
-        self.slots = state.caches[0].position_bks.shape[-1]
-        self.held = {"language model": on_device(lm), "caches": on_device(state.caches)}
+        self.slots = self.decode.room  # and a ring, which a step does not need
+        if arm.policy.evicts:
+            self.slots = state.caches[0].position_bks.shape[-1]
+        self.held = {
+            "language model": on_device(lm), "caches": on_device(state.caches),
+            "queries": on_device(state.asked),
+        }  # fmt: skip
         top = {name: x for name, x in lm.params.items() if name != "layers"}
         self.arrays = compiled.named((top, layers[0])) | compiled.named(state.caches[0], "cache: ")
         self.shared, self.dtype = mesh.shape[MODEL], setup.config.dtype
+        self.never = never(sampling, self.model.vocab_size)
 
     def steps(self) -> Program:
         """`L` decoding steps; figures are of one."""
@@ -266,45 +273,60 @@ class Generation:
             for of, more in ((costs.decode_bytes, (self.dtype,)), (costs.decode_flops, ()))
         )
         name, interval = self.arm.label + self.arm.slots, self.decode.plan.cadence.interval
-        return Program(name, self.decode.steps, self.held, moved, flops, interval, self.arrays)
+        made = Program(name, self.decode.steps, self.held, moved, flops, interval, self.arrays)
+        return dataclasses.replace(made, never=self.never)
 
-    def eviction(self) -> Program:
-        """Of one layer, after every `L` steps."""
-        queries = on_device(self.decode.asked) * self.model.layers
-        held, name = {**self.held, "queries": queries}, f"{self.arm.label}: eviction"
-        return Program(name, self.decode.evict_layer, held, 0, 0, arrays=self.arrays)
+    def border(self) -> Program:
+        """Of one layer, after every `L` steps: an eviction, or the ring of a full cache moves."""
+        name = f"{self.arm.label}: {'eviction' if self.arm.budget else 'border'}"
+        return Program(name, self.decode.evict_layer, self.held, 0, 0, arrays=self.arrays)
 
-    def prefill(self) -> Program:
-        """Of one layer."""
-        arm, hidden = self.arm, on_device(self.decode.hidden_btm)
-        seen = self.slots if arm.budget else 0
-        one = dataclasses.replace(self.model, layers=1)
-        flops = arm.rows * costs.pass_flops(one, arm.prompt, seen) / self.shared
-        # Read and written: the weights of a layer, the hidden states, and what it caches.
-        weights, cache = self.decode.lm.params["layers"][0], self.decode.state.caches[0]
-        moved = on_device(weights) + 2 * hidden + on_device(cache)
-        name, held = (
-            f"{arm.label}: prefill of {arm.prompt:,} tokens",
-            {**self.held, "hidden states": hidden},
-        )
-        return Program(name, self.decode.prefill_layer, held, moved, flops, arrays=self.arrays)
+    def reading(self) -> list[Program]:
+        """Of one layer: the first and the last piece of prompts, and what gives them rows."""
+        arm, made, read = self.arm, self.decode, on_device(self.decode.held())
+        found, one, seen = [], dataclasses.replace(self.model, layers=1), 0
+        room, total = reading.room_to_read(made.room, max(made.pieces)), 0
+        if arm.budget:
+            room = total = seen = self.slots
+        for first in (True, False)[: len(made.pieces)]:
+            width = made.pieces[0 if first else -1]
+            before = 0 if first else arm.prompt - width
+            hidden = on_device(made.hidden(width))
+            both, earlier = (costs.pass_flops(one, n, seen) for n in (before + width, before))
+            flops = (both - earlier) * made.together / self.shared
+            # Read and written: the weights of a layer, the hidden states, and what it holds.
+            entries = (total or before) * (not first) + (total or width)
+            moved = on_device(made.lm.params["layers"][0]) + 2 * hidden + read * entries / room
+            held = {
+                **self.held, "prompts": read * self.model.layers, "hidden states": hidden,
+            }  # fmt: skip
+            what = f"{made.together} x {width:,}" if made.together > 1 else f"{width:,}"
+            name = f"{arm.label}: prefill of {what} tokens"
+            if len(made.pieces) > 1:
+                part = "first" if first else "last"
+                name = f"{arm.label}: prefill, {part} {what} tokens of {arm.prompt:,}"
+            lower = functools.partial(made.read_layer, first)
+            program = Program(name, lower, held, moved, flops, arrays=self.arrays)
+            found.append(dataclasses.replace(program, trips=reading.tiles(before)))
+        held = {**self.held, "prompts": read * self.model.layers}
+        name = f"{arm.label}: a prompt gets a row"
+        return [*found, Program(name, made.place_layer, held, 0, 0, arrays=self.arrays)]
 
 
 def _generate(
-    setup: Setup, arms: Iterable[Arm], sampling: decoding.Sampling, prefill: bool = True
+    setup: Setup, arms: Iterable[Arm], sampling: Sampling, prefill: bool = True
 ) -> tuple[list[Found], list[str]]:
-    """Programs of arms: steps, evictions and prefill, and tables of them."""
-    steps, evictions, prefills = [], [], []
+    """Programs of arms: steps, borders and prefill, and tables of them."""
+    decoding, borders, prefills = [], [], []
     for arm in arms:
         made = Generation(setup, arm, sampling)
-        steps.append(setup.compile(made.steps()))
-        if arm.budget:
-            evictions.append(setup.compile(made.eviction()))
+        decoding.append(setup.compile(made.steps()))
+        borders.append(setup.compile(made.border()))
         if prefill:
-            prefills.append(setup.compile(made.prefill()))
-    found = [*steps, *evictions, *prefills]
-    lines = ["", compiled.memory_table(found), "", compiled.work_table(steps, "a decoding step")]
-    for some, what in ((evictions, "an eviction of a layer"), (prefills, "a layer of prefill")):
+            prefills += map(setup.compile, made.reading())
+    found = [*decoding, *borders, *prefills]
+    lines = ["", compiled.memory_table(found), "", compiled.work_table(decoding, "a decoding step")]
+    for some, what in ((borders, "a layer, every L steps"), (prefills, "a layer of prefill")):
         if some:
             lines += ["", compiled.work_table(some, what)]
     return found, lines
@@ -322,7 +344,7 @@ def _answers(setup: Setup) -> tuple[list[Found], list[str]]:
     else:
         new_tokens = answering.new_tokens(config, job, embedded)
     arms = [Arm(*cell, rows, prompt, new_tokens) for cell in _cells(config, setup.model, job)]
-    sampling = decoding.Sampling.of(settings)
+    sampling = Sampling.of(settings)
     found, lines = _generate(setup, arms, sampling)
     head = (
         f"batches of {rows} answers, prompts of {prompt} and up to {new_tokens:,} new tokens, on "
@@ -334,7 +356,7 @@ def _answers(setup: Setup) -> tuple[list[Found], list[str]]:
     return found, [head, *lines, *largest]
 
 
-def _largest(setup: Setup, arm: Arm, sampling: decoding.Sampling, found: list[Found]) -> str:
+def _largest(setup: Setup, arm: Arm, sampling: Sampling, found: list[Found]) -> str:
     """The largest batch, by two batches that fit: memory is linear in the rows."""
     points, rows = [], arm.rows
     while len(points) < 2 and rows:
@@ -342,7 +364,7 @@ def _largest(setup: Setup, arm: Arm, sampling: decoding.Sampling, found: list[Fo
         some = [x for x in found if x.program.name.startswith((f"{one.label}:", f"{one.label},"))]
         some += [x for x in found if x.program.name == one.label]
         made = Generation(setup, one, sampling)
-        some = some or [setup.compile(made.steps()), setup.compile(made.prefill())]
+        some = some or [setup.compile(x) for x in (made.steps(), *made.reading())]
         if all(x.bytes for x in some):
             points.append((rows, max(x.memory["total"] for x in some)))
         rows //= 2
@@ -379,7 +401,7 @@ def _benchmark(setup: Setup) -> tuple[list[Found], list[str]]:
     """The sections `decode`, `prefill` and `steps`, those of them that the config names."""
     config, interval = setup.config, setup.config.interval
     s = groups.Benchmark.of(config.benchmark, peers=config.benchmark.peers)
-    sampling = decoding.Sampling.of(vars(s))
+    sampling = Sampling.of(vars(s))
     found, lines = [], []
 
     def arms(batches, lengths, prefill):
@@ -403,8 +425,9 @@ def _benchmark(setup: Setup) -> tuple[list[Found], list[str]]:
         found, lines = found + more, lines + text
     if "prefill" in s.sections:
         some = [
-            setup.compile(Generation(setup, arm, sampling).prefill())
+            setup.compile(program)
             for arm in arms(s.prefill_batches, s.prefill_lengths, True)
+            for program in Generation(setup, arm, sampling).reading()
         ]
         lines += _tables(some, "a layer of prefill")
         found += some

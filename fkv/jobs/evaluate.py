@@ -16,8 +16,9 @@ from fkv.api import Model
 from fkv.cache.cadence import FULL, said_budget
 from fkv.data import benchmarks
 from fkv.data.traces import Traces
-from fkv.engine import decoding
+from fkv.engine import requests
 from fkv.engine.batch import Batch
+from fkv.engine.sampling import Sampling
 from fkv.errors import UserError
 from fkv.evaluation import (
     accuracy,
@@ -81,7 +82,7 @@ class Plan:
     held_out: Traces | None
     problems: list[Problem]
     shape: answering.Shape
-    sampling: decoding.Sampling
+    sampling: Sampling
     other: comparison.Other | None
     shared: list[comparison.Cell]
 
@@ -240,7 +241,7 @@ def _plan(
         shared = _shared(config, other, cells, problems, held_out)
         if problems:
             comparison.check_questions(other, config.evaluate, [p.id for p in problems], inputs)
-    sampling = decoding.Sampling.of(config.evaluate)
+    sampling = Sampling.of(config.evaluate)
     return Plan(named, inputs, model, held_out, problems, shape, sampling, other, shared)
 
 
@@ -366,7 +367,7 @@ def _answered(
       asked: indices of problems and samples.
     """
     _, budget, policy = cell
-    how = decoding.Plan(common.cadence(config, budget), plan.sampling, plan.model.stop)
+    how = requests.Plan(common.cadence(config, budget), plan.sampling, plan.model.stop)
     given = [(plan.problems[i].prompt, api.sample_key(config.seed, i, j)) for i, j in asked]
     row = functools.partial(_row, config, plan, policy, how.cadence)
     for ended in answering.queue(plan.model, policy, how, plan.shape, given):

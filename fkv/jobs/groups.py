@@ -1,7 +1,7 @@
 """The groups of a config as dataclasses, and the check that every job makes before it loads.
 
 Stages, policies and the task own theirs (`sft.Plan`, `grpo.GRPOConfig`, `scorer.ScorerConfig`,
-`ledger.Spec`, `decoding.Sampling`); those of jobs are here. `configs/base.py` documents all fields.
+`ledger.Spec`, `sampling.Sampling`); those of jobs are here. `configs/base.py` documents all fields.
 How they must fit one another (a budget and its interval, a batch and the devices) is checked where
 they are used.
 """

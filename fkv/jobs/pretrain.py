@@ -7,11 +7,13 @@ import optax
 from ml_collections import ConfigDict
 
 from fkv import files, models, policies
+from fkv.api import Model
 from fkv.cache.cadence import FULL, Cadence
-from fkv.engine import decoding
 from fkv.engine.batch import Batch
+from fkv.engine.requests import Plan
+from fkv.engine.sampling import Sampling
 from fkv.evaluation.accuracy import exact_interval
-from fkv.jobs import common, groups
+from fkv.jobs import answering, common, groups
 from fkv.keys import Purpose, key_of, keys_of
 from fkv.learning import fit, pretrain
 from fkv.models import LM, ModelConfig
@@ -98,18 +100,14 @@ def run(config: ConfigDict, workdir: str) -> float:
 
 def answers(config: ConfigDict, plan: pretrain.Plan, lm: LM) -> tuple[float, tuple[float, float]]:
     """Share of held-out problems answered right with the full cache, and its 95 % interval."""
-    spec = common.spec(config)
-    how = decoding.Plan(
-        Cadence.of(FULL, config.interval), decoding.Sampling(plan.temperature), (ledger.EOS,)
-    )
+    spec, cadence = common.spec(config), Cadence.of(FULL, config.interval)
+    how = Plan(cadence, Sampling(plan.temperature), (ledger.EOS,))
+    problems = ledger.problems(config.seed, "eval", 0, plan.eval_problems, spec)
+    prompts = [ledger.encode(problem.prompt) for problem in problems]
+    shape = answering.Shape(plan.eval_batch, max(map(len, prompts)), spec.max_new_tokens())
     keys = keys_of(key_of(config.seed, Purpose.PRETRAIN), plan.eval_problems)
-    right = []
-    for start in range(0, plan.eval_problems, plan.eval_batch):
-        count = min(plan.eval_batch, plan.eval_problems - start)
-        problems = ledger.problems(config.seed, "eval", start, count, spec)
-        prompts = [ledger.encode(p.prompt) for p in problems]
-        limit = [spec.max_new_tokens()] * count
-        key_b = keys[start : start + count]
-        out = decoding.generate(lm, policies.get("full"), how, prompts, key_b, limit)
-        right += [ledger.correct(row, p) for row, p in zip(out, problems, strict=True)]
-    return float(np.mean(right)), exact_interval(sum(right), len(right))
+    asked = list(zip(prompts, keys, strict=True))
+    model = Model(lm, None, how.stop, "the reasoner")
+    answers = answering.queue(model, policies.get("full"), how, shape, asked)
+    right = sum(ledger.correct(ids, problems[i]) for some in answers for i, ids in some)
+    return right / len(problems), exact_interval(right, len(problems))

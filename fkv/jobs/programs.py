@@ -15,10 +15,11 @@ from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
 from fkv import models, policies
-from fkv.cache import slots as kv
 from fkv.cache.slots import Cache
-from fkv.engine import decoding, replay
+from fkv.engine import reading, replay, steps
 from fkv.engine.batch import Batch
+from fkv.engine.requests import STOPS, Plan, cut, piece_of, together
+from fkv.engine.sampling import Samplings
 from fkv.jobs import groups, variants
 from fkv.jobs import grpo as grpo_job
 from fkv.jobs import sft as sft_job
@@ -100,115 +101,151 @@ def new_scorers(config: ConfigDict, model: ModelConfig) -> policies.Foresight:
 
 @dataclasses.dataclass(frozen=True)
 class Decode:
-    """Prefill and decoding of a batch, as the programs to lower, from shapes alone; see `decode`.
+    """What a batcher runs, as the programs to lower, from shapes alone; see `decode`.
 
     Attributes:
       lm: with separate layers.
       policy, plan: as given.
-      width, new_tokens: of the prompts, padded; and the most that are added.
-      hidden_btm, position_bt: of the prompts, before a layer.
-      state: after prefill.
-      asked: what `decoding.steps` leaves for the eviction of a layer.
-      site: of an eviction.
+      pieces: widths of the pieces that a prompt is read in.
+      together: prompts that are read at a time.
+      room: entries of a full cache.
+      state: of all rows.
+      rows: what their requests set.
+      site: of their evictions.
+      place: of an array whose axis of heads is the second, third, or none.
     """
 
     lm: LM
     policy: Policy
-    plan: decoding.Plan
-    width: int
-    new_tokens: int
-    hidden_btm: jax.ShapeDtypeStruct
-    position_bt: jax.ShapeDtypeStruct
-    state: decoding.State
-    asked: decoding.Asked
+    plan: Plan
+    pieces: tuple[int, ...]
+    together: int
+    room: int
+    state: steps.State
+    rows: steps.Rows
     site: replay.Site
-
-    def prefill_layer(self) -> Lowered:
-        """A layer of `decoding.prefill`; called once for each."""
-        interval, first = self.plan.cadence.interval, self.lm.params["layers"][0]
-        inputs = first, self.policy, self.site, self.hidden_btm, self.position_bt
-        return decoding.prefill_layer.lower(
-            *inputs, room=-(-self.new_tokens // interval) * interval
-        )
-
-    def first_token(self) -> Lowered:
-        """The end of `decoding.prefill`."""
-        inputs = self.hidden_btm, self.position_bt, self.state.key_b, self.state.left_b
-        return decoding.first_token.lower(self.lm, self.plan, *inputs)
+    place: Callable[..., Any]
 
     def steps(self) -> Lowered:
         """`L` steps of decoding."""
-        return decoding.steps.lower(self.lm, self.policy, self.plan, self.state, self.width)
+        program = steps.Program(self.plan.cadence, self.plan.cadence.interval)
+        start = self.place(jax.ShapeDtypeStruct((), jnp.int32))
+        return steps.steps.lower(self.lm, self.policy, program, self.state, self.rows, start)
 
     def evict_layer(self) -> Lowered:
-        """An eviction; called once for each layer after the steps, if the policy evicts."""
-        inputs = self.policy, self.state.caches[0], self.asked, self.site
-        return decoding.evict_layer.lower(*inputs)
+        """The border of a layer; called once for each after the steps."""
+        asked = self.state.asked[0] if self.state.asked else None
+        return steps.evict_layer.lower(self.policy, self.state.caches[0], asked, self.site)
 
-    def chunk(self) -> Lowered:
-        """`L` steps and all evictions in one program, as shallow models stream."""
-        inputs = self.lm, self.policy, self.plan, self.state, self.width
-        return decoding.one_chunk.lower(*inputs)
+    def read_layer(self, first: bool = True) -> Lowered:
+        """A layer of the first piece of prompts, or of a later one; called once for each layer."""
+        *inputs, room = self._read(first)
+        return reading.read_layer.lower(*inputs, room=room)
 
-    def at_once(self) -> Lowered:
-        """All chunks in one program, as shallow models generate."""
-        inputs = self.lm, self.policy, self.plan, self.state, self.width
-        return decoding.decode_at_once.lower(*inputs, self.new_tokens)
+    def place_layer(self) -> Lowered:
+        """The end of reading prompts, called once for each layer."""
+        index = self.place(jax.ShapeDtypeStruct((self.together,), jnp.int32))
+        inputs = self.held(), self._some(self.site), index, index
+        return reading.place_layer.lower(self.policy, self.state.caches[0], *inputs)
+
+    def first_token(self) -> Lowered:
+        """What is drawn after prompts, once they are read."""
+        rows, hidden = self._some(self.rows), self.hidden(1)
+        hidden = self.place(jax.ShapeDtypeStruct((self.together, hidden.shape[2]), hidden.dtype))
+        return reading.first_token.lower(self.lm, rows, hidden, rows.prompt_b, None)
+
+    def held(self) -> replay.Staged | Cache:
+        """A layer of what has been read of prompts."""
+        *inputs, room = self._read(True)
+        read = functools.partial(reading.read_layer, room=room)
+        held = jax.eval_shape(read, *inputs)[1]
+        if isinstance(held, Cache):
+            return jax.tree.map(functools.partial(self.place, heads=1), held)
+        chunk = replay.Chunk(
+            self.place(held.chunk.query_blhd, heads=2), self.place(held.chunk.lse_bkgl, heads=1),
+            self.place(held.chunk.position_bl), self.place(held.chunk.index),
+        )  # fmt: skip
+        cache = jax.tree.map(functools.partial(self.place, heads=1), held.cache)
+        return replay.Staged(cache, chunk)
+
+    def hidden(self, width: int) -> jax.ShapeDtypeStruct:
+        """Of pieces, before a layer."""
+        dtype = self.lm.params["embed_vm"].dtype
+        shape = self.together, width, self.lm.config.width
+        return self.place(jax.ShapeDtypeStruct(shape, dtype))
+
+    def _read(self, first):
+        """Arguments of `reading.read_layer`."""
+        width = self.pieces[0 if first else -1]
+        position = self.place(jax.ShapeDtypeStruct((self.together, width), jnp.int32))
+        held = None if first else self.held()
+        room = reading.room_to_read(self.room, piece_of(self.plan.cadence.interval))
+        site, layer = self._some(self.site), self.lm.params["layers"][0]
+        return layer, self.policy, site, self.hidden(width), position, held, room
+
+    def _some(self, rows):
+        """Of the prompts that are read together, what there is of all rows."""
+        return jax.tree.map(
+            lambda x: self.place(jax.ShapeDtypeStruct((self.together, *x.shape[1:]), x.dtype))
+            if x.shape else x, rows,
+        )  # fmt: skip
 
 
 def decode(
     lm: LM,
     policy: Policy,
-    plan: decoding.Plan,
+    plan: Plan,
     shape: tuple[int, int],
     new_tokens: int,
     mesh: Mesh | None = None,
 ) -> Decode:
-    """The programs of decoding, for models of any size.
+    """The programs of a batcher that answers prompts of one length.
 
     Args:
       lm: arrays or shapes, in either form; shapes from `model_shapes`.
       policy: arrays or shapes.
-      shape: rows, and tokens of the prompts, a multiple of `L` if the policy evicts.
+      shape: rows, and tokens of a prompt.
       new_tokens: at most; a full cache has room for them.
       mesh: devices to compile for, with an axis `model`; by default those of `lm`.
     """
-    config, cadence, (rows, width) = lm.config, plan.cadence, shape
+    config, cadence, (rows, prompt) = lm.config, plan.cadence, shape
     if not models.is_separate(lm):
         lm = lm.replace(params=lm.params | {"layers": forms.separate_shapes(lm)})
-    dtype = lm.params["embed_vm"].dtype
-    heads, group, interval = config.kv_heads, config.group_size, cadence.interval
+    dtype, room = lm.params["embed_vm"].dtype, max(prompt + new_tokens, cadence.interval)
 
-    def on(shape, dtype=jnp.int32, sharded=None):
-        """A shape; over the mesh, the axis `sharded` of heads is."""
+    def place(x, heads=None):
+        """A shape; over the mesh, its axis of heads is split."""
         if mesh is None:
-            return jax.ShapeDtypeStruct(shape, dtype)
-        spec = [MODEL if i == sharded else None for i in range(len(shape))]
-        place = NamedSharding(mesh, PartitionSpec(*spec))
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+            return jax.ShapeDtypeStruct(x.shape, x.dtype)
+        spec = [MODEL if i == heads else None for i in range(len(x.shape))]
+        there = NamedSharding(mesh, PartitionSpec(*spec))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there)
 
-    def cache():
-        if policy.evicts:
-            return replay.init_cache(policy, rows, config, cadence, dtype)
-        slots, held_as = width + -(-new_tokens // interval) * interval, config.cache_dtype or dtype
-        return kv.init(rows, heads, slots, config.head_dim, held_as)
+    def of_rows():
+        none, key = jnp.zeros(rows, jnp.int32), keys_of(key_of(0, Purpose.ANSWER), rows)
+        how = Samplings.of([plan.sampling] * rows)
+        stop = jnp.zeros((rows, STOPS), jnp.int32)
+        return steps.Rows(key, none, stop, jax.tree.map(jnp.asarray, how))
 
-    one = jax.tree.map(lambda x: on(x.shape, x.dtype, 1), jax.eval_shape(cache))
-    row, none = on((rows,)), on(())
-    key = jax.eval_shape(lambda: keys_of(key_of(0, Purpose.ANSWER), rows))
-    key = on(key.shape, key.dtype)
+    sizes = rows, config, cadence, room, dtype
+    caches, asked = jax.eval_shape(lambda: steps.empty(policy, *sizes))
+    settings = jax.tree.map(place, jax.eval_shape(of_rows))
     if mesh is not None:
-        policy = jax.tree.map(lambda x: on(x.shape, x.dtype), policy)
+        policy = jax.tree.map(place, policy)
+    row, layer = settings.prompt_b, place(jax.ShapeDtypeStruct((), jnp.int32))
+    piece = piece_of(cadence.interval)
+    pieces = tuple(x.shape[1] for x, _ in cut(np.zeros(prompt, np.int32), cadence.interval, piece))
     return Decode(
-        lm, policy, plan, width, new_tokens,
-        hidden_btm=on((rows, width, config.width), dtype),
-        position_bt=on((rows, width)),
-        state=decoding.State((one,) * config.layers, row, row, row, key, row, none),
-        asked=decoding.Asked(
-            on((interval, rows, config.heads, config.head_dim), dtype, 2),
-            on((interval, rows, heads, group), jnp.float32, 2), on((interval, rows)), none,
+        lm, policy, plan, pieces,
+        together=together(rows, pieces[0], piece) if len(pieces) == 1 else 1,
+        room=room,
+        state=steps.State(
+            jax.tree.map(functools.partial(place, heads=1), caches),
+            jax.tree.map(functools.partial(place, heads=2), asked), row, row, row,
         ),
-        site=replay.Site(config, cadence, none, key, row),
+        rows=settings,
+        site=replay.Site(config, cadence, layer, settings.key_b, row),
+        place=place,
     )  # fmt: skip
 
 
@@ -224,11 +261,3 @@ def model_shapes(
     on_cpu = mesh is not None and forms.is_on_cpu(mesh)
     shapes = param_shapes(config, separate, on_cpu)
     return LM(jax.tree_util.tree_map_with_path(one, shapes), config)
-
-
-def prefill_layer(
-    lm: LM, policy: Policy, plan: decoding.Plan, prompts: Batch, key_b: Array, new_tokens: int
-) -> tuple[Callable[[], Lowered], tuple[Cache, ...]]:
-    """A function that lowers one layer of a prefill, and the shapes of all caches."""
-    one = decode(lm, policy, plan, prompts.token_bt.shape, new_tokens)
-    return one.prefill_layer, one.state.caches

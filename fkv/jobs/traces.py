@@ -15,7 +15,8 @@ from fkv import api, policies
 from fkv.api import Model
 from fkv.cache.cadence import FULL, Cadence
 from fkv.data import benchmarks, sources, traces
-from fkv.engine import decoding
+from fkv.engine.requests import Plan
+from fkv.engine.sampling import Sampling
 from fkv.errors import UserError
 from fkv.jobs import answering, common, groups, text_traces
 from fkv.keys import Purpose, key_of
@@ -195,8 +196,8 @@ def _answers(
     if config.traces.response:
         yield from ([(i, question.response)] for i, (question, _, _) in enumerate(asked))
         return
-    sampling, cadence = decoding.Sampling.of(config.traces), Cadence.of(FULL, config.interval)
-    plan = decoding.Plan(cadence, sampling, model.stop)
+    sampling, cadence = Sampling.of(config.traces), Cadence.of(FULL, config.interval)
+    plan = Plan(cadence, sampling, model.stop)
     given = [(q.prompt, key_of(config.seed, Purpose.TRACE, i, j)) for q, i, j in asked]
     yield from answering.queue(model, policies.get("full"), plan, shape, given)
 

@@ -1,8 +1,9 @@
 """What an optimised XLA program moves and multiplies, counted from its text.
 
 XLA's own cost analysis counts the body of a loop once. Here loops count times their trips; of a
-conditional, the costlier branch. What lies in on-chip memory is free: TPU programs say what does;
-of a GPU, intermediates that its L2 cache can hold are taken to.
+conditional, the costliest branch but those that are known never to be taken. What lies in on-chip
+memory is free: TPU programs say what does; of a GPU, intermediates that its L2 cache can hold are
+taken to.
 
 Nothing here is measured. Bytes are those that the program asks for. Times are the TPU compiler's
 estimates, which it gives for most operations, but not for sort, gather, scatter and custom calls;
@@ -112,7 +113,26 @@ class Rates:
     kernel: float
 
 
-def count(text: str, clock: float = 1.0, cached: int = 0, rates: Rates | None = None) -> Counted:
+@dataclasses.dataclass(frozen=True)
+class Assumed:
+    """What the program leaves to its data.
+
+    Attributes:
+      never: `jax.named_scope`s of branches that are not taken.
+      trips: of loops whose number is no constant.
+    """
+
+    never: tuple[str, ...] = ()
+    trips: int = 1
+
+
+def count(
+    text: str,
+    clock: float = 1.0,
+    cached: int = 0,
+    rates: Rates | None = None,
+    assumed: Assumed = Assumed(),
+) -> Counted:
     """Counts an optimised program.
 
     Args:
@@ -120,16 +140,17 @@ def count(text: str, clock: float = 1.0, cached: int = 0, rates: Rates | None = 
       clock: of the device, in cycles per second, for the compiler's estimates.
       cached: intermediates of at most so many bytes are taken to stay on the chip.
       rates: for times where the compiler estimates none.
+      assumed: of branches and loops that the data decide.
     """
-    return _Counter(text, clock, cached, rates).count()
+    return _Counter(text, clock, cached, rates, assumed).count()
 
 
 class _Counter:
     """The walk over one program."""
 
-    def __init__(self, text, clock, cached, rates):
+    def __init__(self, text, clock, cached, rates, assumed):
         self.computations, self.entry = parse(text)
-        self.clock, self.cached, self.rates = clock, cached, rates
+        self.clock, self.cached, self.rates, self.assumed = clock, cached, rates, assumed
         self.loops, self.products = [], collections.Counter()
         self.moved = {"copies": collections.Counter(), "collectives": collections.Counter()}
         self.flops_of = {}
@@ -158,7 +179,8 @@ class _Counter:
                 names = NAMES.findall(branches[1]) if branches else [
                     one.called(f"{x}_computation") for x in ("true", "false")
                 ]  # fmt: skip
-                costs = [self._walk(branch, times) for branch in names]
+                taken = [x for x in names if not self._never(x)] or names
+                costs = [self._walk(branch, times) for branch in taken]
                 cost = cost.plus(max(costs, key=lambda x: (x.seconds, x.bytes, x.flops)))
             elif one.op == "call" and not _kernel(self.computations[one.called("to_apply")]):
                 cost = cost.plus(self._walk(one.called("to_apply"), times))
@@ -166,15 +188,26 @@ class _Counter:
                 cost = cost.plus(self._single(table, one, times))
         return cost
 
+    def _never(self, branch: str) -> bool:
+        """Whether all that a branch computes is in a scope that is not taken."""
+        table = self.computations[branch].values()
+        paths = [x.source.split("/") for x in table if x.op not in _FREE]
+        paths = [x for x in paths if len(x) > 1]  # others bear the name of a primitive, or none
+        return any(paths and all(x in y for y in paths) for x in self.assumed.never)
+
     def _trips(self, loop: Instruction) -> int:
         if found := _TRIPS.search(loop.attributes):
             return int(found[1])
-        tables = [self.computations[loop.called("condition")]]
-        tables += [
-            self.computations[x.called("calls")] for x in tables[0].values() if x.called("calls")
-        ]
-        limits = [x.number for t in tables for x in t.values() if x.op == "constant"]
-        return max([1, *limits])
+        # A constant limit is compared with the index here, or in a fusion that takes it.
+        table, limits = self.computations[loop.called("condition")], []
+        for one in table.values():
+            if one.op == "compare" or self._inner(one):
+                limits += [table.get(x) for x in one.operands]
+            for inside in map(self.computations.get, self._inner(one)):
+                compared = [x for x in inside.values() if x.op == "compare"]
+                limits += [inside.get(y) for x in compared for y in x.operands]
+        limits = [x.number for x in limits if x is not None and x.op == "constant"]
+        return max([1, *limits]) if limits else self.assumed.trips
 
     # ---- one instruction
 

@@ -11,6 +11,7 @@ import importlib.util
 import math
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,10 +137,11 @@ class Compiled:
         held = memory.argument_size_in_bytes + memory.output_size_in_bytes
         return held + memory.temp_size_in_bytes - memory.alias_size_in_bytes
 
-    def count(self) -> hlo.Counted:
-        """Bytes, FLOPs and more, loops times their trips."""
+    def count(self, never: Sequence[str] = (), trips: int = 1) -> hlo.Counted:
+        """Bytes, FLOPs and more, loops times their trips; see `hlo.count`."""
         target, text = self.target, self.program.as_text()
-        return hlo.count(text, target.clock or 1.0, target.on_chip, target.rates)
+        assumed = hlo.Assumed(tuple(never), trips)
+        return hlo.count(text, target.clock or 1.0, target.on_chip, target.rates, assumed)
 
 
 def find(name: str = "", at_least: int = 1) -> Target:

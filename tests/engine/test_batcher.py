@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +9,12 @@ import numpy as np
 import pytest
 
 from fkv import models, policies
-from fkv.cache.cadence import Cadence
-from fkv.engine import replay, requests, steps
+from fkv.engine import reading, replay, requests
 from fkv.engine.batch import Batch
 from fkv.engine.batcher import Batcher, Request
-from fkv.engine.sampling import Sampling, Samplings
+from fkv.engine.sampling import Sampling
 from fkv.errors import UserError
-from tests.engine.test_decoding import (
+from tests.engine.test_steps import (
     BUDGET,
     CADENCE,
     in_one_program,
@@ -120,6 +118,42 @@ def test_answers_are_those_alone(name, cache_dtype):
         assert found == {i: x for i, x in want.items() if i}
 
 
+@pytest.mark.parametrize("name", ["full", "ada(foresight)"])
+def test_prompts_that_are_read_together_answer_as_alone(name, monkeypatch):
+    lengths, limits = [5, 20, 1, 12, 8, 3, 11, 15, 7, 2, 9], [14, 3, 1, 30, 13, 25, 2, 1, 40, 8, 20]
+    prompts, keys = random_prompts(lengths, seed=8), jax.random.split(jax.random.key(6), 11)
+    requests, read = [*zip(prompts, keys, limits, strict=True)], []
+    original = reading.embed
+    monkeypatch.setattr(
+        reading, "embed", lambda lm, token: read.append(token.shape) or original(lm, token)
+    )
+
+    def answers(ids, cancelled=None):
+        batch = Batcher(model(), in_one_program(name), CADENCE, 11, 60, piece=96, top=2)
+        for i in ids:
+            batch.submit(Request(*requests[i], HOW[i % 7], logprobs=2, keep=i == 2))
+        batch._read()
+        if cancelled is not None:  # read, and not placed yet
+            batch.cancel(cancelled)
+        found = collect(batch)
+        if 2 in ids:  # ended by the first token; the cache is its own
+            (kept,) = (x[-1].kept for i, x in found.items() if x[-1].kept)
+            assert all(len(x) == 1 for x in jax.tree.leaves(kept.held))
+        return {ids[n]: joined(events) for n, events in found.items()}
+
+    alone = {}
+    for i in range(11):
+        alone |= answers([i])
+    assert {shape[0] for shape in read} == {1}
+    read.clear()
+    assert answers(range(11)) == alone
+    assert read == [(8, 12), (2, 24), (1, 12)]
+    for cancelled in (0, 10):
+        found = answers(range(11), cancelled)
+        assert found.pop(cancelled)[3] == "cancelled"
+        assert found == {i: x for i, x in alone.items() if i != cancelled}
+
+
 def test_rows_end_at_a_stop_token():
     want = alone("h2o")
     stop = want[2][0][7]
@@ -202,10 +236,11 @@ def test_a_request_goes_on_from_a_kept_cache(name):
 
 def collect(batch, count=None):
     """Events by id."""
-    found = {}
-    while batch.waiting or batch.live:
+    found, going = {}, True
+    while going:
         for event in batch.step(count):
             found.setdefault(event.id, []).append(event)
+        going = batch.waiting or batch.live
     return found
 
 
@@ -280,46 +315,3 @@ def test_what_is_not_known_can_not_be_cancelled_and_does_no_harm():
     assert event.finish == "cancelled" and not event.tokens.size and batch.idle == 3
     with pytest.raises(UserError, match="tokens = 0 must be a whole number from 1"):
         batch.step(0)
-
-
-# ---- no copy of a cache
-
-
-WIDE = Cadence(2048, 16)
-
-
-@pytest.mark.parametrize(
-    ("name", "rows", "kv_heads"),
-    [("full", 4, 2), ("full", 1, 2), ("full", 1, 1), ("h2o", 1, 2)],
-)
-@pytest.mark.parametrize("program", ["steps", "border"])
-def test_no_program_copies_a_cache(name, rows, kv_heads, program):
-    config = dataclasses.replace(model().config, heads=2, head_dim=128, kv_heads=kv_heads)
-    lm = model().replace(params=models.decoder.param_shapes(config), config=config)
-    policy, row = policies.get(name), jax.ShapeDtypeStruct((rows,), jnp.int32)
-    sizes = rows, config, WIDE, 2048, jnp.dtype("float32")
-    caches, asked = jax.eval_shape(lambda: steps.empty(policy, *sizes))
-    state = steps.State(caches, asked, row, row, row)
-    settings = jax.eval_shape(lambda: make_rows(rows))
-    if program == "steps":
-        how = steps.Program(WIDE, 16)
-        lowered = steps.steps.lower(lm, policy, how, state, settings, np.int32(0))
-        held = caches
-    else:
-        site = replay.Site(config, WIDE, np.int32(0), settings.key_b, row)
-        lowered = steps.evict_layer.lower(policy, caches[0], (asked or [None])[0], site)
-        held = caches[0]
-    compiled = lowered.compile()
-    memory, keys = compiled.memory_analysis(), caches[0].key_bksd
-    size = 4 * math.prod(keys.shape)
-    assert memory.temp_size_in_bytes < 0.6 * size
-    assert memory.alias_size_in_bytes >= sum(4 * x.size for x in jax.tree.leaves(held))
-    shape = f"f32[{','.join(map(str, keys.shape))}]"
-    lines = [x for x in compiled.as_text().splitlines() if shape in x]
-    assert lines and not [x for x in lines if " copy(" in x]
-
-
-def make_rows(rows):
-    none, how = jnp.zeros(rows, jnp.int32), Samplings.of([Sampling(0.8, 12, 0.9)] * rows)
-    key = jax.random.split(jax.random.key(0), rows)
-    return steps.Rows(key, none, jnp.zeros((rows, 64), jnp.int32), jax.tree.map(jnp.asarray, how))

@@ -7,7 +7,7 @@ import pytest
 from fkv.cache.cadence import Cadence
 from fkv.engine.batcher import Batcher, Request
 from fkv.engine.sampling import Sampling
-from tests.engine.test_decoding import model, policy_of, random_prompts, with_config
+from tests.engine.test_steps import model, policy_of, random_prompts, with_config
 
 GREEDY, KEY = Sampling(0.0), jax.random.key(1)
 PROMPT, OTHER, MORE = random_prompts([21, 30, 37], seed=2)

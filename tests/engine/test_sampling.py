@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fkv.engine import decoding, sampling
+from fkv.engine import sampling
 from fkv.engine.sampling import Sampling, Samplings
 
 HOWS = [
@@ -29,6 +29,30 @@ def given(vocab=500, rows=64):
     return jnp.asarray(logits, jnp.float32), jax.random.split(jax.random.key(vocab), rows)
 
 
+def plain(logits_bv, key_b, sampling):
+    """One token per row by the definition, compiled for its settings."""
+    if sampling.temperature == 0:
+        return logits_bv.argmax(-1).astype(jnp.int32)
+    x, token = logits_bv.astype(jnp.float32), None
+    if sampling.top_k and sampling.top_k < x.shape[-1]:
+        x, token = jax.lax.top_k(x, sampling.top_k)
+    elif sampling.top_p < 1:
+        token = jnp.argsort(-x, axis=-1)
+        x = jnp.take_along_axis(x, token, axis=-1)
+    x = x / sampling.temperature
+    if sampling.top_p < 1:
+        p = jax.nn.softmax(x, axis=-1)
+        before = jnp.cumsum(p, axis=-1) - p  # of likelier tokens: the first always stays
+        x = jnp.where(before < sampling.top_p, x, -jnp.inf)
+    if sampling.min_p:
+        least = x.max(-1, keepdims=True) + jnp.log(jnp.float32(sampling.min_p))
+        x = jnp.where(x >= least, x, -jnp.inf)
+    drawn = jax.vmap(jax.random.categorical)(key_b, x)
+    if token is not None:
+        drawn = jnp.take_along_axis(token, drawn[:, None], axis=-1)[:, 0]
+    return drawn.astype(jnp.int32)
+
+
 @pytest.mark.parametrize("vocab", [16, 500])
 def test_a_row_draws_what_it_draws_in_any_company(vocab):
     """Here among rows of all settings, there by a program for its settings alone."""
@@ -36,7 +60,7 @@ def test_a_row_draws_what_it_draws_in_any_company(vocab):
     hows = HOWS + MIN_P
     mixed = [hows[i % len(hows)] for i in range(len(logits))]
     found = np.asarray(draw(logits, keys, arrays(mixed)))
-    static = jax.jit(decoding.sample, static_argnums=2)
+    static = jax.jit(plain, static_argnums=2)
     for n, how in enumerate(hows):
         alone = np.asarray(static(logits, keys, how))
         assert (alone == np.asarray(draw(logits, keys, arrays([how] * len(logits))))).all(), how
@@ -66,6 +90,27 @@ def test_what_may_be_drawn_is_what_transformers_allows(how):
     assert (abs(count - draws * p) < 5 * (draws * p * (1 - p)) ** 0.5 + 1).all()
     chi2 = ((count - draws * p) ** 2 / (draws * p)).sum()
     assert chi2 < len(p) + 5 * (2 * len(p)) ** 0.5
+
+
+@pytest.mark.parametrize("vocab", [16, 500])
+def test_branches_that_are_said_never_to_be_taken_are_not(vocab, monkeypatch):
+    def followed(name, condition, then, other):
+        taken.append(name if condition else f"not_{name}")
+        return then() if condition else other()
+
+    monkeypatch.setattr(sampling, "_if", followed)
+    logits, keys = given(vocab)
+    often = set()
+    for how in [*HOWS, *MIN_P, Sampling(4.0, 0, 0.9999)]:
+        taken, never = [], sampling.never(how, vocab)
+        sampling.sample(logits, keys, how)
+        assert taken and not set(taken) & set(never), (how, taken, never)
+        often |= set(taken)
+        # Only of a sort that the logits ask for is nothing known.
+        known = {"warm", "some", "narrow", "not_narrow", "wide", "plain"}
+        assert set(taken) & known >= {x for x in ("warm",) if how.temperature} - set(never)
+    assert often >= {"warm", "some", "narrow", "plain"}
+    assert vocab == 16 or often >= {"not_narrow", "wide", "more"}
 
 
 def test_the_vocabulary_is_sorted_only_where_a_row_needs_it():

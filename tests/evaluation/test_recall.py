@@ -10,11 +10,13 @@ import pytest
 from fkv import policies
 from fkv.cache.cadence import FULL, Cadence
 from fkv.data.lookups import Lookup
-from fkv.engine import decoding, replay
+from fkv.engine import replay
 from fkv.engine.batch import Batch
+from fkv.engine.requests import Plan
+from fkv.engine.sampling import Sampling
 from fkv.evaluation import accuracy, recall, recall_table
 from fkv.learning import golden
-from tests import oracles
+from tests import decoding, oracles
 
 CADENCE = Cadence(16, 8)
 PROMPT, NEW = 40, 24
@@ -29,7 +31,7 @@ def lm():
 
 
 def greedy(lm, policy, prompts, count, key_b, cadence=CADENCE):
-    plan = decoding.Plan(cadence, decoding.Sampling(temperature=0.0))
+    plan = Plan(cadence, Sampling(temperature=0.0))
     return decoding.generate(lm, policy, plan, prompts, key_b, [count] * len(prompts))
 
 

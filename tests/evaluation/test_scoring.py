@@ -13,7 +13,7 @@ from fkv.engine.batch import Batch, rounded
 from fkv.engine.batcher import Batcher, Request
 from fkv.errors import UserError
 from fkv.evaluation.scoring import score
-from tests.engine.test_decoding import model, policy_of, random_prompts
+from tests.engine.test_steps import model, policy_of, random_prompts
 from tests.models import torch_logits, torch_model
 
 CADENCE = Cadence(16, 8)

@@ -11,11 +11,11 @@ import pytest
 
 from configs import tiny
 from fkv import models, policies
-from fkv.engine import decoding
 from fkv.errors import UserError
 from fkv.jobs import benchmark, groups, programs
 from fkv.jobs.benchmark import base, decode, device, peers
 from fkv.models import ModelConfig
+from tests import decoding
 from tests.jobs.test_sft import model_dir, small
 
 __all__ = ["model_dir"]  # a fixture
@@ -197,17 +197,21 @@ def test_a_synthetic_state_is_one_of_decoding(name, cache_dtype):
     arm = base.Arm(name, 16 if policy.evicts else 0, 2, 96)
     state = decode.synthetic_state(bench, arm)
     lm, plan = models.LM(models.init(jax.random.key(0), SHAPE), shape), bench.plan(arm.budget)
-    # A full cache has room for prompt and answer: 64 + 32 slots.
-    prompt, new = (50, 40) if policy.evicts else (64, 32)
-    prompts, width = [np.arange(prompt) % 50] * 2, 64
-    real, width = decoding._start(lm, policy, plan, prompts, state.key_b, [new] * 2, width)
+    # A full cache has room for prompt and answer: 64 + 32 entries.
+    prompt, new = (50, 46) if policy.evicts else (64, 32)
+    keys = jax.random.split(jax.random.key(0), 2)
+    real = decoding.batcher(lm, policy, plan, [np.arange(prompt) % 50] * 2, keys, [new] * 2)
+    real.read()
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
-    assert shapes(real) == shapes(state) == shapes(decode._lowered(bench, arm).state)
-    assert width == 64 == state.position_b[0] and real.chunk == state.chunk
+    assert shapes(state) == shapes(decode._lowered(bench, arm).state)
+    assert shapes((real._caches, real._asked)) == shapes((state.caches, state.asked))
+    assert state.position_b.tolist() == [64, 64]
     newest = state.caches[0].position_bks.max((1, 2))
     assert newest.tolist() == [63, 63]
     held = (state.caches[0].position_bks >= 0).sum(-1)
     assert (held == (64 if name == "full" else state.caches[0].position_bks.shape[-1] - 8)).all()
+    again = (real._caches[0].position_bks >= 0).sum(-1)
+    assert (again == (64 if name == "full" else again)).all()
 
 
 def test_roofline_is_set_by_what_takes_longer():

@@ -9,6 +9,7 @@ import pytest
 
 from configs import qwen3_4b, tiny
 from fkv import policies
+from fkv.engine.sampling import Sampling
 from fkv.errors import UserError
 from fkv.jobs import common, dry_run, programs
 from fkv.learning import sft
@@ -106,16 +107,32 @@ def test_generation_s_programs_and_caches(described):
     model = common.model_config(described)
     sums = policies.get("h2o")  # what scorers keep of an entry, too
     full, evicting = programs_["full, batch 4, 576 slots"], programs_["foresight 32, batch 4"]
-    assert full["memory"]["caches"] == 4 * costs.cache_bytes(model, 512 + 64, "bfloat16")
+    # And the ring of L slots, which is no part of what a step has to read.
+    assert full["memory"]["caches"] == 4 * costs.cache_bytes(model, 512 + 64 + 16, "bfloat16")
     assert evicting["memory"]["caches"] == 4 * costs.cache_bytes(model, 48, "bfloat16", sums)
     for one, slots in ((full, 576), (evicting, 48)):
         assert one["ideal_bytes"] == costs.decode_bytes(model, 4, slots, "bfloat16")
         assert one["ideal_flops"] == costs.decode_flops(model, 4, slots)
         assert one["flops"] == pytest.approx(one["ideal_flops"], rel=0.05)  # of a step, not of L
     assert {name.partition(": ")[2].partition(" of")[0] for name in programs_} == {
-        "", "eviction", "prefill",
+        "", "eviction", "border", "prefill", "a prompt gets a row",
     }  # fmt: skip
     assert "full, batch 4: eviction" not in programs_
+    two = programs_["full, batch 4: prefill of 2 x 512 tokens"]  # read together
+    assert two["memory"]["prompts"] == 2 * costs.cache_bytes(model, 2048, "bfloat16")
+    assert two["flops"] == pytest.approx(two["ideal_flops"], rel=0.2)
+    # Prompts of several pieces: the last one attends to those before it.
+    described.traces.batch, described.traces.new_tokens = 1, 32
+    where = dry_run.Setup("traces", described, model, targets.find("cpu"), parallel.make_mesh(1))
+    arm = dry_run.Arm("full", policies.get("full"), 0, 1, 2560, 32)
+    made = dry_run.Generation(where, arm, Sampling(0.6, 20, 0.95)).reading()
+    assert [x.name.partition(", batch 1: ")[2] for x in made] == [
+        "prefill, first 512 tokens of 2,560", "prefill, last 1,024 tokens of 2,560",
+        "a prompt gets a row",
+    ]  # fmt: skip
+    assert made[1].trips == 3  # tiles of 512 keys
+    last = where.compile(made[1])
+    assert last.flops == pytest.approx(last.program.flops, rel=0.3)
 
 
 def test_an_int8_cache_is_sized_as_one(described):
@@ -146,8 +163,10 @@ def test_the_benchmark_s_sections(described):
     dry_run.run("benchmark", described)
     found = list(figures(described)[1])
     assert found == [
-        "full, batch 1, 128 slots", "snapkv 32, batch 1", "snapkv 32, batch 1: eviction",
-        "full, batch 1: prefill of 64 tokens", "snapkv 32, batch 1: prefill of 64 tokens",
+        "full, batch 1, 128 slots", "snapkv 32, batch 1", "full, batch 1: border",
+        "snapkv 32, batch 1: eviction", "full, batch 1: prefill of 64 tokens",
+        "full, batch 1: a prompt gets a row", "snapkv 32, batch 1: prefill of 64 tokens",
+        "snapkv 32, batch 1: a prompt gets a row",
         "supervised, 1 x 128 tokens", "grpo, 4 x 128 tokens",
     ]  # fmt: skip
     described.benchmark.sections = ("growth",)
@@ -163,7 +182,7 @@ def test_a_model_split_over_devices_that_one_machine_lacks(tmp_path):
     ]  # fmt: skip
     ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr
-    steps, prefill = json.loads(figures.read_text())["programs"]
+    steps, _, prefill, _ = json.loads(figures.read_text())["programs"]
     assert {x["op"] for x in steps["collectives"]} >= {"all-reduce"}
     # Half of the matrices, whole norms.
     size = 4 * costs.parameters(common.model_config(tiny.get_config()))

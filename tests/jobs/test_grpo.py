@@ -12,7 +12,7 @@ import pytest
 
 import fkv
 from fkv.data.traces import Traces
-from fkv.engine import decoding
+from fkv.engine.sampling import Sampling
 from fkv.errors import DivergedError, UserError
 from fkv.jobs import answering, common, evaluate, sft
 from fkv.jobs import grpo as job
@@ -274,7 +274,7 @@ def test_a_longer_run_answers_anew_where_its_scorers_have_changed(
         evaluate._problems(config, model, None),
         answering.Shape(config.evaluate.batch, 64, 24),
     )
-    sampling = decoding.Sampling(0.6, 20, 0.95)
+    sampling = Sampling(0.6, 20, 0.95)
     plan = evaluate.Plan({}, {}, model, None, problems, shape, sampling, None, [])
     for i in range(3):
         [[row]] = evaluate._answered(config, plan, ("grpo", 16, now), [(i, 0)])

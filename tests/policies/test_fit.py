@@ -20,7 +20,8 @@ import fkv
 from configs import tiny
 from fkv import api, kinds, policies
 from fkv.cache.cadence import Cadence
-from fkv.engine import decoding, replay
+from fkv.engine import replay
+from fkv.engine.batcher import Batcher
 from fkv.errors import UserError
 from fkv.evaluation import accuracy, diagnosis, loss_ratio, loss_table
 from fkv.jobs import benchmark, common, evaluate, generate, grpo, sft
@@ -62,8 +63,7 @@ def run_generate(policy):
 
 
 def run_decoding(policy):
-    key, plan = jax.random.split(jax.random.key(0), 1), decoding.Plan(CADENCE)
-    return list(decoding.stream(LM, policy, plan, [[1, 2]], key, [2]))
+    return Batcher(LM, policy, CADENCE, rows=1, length=4)
 
 
 def run_replay(policy):

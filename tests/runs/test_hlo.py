@@ -134,6 +134,30 @@ def test_the_flops_of_a_compiled_program():
     assert found.loops[0].trips == 5
 
 
+def test_branches_and_trips_that_the_data_decide():
+    def rare(x, w):
+        with jax.named_scope("rare"):
+            return x @ w @ w @ w
+
+    def program(x, w, flag, count):
+        x = jax.lax.cond(flag, rare, lambda x, w: x @ w, x, w)
+
+        def step(carry):
+            i, x = carry
+            return i + 1, jnp.tanh(x @ w)
+
+        return jax.lax.while_loop(lambda carry: carry[0] * 4 < count, step, (0, x))[1]
+
+    shapes = [jax.ShapeDtypeStruct(x, y) for x, y in (((8, 64), float), ((64, 64), float))]
+    shapes += [jax.ShapeDtypeStruct((), bool), jax.ShapeDtypeStruct((), jnp.int32)]
+    text, one = jax.jit(program).lower(*shapes).compile().as_text(), 2 * 8 * 64 * 64
+    for assumed, products in (
+        ({}, 3 + 1), ({"trips": 5}, 3 + 5), ({"never": ("rare",), "trips": 5}, 1 + 5),
+        ({"never": ("rarely", "cond")}, 3 + 1),
+    ):  # fmt: skip
+        assert hlo.count(text, assumed=hlo.Assumed(**assumed)).cost.flops == products * one
+
+
 @pytest.mark.parametrize(
     ("line", "shapes", "want"),
     [

@@ -13,7 +13,9 @@ from ml_collections import ConfigDict
 
 from fkv import policies
 from fkv.cache.cadence import FULL
-from fkv.engine import decoding
+from fkv.engine.batcher import Batcher
+from fkv.engine.requests import Plan, Request
+from fkv.engine.sampling import Sampling
 from fkv.jobs import common, groups, programs
 from fkv.jobs.benchmark import device
 from fkv.jobs.benchmark.device import timed
@@ -92,9 +94,23 @@ class Bench:
         rng = np.random.default_rng(self.config.seed)
         return rng.integers(self.lm.config.vocab_size, size=(rows, length)).astype(np.int32)
 
-    def plan(self, budget: int) -> decoding.Plan:
-        sampling = decoding.Sampling.of(vars(self.settings))
-        return decoding.Plan(common.cadence(self.config, budget), sampling)
+    def plan(self, budget: int) -> Plan:
+        sampling = Sampling.of(vars(self.settings))
+        return Plan(common.cadence(self.config, budget), sampling)
+
+    def batcher(self, policy: str, plan: Plan, shape: tuple[int, int, int]) -> Batcher:
+        """A batcher of so many rows, tokens of a prompt, and tokens of an answer."""
+        rows, prompt, new = shape
+        policy = self.policy(policy)
+        return Batcher(self.lm, policy, plan.cadence, rows, prompt + new, top=None)
+
+    def submit(self, batcher: Batcher, plan: Plan, prompts: np.ndarray, new: int) -> list[int]:
+        """Has prompts [b, t] answered by so many tokens; returns their ids."""
+        keys = self.row_keys(len(prompts))
+        return [
+            batcher.submit(Request(prompt, key, new, plan.sampling))
+            for prompt, key in zip(prompts, keys, strict=True)
+        ]
 
     def policy(self, name: str) -> Policy:
         """By its name; `foresight` with untrained scorers, which cost what trained ones do."""

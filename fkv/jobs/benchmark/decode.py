@@ -14,7 +14,10 @@ import numpy as np
 from jax import Array
 
 from fkv.cache import slots as kv
-from fkv.engine import decoding, replay
+from fkv.engine import steps
+from fkv.engine.requests import STOPS
+from fkv.engine.sampling import Samplings
+from fkv.engine.steps import NO_TOKEN
 from fkv.jobs import common, programs
 from fkv.jobs.benchmark.base import Arm, Bench, failure, measure, spread
 from fkv.jobs.benchmark.device import timed
@@ -92,53 +95,58 @@ def _shape(arm: Arm) -> Arm:
 def _lowered(bench: Bench, arm: Arm) -> programs.Decode:
     """The programs of an arm."""
     policy, plan, interval = bench.policy(arm.policy), bench.plan(arm.budget), bench.interval
-    width = interval if policy.evicts else _prompt(bench, arm)
+    prompt = interval if policy.evicts else _prompt(bench, arm)
     new_tokens = (_chunks(bench) + 1) * interval
-    return programs.decode(bench.lm, policy, plan, (arm.batch, width), new_tokens)
+    return programs.decode(bench.lm, policy, plan, (arm.batch, prompt), new_tokens)
 
 
 def _program(bench: Bench, arm: Arm) -> tuple[Callable, dict]:
-    """`L` decoding steps with their evictions, from state to state, see `Bench.compiled`."""
+    """`L` decoding steps and their border, from state to state, see `Bench.compiled`."""
     one = _lowered(bench, arm)
-    bench.check_fits(costs.size((one.lm.params, one.state.caches)))
-    shallow = one.lm.config.layers <= decoding.SHALLOW
-    program, about = bench.compiled(_shape(arm), one.chunk if shallow else one.steps)
-    if shallow:
-        return functools.partial(program, one.lm, one.policy), about
-    if one.policy.evicts:
-        evict_layer, more = bench.compiled(("evict", _shape(arm)), one.evict_layer)
-        about = about | {"compile_s": about["compile_s"] + more["compile_s"]}
+    bench.check_fits(costs.size((one.lm.params, one.state)))
+    program, about = bench.compiled(_shape(arm), one.steps)
+    evict_layer, more = bench.compiled(("evict", _shape(arm)), one.evict_layer)
+    about = about | {"compile_s": about["compile_s"] + more["compile_s"]}
+    rows = _rows(bench, arm)
 
     def call(state):
-        state, tokens, asked = program(one.lm, one.policy, state)
-        if asked:
-            config = one.lm.config
-            state = decoding.evict(config, one.policy, one.plan, state, asked, evict_layer)
-        return state, tokens
+        state, drawn = program(one.lm, one.policy, state, rows, np.int32(0))
+        cadence = one.plan.cadence
+        return steps.evict(one.lm.config, one.policy, cadence, state, rows, evict_layer), drawn
 
     return call, about
 
 
-def synthetic_state(bench: Bench, arm: Arm) -> decoding.State:
+def _rows(bench: Bench, arm: Arm) -> steps.Rows:
+    """What requests without an end would set."""
+    how = Samplings.of([bench.plan(arm.budget).sampling] * arm.batch)
+    none = np.zeros(arm.batch, np.int32)
+    stop = np.full((arm.batch, STOPS), NO_TOKEN, np.int32)
+    prompt = none + _prompt(bench, arm)
+    return jax.device_put(steps.Rows(keys_of(fold(bench.key, 0), arm.batch), prompt, stop, how))
+
+
+def synthetic_state(bench: Bench, arm: Arm) -> steps.State:
     """A state in the middle of decoding, of random entries, which cost what real ones do.
 
     Caches are as full as after a prompt that leaves room for the timed chunks.
     """
     policy, config, interval = bench.policy(arm.policy), bench.lm.config, bench.interval
     prompt, dtype, key = _prompt(bench, arm), bench.config.dtype, bench.key
-    if policy.evicts:
-        empty = replay.init_cache(policy, arm.batch, config, bench.plan(arm.budget).cadence, dtype)
-    else:
-        held_as = config.cache_dtype or dtype
-        empty = kv.init(arm.batch, config.kv_heads, arm.length, config.head_dim, held_as)
-    held = empty.position_bks.shape[-1] - interval if policy.evicts else prompt
-    random = functools.partial(_random_entries, config, empty, held, prompt, dtype)
+    cadence, room = bench.plan(arm.budget).cadence, arm.length
+    empty = functools.partial(
+        steps.empty, policy, arm.batch, dataclasses.replace(config, layers=1), cadence, room, dtype
+    )
+    (one,), _ = empty()
+    held = one.position_bks.shape[-1] - interval if policy.evicts else prompt
+    random = functools.partial(_random_entries, config, one, held, prompt, dtype)
     # One after the other: an accelerator waits ten seconds before it says that memory is full.
     caches = [jax.block_until_ready(random(fold(key, 1, i))) for i in range(config.layers)]
+    asked = [empty()[1] for _ in range(config.layers)]
     row = jnp.zeros((arm.batch,), jnp.int32)
-    return decoding.State(
-        tuple(caches), row, row + prompt, row + jnp.int32(2**30),
-        keys_of(fold(key, 0), arm.batch), row + prompt, jnp.asarray(-(-prompt // interval)),
+    return steps.State(
+        tuple(caches), tuple(x for some in asked for x in some), row, row + prompt,
+        row + jnp.int32(2**30),
     )  # fmt: skip
 
 
@@ -162,8 +170,8 @@ def _run_decode(bench: Bench, arm: Arm, chunks: int) -> list[float]:
     state, found = synthetic_state(bench, arm), []
     for _ in range(chunks + 1):
         start = time.perf_counter()
-        state, tokens = call(state)
-        np.asarray(tokens)
+        state, drawn = call(state)
+        np.asarray(drawn.token)
         found.append(time.perf_counter() - start)
     return found[1:]
 
@@ -182,20 +190,18 @@ def _run_evictions(bench: Bench, arm: Arm) -> float:
     if not one.policy.evicts:
         return 0.0
     program, _ = bench.compiled(("evict", _shape(arm)), one.evict_layer)
-    position = _prompt(bench, arm) + jnp.arange(bench.interval, dtype=jnp.int32)[:, None]
-    asked = decoding.Asked(
-        jax.random.normal(fold(bench.key, 2), one.asked.query_lbhd.shape, bench.config.dtype),
-        jnp.zeros(one.asked.lse_lbkg.shape),
-        jnp.broadcast_to(position, one.asked.position_lb.shape),
-        jnp.int32(-(-_prompt(bench, arm) // bench.interval)),
-    )
-
-    config, state, found = one.lm.config, synthetic_state(bench, arm), []
-    again = functools.partial(decoding.evict, config, one.policy, one.plan)
+    rows, config, found = _rows(bench, arm), one.lm.config, []
+    state = synthetic_state(bench, arm)
+    query = state.asked[0].query_lbhd
+    query = jax.random.normal(fold(bench.key, 2), query.shape, query.dtype)
+    state = state.replace(asked=tuple(x.replace(query_lbhd=query) for x in state.asked))
+    position = _prompt(bench, arm) + jnp.arange(bench.interval, dtype=jnp.int32)[None, None]
+    position = jnp.broadcast_to(position, (arm.batch, 1, bench.interval))
+    again = functools.partial(steps.evict, config, one.policy, one.plan.cadence)
     for _ in range(max(_chunks(bench), 3) + 1):
-        caches = _filled(state.caches, asked.position_lb.T[:, None])
+        caches = _filled(state.caches, position)
         state = jax.block_until_ready(state.replace(caches=caches))
-        seconds, state = timed(again, state, [asked] * config.layers, program)
+        seconds, state = timed(again, state, rows, program)
         found.append(seconds)
     return float(np.median(found[1:]))
 
@@ -298,11 +304,13 @@ def growth(bench: Bench) -> list[dict]:
 
     def run(arm, chunks):
         """Seconds of every chunk of `L` decoding steps after the first, its eviction included."""
-        prompts, keys = bench.tokens(arm.batch, interval), bench.row_keys(arm.batch)
-        limit = [chunks * interval] * arm.batch
-        policy, plan = bench.policy(arm.policy), bench.plan(arm.budget)
-        steps = decoding.stream(bench.lm, policy, plan, prompts, keys, limit)
-        ends = [time.perf_counter() for _ in steps]  # the tokens are on the host
+        plan, new = bench.plan(arm.budget), chunks * interval
+        batcher = bench.batcher(arm.policy, plan, (arm.batch, interval, new))
+        bench.submit(batcher, plan, bench.tokens(arm.batch, interval), new)
+        ends = []
+        while batcher.waiting or batcher.live:
+            batcher.step()
+            ends.append(time.perf_counter())  # the tokens are on the host
         return np.diff(ends)
 
     def prepare(arm):

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from fkv import models
-from fkv.engine import decoding, replay
+from fkv.engine import replay
 from fkv.engine.batch import Batch
 from fkv.jobs import common, programs
 from fkv.jobs.benchmark.base import Arm, Bench, measure, spread
@@ -57,13 +57,24 @@ def prefill(bench: Bench) -> list[dict]:
 
     def prepare(arm):
         policy, plan = bench.policy(arm.policy), bench.plan(arm.budget)
-        none, keys = np.zeros(arm.batch, np.int32), bench.row_keys(arm.batch)
-        prompts = Batch(bench.tokens(arm.batch, arm.length), none + arm.length, none, none)
-        lower, caches = programs.prefill_layer(lm, policy, plan, prompts, keys, interval)
-        _, about = bench.compiled(arm, lower)
-        other = costs.size((lm.params, caches[1:])) - costs.size(models.layer(lm, 0))
-        call = functools.partial(decoding.prefill, lm, policy, plan, prompts, keys, none, interval)
-        return call, {**about, "program_bytes": about["program_bytes"] + other}
+        made = programs.decode(lm, policy, plan, (arm.batch, arm.length), interval)
+        last = functools.partial(made.read_layer, first=len(made.pieces) == 1)
+        _, about = bench.compiled(arm, last)
+        other = costs.size((lm.params, made.state, [made.held()] * (lm.config.layers - 1)))
+        size = about["program_bytes"] + other - costs.size(models.layer(lm, 0))
+        bench.check_fits(size)
+        prompts, ids = bench.tokens(arm.batch, arm.length), []
+        batcher = bench.batcher(arm.policy, plan, (*prompts.shape, interval))
+
+        def call():
+            for id in ids:  # the call before left them in their rows
+                batcher.cancel(id)
+            ids[:] = bench.submit(batcher, plan, prompts, interval)
+            while batcher.waiting:
+                batcher.read()
+            batcher.wait()
+
+        return call, {**about, "program_bytes": size}
 
     def flops(arm):
         seen = arm.budget + interval if arm.budget else 0

@@ -13,8 +13,7 @@ from subprocess import PIPE
 import numpy as np
 
 from fkv import files, models, policies
-from fkv.engine import decoding
-from fkv.engine.batch import left_pad
+from fkv.engine.sampling import Sampling
 from fkv.errors import UserError
 from fkv.jobs import common
 from fkv.jobs.benchmark import device
@@ -26,7 +25,7 @@ ARMS = {
     "transformers": ("dynamic", "static", "static_compiled"),
     "kvpress": ("snapkv", "knorm"),
 }
-GREEDY = decoding.Sampling(temperature=0.0)
+GREEDY = Sampling(temperature=0.0)
 RUNNER = Path(__file__).with_name("peer.py")
 
 
@@ -175,17 +174,29 @@ def _beside(bench: Bench, others: Sequence[Peer], batch: int) -> list[dict]:
 
 def _decode(bench: Bench, arm: Arm, prompts: np.ndarray) -> dict:
     """Greedy decoding here; returns what `Peer.decode` does."""
-    policy, new = bench.policy(arm.arm), arm.new_tokens
     plan = dataclasses.replace(bench.plan(bench.config.budget), sampling=GREEDY)
-    batch = left_pad(prompts, bench.interval)
-    keys, limit = bench.row_keys(arm.batch), np.full(arm.batch, new, np.int32)
-    reading, state = timed(decoding.prefill, bench.lm, policy, plan, batch, keys, limit, new)
-    width = batch.token_bt.shape[1]
-    writing, (out, state) = timed(decoding.decode, bench.lm, policy, plan, state, width, new)
+    new, found, held = arm.new_tokens, [[] for _ in prompts], [0] * len(prompts)
+    batcher = bench.batcher(arm.arm, plan, (*prompts.shape, new))
+    bench.submit(batcher, plan, prompts, new)
+    batcher.wait()
+
+    def read():
+        while batcher.waiting:
+            batcher.read()
+        batcher.wait()
+
+    def write():
+        steps = 0
+        while batcher.live:
+            for event in batcher.step():
+                found[event.id] += event.tokens.tolist()
+                held[event.id] = event.entries
+            steps += bench.interval
+        return steps
+
+    reading, _ = timed(read)
+    writing, steps = timed(write)
     return {
-        "prefill_s": reading,
-        "decode_s": writing,
-        "steps": out.shape[1],  # a multiple of L
-        "tokens": np.asarray(out)[:, :new].tolist(),
-        "held": int((state.caches[0].position_bks >= 0).sum(-1).max()),
-    }
+        "prefill_s": reading, "decode_s": writing, "steps": steps, "tokens": found,
+        "held": max(held),
+    }  # fmt: skip
