@@ -109,9 +109,9 @@ def answering(name, cache_dtype, dtype):
         hidden, position = reading.embed(lm, prompts.token_bt), prompts.position_bt
         site = replay.Site(lm.config, CADENCE, 0, rows.key_b, rows.prompt_b)
         first, later = (hidden[:, :8], position[:, :8]), (hidden[:, 8:], position[:, 8:])
-        weights = models.layer(lm, 0)
-        _, held = reading.read_layer(weights, policy, site, *first, None, 16)
-        hidden, held = reading.read_layer(weights, policy, site, *later, held, 16)
+        weights, room = models.layer(lm, 0), reading.room_to_read(16, 8)
+        _, held = reading.read_layer(weights, policy, site, *first, None, room)
+        hidden, held = reading.read_layer(weights, policy, site, *later, held, room)
         drawn = reading.first_token(lm, rows, hidden[:, -1], later[1][:, -1], 2)
         caches, asked = steps.empty(policy, 2, lm.config, CADENCE, 16, dtype)
         caches = (reading.place_layer(policy, caches[0], held, site, np.arange(2), np.arange(2)),)
