@@ -140,9 +140,9 @@ def synthetic_state(bench: Bench, arm: Arm) -> steps.State:
     (one,), _ = empty()
     held = one.position_bks.shape[-1] - interval if policy.evicts else prompt
     random = functools.partial(_random_entries, config, one, held, prompt, dtype)
+    asked = [empty()[1] for _ in range(config.layers)]
     # One after the other: an accelerator waits ten seconds before it says that memory is full.
     caches = [jax.block_until_ready(random(fold(key, 1, i))) for i in range(config.layers)]
-    asked = [empty()[1] for _ in range(config.layers)]
     row = jnp.zeros((arm.batch,), jnp.int32)
     return steps.State(
         tuple(caches), tuple(x for some in asked for x in some), row, row + prompt,
