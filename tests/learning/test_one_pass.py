@@ -167,16 +167,21 @@ def work(jaxpr, times=1):
                 yield from work(value, turns)
 
 
-@pytest.mark.parametrize("at_once", [0, 1, 2, 8])
-def test_the_language_model_is_passed_once(at_once):
+@functools.cache
+def products(module, at_once):
+    """Multiply-adds of a step: all, and those of two matrices of each layer; and its arguments."""
     plan = plan_of(scorer.ScorerConfig(hidden=2), rollouts_at_once=at_once)
     args = make(plan)
     matrix = args[1].params["layers"]["gate_mf"].shape[1:]  # as that of `up_mf`
-    counts, totals = [], []
-    for module in (grpo, replayed):
-        found = list(work(jax.make_jaxpr(stepper(module, plan))(*args).jaxpr))
-        totals.append(sum(n for n, _ in found))
-        counts.append(sum(n for n, shapes in found if matrix in shapes))
+    found = list(work(jax.make_jaxpr(stepper(module, plan))(*args).jaxpr))
+    of_matrices = sum(n for n, shapes in found if matrix in shapes)
+    return sum(n for n, _ in found), of_matrices, matrix, args
+
+
+@pytest.mark.parametrize("at_once", [0, 1, 2, 8])
+def test_the_language_model_is_passed_once(at_once):
+    ours, theirs = products(grpo, at_once), products(replayed, 0)
+    totals, counts, (matrix, _), (args, _) = zip(ours, theirs, strict=True)
     # Rollouts of a trace share what comes before its first eviction.
     traces, shared, length = len(LENGTHS), CADENCE.slots, max(LENGTHS)
     per_token = args[1].config.layers * 2 * np.prod(matrix)
