@@ -5,6 +5,7 @@ it with collectives such as `lax.pmean`. The language model is sharded over `mod
 width and vocabulary; XLA derives the rest. A replica of the model never spans processes.
 """
 
+import functools
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -126,6 +127,21 @@ def _alone(mesh: Mesh) -> bool:
 
 def _program(step: Callable[..., tuple[Any, Any]], mesh: Mesh, constants: int, batched: int):
     """The jitted function behind `pmap`, of arrays that are on the devices already."""
+    if isinstance(step, functools.partial):
+        # Partials are never equal, but the step of a plan, made again, is compiled already.
+        return _known_program(
+            step.func, step.args, tuple(step.keywords.items()), mesh, constants, batched
+        )
+    return _new_program(step, mesh, constants, batched)
+
+
+@functools.lru_cache(maxsize=16)
+def _known_program(function, args, keywords, mesh, constants, batched):
+    step = functools.partial(function, *args, **dict(keywords))
+    return _new_program(step, mesh, constants, batched)
+
+
+def _new_program(step: Callable[..., tuple[Any, Any]], mesh: Mesh, constants: int, batched: int):
     if _alone(mesh):  # XLA can't map a `data` axis of one device next to a `model` axis of several
         in_axes = (*[None] * constants, *[0] * batched)
         mapped = jax.vmap(step, in_axes, out_axes=None, axis_name=AXIS)
