@@ -10,6 +10,7 @@ entries that differ tie with the last one chosen.
 
 import argparse
 import dataclasses
+import functools
 import shutil
 import sys
 import tempfile
@@ -35,6 +36,42 @@ from tests import oracles
 LOGITS = 1e-4  # logits, losses per token, scorer scores
 SCORES = 1e-5  # future scores: probabilities
 TIE = 1e-6
+
+# Programs: op by op, hundreds would be compiled.
+unembed, losses_of = jax.jit(models.unembed), jax.jit(token_losses)
+ranking_loss = jax.jit(sft.ranking_loss, static_argnums=2)
+choose = jax.jit(lambda policy, view: (policy.evict(view), policy.score(view)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def scores_of(config, params, feature):
+    """Of all layers and evictions."""
+    apply = jax.vmap(jax.vmap(scorer.apply, (None, None, 0)), (None, 0, 0))
+    return apply(config, params, feature)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def view_of(query, key, value, cadence):
+    """What a policy sees of B + L entries [k, n, d], all of whose queries [h, n, d] are known."""
+    interval, slots = cadence.interval, key.shape[1]
+    position = jnp.arange(slots)[None]
+    query = jnp.moveaxis(query, 0, 1)[None]
+    empty = kv.init(1, key.shape[0], slots, key.shape[2], key.dtype)
+    held = kv.append(
+        empty, 0, jnp.moveaxis(key, 0, 1)[None], jnp.moveaxis(value, 0, 1)[None], position
+    )
+    seen = attention.visible(position, held.position_bks)
+    lse = attention.attend(query, held.key_bksd, held.value_bksd, seen)[1]
+    stats = attention.statistics(query, position, held.key_bksd, held.position_bks, lse)
+    return policies.View(
+        held.replace(entry={"cumulative": stats.total, "decayed": stats.total}),
+        query[:, -interval:],
+        position[:, -interval:],
+        jnp.int32(cadence.budget // interval),
+        replay.row_keys(jax.random.key(0), 1),
+        stats,
+        cadence,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,8 +143,8 @@ def check_replay(directory: Path) -> list[Row]:
         rows.append(Row(directory.name, what, error(ours, theirs), allowed))
 
     _, labels, hidden = jax.jit(golden.policy, static_argnums=2)(lm, batch, cadence)
-    row("full logits", models.unembed(lm, hidden)[0], vectors["full_logits"])
-    losses = token_losses(lm, hidden, token)
+    row("full logits", unembed(lm, hidden)[0], vectors["full_logits"])
+    losses = losses_of(lm, hidden, token)
     row("full nll", losses.nll_bt[0], vectors["full_nll"])
 
     # Ours in the order of slots [layers, e, k, n], theirs in the order of positions.
@@ -147,8 +184,8 @@ def check_replay(directory: Path) -> list[Row]:
     hidden, _, (feature, held) = jax.jit(
         lambda lm: replay.replay(lm, batch, policy, cadence, observe=observe)
     )(lm)
-    row("evicted logits", models.unembed(lm, hidden)[0], vectors["evicted_logits"])
-    losses = token_losses(lm, hidden, token)
+    row("evicted logits", unembed(lm, hidden)[0], vectors["evicted_logits"])
+    losses = losses_of(lm, hidden, token)
     row("evicted nll", losses.nll_bt[0], vectors["evicted_nll"])
 
     held = np.asarray(held[:, :, 0])
@@ -156,12 +193,10 @@ def check_replay(directory: Path) -> list[Row]:
     rows.append(Row(directory.name, "entries held at evictions", moved, 0))
     _, their_score = in_order(vectors["candidate_positions"], vectors["scorer_scores"])
     for how, params in [("", learned.params), *round_trips(directory, learned, about)]:
-        score = jax.vmap(jax.vmap(scorer.apply, (None, None, 0)), (None, 0, 0))(
-            scorer_config, jax.tree.map(jnp.asarray, params), feature
-        )
+        score = scores_of(scorer_config, params, feature)
         _, score = in_order(held, np.asarray(score[:, :, 0]))
         row(f"scorer scores{how}", -score, their_score)  # theirs are eviction scores
-    loss, has_pair = sft.ranking_loss(jnp.asarray(score), jnp.asarray(their_future))
+    loss, has_pair = ranking_loss(score, their_future)
     per_layer = (loss * has_pair).sum((1, 2)) / has_pair.sum((1, 2))
     row("ranking loss per layer", per_layer, vectors["ranking_loss_per_layer"])
     return rows
@@ -194,7 +229,7 @@ def check_losses(path: Path) -> list[Row]:
 
     loss_config = sft.LossConfig(margin=float(v["rank_margin"]))
     # Theirs score eviction, and so does this oracle; ours score importance.
-    loss, has_pair = sft.ranking_loss(-v["rank_scores"], -v["rank_oracle"], loss_config)
+    loss, has_pair = ranking_loss(-v["rank_scores"], -v["rank_oracle"], loss_config)
     row("ranking loss", loss.sum() / has_pair.sum(), v["rank_loss"])
     row("advantages", surrogate.advantages(v["grpo_returns"]), v["grpo_advantages"])
     index = v["grpo_indices"]
@@ -223,26 +258,7 @@ def check_baselines(path: Path) -> list[Row]:
     z = np.load(path)
     query, key, value = (jnp.asarray(z[name]) for name in ("q", "k", "v"))
     budget, interval = int(z["budget"]), int(z["interval"])
-    slots = budget + interval
-    position = jnp.arange(slots)[None]
-    query = jnp.moveaxis(query, 0, 1)[None]
-    empty = kv.init(1, key.shape[0], slots, key.shape[2], key.dtype)
-    held = kv.append(
-        empty, 0, jnp.moveaxis(key, 0, 1)[None], jnp.moveaxis(value, 0, 1)[None], position
-    )
-    seen = attention.visible(position, held.position_bks)
-    lse = attention.attend(query, held.key_bksd, held.value_bksd, seen)[1]
-    stats = attention.statistics(query, position, held.key_bksd, held.position_bks, lse)
-    held = held.replace(entry={"cumulative": stats.total, "decayed": stats.total})
-    view = policies.View(
-        held,
-        query[:, -interval:],
-        position[:, -interval:],
-        jnp.int32(budget // interval),
-        replay.row_keys(jax.random.key(0), 1),
-        stats,
-        OneEviction(budget, interval),
-    )
+    slots, view = budget + interval, view_of(query, key, value, OneEviction(budget, interval))
     window = {"window": int(z["window"]), "kernel": int(z["kernel"])}
     rows = []
     for name in sorted(n for n in z.files if n.startswith("kept_")):
@@ -258,9 +274,8 @@ def check_baselines(path: Path) -> list[Row]:
         else:
             rows.append(Row(path.name, f"{name}: a method not known here", np.inf, 0))
             continue
-        evict = np.asarray(policy.evict(view))[0]
+        evict, score = (np.asarray(x)[0] for x in choose(policy, view))
         gone = np.stack([np.setdiff1d(np.arange(slots), kept) for kept in z[name]])
-        score = np.asarray(policy.score(view))[0]
         newest = np.arange(slots) >= slots - policy.protected(view)
         score = np.where(newest, np.inf, score)
         every = np.broadcast_to(np.arange(slots), score.shape)

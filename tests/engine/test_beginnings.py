@@ -31,6 +31,7 @@ EVEN += ["sample", "golden"]
 
 
 golden_policy = jax.jit(golden.policy, static_argnums=2)
+begin = jax.jit(beginnings.begin, static_argnums=3)  # op by op it would compile dozens
 
 
 def policy_of(name, lm, batch):
@@ -108,16 +109,20 @@ def model(cache_dtype="", **fields):
 
 
 @functools.cache
-def every_even_policy():
-    return tuple(policy_of(name, model(), batch_of(model(), LENGTHS)) for name in EVEN)
+def every(names):
+    return tuple(policy_of(name, model(), batch_of(model(), LENGTHS)) for name in names)
+
+
+def among(name, *names, layers=2):
+    """A policy as one of several, all in one program, if it is one of them."""
+    if name not in names:
+        return policy_of(name, model(), None)
+    return loss_ratio.OneOf(every(names), jnp.full(layers, names.index(name)))
 
 
 @pytest.mark.parametrize("name", EVEN)
 def test_a_beginning_in_one_pass_is_that_chunk_by_chunk(name):
-    lm = model()
-    batch, each = batch_of(lm, LENGTHS), every_even_policy()  # in one program
-    policy = loss_ratio.OneOf(each, jnp.full(lm.config.layers, EVEN.index(name)))
-    assert check(policy, lm, batch) == 5
+    assert check(among(name, *EVEN), model(), batch_of(model(), LENGTHS)) == 5
 
 
 @pytest.mark.parametrize("name", [*UNEVEN, "reference", "knorm"])  # one without statistics, too
@@ -131,11 +136,9 @@ def test_a_beginning_of_a_policy_alone_is_that_chunk_by_chunk(name):
 def test_an_int8_cache_begins_quantised(name):
     # One layer: after it, a number that rounding puts one step off is passed on.
     lm = model("int8", layers=1)
-    batch, policy = batch_of(lm, LENGTHS), policies.get(name)
+    batch, policy = batch_of(lm, LENGTHS), among(name, "h2o", "random", layers=1)
     check(policy, lm, batch)
-    rounded, exact = (
-        beginnings.begin(x, batch, policy, CADENCE).hidden_btm for x in (lm, model(layers=1))
-    )
+    rounded, exact = (begin(x, batch, policy, CADENCE).hidden_btm for x in (lm, model(layers=1)))
     assert 1e-3 < abs(rounded - exact).max() < 0.1
 
 
@@ -155,24 +158,26 @@ def test_padding_in_front_leaves_the_slots_that_chunks_would(name):
     check(policy_of(name, model(), batch), model(), batch)
 
 
+@jax.jit
+def together(lm, batch, rows, policy, key_b):
+    begun = beginnings.begin(lm, batch, policy, CADENCE)
+    return beginnings.replay_from(lm, rows, begun, policy, key_b, look, 0)
+
+
+@jax.jit
+def alone(lm, rows, policy, key_b):
+    return replay.replay(lm, rows, policy, CADENCE, key_b, look, 0)
+
+
 @pytest.mark.parametrize("name", ["h2o", "sample", "ada"])
 def test_rows_that_share_a_beginning_are_those_alone(name):
     lm, copies = model(), 3
-    batch, policy = batch_of(lm, LENGTHS[:3]), policy_of(name, lm, None)
+    batch, policy = batch_of(lm, LENGTHS[:3]), among(name, "h2o", "sample")
     rows = jax.tree.map(lambda x: jnp.repeat(x, copies, axis=0), batch)
     key_b = replay.row_keys(jax.random.key(5), len(rows.length_b))
 
-    @jax.jit
-    def together(lm, batch, rows, policy):
-        begun = beginnings.begin(lm, batch, policy, CADENCE)
-        return beginnings.replay_from(lm, rows, begun, policy, key_b, look, 0)
-
-    @jax.jit
-    def alone(lm, rows, policy):
-        return replay.replay(lm, rows, policy, CADENCE, key_b, look, 0)
-
-    hidden, _, seen = together(lm, batch, rows, policy)
-    want, _, want_seen = alone(lm, rows, policy)
+    hidden, _, seen = together(lm, batch, rows, policy, key_b)
+    want, _, want_seen = alone(lm, rows, policy, key_b)
     first = hidden.shape[1]
     real = np.asarray(rows.position_bt)[:, -first:] >= 0
     np.testing.assert_allclose(hidden[real], want[:, -first:][real], atol=5e-5)
@@ -199,11 +204,15 @@ def test_rows_must_be_copies_of_the_traces():
 def test_one_beginning_serves_policies_with_and_without_statistics():
     lm = model()
     batch = batch_of(lm, LENGTHS)
-    begun = beginnings.begin(lm, batch, policies.get("h2o"), CADENCE)
-    for name in ("h2o", "knorm", "sample"):
-        policy = policy_of(name, lm, batch)
+    begun = begin(lm, batch, policies.get("h2o"), CADENCE)
+
+    @jax.jit
+    def both(policy):
         hidden, _, _ = beginnings.replay_from(lm, batch, begun, policy)
-        want, _, _ = replay.replay(lm, batch, policy, CADENCE)
+        return hidden, replay.replay(lm, batch, policy, CADENCE)[0]
+
+    for name in ("h2o", "knorm", "sample"):
+        hidden, want = both(policy_of(name, lm, batch))
         real = batch.position_bt[:, -hidden.shape[1] :] >= 0
         np.testing.assert_allclose(hidden[real], want[:, -hidden.shape[1] :][real], atol=5e-5)
 
@@ -236,10 +245,13 @@ def test_a_chooser_takes_the_place_of_the_policys_choice():
         slots = other.evict(view)
         return acc + 1, slots, jnp.take_along_axis(view.cache.position_bks, slots, axis=-1)
 
-    hidden, count, dropped = replay.replay(
-        lm, batch, policies.get("h2o"), CADENCE, observe=replay.Chooser(act), acc=0
-    )
-    want, _, seen = replay.replay(lm, batch, other, CADENCE, observe=look, acc=0)
+    @jax.jit
+    def both(lm, batch):
+        chosen = replay.Chooser(act)
+        ours = replay.replay(lm, batch, policies.get("h2o"), CADENCE, observe=chosen, acc=0)
+        return ours, replay.replay(lm, batch, other, CADENCE, observe=look, acc=0)
+
+    (hidden, count, dropped), (want, _, seen) = both(lm, batch)
     np.testing.assert_allclose(hidden, want, atol=1e-6)
     np.testing.assert_array_equal(dropped, seen[0][1])
     assert count.tolist() == [5, 5]
@@ -300,6 +312,14 @@ def test_memory_is_linear_in_the_length():
     assert_linear([(t, at(t)) for t in (4096, 8192)], 8)
 
 
+@jax.jit
+def continued(lm, context, rows, policy, key_c, key_b):
+    begun = beginnings.begin(lm, context, policy, CADENCE)
+    ended = beginnings.go_on(lm, context, begun, policy, key_c)
+    shared = beginnings.replay_from(lm, rows, ended, policy, key_b)[0]
+    return ended.hidden_btm, shared, replay.replay(lm, rows, policy, CADENCE, key_b)[0]
+
+
 @pytest.mark.parametrize("name", ["h2o", "random", "tova", "ada"])
 def test_continuations_share_the_context_and_what_was_evicted_in_it(name):
     lm, repeats, width, after = model(), 3, 60, 14
@@ -311,17 +331,10 @@ def test_continuations_share_the_context_and_what_was_evicted_in_it(name):
     padding = np.repeat(context.padding_b, repeats)
     length = width - padding + np.tile([14, 9, 1], 3)
     rows = Batch(jnp.asarray(token), length, np.zeros_like(length), padding)
-    policy, key_c = policies.get(name), replay.row_keys(jax.random.key(5), 3)
+    policy, key_c = among(name, "h2o", "random", "tova"), replay.row_keys(jax.random.key(5), 3)
     key_b = jnp.repeat(key_c, repeats)
 
-    @jax.jit
-    def both(policy):
-        begun = beginnings.begin(lm, context, policy, CADENCE)
-        ended = beginnings.go_on(lm, context, begun, policy, key_c)
-        shared = beginnings.replay_from(lm, rows, ended, policy, key_b)[0]
-        return ended.hidden_btm, shared, replay.replay(lm, rows, policy, CADENCE, key_b)[0]
-
-    ended, shared, alone = both(policy)
+    ended, shared, alone = continued(lm, context, rows, policy, key_c, key_b)
     real = np.asarray(rows.position_bt) >= 0
     begun, later = real[::repeats, :width], real[:, width:]
     np.testing.assert_allclose(ended[begun], alone[::repeats, :width][begun], atol=5e-5)
@@ -332,9 +345,9 @@ def test_continuations_share_the_context_and_what_was_evicted_in_it(name):
 def test_a_beginning_that_goes_on_ends_with_an_interval():
     lm, batch = model(), batch_of(model(), [61])
     policy = policies.get("knorm")
-    begun = beginnings.begin(lm, batch, policy, CADENCE)
+    begun = begin(lm, batch, policy, CADENCE)
     with pytest.raises(ValueError, match="61 tokens"):
         beginnings.go_on(lm, batch, begun, policy)
     short = batch_of(lm, [36])  # not longer than the beginning
-    begun = beginnings.begin(lm, short, policy, CADENCE)
+    begun = begin(lm, short, policy, CADENCE)
     assert beginnings.go_on(lm, short, begun, policy) is begun
