@@ -1,7 +1,6 @@
 """The reinforcement stage, from a config to a table: improve scorers, save them, measure them."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 
 import jax
@@ -87,7 +86,10 @@ def _train(
         key = key_of(config.seed, Purpose.ROLLOUT, step)
         return _rollouts(plan, stage.train, full, ids, key)
 
-    step = functools.partial(_step, step_of(plan), plan)
+    def step(states, lm, rows, axis):
+        state, metrics = step_of(plan)(plan, states[0], lm, rows, axis)
+        return [state], [metrics]
+
     (state,) = stage.learn([run], [state], step, rows_of, _report)
     trained = training.trained_for(config, workdir)
     learned = {
@@ -99,12 +101,6 @@ def _train(
     common.write_losses(run, results, config.eval.baseline)
     run.close()
     return results, answers if answering else None
-
-
-def _step(train_step, plan, states, lm, rows, axis):
-    """Of the only run."""
-    state, metrics = train_step(plan, states[0], lm, rows, axis)
-    return [state], [metrics]
 
 
 def _can_answer(config: ConfigDict, model: ModelConfig) -> bool:
@@ -145,12 +141,6 @@ def _supervised(config: ConfigDict) -> policies.Foresight:
     return policy
 
 
-def _full_losses(cadence, lm, batch):
-    """Of the rows of a device."""
-    hidden, _, _ = replay.replay(lm, batch, policies.get("full"), cadence)
-    return parallel.gather(tokens.token_losses(lm, hidden, batch.token_bt)), ()
-
-
 class FullCache:
     """Losses and entropies under the full cache, unquantised, computed once a trace and kept on the
     host.
@@ -164,8 +154,11 @@ class FullCache:
         self._known: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._lm = lm.replace(config=dataclasses.replace(lm.config, cache_dtype=""))
 
-        step = functools.partial(_full_losses, plan.cadence)
-        self._pass = parallel.pmap(step, mesh, constants=1, batched=1)
+        def device_pass(lm, batch):
+            hidden, _, _ = replay.replay(lm, batch, policies.get("full"), plan.cadence)
+            return parallel.gather(tokens.token_losses(lm, hidden, batch.token_bt)), ()
+
+        self._pass = parallel.pmap(device_pass, mesh, constants=1, batched=1)
 
     def __call__(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Losses and entropies [n, t - 1] of these traces, which share a bucket."""
