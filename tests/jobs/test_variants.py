@@ -21,15 +21,15 @@ from tests.jobs import test_sft
 # Between them, every field that variants may change.
 VARIANTS = (
     "plain",
-    "keys:scorer.inputs=kv,scorer.norm=none,scorer.hidden=4,sft.scorer_seed=1,sft.states=own,"
-    "sft.margin=0.3,sft.weighting=plain",
+    "keys:scorer.inputs=kv,scorer.norm=none,sft.scorer_seed=1,sft.states=own",
+    "small:scorer.hidden=4,sft.margin=0.3,sft.weighting=plain",
     "attention:scorer.inputs=attention,sft.updates=eviction,sft.learning_rate=0.1,sft.warmup=2,"
     "sft.clip=0.01",
 )
 NAMES = [text.partition(":")[0] for text in VARIANTS]
 # Two are enough for what does not depend on the fields; and compiling takes the time.
-PAIR = (VARIANTS[0], "small:scorer.hidden=4,sft.margin=0.3,sft.weighting=plain")
-PAIRED = (NAMES[0], "small")
+PAIR = (VARIANTS[0], VARIANTS[2])
+PAIRED = (NAMES[0], NAMES[2])
 
 
 model_dir = test_sft.model_dir
@@ -90,9 +90,9 @@ def test_the_fields_of_variants_are_their_own(model_dir):
     found = variants.resolve(several(model_dir, VARIANTS), groups.FIELDS)
     changed = {x.partition("=")[0] for text in VARIANTS for x in text.partition(":")[2].split(",")}
     assert changed - {""} == {*variants.FIELDS}
-    keys, attention = (found[name] for name in NAMES[1:])
-    assert (keys.scorer.inputs, keys.scorer.norm, keys.scorer.hidden) == ("kv", "none", 4)
-    assert (keys.sft.scorer_seed, keys.sft.margin, keys.sft.weighting) == (1, 0.3, "plain")
+    keys, small, attention = (found[name] for name in NAMES[1:])
+    assert (keys.scorer.inputs, keys.scorer.norm, keys.sft.scorer_seed) == ("kv", "none", 1)
+    assert (small.scorer.hidden, small.sft.margin, small.sft.weighting) == (4, 0.3, "plain")
     a = attention.sft
     assert (a.learning_rate, a.warmup, a.clip) == (0.1, 2, 0.01)
     unchanged = {**several(model_dir, VARIANTS).sft.to_dict(), "variants": ()}

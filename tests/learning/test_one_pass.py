@@ -14,7 +14,7 @@ from fkv.engine import replay
 from fkv.engine.batch import Batch
 from fkv.learning import fit, grpo, replayed, tokens
 from fkv.policies import scorer
-from fkv.runs import costs, parallel
+from fkv.runs import costs
 from tests import oracles
 from tests.learning import CADENCE, grpo_plan
 
@@ -66,8 +66,9 @@ def make(plan, seed=0, lengths=LENGTHS, **model):
 
 def stepper(module, plan):
     """A step on one device, of (state, lm, rows)."""
-    step = functools.partial(module.train_step, plan, axis=parallel.AXIS)
-    return parallel._program(step, parallel.make_mesh(), constants=2, batched=1)
+    step = functools.partial(module.train_step, plan, axis="data")
+    step = jax.vmap(step, (None, None, 0), out_axes=None, axis_name="data")
+    return jax.jit(lambda state, lm, rows: step(state, lm, jax.tree.map(lambda x: x[None], rows)))
 
 
 def gradients(state):
