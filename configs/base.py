@@ -269,6 +269,28 @@ def advise() -> ConfigDict:
     return config
 
 
+def harness() -> ConfigDict:
+    """Tasks of lm-evaluation-harness; policies, scorers and budgets are those of `evaluate`."""
+    config = ConfigDict()
+    config.tasks = ()  # names of tasks, groups or tags, with * for any characters
+    config.include_path = ""  # directory with task YAMLs of your own
+    # task=metric or task=metric,filter of columns in the table; by default a task's first metric
+    config.metrics = ()
+    config.limit = 0  # documents of each task, 0 for all
+    config.num_fewshot = -1  # examples before a question, -1 for each task's own number
+    config.chat = False  # apply the chat template
+    config.system = ""  # system prompt
+    config.multiturn = True  # with the chat template, examples are turns of the conversation
+    config.template = ()  # name=value of variables of the chat template: enable_thinking=False
+    config.max_length = 0  # tokens of a prompt and its answer, 0 for the model's context length
+    config.new_tokens = 256  # of an answer where a task names no limit
+    config.think_end = ""  # what ends a thought, as </think>; only what follows it is judged
+    config.lengths = (4096,)  # of synthetic tasks such as ruler, tokens
+    config.unsafe_code = False  # run code that the model writes, where a task does
+    config.rows = 16  # requests at a time
+    return config
+
+
 def pipeline() -> ConfigDict:
     """Several stages in one run directory."""
     config = ConfigDict()

@@ -27,7 +27,7 @@ def recipe(name: str, model: str, revision: str, arg: str) -> ConfigDict:
         raise UserError(f"--config=configs/{name}.py:{arg}: use one of {', '.join(SIZES)}")
     run = f"{name}_{arg}" if arg else name  # as launch names run directories
     config = base.recipe(
-        "data", "traces", "scorer", "sft", "grpo", "eval", "evaluate", "recall",
+        "data", "traces", "scorer", "sft", "grpo", "eval", "evaluate", "recall", "harness",
         "leaderboard", "advise", "pipeline", "benchmark", "export", "generate", "serve",
     )  # fmt: skip
     config.model, config.revision, config.dtype = model, revision, "bfloat16"

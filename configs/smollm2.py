@@ -58,8 +58,8 @@ def get_config(arg: str = "") -> ConfigDict:
         )
     name = f"smollm2_{arg}" if arg else "smollm2"  # as launch names run directories
     config = base.recipe(
-        "data", "traces", "scorer", "sft", "grpo", "eval", "evaluate", "recall", "leaderboard",
-        "advise", "pipeline", "benchmark", "export", "generate", "serve",
+        "data", "traces", "scorer", "sft", "grpo", "eval", "evaluate", "recall", "harness",
+        "leaderboard", "advise", "pipeline", "benchmark", "export", "generate", "serve",
     )  # fmt: skip
     place, paper = VARIANTS[arg]
     config.model, config.revision = MODELS[place]

@@ -35,7 +35,8 @@ def get_config() -> ConfigDict:
     """The recipe; see `configs.base` for what the fields mean."""
     config = base.recipe(
         "task", "pretrain", "data", "traces", "scorer", "sft", "grpo", "eval", "evaluate",
-        "recall", "leaderboard", "advise", "pipeline", "benchmark", "export", "generate", "serve",
+        "recall", "harness", "leaderboard", "advise", "pipeline", "benchmark", "export", "generate",
+        "serve",
     )  # fmt: skip
     config.budget, config.interval = 64, 16
 

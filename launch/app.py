@@ -30,6 +30,7 @@ _END = (
     "grpo",
     "evaluate",
     "recall",
+    "harness",
     "leaderboard",
     "advise",
     "pipeline",

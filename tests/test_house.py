@@ -15,7 +15,7 @@ ROOMS = (
     ("runs", "engine"),
     ("learning",),
     ("evaluation", "api"),
-    ("serve", "context", "judge"),
+    ("serve", "context", "judge", "harness"),
     ("jobs",),
 )
 BESIDE = {

@@ -141,7 +141,7 @@ def run(config: ConfigDict, workdir: str, anew: Sequence[str] = ()) -> list[accu
     samples.check_references(references)
     run.resume({})  # metrics are written again from all samples
 
-    cells = _cells(config, named) if problems else []
+    cells = cells_of(config, named) if problems else []
     asked = list(itertools.product(range(len(problems)), range(settings.samples)))
     # Several processes meet after so many answers each, a single one after every `L` steps.
     at_once = settings.batch if jax.process_count() > 1 else 1
@@ -237,7 +237,7 @@ def _plan(
         inputs["evaluate.benchmark: questions"] = provenance.of_questions(asked)
     shared = []
     if other is not None:
-        cells = [cell[:2] for cell in _cells(config, named)]
+        cells = [cell[:2] for cell in cells_of(config, named)]
         shared = _shared(config, other, cells, problems, held_out)
         if problems:
             comparison.check_questions(other, config.evaluate, [p.id for p in problems], inputs)
@@ -245,7 +245,7 @@ def _plan(
     return Plan(named, inputs, model, held_out, problems, shape, sampling, other, shared)
 
 
-def _cells(config: ConfigDict, named: dict[str, Policy]) -> list[Cell]:
+def cells_of(config: ConfigDict, named: dict[str, Policy]) -> list[Cell]:
     """Policies at their budgets, in the order of answering."""
     settings = config.evaluate
     cells = [("full", FULL, policies.get("full"))] if "full" in settings.policies else []

@@ -186,6 +186,26 @@ class Advise(Settings):
 
 
 @settings
+class Harness(Settings):
+    group: ClassVar[str] = "harness"
+    tasks: Names = setting(NAMES)
+    include_path: str = setting(TEXT)
+    metrics: Names = setting(NAMES)
+    limit: int = setting(ANY)
+    num_fewshot: int = setting(whole(-1))
+    chat: bool = setting(SWITCH)
+    system: str = setting(TEXT)
+    multiturn: bool = setting(SWITCH)
+    template: Names = setting(NAMES)
+    max_length: int = setting(ANY)
+    new_tokens: int = setting(COUNT)
+    think_end: str = setting(TEXT)
+    lengths: Sizes = setting(SIZES)
+    unsafe_code: bool = setting(SWITCH)
+    rows: int = setting(COUNT)
+
+
+@settings
 class Pipeline(Settings):
     group: ClassVar[str] = "pipeline"
     stages: Names = setting(NAMES)
@@ -283,7 +303,7 @@ class Serve(Sampling):
 GROUPS = (
     Shared, ledger.Spec, Reasoner, pretrain.Plan, Data, Traces, ScorerConfig, sft.Plan,
     sft.LossConfig, Supervised, Reinforcement, grpo.GRPOConfig, grpo.Plan, Eval, Evaluate, Recall,
-    Leaderboard, Advise, Pipeline, Benchmark, Peers, Export, Generate, Serve,
+    Harness, Leaderboard, Advise, Pipeline, Benchmark, Peers, Export, Generate, Serve,
 )  # fmt: skip
 FIELDS = {
     f"{cls.group}.{name}".lstrip("."): kind for cls in GROUPS for name, kind in cls.kinds().items()

@@ -100,7 +100,7 @@ def render(
     messages = asked(messages) if isinstance(messages, str) else list(messages)
 
     def ask(messages):
-        return _apply(tokenizer, messages, **template, add_generation_prompt=True)
+        return apply(tokenizer, messages, **template, add_generation_prompt=True)
 
     raw = "give the whole prompt as text, chat off"
     written = tokenizer.chat_template
@@ -140,7 +140,7 @@ def asked(text: str) -> list[dict]:
     return [{"role": "user", "content": text}]
 
 
-def _apply(tokenizer: Any, messages: list[dict], **settings: Any) -> str:
+def apply(tokenizer: Any, messages: list[dict], **settings: Any) -> str:
     settings = {"date_string": _DATE, **settings}
     return tokenizer.apply_chat_template(messages, tokenize=False, **settings)
 
@@ -154,7 +154,7 @@ def end_of_answer(tokenizer: Any, stop: tuple[int, ...], chat: bool) -> int | No
     if chat and tokenizer.chat_template:
         messages = [*asked("What is six times seven?"), {"role": "assistant", "content": _ANSWER}]
         try:
-            _, found, after = _apply(tokenizer, messages).rpartition(_ANSWER)
+            _, found, after = apply(tokenizer, messages).rpartition(_ANSWER)
             ids = tokenize(tokenizer, after, continued=False) if found else []
             ended = [x for x in ids if x in stop]
         except Exception:  # some templates refuse assistant messages
