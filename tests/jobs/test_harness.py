@@ -173,7 +173,7 @@ def test_fewer_documents_and_examples_in_a_chat(saved, include, tmp_path, capsys
         ({"harness.metrics": ("pages=acc",)}, r"^harness.metrics: 'pages' has no acc,none, but w"),
         ({"harness.metrics": ("pages=bits_per_byte,x",)}, r"'pages' has no bits_per_byte,x, but"),
         ({"harness.template": ("x",)}, r"^harness.template: 'x' must be of the form name=value"),
-        ({"harness.chat": True, "harness.template": ("tools=1",)}, r"'tools' is an argument of apply_chat_"),
+        ({"harness.chat": True, "harness.template": ("tools=1",)}, r"'tools' is an argument of"),
         ({"harness.rows": 0}, r"^harness.rows = 0 must be a whole number from 1"),
         ({"harness.limit": -1}, r"^harness.limit = -1 must be a whole number"),
         ({"harness.max_length": 4}, r"^task needle, document 0: 12 new tokens leave no room"),
