@@ -4,6 +4,7 @@ By nbclient itself, which nbmake runs them by, since what the cells show is look
 """
 
 import base64
+import configparser
 import json
 import re
 from pathlib import Path
@@ -20,7 +21,10 @@ from fkv.models import ModelConfig
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
-PICTURES = {"see_eviction_think": 5, "train_your_own_scorer": 1, "your_model": 3}
+PICTURES = {
+    "see_eviction_think": 6, "train_your_own_scorer": 1, "write_your_own_policy": 0,
+    "your_model": 3,
+}  # fmt: skip
 
 
 def read(path):
@@ -71,6 +75,12 @@ def test_a_notebook_runs(path, tmp_path, monkeypatch):
     shown = "".join(o.data["text/html"] for o in outputs if "text/html" in o.get("data", {}))
     if path.stem == "see_eviction_think":
         assert "<b>full</b>: right" in shown and "<b>foresight</b>" in shown
+        assert "full: 2 of 2 right" in said
+    elif path.stem == "write_your_own_policy":
+        ratios = dict(re.findall(r"^(\S+) +(\d\.\d{3}) ± ", said, re.M))
+        assert {"h2o", "strided:stride=8", "peaked", "loud", "prompt(loud):tokens=16"} < set(ratios)
+        assert all(float(ratio) > 1 for ratio in ratios.values())
+        assert "full, 0 evictions: " in said and "ada(peaked), " in said
     elif path.stem == "your_model":
         assert "babbles" in said and "full: 64 tokens, 0 evictions" in said
         # 76 tokens of prompt and 63 that are read again, in 32 + 16 slots
@@ -83,17 +93,28 @@ def test_a_notebook_runs(path, tmp_path, monkeypatch):
         assert "my-scorers" in said and "scorer.safetensors" in said
 
 
-def test_notebooks_are_stored_clean():
+def test_notebooks_are_stored_with_what_they_show():
     assert [path.stem for path in NOTEBOOKS] == sorted(PICTURES)
     readme, install = (ROOT / "colab" / "README.md").read_text(), set()
     for path in NOTEBOOKS:
         book = read(path)
         nbformat.validate(book)
         assert json.loads(path.read_text())["nbformat"] == 4
-        assert all(not cell.get("outputs") for cell in book.cells)
         assert all(re.fullmatch(r"[a-z-]+", cell.id) for cell in book.cells)
         install.add(next(cell.source for cell in book.cells if cell.id == "install"))
         assert f"]({path.name})" in readme
+        cells = [cell for cell in book.cells if cell.cell_type == "code"]
+        outputs = [output for cell in cells for output in cell.outputs]
+        assert [cell.execution_count for cell in cells] == list(range(1, 1 + len(cells)))
+        assert {o.output_type for o in outputs} <= {"stream", "display_data", "execute_result"}
+        assert sum("image/png" in o.get("data", {}) for o in outputs) == PICTURES[path.stem]
+        assert path.stat().st_size < 1_000_000
+        assert not re.search(r"/tmp/|/root/|/home/", path.read_text())
     (source,) = install  # the same in each
     address = re.search(r'REPOSITORY = "https://github.com/([^"]+)"', source)[1]
     assert readme.count(f"colab.research.google.com/github/{address}/blob/") == len(NOTEBOOKS)
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    assert (
+        f"Repository = https://github.com/{address}\n" in setup["metadata"]["project_urls"] + "\n"
+    )
