@@ -262,9 +262,8 @@ class Batcher:
         """Reads a piece of the prompts that wait, and at a border gives them rows; see `step`."""
         if not self.live:
             self._start = 0  # nothing in the rings is needed any more
+        self._place_ready()
         self._read()
-        while self._ready and self._start == 0:
-            self._place(self._ready.popleft())
 
     def _read(self) -> None:
         """Reads about a piece; more while nobody waits for the next step."""
@@ -286,6 +285,7 @@ class Batcher:
                         self._is_read(one, i)
                 if one.live:
                     self._ready.append(one)
+                self._place_ready()  # at once, as what is read ahead takes memory of its own
 
     def _is_read(self, one: _Reading, index: int) -> None:
         """Keeps what is to be kept of a row's prompt, and ends a row that needs no step."""
@@ -341,6 +341,11 @@ class Batcher:
             return None
         last = hidden[:, -1], position[:, -1]  # of any width, so nothing is compiled for it
         return reading.first_token(self._lm, one.rows, *last, self._top)
+
+    def _place_ready(self) -> None:
+        """At a border, gives rows to what has been read."""
+        while self._ready and self._start == 0:
+            self._place(self._ready.popleft())
 
     def _place(self, one: _Reading) -> None:
         """Gives rows to prompts that have been read."""

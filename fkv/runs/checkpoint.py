@@ -155,6 +155,8 @@ def restore(run_dir: str | os.PathLike, target: Any, step: int | None = None) ->
         for line in damaged if parallel.first() else ():
             print(f"warning: checkpoint {line}: resuming from step {step}", flush=True)
     step, state, info = load(run_dir, step)
+    # Before all have read it, none may go on and save a newer one, for which it would be deleted.
+    parallel.barrier(f"read checkpoint {step} in {run_dir}")
     saved = _flatten(state)
     wanted = {_names(path): leaf for path, leaf in jax.tree.leaves_with_path(target)}
     for name in [*wanted, *saved]:

@@ -154,6 +154,22 @@ def test_prompts_that_are_read_together_answer_as_alone(name, monkeypatch):
         assert found == {i: x for i, x in alone.items() if i != cancelled}
 
 
+@pytest.mark.parametrize("name", ["full", "h2o"])
+def test_at_a_border_prompts_get_rows_before_more_are_read(name, monkeypatch):
+    """What is read ahead has slots of its own: those of all rows would be as many again."""
+    batch, held, real = make(policy_of(name), rows=5), [], Batcher._begin
+
+    def spy(self, room):
+        held.append(len(self._ready))
+        return real(self, room)
+
+    monkeypatch.setattr(Batcher, "_begin", spy)
+    for request in REQUESTS[:5]:  # of four widths
+        batch.submit(request)
+    batch.step()
+    assert len(held) >= 4 and max(held) == 0
+
+
 def test_rows_end_at_a_stop_token():
     want = alone("h2o")
     stop = want[2][0][7]
