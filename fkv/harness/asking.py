@@ -20,7 +20,7 @@ from fkv.engine.requests import STOPS
 from fkv.engine.sampling import Sampling
 from fkv.errors import UserError
 from fkv.evaluation import scoring
-from fkv.keys import Purpose, key_of
+from fkv.keys import Purpose, fold, key_of
 from fkv.policies.base import Policy
 
 GREEDY = Sampling(0.0)
@@ -213,7 +213,7 @@ def _keys(seed: int, texts: Sequence[np.ndarray], numbers: Sequence[int]) -> jax
     digests = [binascii.crc32(np.asarray(one, np.int32).tobytes()) for one in texts]
     root = key_of(seed, Purpose.ANSWER)
     indices = np.array(digests, np.uint32), np.array(numbers, np.uint32)
-    return jax.vmap(lambda i, j: jax.random.fold_in(jax.random.fold_in(root, i), j))(*indices)
+    return jax.vmap(lambda i, j: fold(root, i, j))(*indices)
 
 
 def reading(tokens: Sequence[int], context: int, most: int, what: str) -> Reading:

@@ -8,7 +8,6 @@ import dataclasses
 import zlib
 from collections.abc import Mapping, Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -23,7 +22,7 @@ from fkv.evaluation.recall import GOLDEN
 from fkv.evaluation.retained import retained
 from fkv.jobs import measuring
 from fkv.jobs.measuring import CELL, Job, Part
-from fkv.keys import Purpose, key_of
+from fkv.keys import Purpose, fold, key_of
 from fkv.learning import tokens
 from fkv.policies.base import Policy, trained_at
 
@@ -115,7 +114,7 @@ def _parts(job: Job, given: Given, some, nothing: dict) -> list[Part]:
         batch, ids = Batch.of(*given.traces.rows(rows)), [given.names[i] for i in wanted]
         # By name, so that a trace's draws do not depend on the others.
         numbers = [zlib.crc32(given.names[i].encode()) for i in rows]
-        key_b = jnp.stack([jax.random.fold_in(seed, x) for x in numbers])
+        key_b = jnp.stack([fold(seed, x) for x in numbers])
 
         def measure(cadence, names, batch=batch, key_b=key_b, ids=ids):
             policies = {name: job.named[name] for name in names if name in job.named}

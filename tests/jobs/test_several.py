@@ -154,7 +154,7 @@ def test_two_processes_write_what_one_does(tmp_path):
 
     assert whole(one) == whole(two)
     for path in whole(one):
-        if path.suffix not in (".jsonl", ".csv", ".md", ".txt"):
+        if path.suffix not in (".jsonl", ".csv", ".md", ".txt") or path.name == "times.jsonl":
             continue
         texts = [(one / path).read_text().replace(str(one), str(two)), (two / path).read_text()]
         if path.suffix == ".jsonl" and path.parts[0] == "recall":  # in the order of batches
