@@ -6,9 +6,9 @@ import hashlib
 import io
 import json
 import logging
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from random import seed as seed_python
 from typing import Any
 
 import numpy as np
@@ -157,7 +157,7 @@ def _prepare(name: str, task: Task, settings: Settings) -> None:
 
 
 def _seed(seed: int) -> None:
-    random.seed(seed)
+    seed_python(seed)
     np.random.seed((_NUMPY + seed) % 2**32)  # noqa: NPY002, which tasks draw by
 
 
