@@ -93,7 +93,7 @@ def test_an_int8_cache_is_read_as_int8_on_a_tpu(tpu):
 
 def test_scorers_and_their_features_are_float32_on_a_tpu(tpu):
     where = setup(tpu)
-    found = where.compile(generation(where, "foresight", 1).evict_layer())
+    found = where.compile(generation(where, "foresight", 1).border())
     kinds = [kind for kind in found.products if "f32" in kind.partition(" x ")[0]]
     assert kinds and all("highest" in kind for kind in kinds), found.products
     assert found.memory["temporaries"] < 0.02 * found.memory["language model"]
