@@ -55,7 +55,8 @@ def run(main: Callable[[ConfigDict, str], None], argv: Sequence[str] | None = No
         config, workdir = flags.parse(argv, description)
         alone = job in _END and not config.get("dry_run") and not _are_several(argv)
         read = _read_by(job, config) if alone else {}
-        if alone and (tables := finished.tables(workdir, read)) is not None:
+        seen = finished.look(workdir, read) if alone else None
+        if (tables := finished.tables(workdir, read, seen)) is not None:
             _say_finished(job, workdir, tables)
             return
         begin(argv)
@@ -67,8 +68,7 @@ def run(main: Callable[[ConfigDict, str], None], argv: Sequence[str] | None = No
             raise UserError(f"{name} = {config[name]!r} is for dry runs: add --config.dry_run=True")
         else:
             main(config, workdir)
-            if alone:
-                finished.record(workdir, read)
+            finished.record(workdir, read, seen)
             _say_done(job, time.monotonic() - since, argv)
 
     guard(start, sys.argv if argv is None else argv)
@@ -86,17 +86,18 @@ def _say_done(job: str, seconds: float, argv: Sequence[str]) -> None:
 def _say_finished(job: str, workdir: str, tables: str) -> None:
     if tables:
         print(f"{tables}\n")
-    again = f"delete {Path(workdir, finished.RECORD)} and rerun to measure again"
+    again = f"use another --workdir to run anew, or delete {finished.RECORD} to have it checked"
     print(f"{job}: nothing left to do in {workdir}: {again}")
 
 
 def _read_by(job: str, config: ConfigDict) -> dict:
     """The fields, and groups of fields, that a job reads; a pipeline's stages may read all."""
+    everything = config.to_dict()
     if job == "pipeline":
-        return config.to_dict()
+        return everything
     found = {}
     for name in READS[job]:
-        value = config.to_dict()
+        value = everything
         for part in name.split("."):
             value = value.get(part, {})
         found[name] = value
