@@ -261,7 +261,7 @@ def advise() -> ConfigDict:
     config = ConfigDict()
     config.percent = (1.0, 2.0, 5.0)  # loss that eviction may add, in % of the full cache's
     config.budgets = (1024, 2048, 4096, 8192)  # B, the ladder that is measured first
-    config.halvings = 2  # of the steps of the ladder that contain an answer
+    config.halvings = 2  # how often the step of the ladder that contains an answer is halved
     config.policies = ("snapkv", "h2o", "streaming_llm")  # besides golden eviction and the scorers
     config.groups = ()  # name=traces, advised on one by one and together; () for data.eval_path
     config.traces = 64  # of each group, at most

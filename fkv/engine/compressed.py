@@ -19,7 +19,7 @@ from fkv.cache import slots as kv
 from fkv.cache.cadence import Cadence
 from fkv.engine import reading, replay
 from fkv.engine.batch import rounded
-from fkv.engine.requests import cut
+from fkv.engine.requests import cut, piece_of
 from fkv.engine.state import Chunk, Site
 from fkv.errors import UserError
 from fkv.models import LM
@@ -28,7 +28,6 @@ from fkv.policies.wrapper import Wrapper
 
 STREAM, END = "stream", "end"
 WHEN = kinds.one_of((STREAM, END))
-PIECE = 1024  # tokens that are read at a time, about
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,8 +166,7 @@ def read_on(lm: LM, compressed: Compressed, tokens: np.ndarray, prompt: int, key
 
 def _streamed(lm, policy, site, tokens):
     """Per layer what reading a text in pieces leaves: `Staged`, or a full cache."""
-    interval = site.cadence.interval
-    piece = -(-PIECE // interval) * interval
+    interval, piece = site.cadence.interval, piece_of(site.cadence.interval)
     held, room = [None] * lm.config.layers, reading.room_to_read(len(tokens), piece)
     for token, position in cut(tokens, interval, piece):
         hidden = reading.embed(lm, token)

@@ -52,6 +52,15 @@ class Curve:
         count_rn = np.ones(len(self.full_n)) if count_rn is None else count_rn
         return 100 * (count_rn @ excess_nb) / (count_rn @ self.full_n)[..., None]
 
+    def again(self) -> np.ndarray:
+        """`percent` of bootstrap resamples over traces, [RESAMPLES, budgets]; always the same."""
+        n = len(self.full_n)
+        return self.percent(np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), RESAMPLES))
+
+    def ends(self) -> np.ndarray:
+        """Ends of the 95 % intervals of `percent`, [2, budgets]."""
+        return np.quantile(self.again(), (0.025, 0.975), axis=0)
+
 
 def smallest(budgets: Sequence[int], percent_xb: np.ndarray, limit: float) -> np.ndarray:
     """The smallest budget from which on all are within the limit, [...]; `MORE` if none is.
@@ -96,12 +105,9 @@ class Advice:
 
 def advise(curve: Curve, limit: float) -> Advice:
     """The smallest budget within a limit, and its interval."""
-    budgets, n = curve.budgets, len(curve.full_n)
-    percent_b = curve.percent()
+    budgets, percent_b = curve.budgets, curve.percent()
     found = float(smallest(budgets, percent_b, limit))
-    rng = np.random.default_rng(0)
-    count_rn = rng.multinomial(n, np.full(n, 1 / n), RESAMPLES)
-    again_rb = curve.percent(count_rn)
+    again_rb = curve.again()
     ends = np.sort(smallest(budgets, again_rb, limit))
     low, high = ends[int(0.025 * RESAMPLES)], ends[-1 - int(0.025 * RESAMPLES)]
     added = None

@@ -1,7 +1,7 @@
 """A leaderboard: every policy at every budget, its losses, answers, attention retained and costs.
 
-Intervals are of 95 %: of losses, overlap and attention Student's over traces, around which errors
-are those of `paired`; of answers those of `accuracy`. Differences are to one baseline, on the same
+95 % intervals: Student's t over traces for losses (standard errors as in `paired`), overlap and
+attention; for answers as in `accuracy`. Differences are to one baseline, on the same
 traces and problems; a tie is one whose interval contains zero.
 """
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fkv.evaluation import drawing
-from fkv.evaluation.advice import MORE, RESAMPLES, Curve, smallest
+from fkv.evaluation.advice import MORE, Curve, smallest
 from fkv.evaluation.board import Entry
 from fkv.evaluation.drawing import Name
 
@@ -74,9 +74,7 @@ def advice(
     with drawing.figure(path, size, (1, len(curves)), title, *labels) as axes:
         for axis, (group, some) in zip(axes[0], curves.items(), strict=True):
             for name, curve in some.items():
-                n, value = len(curve.full_n), curve.percent()
-                count_rn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), RESAMPLES)
-                low, high = np.quantile(curve.percent(count_rn), (0.025, 0.975), axis=0)
+                value, (low, high) = curve.percent(), curve.ends()
                 ends = np.maximum(value - low, 0), np.maximum(high - value, 0)
                 points = zip(curve.budgets, value, *ends, strict=True)
                 drawing.curve(axis, points, name, **styles[name])

@@ -15,8 +15,8 @@ from fkv import api
 from fkv.api import Model
 from fkv.cache.cadence import Cadence
 from fkv.engine.answers import Answer
+from fkv.engine.batch import rounded
 from fkv.engine.batcher import Batcher, Request
-from fkv.engine.requests import STOPS
 from fkv.engine.sampling import Sampling
 from fkv.errors import UserError
 from fkv.evaluation import scoring
@@ -29,7 +29,7 @@ _SLAB = 4  # passes of likelihoods between two looks at what else is to be done
 
 @dataclasses.dataclass(frozen=True)
 class Writing:
-    """A text that is to go on.
+    """A generation request: a prompt to continue.
 
     Attributes:
       prompt: token ids, int32 [t].
@@ -52,7 +52,7 @@ class Writing:
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """A text whose likelihood is asked for, in one window or several.
+    """A scoring request: a text whose log-likelihood is asked for, in one window or several.
 
     Attributes:
       windows: token ids [t] of each, and how many of these are context.
@@ -125,7 +125,7 @@ class Subject:
         room = max(room, *(len(one.prompt) + one.limit for one in asked))
         rows, unit = min(self.rows, len(asked)), self.cadence.interval
         batcher = Batcher(
-            self.model.lm, self.policy, self.cadence, rows, scoring.rounded(room, unit), top=None
+            self.model.lm, self.policy, self.cadence, rows, rounded(room, unit), top=None
         )
         numbers = [one.number for one in asked]
         keys = _keys(self.seed, [one.prompt for one in asked], numbers)
@@ -133,7 +133,7 @@ class Subject:
         # The longest first: short ones fill the rows that become free at the end.
         for i in sorted(range(len(asked)), key=lambda i: -len(asked[i].prompt)):
             one = asked[i]
-            stop = tuple(dict.fromkeys((*self.model.stop, *one.stop)))[:STOPS]
+            stop = tuple(dict.fromkeys((*self.model.stop, *one.stop)))
             request = Request(one.prompt, keys[i], one.limit, one.sampling, stop)
             model = dataclasses.replace(self.model, stop=stop)
             going[batcher.submit(request)] = i, Answer(model, one.until)

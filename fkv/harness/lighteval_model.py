@@ -27,6 +27,7 @@ from fkv.errors import UserError, suggest
 from fkv.harness import prompts
 from fkv.harness.asking import Reading, Subject, Writing, reading
 from fkv.models import texts
+from fkv.runs import provenance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +104,8 @@ class EvictedModel(LightevalModel):
         model = fkv.load(name, s.dtype or None, s.revision or None)
         if model.tokenizer is None:
             raise UserError(f"model {name} has no tokenizer: tasks are texts")
+        if s.scorer and s.policy != "full":
+            raise UserError(f"{config.model_name}: give policy or scorer, not both")
         policy = fkv.load_scorer(s.scorer) if s.scorer else policies.get(s.policy)
         cadence = Cadence(s.budget, s.interval, s.protect_prompt)
         policies.check(policy, model.config, cadence)
@@ -110,7 +113,10 @@ class EvictedModel(LightevalModel):
         self._chat = bool(model.tokenizer.chat_template) if s.chat < 0 else bool(s.chat)
         self.prompt_manager = PromptManager(self._chat, model.tokenizer, s.system or None)
         self._sampling = Sampling(s.temperature, s.top_k, s.top_p, s.min_p)
-        self._cache = SampleCache(config)
+        # lighteval keys its cache by the name alone, and scorers at a path may be trained further.
+        known = f"@{provenance.of_arrays(policy.params)}" if s.scorer else ""
+        named = config.model_copy(update={"model_name": config.model_name + known})
+        self._cache = SampleCache(named)
 
     @property
     def _model(self) -> Model:

@@ -164,7 +164,7 @@ class EvictedLM(TemplateLM):
         return [(replies[i].logprob, replies[i].greedy) for i in range(len(asked))]
 
 
-class Replayed(TemplateLM):
+class Replayed(EvictedLM):
     """Answers that are known, as an `LM`: lm-eval's evaluator makes metrics of them.
 
     Args:
@@ -173,30 +173,11 @@ class Replayed(TemplateLM):
     """
 
     def __init__(self, known: Mapping[tuple[int, int, int], Any], lm: EvictedLM):
-        super().__init__()
-        self._known, self._lm, self.tokenizer = known, lm, lm.tokenizer
+        super().__init__(lm.subject, lm.max_length, lm.max_gen_toks, lm._template, lm._think_end)
+        self._known = known
 
-    @property
-    def eot_token_id(self) -> int:
-        return self._lm.eot_token_id
-
-    @property
-    def tokenizer_name(self) -> str:
-        return self._lm.tokenizer_name
-
-    def apply_chat_template(self, *args: Any, **kwargs: Any) -> str:
-        return self._lm.apply_chat_template(*args, **kwargs)
-
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs):
-        return self._lm.tok_encode(string, add_special_tokens)
-
-    def _answers(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Any]:
+    def _answers(self, kind: str, requests: Sequence[Instance]) -> list[Any]:
         return [self._known[name] for name in names(requests)]
-
-    loglikelihood = loglikelihood_rolling = generate_until = _answers
-
-    def _loglikelihood_tokens(self, requests: list, **kwargs: Any):
-        raise NotImplementedError
 
 
 def names(requests: Sequence[Instance]) -> list[tuple[int, int, int]]:

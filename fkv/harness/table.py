@@ -52,9 +52,15 @@ class Column:
     higher: bool | None = None
 
     @property
+    def measure(self) -> str:
+        """The metric, and of which filter unless that is lm-eval's `none`."""
+        chosen = self.parts[0].filter
+        return self.metric if chosen == "none" else f"{self.metric},{chosen}"
+
+    @property
     def label(self) -> str:
         arrow = {True: " ↑", False: " ↓", None: ""}[self.higher]
-        return f"{self.name} {self.metric}{arrow}"
+        return f"{self.name} {self.measure}{arrow}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,12 +129,15 @@ def _difference(
     )
     if even and all(_is_share_of(part, some) for part, _, some in kept):
         return accuracy.difference(*np.array(pooled, float).T)
-    value = spread = 0.0
+    value, spread, squares = 0.0, 0.0, 0.0
     for part, share, some in kept:
         sides = [list(side) for side in zip(*some, strict=True)]
         value += share * (part.aggregate(sides[0]) - part.aggregate(sides[1]))
-        spread += (share * _jackknife(part.aggregate, sides)) ** 2
-    half = special.stdtrit(max(count - len(kept), 1), 0.975) * spread**0.5
+        own = (share * _jackknife(part.aggregate, sides)) ** 2
+        spread += own
+        squares += own**2 / max(min(len(some), _GROUPS) - 1, 1)
+    free = spread**2 / squares if squares else 1.0  # by Welch and Satterthwaite
+    half = special.stdtrit(free, 0.975) * spread**0.5
     if not np.isfinite(half):
         return None
     return Difference(float(value), float(value - half), float(value + half))

@@ -299,7 +299,8 @@ def _column(
     better = {str(k): x for k, x in some[0].higher_is_better().items()}.get(metric)
     by_size = True
     if group is not None and group.aggregate_metric_list:
-        by_size = group.aggregate_metric_list[0].weight_by_size
+        all_of = group.aggregate_metric_list
+        by_size = next((x for x in all_of if x.metric == metric), all_of[0]).weight_by_size
     return Column(name, metric, tuple(parts), by_size, better)
 
 

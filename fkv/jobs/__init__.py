@@ -28,7 +28,6 @@ READS = {
         "eval",
         "evaluate",
         "leaderboard",
-        "grpo.high_fraction",
     ),
     "advise": (
         *_MODEL,
@@ -39,7 +38,6 @@ READS = {
         "evaluate.action",
         "evaluate.action_temperature",
         "advise",
-        "grpo.high_fraction",
     ),
     "harness": (
         *(name for name in _MODEL if name != "task"),

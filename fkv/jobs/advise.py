@@ -59,8 +59,6 @@ def run(config: ConfigDict, workdir: str) -> list[dict]:
     traces = _traces(config, shape.vocab_size)
     model = common.load_language_model(config, separate=False)
     inputs |= common.language_inputs(model)
-    for name, one in traces.items():
-        inputs[f"advise.groups: traces of {name!r}"] = one.digests()
     given, group_n = _together(traces)
     opened = open_run(workdir, config, MAY_DIFFER, inputs)
     opened.resume({})
@@ -106,6 +104,8 @@ def _traces(config: ConfigDict, vocabulary: int) -> dict[str, Traces]:
         with common.of_field(where):
             count = config.advise.traces
             found[name] = common.load_traces(part, "eval", count, least, vocabulary)
+            if len(found[name]) < 2:
+                raise UserError("an interval over traces needs at least two that are long enough")
     return found
 
 
@@ -178,16 +178,19 @@ def _heads(job: Job, given: Given, curves: dict[str, Curve], at: Sequence[Cadenc
       that can't be wrapped).
     """
     settings, some = job.config.advise, given.first(job.config.advise.heads)
-    asked = {(name, x): advice.advise(c, x) for name, c in curves.items() for x in settings.percent}
-    extra = sorted({int(a.budget) for a in asked.values() if a.budget != MORE})
-    ladder = sorted({c.budget for c in at} | {*extra})
+    asked = {
+        (name, x): float(advice.smallest(c.budgets, c.percent(), x))
+        for name, c in curves.items() for x in settings.percent
+    }  # fmt: skip
+    extra = {int(budget) for budget in asked.values() if budget != MORE}
+    ladder = sorted({c.budget for c in at} | extra)
     longest = some.traces.length_n.max()
     ladder = [b for b in ladder if b + job.config.interval < longest]
     cadences = [common.cadence(job.config, b) for b in ladder]
     held = losses.measure_retained(job, some, cadences)
     found, kept = {}, {}
-    for (name, limit), one in asked.items():
-        if one.budget == MORE or one.budget not in ladder:
+    for (name, limit), smallest in asked.items():
+        if smallest == MORE or smallest not in ladder:
             continue
         # On the traces long enough for the largest budget, so that all are of the same traces.
         shares = {b: losses.shares(held, name, b, some.names) for b in ladder}
@@ -195,7 +198,7 @@ def _heads(job: Job, given: Given, curves: dict[str, Curve], at: Sequence[Cadenc
         if not whole.any():
             continue
         lost = {b: 1 - x[whole].mean(0) for b, x in shares.items()}
-        budget_yk = advice.per_head(lost, float(lost[int(one.budget)].sum()))
+        budget_yk = advice.per_head(lost, float(lost[int(smallest)].sum()))
         found[name, limit] = budget_yk, None
         if name in job.named:
             digest = hashlib.sha256(budget_yk.astype("<i4").tobytes()).hexdigest()[:8]
@@ -252,9 +255,7 @@ def _said(one: Advice) -> dict:
 def _of_heads(budget_yk: np.ndarray, curve: Curve | None, limit: float) -> dict:
     added = within = None
     if curve is not None:
-        n = len(curve.full_n)
-        again = curve.percent(np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), 2000))
-        low, high = np.quantile(again[:, 0], (0.025, 0.975)).tolist()
+        low, high = curve.ends()[:, 0].tolist()
         added = {"value": float(curve.percent()[0]), "low": low, "high": high}
         within = added["value"] <= limit
     return {

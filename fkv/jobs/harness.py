@@ -2,7 +2,7 @@
 
 import ast
 import dataclasses
-import importlib.util
+import importlib
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -269,11 +269,13 @@ def _plain(value: Any) -> Any:
 
 
 def _check_installed() -> None:
-    if importlib.util.find_spec("lm_eval") is None:
+    try:
+        importlib.import_module("fkv.harness.tasks")
+    except ImportError as error:  # absent, or older
         raise UserError(
             "launch.harness needs lm_eval: pip install 'lm_eval>=0.4.13', or "
             'pip install -e ".[harness]"'
-        )
+        ) from error
 
 
 def template_of(entries: Sequence[str]) -> dict[str, Any]:
@@ -335,7 +337,7 @@ def _write(
         rows += table.csv_rows(cell, evictions, columns, measured)
         name = f"{cell[0]}_{cell[1]}" if cell[1] else cell[0]
         values = {
-            f"{column.name}/{column.metric}/{name}": one.value
+            f"{column.name}/{column.measure}/{name}": one.value
             for column, one in zip(columns, measured, strict=True) if one is not None
         }  # fmt: skip
         run.log(cell[1], values | {f"evictions/{name}": evictions})

@@ -53,7 +53,9 @@ def run(config: ConfigDict, workdir: str) -> list[board.Entry]:
         raise UserError("a leaderboard needs evaluate.budgets, and evaluate.traces above 0")
     shape = common.model_config(config)
     if settings.calibrate and CALIBRATED in named:
-        raise UserError(f"leaderboard.calibrate makes {CALIBRATED!r}: name other scorers otherwise")
+        raise UserError(
+            f"leaderboard.calibrate reports its policy as {CALIBRATED!r}: rename yours, or set it to 0"
+        )
     common.check_baseline(config, [*named, *([CALIBRATED] if settings.calibrate else [])])
     what = f"{len(named)} policies", common.said_cadence(config, config.evaluate.budgets)
     common.announce("leaderboard", config, workdir, shape, what)
@@ -201,6 +203,11 @@ def _times(config: ConfigDict) -> dict[board.Cell, float]:
     with common.of_field(f"leaderboard.benchmark = {place!r}"):
         data = files.read_json(path)
         try:
+            for name in ("model", "dtype", "interval"):
+                if (theirs := data["about"][name]) != config[name]:
+                    raise UserError(
+                        f"{path} was measured with {name} = {theirs!r}, not {config[name]!r}"
+                    )
             rows = [r for r in data["decode"] if r["fits"]]
             batch = min(r["batch"] for r in rows)
             rows.sort(key=lambda r: r["length"])  # the longest counts
@@ -209,7 +216,7 @@ def _times(config: ConfigDict) -> dict[board.Cell, float]:
                 for r in rows
                 if r["batch"] == batch
             }
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             raise UserError(f"{path} has no times of decoding ({error!r})") from None
 
 

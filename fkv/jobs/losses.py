@@ -50,7 +50,7 @@ class Given:
     names: Sequence[str]
 
     def first(self, count: int) -> "Given":
-        """The first so many, spread over the traces evenly."""
+        """So many of them, spread evenly."""
         rows = np.linspace(0, len(self.names) - 1, min(count, len(self.names))).round().astype(int)
         return self.take(rows)
 
@@ -62,9 +62,12 @@ class Given:
 
 
 def measure(job: Job, given: Given, at: Sequence[Cadence]) -> Samples:
-    """Losses of golden eviction and all policies of the job, in `losses.jsonl`; adds what lacks."""
-    config, lm = job.config, job.model.lm
-    split = tokens.Split.of(config.grpo) if "grpo" in config else tokens.Split()
+    """Losses of golden eviction and all policies of the job, in `losses.jsonl`.
+
+    What is there is not measured again.
+    """
+    lm = job.model.lm
+    split = tokens.Split()  # fixed, as a run is resumed and added to
 
     def some(batch, key_b, policies, cadence, count):
         width_b = np.full(len(key_b), batch.token_bt.shape[1])

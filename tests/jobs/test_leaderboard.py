@@ -12,7 +12,7 @@ from fkv.engine import replay
 from fkv.engine.batch import Batch
 from fkv.errors import UserError
 from fkv.evaluation import loss_ratio
-from fkv.jobs import advise, common, leaderboard
+from fkv.jobs import advise, common, leaderboard, losses
 from fkv.runs import preemption
 from fkv.tasks import REASONER
 from tests.jobs.test_sft import small
@@ -68,13 +68,12 @@ def test_losses_are_those_of_one_pass_over_all_traces(finished):
     )
     lm = models.load(REASONER, "float32")
     want = loss_ratio.measure(lm, {"h2o": policies.get("h2o")}, given, Cadence(16, config.interval))
-    rows = [json.loads(line) for line in (path / "losses.jsonl").open()]
-    for one in want:
+    rows = {(r["policy"], r["trace"]): r for r in map(json.loads, (path / "losses.jsonl").open())}
+    for one in want[1:]:  # all but the full cache
         for i, trace in enumerate(held_out.digests()):
-            for row in rows:
-                if (row["policy"], row["trace"]) == (one.policy, trace):
-                    np.testing.assert_allclose(row["nll"], one.evicted[i], rtol=1e-5)
-                    np.testing.assert_array_equal(row["tokens"], one.tokens[i])
+            row = rows[one.policy, trace]
+            np.testing.assert_allclose(row["nll"], one.evicted[i], rtol=1e-5)
+            np.testing.assert_array_equal(row["tokens"], one.tokens[i])
 
 
 def test_resumed_equals_uninterrupted(finished, tmp_path, sigterm_in):
@@ -87,6 +86,24 @@ def test_resumed_equals_uninterrupted(finished, tmp_path, sigterm_in):
     for name in BOARD:
         ours, theirs = ((path / name).read_text() for path in (tmp_path, finished[0]))
         assert ours == theirs, name
+
+
+def test_times_of_another_model_are_refused(tmp_path):
+    config = board_recipe(leaderboard__benchmark=str(tmp_path))
+    row = {
+        "fits": True, "batch": 1, "length": 9, "policy": "h2o", "budget": 16, "tokens_per_s": 50.0,
+    }  # fmt: skip
+    about = {name: config[name] for name in ("model", "dtype", "interval")}
+    file = tmp_path / "benchmark.json"
+    file.write_text(json.dumps({"about": about, "decode": [row]}))
+    assert leaderboard._times(config) == {("h2o", 16): 20.0}
+    for name, other in (("model", "random-100m"), ("dtype", "bfloat16"), ("interval", 99)):
+        file.write_text(json.dumps({"about": about | {name: other}, "decode": [row]}))
+        with pytest.raises(UserError, match=f"was measured with {name} = {other!r}"):
+            leaderboard._times(config)
+    file.write_text(json.dumps({"about": about, "decode": [row | {"tokens_per_s": 0}]}))
+    with pytest.raises(UserError, match="has no times of decoding"):
+        leaderboard._times(config)
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_measured(tmp_path):
@@ -174,11 +191,13 @@ def test_budgets_by_head_are_measured(advised):
             assert (heads["added_percent"] is None) == (row["policy"] == "golden")
 
 
-def test_rerun_measures_nothing_and_says_the_same(advised):
+def test_rerun_measures_nothing_and_says_the_same(advised, monkeypatch):
     path, _ = advised
     names = ["losses.jsonl", "retained.jsonl", *(f"advice.{x}" for x in ("txt", "csv", "json"))]
     assert all((path / f"advice.{x}").exists() for x in ("md", "png", "pdf"))
     before = {name: (path / name).read_bytes() for name in names}
+    monkeypatch.setattr(loss_ratio, "measure", None)
+    monkeypatch.setattr(losses, "retained", None)
     advise.run(advice_recipe(), str(path))
     assert before == {name: (path / name).read_bytes() for name in names}
 
@@ -193,6 +212,7 @@ def test_advice_refuses_what_it_cannot_measure(tmp_path):
         ({"advise__groups": ("x",)}, "'x' must be of the form name=traces"),
         ({"advise__groups": ("all=x",)}, "with a name other than 'all'"),
         ({"advise__groups": ("a=/nowhere",)}, "advise.groups: a=/nowhere: .*no such file"),
+        ({"advise__traces": 1}, "an interval over traces needs at least two"),
     ):
         with pytest.raises(UserError, match=message):
             advise.run(advice_recipe(**changes), str(tmp_path / "run"))
