@@ -79,10 +79,11 @@ def figure(path: Name, size, grid=(1, 1), title="", x="", y="") -> Iterator[np.n
         made.supxlabel(x)
         made.supylabel(y)
         if path is not None:
-            _save(made, Path(path))
+            save(made, Path(path))
 
 
-def _save(figure: "Figure", path: Path) -> None:
+def save(figure: "Figure", path: Path) -> None:
+    """Writes a figure atomically; a PNG has a PDF beside it."""
     kind = path.suffix[1:] or "png"
     both = {path: kind} | ({path.with_suffix(".pdf"): "pdf"} if path.suffix == ".png" else {})
     for name, one in both.items():

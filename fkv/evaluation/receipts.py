@@ -11,7 +11,7 @@ import numpy as np
 
 from fkv import files
 from fkv.engine.answers import Origin
-from fkv.evaluation import losses
+from fkv.evaluation import drawing, losses
 from fkv.learning.tokens import low_entropy, of_logits
 from fkv.models import LM
 from fkv.policies.base import name_of
@@ -100,31 +100,27 @@ class Receipt:
 
     def plot(self) -> Any:
         """A matplotlib figure: KL of every token, and the loss that eviction has added so far."""
-        import matplotlib
-        from matplotlib.figure import Figure
+        with drawing.figure(None, (8, 4.5), (2, 1), self.policy, "token of the answer") as axes:
+            self._draw(*axes[:, 0])
+        return drawing.figure_of(axes)
 
-        with matplotlib.rc_context({"figure.constrained_layout.use": True}):
-            figure = Figure(figsize=(8, 4.5))
-            above, below = figure.subplots(2, 1, sharex=True)
+    def _draw(self, above, below) -> None:
         at = np.arange(len(self.tokens))
-        above.vlines(at, 0, self.kl, color="tab:blue", linewidth=0.8)
+        above.vlines(at, 0, self.kl, color=drawing.COLOURS["snapkv"], linewidth=0.8)
         some = np.flatnonzero(self.broken)
-        above.plot(some, self.kl[some], "x", color="crimson", label="broken low-entropy token")
+        mark = {"color": drawing.LEARNED["foresight"], "label": "broken low-entropy token"}
+        above.sharex(below)
+        above.plot(some, self.kl[some], "x", **mark)
         above.set_ylabel("KL(full || policy), nats")
         below.plot(at, np.cumsum(self.nll - self.full_nll), color="black")
         below.set_ylabel("added loss, summed, nats")
-        below.set_xlabel("token of the answer")
         if self.divergence is not None:
             for i, axis in enumerate((above, below)):
                 label = None if i else "first divergence"
                 axis.axvline(self.divergence, color="gray", linestyle="--", label=label)
-        if len(some) or self.divergence is not None:
-            above.legend(fontsize="small")
-        figure.suptitle(self.policy)
-        return figure
 
     def save(self, directory: str | Path) -> None:
-        """Writes `receipt.txt`, `receipt.jsonl` (a line per token) and `receipt.png`."""
+        """Writes `receipt.txt`, `receipt.jsonl` (a line per token), `receipt.png` and its PDF."""
         path = files.expand(directory)
         path.mkdir(parents=True, exist_ok=True)
         files.write_text(path / "receipt.txt", self.table() + "\n")
@@ -139,8 +135,7 @@ class Receipt:
             arrays["piece"] = self.pieces
         lines = [dict(zip(arrays, row, strict=True)) for row in zip(*arrays.values(), strict=True)]
         files.write_text(path / "receipt.jsonl", "".join(json.dumps(x) + "\n" for x in lines))
-        with files.whole(path / "receipt.png") as temporary:
-            self.plot().savefig(temporary, format="png", dpi=120)
+        drawing.save(self.plot(), path / "receipt.png")
 
 
 def receipt_of(lm: LM, origin: Origin, tokens: np.ndarray, tokenizer: Any) -> Receipt:

@@ -54,7 +54,8 @@ def run(config: ConfigDict, workdir: str) -> list[board.Entry]:
     shape = common.model_config(config)
     if settings.calibrate and CALIBRATED in named:
         raise UserError(
-            f"leaderboard.calibrate reports its policy as {CALIBRATED!r}: rename yours, or set it to 0"
+            f"leaderboard.calibrate reports its policy as {CALIBRATED!r}: rename yours, or set it "
+            "to 0"
         )
     common.check_baseline(config, [*named, *([CALIBRATED] if settings.calibrate else [])])
     what = f"{len(named)} policies", common.said_cadence(config, config.evaluate.budgets)

@@ -38,10 +38,10 @@ def ids(tokenizer: Any, messages: Messages, render: Callable[..., str], what: st
     Raises:
       UserError: a message has the text of a control token, and the tokenizer can't read it as text.
     """
-    found = _texts_of(messages, _added(tokenizer))
+    special = _added(tokenizer)
+    found = _texts_of(messages, special)
     if found:
         bare = render([{**one, **dict.fromkeys(_contents(one), "x")} for one in messages])
-        special = _added(tokenizer)
         found = {x for x in found if special[x] or x in bare}
     if not found:
         return texts.tokenize(tokenizer, render(messages), continued=False)

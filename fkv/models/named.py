@@ -31,9 +31,9 @@ class Model:
     revision: str = ""
 
     def __repr__(self) -> str:
-        name = f"{self.name}@{self.revision}" if self.revision else self.name
-        known = self.tokenizer is not None and f"vocabulary of {len(self.tokenizer):,}"
-        return f"Model({name!r}, {str(self.lm)[3:-1]}, {known or 'no tokenizer'})"
+        texts = self.tokenizer
+        known = "no tokenizer" if texts is None else f"vocabulary of {len(texts):,}"
+        return f"Model({self.full_name!r}, {str(self.lm)[3:-1]}, {known})"
 
     @property
     def config(self) -> ModelConfig:

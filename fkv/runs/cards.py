@@ -44,7 +44,9 @@ def card(data: Mapping[str, Any], tables: str = "", place: str = ".") -> str:
     rules = data.get("policy") or data["scorer"]
     tag, what = _METHODS.get(rules.get("name"), _FORESIGHT)
     here = files.expand(model).exists()
-    on_hub = model.count("/") >= 1 and not here
+    # Elsewhere it may be the path of a model on the machine that trained.
+    hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(/.+\.gguf)?", data.get("model") or "")
+    on_hub = bool(hub_id) and not here
     front = {
         "base_model": "/".join(model.split("/")[:2]) if on_hub else "",  # a GGUF file is in it
         "license": data.get("license"),

@@ -102,7 +102,7 @@ def lower(
     step: Callable[..., tuple[Any, Any]], mesh: Mesh, constants: Sequence, batched: Sequence
 ) -> jax.stages.Lowered:
     """The program of `pmap` for arguments of such shapes, those without a sharding replicated."""
-    mapped, rows = _program(step, mesh, len(constants), len(batched)), PartitionSpec(AXIS)
+    mapped, rows = _new_program(step, mesh, len(constants), len(batched)), PartitionSpec(AXIS)
 
     def split(x):
         shape = (1, *x.shape) if _alone(mesh) else x.shape
@@ -135,7 +135,7 @@ def _program(step: Callable[..., tuple[Any, Any]], mesh: Mesh, constants: int, b
     return _new_program(step, mesh, constants, batched)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=4)  # what it holds lives as long as the process
 def _known_program(function, args, keywords, mesh, constants, batched):
     step = functools.partial(function, *args, **dict(keywords))
     return _new_program(step, mesh, constants, batched)

@@ -226,8 +226,8 @@ def push(directory: str | os.PathLike, hub_id: str, private: bool = False) -> st
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"{hub_id}: the upload to the Hugging Face hub failed ({type(error).__name__}: "
-            f"{reason}); log in with `hf auth login` as one who may write there, and rerun. The "
-            f"files are in {path}"
+            f"{reason}): check the network, and that `hf auth login` has a token that may write, "
+            f"and rerun; the files are in {path}"
         ) from error
     return str(address)
 

@@ -45,13 +45,13 @@ def test_other_jobs_are_the_groups_of_the_config_that_a_job_does_not_read():
     assert not {"data", "task", "scorer", "eval", "budget", "seed"} & set(common.JOBS)
 
 
-MODEL = "embedded (0.45 M parameters, float32)"
+MODEL, TASK = "embedded (0.45 M parameters, float32)", "traces of the embedded task"
 ANNOUNCED = {
-    pretrain: "0.45 M parameters from scratch, 3,200 steps",
+    pretrain: "0.45 M parameters from scratch, 3,200 steps, problems of the embedded task",
     traces_job: f"{MODEL}, full cache",
-    sft: f"{MODEL}, B = 64, L = 16",
-    grpo: f"{MODEL}, B = 64, L = 16",
-    evaluate: f"{MODEL}, 16 policies, B = 48, 64, 96, L = 16",
+    sft: f"{MODEL}, foresight, B = 64, L = 16, {TASK}",
+    grpo: f"{MODEL}, foresight, B = 64, L = 16, {TASK}",
+    evaluate: f"{MODEL}, 16 policies, B = 48, 64, 96, L = 16, questions of the embedded task",
     generate: f"{MODEL}, snapkv, B = 64, L = 16",
     export: "scorers of runs/sft_tiny, layout fkv",
     benchmark: f"{MODEL}, sections decode, growth, prefill, labels, steps",
@@ -69,7 +69,7 @@ def test_a_job_first_says_what_it_does(job, monkeypatch, tmp_path):
     with pytest.raises(Warned) as said:
         job.run(tiny.get_config(), str(tmp_path))
     name = job.__name__.rpartition(".")[2]
-    where = f"{parallel.describe()}, {ANNOUNCED[job]}, in {tmp_path}"
+    where = f"{ANNOUNCED[job]}, {parallel.describe()}, in {tmp_path}"
     assert str(said.value) == f"{name}: {where}"
     assert common.size_of(costs.SHAPES["Qwen/Qwen3-4B"]) == "4.02 B parameters"
 

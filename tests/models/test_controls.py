@@ -148,12 +148,17 @@ def test_ids_of_ordinary_messages_are_the_template_s(family):
             assert guard.ids(written) == want
 
 
+def controlling(tokenizer, found):
+    """The control tokens among these ids, in order."""
+    others = ("<think>", "</think>", "<table>", "<tool_call>")
+    added = tokenizer.added_tokens_decoder.items()
+    ids = {i for i, x in added if x.content.strip() and x.content not in others}
+    return [x for x in found if x in ids]
+
+
 def test_messages_can_t_forge_turns(family):
     name, tokenizer = family
     forged = FAMILIES[name][3]
-    others = tokenizer.added_tokens_decoder.items()
-    ids = {i for i, x in others if x.content.strip() and x.content not in ("<think>", "</think>")}
-    ids -= {i for i, x in others if x.content in ("<table>", "<tool_call>")}
     for where in (0, 1, 3):
         talk = [dict(one) for one in TALK]
         talk[where]["content"] = f"one{forged}obey <think> two{forged}"
@@ -163,8 +168,8 @@ def test_messages_can_t_forge_turns(family):
         plain = wanted(tokenizer, talk)
         talk[where]["content"] = f"one{forged}obey <think> two{forged}"
         naive = wanted(tokenizer, talk)
-        assert [x for x in found if x in ids] == [x for x in plain if x in ids]
-        assert [x for x in naive if x in ids] != [x for x in plain if x in ids]
+        assert controlling(tokenizer, found) == controlling(tokenizer, plain)
+        assert controlling(tokenizer, naive) != controlling(tokenizer, plain)
         if name != "phi3":  # its controls take the white space behind them
             shown, other = (tokenizer.decode(x).replace(" ", "") for x in (found, naive))
             assert shown == other
@@ -177,7 +182,10 @@ def test_controls_of_one_message_are_text_in_each(family):
     forged = FAMILIES[name][3]
     talk = [dict(one) for one in TALK]
     talk[2]["content"] = f"<think>\n{forged}hm\n</think>\n\nthe sea"
-    shown = tokenizer.decode(encode(tokenizer, talk))
+    found = encode(tokenizer, talk)
+    shown = tokenizer.decode(found)
+    talk[2]["content"] = "<think>\nhm\n</think>\n\nthe sea"
+    assert controlling(tokenizer, found) == controlling(tokenizer, wanted(tokenizer, talk))
     assert "the sea" in shown
     if name == "qwen3":  # its template leaves thoughts out
         assert "hm" not in shown

@@ -45,10 +45,12 @@ def test_the_hub_reads_the_metadata(scorers, tmp_path):
     assert f"## Results\n\n{TABLES}\n" in text and "| data | x\\|y |" in text
     assert 'fkv.load("owner/name", revision="abc")' in text and "chat=True" in text
     assert 'fkv.load_scorer("me/scorers")' in text and "| norm | rms |" in text
-    sharing.export(scorers, tmp_path, {"model": "embedded"})
-    front, text = parts(tmp_path)
-    assert not {"base_model", "license", "datasets", "metrics"} & front.keys()
-    assert "## Results" not in text and "None" not in text
+    # No repository of the hub: shipped, a path on another machine, or not known.
+    for model in ("embedded", "/scratch/models/Qwen3-1.7B", "runs/pretrain_tiny/model", None):
+        sharing.export(scorers, tmp_path, {"model": model} if model else {})
+        front, text = parts(tmp_path)
+        assert not {"base_model", "license", "datasets", "metrics"} & front.keys(), model
+        assert "## Results" not in text and "None" not in text
 
 
 def test_the_code_in_the_card_runs(scorers, tmp_path, monkeypatch, capsys):
@@ -98,7 +100,7 @@ def test_an_upload_that_fails_is_one_line(config, tmp_path, monkeypatch):
         raise OSError("no\nnetwork")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
-    says = r"export.push: me/mine: .*\(OSError: no network\); log in with .hf auth login"
+    says = r"export.push: me/mine: .*\(OSError: no network\): check the network, and that .hf"
     with pytest.raises(UserError, match=says):
         export.run(config, str(tmp_path / "out"))
     assert fkv.load_scorer(tmp_path / "out") is not None

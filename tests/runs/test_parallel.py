@@ -1,5 +1,7 @@
 """The steps of both stages over several devices and several processes, each with its own launch."""
 
+import dataclasses
+import functools
 import os
 import re
 import signal
@@ -15,10 +17,12 @@ import pytest
 
 from fkv import models
 from fkv.errors import UserError
+from fkv.learning import sft
 from fkv.models import decoder
 from fkv.policies import scorer
 from fkv.runs import parallel
 from tests import oracles
+from tests.learning import sft_plan
 
 # How many traces of a device count differs: 2, 2, 1, 2; then 0, 2, 0, 1; then all. A group of
 # rollouts lies on one device or on two.
@@ -285,6 +289,16 @@ def test_any_layout_of_devices_does_what_one_device_does(runs, layout):
         np.testing.assert_allclose(one[f"grpo_{name}"], one[f"once_{name}"], rtol=1e-5, atol=1e-5)
     assert one["grpo_reward_spread"] > 0
     assert (one["tokens"] >= 0).all()
+
+
+def test_a_step_made_again_is_the_same_program():
+    def program(plan):
+        step = functools.partial(sft.train_step, (plan,), axis=parallel.AXIS)
+        return parallel._program(step, parallel.make_mesh(), 2, 1)
+
+    plan = sft_plan(scorer.ScorerConfig(), sft.LossConfig(1.0), steps=10)
+    one, other = program(plan), program(dataclasses.replace(plan, clip=2 * plan.clip))
+    assert program(dataclasses.replace(plan)) is one and other is not one
 
 
 def test_refuses_a_batch_that_the_devices_can_not_share(runs):
