@@ -242,7 +242,7 @@ def _said(
     slots, fired = length, 0
     if policy.evicts:
         slots, fired = cadence.slots, cadence.evictions_generating(prompt, len(answer.tokens))
-    size = costs.cache_bytes(model.config, slots, dtype_of(model))
+    size = costs.cache_bytes(model.config, slots, dtype_of(model), policy)
     return answer.generation(fired, prompt, size, origin)
 
 

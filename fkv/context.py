@@ -247,7 +247,7 @@ class Context:
                     (question - 1) % self.interval + 1, question + new - 1, self.interval
                 )
             )
-        size = costs.cache_bytes(model.config, slots, dtype_of(model))
+        size = costs.cache_bytes(model.config, slots, dtype_of(model), self.policy)
         return answer.generation(fired, prompt, size, origin)
 
     def loss(self, question: Prompt, answer: Prompt, full: bool = True, seed: int = 0) -> Loss:

@@ -434,10 +434,13 @@ def test_logprobs_are_those_of_the_model(words):
 
 def test_what_a_generation_says_of_its_cache(words):
     config = words.config
-    entry = config.layers * config.kv_heads * (2 * config.head_dim * 4 + 4)
-    for policy, slots in (("snapkv", 16 + 8), ("full", 30 + 20)):
+    entry, sums = 2 * config.head_dim * 4 + 4, 2 * config.group_size * 4
+    for policy, slots, size in (
+        ("snapkv", 16 + 8, entry), ("full", 30 + 20, entry), ("h2o", 16 + 8, entry + sums),
+    ):  # fmt: skip
         [[x]] = fkv.generate(dataclasses.replace(words, stop=()), "w1 w5 " * 15, policy, **SIZES)
-        assert x.prompt_tokens == 30 and x.cache_bytes == slots * entry
+        assert x.prompt_tokens == 30
+        assert x.cache_bytes == config.layers * config.kv_heads * slots * size
 
 
 def test_a_stream_never_cuts_a_character(tmp_path):
