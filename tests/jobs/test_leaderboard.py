@@ -22,6 +22,12 @@ BOARD = ("leaderboard.txt", "leaderboard.md", "leaderboard.csv", "leaderboard.js
 PICTURES = ("leaderboard.png", "leaderboard.pdf")
 
 
+def recipe(batch, fields):
+    config = small("embedded", **fields)
+    config.eval.batch = batch
+    return config
+
+
 def board_recipe(**changes):
     """Two policies and golden eviction, losses only, on three traces in batches of two."""
     fields = dict(
@@ -29,9 +35,7 @@ def board_recipe(**changes):
         evaluate__budgets=(16,), evaluate__traces=3, leaderboard__retained=2,
         leaderboard__calibrate=0,
     )  # fmt: skip
-    config = small("embedded", **{**fields, **changes})
-    config.eval.batch = 2
-    return config
+    return recipe(2, fields | changes)
 
 
 @pytest.fixture(scope="module")
@@ -131,9 +135,7 @@ def advice_recipe(**changes):
         evaluate__scorers=(), advise__policies=("h2o",), advise__budgets=(16, 32),
         advise__percent=LIMITS, advise__halvings=1, advise__traces=3, advise__heads=2,
     )  # fmt: skip
-    config = small("embedded", **{**fields, **changes})
-    config.eval.batch = 3
-    return config
+    return recipe(3, fields | changes)
 
 
 @pytest.fixture(scope="module")
