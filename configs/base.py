@@ -302,7 +302,7 @@ def pipeline() -> ConfigDict:
 def benchmark() -> ConfigDict:
     """Time and memory."""
     config = ConfigDict()
-    # in order; also largest_batch and peers, which take minutes
+    # in order; also largest_batch, queue and peers, which take minutes
     config.sections = ("decode", "growth", "prefill", "labels", "steps")
     config.random_weights = False  # needs only the shape of a model, no checkpoint
     config.layers = 0  # of random weights, 0 for all
@@ -334,10 +334,15 @@ def benchmark() -> ConfigDict:
     config.peers = ConfigDict()
     config.peers.transformers = ""  # Python of an environment with it and torch; '' for none
     config.peers.kvpress = ""  # Python of an environment with it
-    config.peer_policies = ("snapkv", "knorm", "full")  # the first that evicts is compared
+    # of peers, where the first that evicts is compared, and of queue
+    config.peer_policies = ("snapkv", "knorm", "full")
     config.peer_batches = (1, 8)  # rows
     config.peer_prompt = 64  # tokens
     config.peer_tokens = 512  # new tokens
+    config.queue_rows = 32  # answered at a time
+    config.queue_requests = 256
+    config.queue_prompt = 64  # tokens
+    config.queue_tokens = 96  # new tokens at the median; log-normal, at most 8 times as many
     return config
 
 

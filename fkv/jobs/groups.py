@@ -243,6 +243,10 @@ class Benchmark(Sampling):
     peer_batches: Sizes = setting(SIZES)
     peer_prompt: int = setting(COUNT)
     peer_tokens: int = setting(COUNT)
+    queue_rows: int = setting(COUNT)
+    queue_requests: int = setting(COUNT)
+    queue_prompt: int = setting(COUNT)
+    queue_tokens: int = setting(COUNT)
 
 
 @settings

@@ -13,7 +13,7 @@ from configs import tiny
 from fkv import models, policies
 from fkv.errors import UserError
 from fkv.jobs import benchmark, groups, programs
-from fkv.jobs.benchmark import base, decode, device, peers
+from fkv.jobs.benchmark import base, decode, device, peer, peers, queue
 from fkv.models import ModelConfig
 from tests import decoding
 from tests.jobs.test_sft import model_dir, small
@@ -146,6 +146,53 @@ def test_beside_a_peer(model_dir, tmp_path, monkeypatch):
     assert full["held"] == dynamic["held"] == 36
     assert "no_such_cache" in wrong["error"] and "tokens_per_s" not in wrong
     assert "no_such_cache" in (tmp_path / "benchmark.txt").read_text()
+
+
+def test_requests_of_mixed_lengths(model_dir, tmp_path, monkeypatch):
+    """Rows that come and go, and batches, say the same, here and by continuous batching."""
+    pytest.importorskip("torch")
+    model = pytest.importorskip("transformers").AutoModelForCausalLM.from_pretrained(model_dir)
+
+    class InThisProcess:
+        name = "transformers"
+
+        def ask(self, arm, **request):
+            request |= {"peer": self.name, "arm": arm}
+            return peer.answer(model, request) if "limits" in request else peer.decode(
+                model, model, request
+            )  # fmt: skip
+
+    monkeypatch.setattr(peers, "start", lambda *_: [InThisProcess()])
+    monkeypatch.setattr(device, "peaks", lambda *_: device.Peaks(1e9, 1e9, ""))
+    config = shrink(model_dir, sections=("queue",), repeats=1, peer_policies=("h2o", "full"))
+    config.benchmark.update(queue_rows=2, queue_requests=6, queue_prompt=13, queue_tokens=6)
+    records = benchmark.run(config, str(tmp_path))["queue"]
+    names = [(r["cache"], r["how"]) for r in records]
+    both = [queue.ROWS, queue.BATCHES]
+    assert names == [(x, how) for x in ("h2o", "full") for how in both] + [
+        ("paged", queue.ROWS), ("dynamic", queue.BATCHES),
+    ]  # fmt: skip
+    assert all(r["fits"] for r in records), records
+    h2o, h2o_batches, full, full_batches, paged, dynamic = records
+    for r in (h2o_batches, full_batches, paged, dynamic):
+        assert r["same_answers"] == 1, r
+    assert "same_answers" not in h2o and "over_rows" not in h2o and "over_ours" not in h2o
+    for r, rows in ((h2o_batches, h2o), (full_batches, full), (dynamic, paged)):
+        assert r["over_rows"] == pytest.approx(r["seconds"] / rows["seconds"])
+        assert r["over_ours"] == pytest.approx(r["seconds"] / h2o["seconds"])
+    limits = queue.lengths(config.seed, 6, 6)
+    # In twos, each waits for its longer one; all steps are counted, as an interval's are run.
+    steps = 8 * sum(-(-(max(limits[i : i + 2]) - 1) // 8) for i in (0, 2, 4))
+    assert h2o_batches["rows_in_use"] == pytest.approx((limits - 1).sum() / steps)
+    assert h2o["rows_in_use"] >= h2o_batches["rows_in_use"]
+    assert "same answers" in (tmp_path / "benchmark.txt").read_text()
+
+
+def test_lengths_spread_tenfold():
+    n = queue.lengths(0, 4096, 1000)
+    low, middle, high = np.percentile(n, (10, 50, 90))
+    assert high / low == pytest.approx(10, rel=0.05) and middle == pytest.approx(1000, rel=0.05)
+    assert n.max() == 8000 and n.min() > 0 and n.dtype == np.int32
 
 
 @pytest.mark.parametrize(

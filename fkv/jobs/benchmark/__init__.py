@@ -16,7 +16,7 @@ from fkv.errors import UserError
 from fkv.evaluation import plots, tables
 from fkv.files import write_text
 from fkv.jobs import common, groups
-from fkv.jobs.benchmark import decode, device, passes, peers, report
+from fkv.jobs.benchmark import decode, device, passes, peers, queue, report
 from fkv.jobs.benchmark.base import Bench
 from fkv.keys import Purpose, key_of
 from fkv.models import LM, ModelConfig
@@ -52,6 +52,7 @@ SECTIONS = {
     "largest_batch": Section(
         "Decoding at the largest batch that fits", decode.largest_batch, report.decode_rows
     ),
+    "queue": Section("Requests of mixed lengths", queue.queue, report.queue_rows),
     "peers": Section("Greedy decoding beside the peers", peers.peers, report.peer_rows),
 }
 

@@ -104,12 +104,14 @@ class Bench:
         policy = self.policy(policy)
         return Batcher(self.lm, policy, plan.cadence, rows, prompt + new, top=None)
 
-    def submit(self, batcher: Batcher, plan: Plan, prompts: np.ndarray, new: int) -> list[int]:
-        """Has prompts [b, t] answered by so many tokens; returns their ids."""
-        keys = self.row_keys(len(prompts))
+    def submit(
+        self, batcher: Batcher, plan: Plan, prompts: np.ndarray, new: int | np.ndarray
+    ) -> list[int]:
+        """Has prompts [b, t] answered by so many tokens, or [b] of them; returns their ids."""
+        keys, new = self.row_keys(len(prompts)), np.broadcast_to(new, len(prompts)).tolist()
         return [
-            batcher.submit(Request(prompt, key, new, plan.sampling))
-            for prompt, key in zip(prompts, keys, strict=True)
+            batcher.submit(Request(prompt, key, limit, plan.sampling))
+            for prompt, key, limit in zip(prompts, keys, new, strict=True)
         ]
 
     def policy(self, name: str) -> Policy:

@@ -1,4 +1,4 @@
-"""A peer of the benchmark: greedy decoding by PyTorch `transformers` or `kvpress`.
+"""A peer of the benchmark: greedy answers by PyTorch `transformers` or `kvpress`.
 
 Runs in an environment of its own, started by path: it imports nothing of fkv. Requests and answers
 are JSON, a line each: first what to load, then one decoding after another.
@@ -11,7 +11,7 @@ import os
 import sys
 import time
 
-# Whether an arm has a cache of fixed size.
+# Whether an arm of `decode` has a cache of fixed size.
 ARMS = {"dynamic": False, "static": True, "static_compiled": True, "snapkv": False, "knorm": False}
 
 
@@ -88,6 +88,33 @@ def decode(model, forward, request: dict) -> dict:
     }
 
 
+def answer(model, request: dict) -> dict:
+    """Answers requests greedily by continuous batching, past stop tokens, each to its limit."""
+    import transformers
+
+    limits, found = request["limits"], {}
+    config = transformers.GenerationConfig(
+        do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=max(limits)
+    )
+    batching = transformers.ContinuousBatchingConfig(max_requests_per_batch=request["rows"])
+    with model.continuous_batching_context_manager(
+        generation_config=config, continuous_batching_config=batching, block=True
+    ) as manager:
+        start = time.perf_counter()
+        asked = zip(request["prompts"], limits, strict=True)
+        ids = [manager.add_request(prompt, max_new_tokens=n) for prompt, n in asked]
+        while len(found) < len(ids):
+            if not manager.is_running():
+                raise RuntimeError("continuous batching has ended")
+            one = manager.get_result(timeout=1)
+            if one is not None and one.is_finished():
+                found[one.request_id] = one
+        seconds = time.perf_counter() - start
+    if failed := [one.error for one in found.values() if one.error]:
+        raise RuntimeError(failed[0])
+    return {"seconds": seconds, "tokens": [found[id].generated_tokens for id in ids]}
+
+
 def compiled(model):
     """Compiled as `generate` does: on a GPU with CUDA graphs."""
     import torch
@@ -101,21 +128,24 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
-    def answer(found: dict) -> None:
+    def say(found: dict) -> None:
         print(json.dumps(found), file=answers, flush=True)
 
     model, about = load(json.loads(sys.stdin.readline()))
-    answer(about)
+    say(about)
     forwards = {}
     for line in sys.stdin:
         request = json.loads(line)
         try:
             if request["arm"] == "static_compiled" and not forwards:
                 forwards["static_compiled"] = compiled(model)
-            answer(decode(model, forwards.get(request["arm"], model), request))
+            if request["arm"] == "paged":
+                say(answer(model, request))
+            else:
+                say(decode(model, forwards.get(request["arm"], model), request))
         except Exception as error:  # an arm that fails is a result, too
             text = f"{type(error).__name__}: {error}".strip()
-            answer({"error": " ".join(text.split())[:300]})
+            say({"error": " ".join(text.split())[:300]})
 
 
 if __name__ == "__main__":

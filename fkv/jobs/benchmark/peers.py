@@ -59,8 +59,8 @@ class Peer:
         where = {"device": parallel.platform(), "threads": device.cores()}
         self.about = self._ask(model=model, dtype=dtype, **where)
 
-    def decode(self, arm: str, **request) -> dict:
-        """One decoding.
+    def ask(self, arm: str, **request) -> dict:
+        """What it finds for one request, see `peer.py`.
 
         Raises:
           Unmeasured: the peer fails.
@@ -107,24 +107,28 @@ class Arm:
 
 def peers(bench: Bench) -> list[dict]:
     """Decoding here and by the peers, with the same weights, prompts, lengths, dtype and cores."""
-    s, config = bench.settings, bench.config
-    place = None
-    if not s.random_weights:
+    with contextlib.ExitStack() as stack:
+        others = start(bench, stack)
+        return [r for batch in bench.settings.peer_batches for r in _beside(bench, others, batch)]
+
+
+def start(bench: Bench, stack: contextlib.ExitStack, names: Sequence[str] = ()) -> list[Peer]:
+    """Starts the peers that the config has, of these names if there are any; `stack` ends them."""
+    s, config, place, others = bench.settings, bench.config, None, []
+    wanted = {name: python for name, python in s.peers.items() if python}
+    if names:
+        wanted = {name: python for name, python in wanted.items() if name in names}
+    if wanted and not s.random_weights:
         place = models.find(common.model_path(config), common.revision(config))
-    if place is None or place.is_file():  # random weights, or of a GGUF file
+    if wanted and (place is None or place.is_file()):  # random weights, or of a GGUF file
         place = bench.path / "model"
         models.save(place, bench.lm)
-    others = []
-    try:
-        for name, python in s.peers.items():
-            if python:
-                common.say(f"  starting {name}")
-                others.append(Peer(name, python, str(place), config.dtype))
-                common.say(f"    {others[-1].about}")
-        return [r for batch in s.peer_batches for r in _beside(bench, others, batch)]
-    finally:
-        for peer in others:
-            peer.close()
+    for name, python in wanted.items():
+        common.say(f"  starting {name}")
+        others.append(Peer(name, python, str(place), config.dtype))
+        stack.callback(others[-1].close)
+        common.say(f"    {others[-1].about}")
+    return others
 
 
 def _beside(bench: Bench, others: Sequence[Peer], batch: int) -> list[dict]:
@@ -140,7 +144,7 @@ def _beside(bench: Bench, others: Sequence[Peer], batch: int) -> list[dict]:
     calls = {arm: functools.partial(_decode, bench, arm, prompts) for arm in own}
     for peer in others:
         for name in ARMS[peer.name]:
-            call = functools.partial(peer.decode, name, **request)
+            call = functools.partial(peer.ask, name, **request)
             calls[Arm(peer.name, name, *sizes)] = call
 
     def prepare(arm):
@@ -173,7 +177,7 @@ def _beside(bench: Bench, others: Sequence[Peer], batch: int) -> list[dict]:
 
 
 def _decode(bench: Bench, arm: Arm, prompts: np.ndarray) -> dict:
-    """Greedy decoding here; returns what `Peer.decode` does."""
+    """Greedy decoding here; returns what a peer does."""
     plan = dataclasses.replace(bench.plan(bench.config.budget), sampling=GREEDY)
     new, found, held = arm.new_tokens, [[] for _ in prompts], [0] * len(prompts)
     batcher = bench.batcher(arm.arm, plan, (*prompts.shape, new))

@@ -167,3 +167,20 @@ def peer_rows(records: Sequence[dict]) -> Table:
         "first call s": "{first_call_s:.1f}",
     }
     return _table(records, {"who": "{who}", "cache": "{arm}", "batch": "{batch}"}, rest)
+
+
+def queue_rows(records: Sequence[dict]) -> Table:
+    def ratio(name):
+        how = _spread(name, ".2f")
+        return lambda r: how.format_map(r) if name in r else ""
+
+    first = {name: f"{{{name}}}" for name in ("who", "cache", "how", "rows", "requests")}
+    rest = {
+        **_SECONDS,
+        "tokens/s": _spread("tokens_per_s", ".0f"),
+        "over its rows": ratio("over_rows"),
+        "over our first": ratio("over_ours"),
+        "rows in use": lambda r: f"{r['rows_in_use']:.1f}" if "rows_in_use" in r else "",
+        "same answers": _percent("same_answers"),
+    }
+    return _table(records, first, rest)
