@@ -1,8 +1,10 @@
-"""Hugging Face's `transformers`, imported on first use, as that takes seconds."""
+"""Hugging Face's hub ids, and `transformers`, imported on first use, as that takes seconds."""
 
 import os
 from types import ModuleType
 from unittest import mock
+
+ID = r"\w[\w.-]*/\w[\w.-]*"  # owner/name, as a pattern
 
 
 def transformers() -> ModuleType:

@@ -4,18 +4,17 @@ import re
 
 from ml_collections import ConfigDict
 
-from fkv import files, kinds, models
+from fkv import files, hub, kinds, models
 from fkv.errors import UserError
 from fkv.jobs import common, groups
 from fkv.policies import Foresight
 from fkv.runs import parallel, sharing
 
 LAYOUTS = ("fkv", "released")
-_HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
 _LICENSE = kinds.Kind("'' or an id, as apache-2.0", lambda x: re.fullmatch(r"[\w.-]*", x))
 _DATASETS = kinds.Kind(
     "hub ids with commas between them, or ''",
-    lambda x: re.fullmatch(rf"|({_HUB_ID}|\w[\w.-]*)(,({_HUB_ID}|\w[\w.-]*))*", x),
+    lambda x: re.fullmatch(rf"|({hub.ID}|\w[\w.-]*)(,({hub.ID}|\w[\w.-]*))*", x),
 )
 
 
@@ -30,7 +29,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     groups.check(config, "export")
     settings = config.export
     kinds.check("export.layout", settings.layout, kinds.one_of(LAYOUTS))
-    if settings.push and not re.fullmatch(_HUB_ID, settings.push):
+    if settings.push and not re.fullmatch(hub.ID, settings.push):
         raise UserError(f"export.push = {settings.push!r} must be a hub id, owner/name")
     kinds.check("export.license", settings.license, _LICENSE)
     kinds.check("export.datasets", settings.datasets, _DATASETS)

@@ -100,7 +100,7 @@ def together(
     def rows_of(ids, step):
         return Batch.of(*stage.train.rows(ids))
 
-    step = functools.partial(sft.train_step, tuple(plans))
+    step = functools.partial(sft.train_step, plans)
     states = stage.learn(runs, states, step, rows_of, _report)
     for name, state in zip(learned, states, strict=True):
         learned[name] = learned[name].replace(params=jax.device_get(state.params))

@@ -30,7 +30,7 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from fkv import files
+from fkv import files, hub
 from fkv.errors import UserError
 from fkv.kinds import said
 from fkv.models import config as hf_config
@@ -350,10 +350,10 @@ def find(path_or_hub_id: str | Path, revision: str | None = None, weights: bool 
         if revision is not None:
             raise UserError(f"{path}: revision {revision!r} is for a hub id; this is {what}")
         return gguf.of_pip(name.removeprefix(gguf.PIP)) if pip else _complete(path)
-    if found := re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)/(.+\.gguf)", name):
+    if found := re.fullmatch(rf"({hub.ID})/(.+\.gguf)", name):
         repo, file = found.groups()
         download = functools.partial(huggingface_hub.hf_hub_download, repo, file)
-    elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+    elif re.fullmatch(hub.ID, name):
         repo, wanted = name, _FILES if weights else ["config.json"]
         snapshot = huggingface_hub.snapshot_download
         download = functools.partial(snapshot, name, allow_patterns=wanted)

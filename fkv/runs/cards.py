@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fkv import files
+from fkv import files, hub
 
 _FORESIGHT = (
     "foresightkv",
@@ -45,7 +45,7 @@ def card(data: Mapping[str, Any], tables: str = "", place: str = ".") -> str:
     tag, what = _METHODS.get(rules.get("name"), _FORESIGHT)
     here = files.expand(model).exists()
     # Elsewhere it may be the path of a model on the machine that trained.
-    hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(/.+\.gguf)?", data.get("model") or "")
+    hub_id = re.fullmatch(rf"{hub.ID}(/.+\.gguf)?", data.get("model") or "")
     on_hub = bool(hub_id) and not here
     front = {
         "base_model": "/".join(model.split("/")[:2]) if on_hub else "",  # a GGUF file is in it

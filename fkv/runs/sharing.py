@@ -28,7 +28,7 @@ from fkv.policies.foresight import Foresight, Trained
 from fkv.policies.scorer import ScorerConfig
 from fkv.runs import cards, checkpoint, imported
 
-WEIGHTS, ABOUT, CARD = "scorer.safetensors", "scorer.json", "README.md"
+WEIGHTS, ABOUT, CARD = _SHARED = "scorer.safetensors", "scorer.json", "README.md"
 # Of the training, see `Trained`.
 KNOWN = ("model", "revision", "budget", "interval", "protect_prompt")
 _WEIGHTED = policies.KVzap, policies.TrimKV, policies.TriAttention
@@ -156,7 +156,7 @@ def check_directory(directory: str | os.PathLike, released: bool = False) -> Pat
         kept = [file.name for file in path.iterdir()] if os.path.lexists(path) else []
     if released and kept:
         raise UserError(f"{path} exists already: give another directory")
-    ours = (WEIGHTS, ABOUT, CARD, *(f"{name}.tmp" for name in (WEIGHTS, ABOUT, CARD)))
+    ours = (*_SHARED, *(f"{name}.tmp" for name in _SHARED))
     ours += ("log.txt", "sweep_point.json")  # a sweep keeps them in its points' directories
     others = sorted(name for name in kept if name not in ours and not name.startswith("."))
     if others and ABOUT not in kept:
@@ -213,7 +213,7 @@ def push(directory: str | os.PathLike, hub_id: str, private: bool = False) -> st
     import huggingface_hub
 
     path, api = files.expand(directory), huggingface_hub.HfApi()
-    names = [name for name in (WEIGHTS, ABOUT, CARD) if (path / name).exists()]
+    names = [name for name in _SHARED if (path / name).exists()]
     try:
         address = api.create_repo(hub_id, private=private, exist_ok=True)
         api.upload_folder(
