@@ -40,7 +40,7 @@ def lookups(run: Path) -> None:
     found = diagnosis.lookups(diagnosis.block_scores(lm, trace, interval=1)[layer, head], 16)
     one = {name: maps[layer, head] for name, maps in held.items()}
     figure = plots.lookups(one, found, prompt=len(problem.prompt))
-    figure.savefig(HERE / "pictures" / "lookups.png", dpi=100)
+    figure.savefig(HERE / "pictures" / "lookups.png", dpi=120)
 
 
 def cadence() -> None:
@@ -84,10 +84,7 @@ def cadence() -> None:
             title="an eviction: × is dropped",
         )  # fmt: skip
         axis.legend(loc="upper left", fontsize="x-small", frameon=False, ncols=2)
-        axis.set_label("named")
-    figure = drawing.figure_of(axes)
-    figure.legends.clear()
-    figure.savefig(HERE / "pictures" / "cadence.png", dpi=120)
+    drawing.figure_of(axes).savefig(HERE / "pictures" / "cadence.png", dpi=120)
 
 
 def pictures(run: Path) -> None:

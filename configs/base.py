@@ -113,11 +113,11 @@ def traces() -> ConfigDict:
     config.chat = True  # apply the chat template
     config.count = 256  # questions, or traces of each kind of text; 0 for all
     config.samples = 1  # answers to each question
-    config.new_tokens = 0  # at most, 0 for what the task can need
+    config.new_tokens = 0  # at most, 0 for as many as the task can need
     config.temperature = 0.6  # 0 for greedy decoding
     config.top_k = 20  # most likely tokens to draw from, 0 for all
     config.top_p = 0.95  # probability mass to draw from
-    config.min_p = 0.0  # least share of the likeliest token's probability
+    config.min_p = 0.0  # minimum probability, relative to the likeliest token's
     config.batch = 64  # answers at a time
     # instead of questions, kind=where of plain text, for example code=stdlib; see launch/README.md
     config.text = ()
@@ -154,7 +154,7 @@ def sft() -> ConfigDict:
     config.clip = 1.0  # of the gradient's global norm
     config.margin = 0.01  # of the hinge, in units of the score
     config.weighting = "plain"  # of pairs: plain, or sqrt_gap of the future-score gap
-    config.updates = "batch"  # one a batch, or one an eviction
+    config.updates = "batch"  # one per batch, or one per eviction
     # the caches that scorers see: those of golden evictions, their own, or mixed, trace by trace
     config.states = "golden"
     config.scorer_seed = 0  # added to `seed` for the scorers' initial parameters
@@ -223,11 +223,11 @@ def evaluate() -> ConfigDict:
     config.chat = True  # apply the chat template
     config.problems = 512  # 0 for all of a benchmark
     config.samples = 1  # answers to each problem
-    config.new_tokens = 0  # at most, 0 for what the task can need
+    config.new_tokens = 0  # at most, 0 for as many as the task can need
     config.temperature = 0.6  # 0 for greedy decoding
     config.top_k = 20  # most likely tokens to draw from, 0 for all
     config.top_p = 0.95  # probability mass to draw from
-    config.min_p = 0.0  # least share of the likeliest token's probability
+    config.min_p = 0.0  # minimum probability, relative to the likeliest token's
     config.batch = 128  # answers at a time
     config.deadline = 10.0  # seconds to check one answer
     config.traces = 64  # held-out traces for loss ratios, 0 for none
@@ -261,7 +261,7 @@ def advise() -> ConfigDict:
     config = ConfigDict()
     config.percent = (1.0, 2.0, 5.0)  # loss that eviction may add, in % of the full cache's
     config.budgets = (1024, 2048, 4096, 8192)  # B, the ladder that is measured first
-    config.halvings = 2  # how often the step of the ladder that contains an answer is halved
+    config.halvings = 2  # times that the ladder's step around an answer is halved
     config.policies = ("snapkv", "h2o", "streaming_llm")  # besides golden eviction and the scorers
     config.groups = ()  # name=traces, advised on one by one and together; () for data.eval_path
     config.traces = 64  # of each group, at most
@@ -281,7 +281,7 @@ def harness() -> ConfigDict:
     config.chat = False  # apply the chat template
     config.system = ""  # system prompt
     config.multiturn = True  # with the chat template, examples are turns of the conversation
-    config.template = ()  # name=value of variables of the chat template: enable_thinking=False
+    config.template = ()  # variables of the chat template, as enable_thinking=False
     config.max_length = 0  # tokens of a prompt and its answer, 0 for the model's context length
     config.new_tokens = 256  # of an answer where a task names no limit
     config.think_end = ""  # what ends a thought, as </think>; only what follows it is judged
@@ -307,7 +307,7 @@ def benchmark() -> ConfigDict:
     config.random_weights = False  # needs only the shape of a model, no checkpoint
     config.layers = 0  # of random weights, 0 for all
     config.peaks = "measured"  # of the device: measured, or a name, for its data sheet
-    config.memory_gib = 0.0  # memory of a program, 0 for the device's
+    config.memory_gib = 0.0  # memory that a program may use, 0 for the device's
     config.minutes = 0.0  # after which no measurement starts, 0 for no limit
     config.repeats = 3  # medians are reported
     config.compile_threads = 1  # parallel compilations; with several, compile times mislead
@@ -319,7 +319,7 @@ def benchmark() -> ConfigDict:
     config.temperature = 0.6  # 0 for greedy decoding
     config.top_k = 20  # most likely tokens to draw from, 0 for all
     config.top_p = 0.95  # probability mass to draw from
-    config.min_p = 0.0  # least share of the likeliest token's probability
+    config.min_p = 0.0  # minimum probability, relative to the likeliest token's
     config.growth_tokens = 4096  # generated in one run
     config.growth_batch = 1  # rows
     config.prefill_batches = (1,)  # rows
@@ -352,9 +352,9 @@ def export() -> ConfigDict:
     config.scorer = ""  # workdir of an sft or grpo run
     config.layout = "fkv"  # fkv, or released, which needs scorer.norm = none
     config.push = ""  # hub id, owner/name, to upload to; '' for none. Needs `hf auth login`
-    config.private = False  # whether only the owner sees it there
+    config.private = False  # make it a private repository of the hub
     config.license = ""  # on the card: an id of the hub, such as apache-2.0; '' for none
-    config.datasets = ""  # on the card: hub ids of the data trained on, with commas between them
+    config.datasets = ""  # on the card: hub ids of the training data, comma-separated
     return config
 
 
@@ -369,7 +369,7 @@ def generate() -> ConfigDict:
     config.temperature = 0.6  # 0 for greedy decoding
     config.top_k = 20  # most likely tokens to draw from, 0 for all
     config.top_p = 0.95  # probability mass to draw from
-    config.min_p = 0.0  # least share of the likeliest token's probability
+    config.min_p = 0.0  # minimum probability, relative to the likeliest token's
     config.chat = False  # apply the chat template
     return config
 
@@ -377,7 +377,7 @@ def generate() -> ConfigDict:
 def serve() -> ConfigDict:
     """An OpenAI-compatible server."""
     config = ConfigDict()
-    config.host = "127.0.0.1"  # address to listen at; 0.0.0.0 for all of this machine's
+    config.host = "127.0.0.1"  # address to listen on; 0.0.0.0 for all interfaces
     config.port = 8000  # 0 for any that is free
     config.key_variable = ""  # environment variable with the API key that clients must send
     config.origins = ()  # web pages that may call it (CORS), * for any
@@ -388,15 +388,15 @@ def serve() -> ConfigDict:
     config.budgets = (1024,)  # B, of every policy
     config.rows = 16  # answers at a time, of each policy and budget
     config.queue = 64  # answers that may wait for a row; beyond them requests get 429
-    config.length = 8192  # most tokens of a prompt and its answer
+    config.length = 8192  # tokens of a prompt and its answer, at most
     config.temperature = 0.6  # of requests that give none
     config.top_k = 20  # most likely tokens to draw from, 0 for all
     config.top_p = 0.95  # probability mass to draw from
-    config.min_p = 0.0  # least share of the likeliest token's probability
+    config.min_p = 0.0  # minimum probability, relative to the likeliest token's
     config.every = 16  # tokens between two pieces of a stream
-    config.logprobs = 5  # most likely tokens beside each that a request may ask for, at most
+    config.logprobs = 5  # largest top_logprobs that a request may ask for
     config.sessions = 0  # conversations whose caches are kept, at most
-    config.seconds = 600.0  # a request may take, from its body to its last token
+    config.seconds = 600.0  # of a request, at most, from its body to its last token
     config.drain = 30.0  # seconds for running requests after SIGTERM
-    config.body_kib = 1024  # most KiB of a request's body
+    config.body_kib = 1024  # KiB of a request's body, at most
     return config

@@ -1,7 +1,7 @@
 """Qwen3-1.7B with the paper's hyper-parameters.
 
 Not run at full size yet. Times and memory are for one H100 and traces of 32,768 tokens, as
---config.dry_run=True --config.target=h100 estimates them; more devices divide them.
+--config.dry_run=True --config.target=h100 estimates them; more devices divide the times.
 python -m launch.traces --config=qwen3_1p7b --workdir=data/qwen3_1p7b_train   and _eval
 python -m launch.sft --config=qwen3_1p7b       scorers; 6.9 h, 25 s a step, 4.9 GB
 python -m launch.grpo --config=qwen3_1p7b      better scorers; 47 h, 11 min a step, 8.0 GB

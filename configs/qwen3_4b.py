@@ -1,8 +1,8 @@
 """Qwen3-4B with the paper's hyper-parameters.
 
 Not run at full size yet. Times and memory are for one H100 and traces of 32,768 tokens, as
---config.dry_run=True --config.target=h100 estimates them; more devices divide them. At 8,192 tokens
-an H100 reached 13 % of its peak in the supervised and 20 % in the reinforcement stage.
+--config.dry_run=True --config.target=h100 estimates them; more devices divide the times. At 8,192
+tokens an H100 reached 13 % of its peak in the supervised and 20 % in the reinforcement stage.
 python -m launch.traces --config=qwen3_4b --workdir=data/qwen3_4b_train   and _eval
 python -m launch.sft --config=qwen3_4b       scorers; 14 h, 51 s a step, 10.2 GB
 python -m launch.grpo --config=qwen3_4b      better scorers; 92 h, 22 min a step, 14.9 GB

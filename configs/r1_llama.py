@@ -1,7 +1,7 @@
 """DeepSeek-R1-Distill-Llama-8B with the paper's hyper-parameters.
 
 Not run at full size yet. Times and memory are for one H100 and traces of 32,768 tokens, as
---config.dry_run=True --config.target=h100 estimates them; more devices divide them.
+--config.dry_run=True --config.target=h100 estimates them; more devices divide the times.
 python -m launch.traces --config=r1_llama --workdir=data/r1_llama_train   and _eval
 python -m launch.sft --config=r1_llama       scorers; 13 h, 48 s a step, 19.3 GB
 python -m launch.grpo --config=r1_llama      better scorers; 106 h, 25 min a step, 26.0 GB

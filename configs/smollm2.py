@@ -4,13 +4,13 @@ Text is Python's standard library (code), documentation, and essays and plays (p
 install for it is in launch/README.md#traces-of-plain-text. Commands, and times on two CPU cores:
 python -m launch.traces --config=smollm2 --workdir=data/smollm2   1,200 training traces of 1,024
                                             tokens, 144 held-out ones, 72 to tune on; a minute
-python -m launch.sft --config=smollm2       scorers, and the table of losses; 2 to 3 hours by
-                                            estimate, 3 minutes on an H200, and the table
+python -m launch.sft --config=smollm2       scorers, and the table of losses; an estimated 2 to
+                                            3 hours; 3 minutes on an H200, without the table
 python -m launch.grpo --config=smollm2      better scorers
 python -m launch.evaluate --config=smollm2  losses of every policy, of all kinds of text; of one by
                                             --config.data.eval_path=data/smollm2/heldout/code
 python -m launch.recall --config=smollm2    agreement with the full cache, look-ups
-python -m launch.pipeline --config=smollm2  these three in one directory
+python -m launch.pipeline --config=smollm2  sft, grpo and evaluate in one directory
 python -m launch.generate --config=smollm2  one answer, streamed
 python -m launch.serve --config=smollm2     an OpenAI-compatible server
 python -m launch.export --config=smollm2    the scorers, to share

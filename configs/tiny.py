@@ -6,7 +6,7 @@ python -m launch.sft --config=tiny       scorers; loss ratio 1.055 at B = 64, be
 python -m launch.grpo --config=tiny --config.budget=48   better scorers; 5 minutes
 python -m launch.evaluate --config=tiny  answers of every policy; at B = 64 the scorers of sft get
                                          81 % of 512 right, those of grpo 87 %, baselines below 1 %
-python -m launch.pipeline --config=tiny  these three in one directory, with fewer problems
+python -m launch.pipeline --config=tiny  sft, grpo and evaluate in one directory, fewer problems
 python -m launch.traces --config=tiny    the reasoner's own answers, as traces
 python -m launch.leaderboard --config=tiny   answers, losses, attention retained and costs in one
                                          table

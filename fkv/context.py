@@ -122,8 +122,8 @@ class Context:
         before, mark, after = whole.partition(_QUESTION)
         if not mark or _QUESTION in after:
             raise UserError(
-                f"the text, a question or the chat template of model {model.name} has no place for "
-                f"a question: leave out {_QUESTION!r}, or give text with chat = False"
+                f"the chat template of model {model.name} has no place for a question after the "
+                f"text, or text or question holds {_QUESTION!r}: set chat = False, or leave that out"
             )
         return before, after
 

@@ -67,7 +67,7 @@ def loss(
         kinds.check("prompt", int(prompt), kinds.whole(0))
         if prompt >= len(ids):
             raise UserError(
-                f"prompt = {prompt} of the text's {len(ids)} tokens leaves none to count"
+                f"prompt = {prompt} leaves none of the text's {len(ids)} tokens to count"
             )
         given, told = ids[:prompt], ids[prompt:]
     else:

@@ -1,4 +1,4 @@
-"""Writes the model's own answers to questions, or given answers, as traces in Parquet."""
+"""Writes traces as Parquet: the model's answers to questions, given answers, or plain text."""
 
 from . import app
 

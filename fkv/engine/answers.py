@@ -225,5 +225,5 @@ def stop_strings(value: str | Sequence[str], what: str = "stop", most: int = 16)
     if not listed or not all(isinstance(x, str) and 0 < len(x) <= 1024 for x in given):
         raise UserError(f"{what} = {said(value)} must be text of 1 to 1024 characters, or several")
     if len(given) > most:
-        raise UserError(f"{what} has {len(given)} texts, and {most} are the most")
+        raise UserError(f"{what} has {len(given)} texts: at most {most} are allowed")
     return tuple(given)

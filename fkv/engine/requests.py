@@ -186,13 +186,13 @@ def check(request: Request, vocab: int, length: int, top: int | None) -> None:
     kinds.check("limit", request.limit, kinds.whole(1))
     if len(prompt) + request.limit > length:
         raise UserError(
-            f"{len(prompt)} tokens of the prompt and limit = {request.limit} are more than the "
-            f"{length} that a row has room for: shorten either"
+            f"the prompt of {len(prompt)} tokens and limit = {request.limit} exceed the {length} "
+            "tokens of a row: shorten either"
         )
     if not isinstance(request.sampling, Sampling):
         raise UserError(f"sampling = {kinds.said(request.sampling)} must be a Sampling")
     if len(request.stop) > STOPS:
-        raise UserError(f"stop has {len(request.stop)} tokens, and {STOPS} are the most")
+        raise UserError(f"stop has {len(request.stop)} tokens: at most {STOPS} are allowed")
     for token in request.stop:
         kinds.check("stop: a token", token, kinds.whole(0))
     kinds.check("logprobs", request.logprobs, kinds.whole(0))
@@ -203,7 +203,7 @@ def check(request: Request, vocab: int, length: int, top: int | None) -> None:
         count = len(kept.tokens)
         if not np.array_equal(kept.tokens, prompt[:count]) or count >= len(prompt):
             raise UserError(
-                f"the prompt of {len(prompt)} tokens does not go on from the {count} of kept"
+                f"the prompt of {len(prompt)} tokens does not continue the {count} of kept"
             )
     key = request.key
     is_key = isinstance(key, Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)

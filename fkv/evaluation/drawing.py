@@ -60,7 +60,7 @@ def _figure_type() -> type["Figure"]:
 def figure(path: Name, size, grid=(1, 1), title="", x="", y="") -> Iterator[np.ndarray]:
     """Axes of a figure with these labels; on exit it gets a legend, and is saved if it has a path.
 
-    Lines that `name_lines` has named are not in the legend.
+    Lines that `name_lines` has named are not in the legend, and axes with a legend do without it.
     """
     import matplotlib
 
@@ -73,7 +73,7 @@ def figure(path: Name, size, grid=(1, 1), title="", x="", y="") -> Iterator[np.n
             if axis.get_label() != _NAMED:
                 for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
                     legend.setdefault(label, handle)
-        if legend:
+        if legend and not any(axis.get_legend() for axis in axes.flat):
             made.legend(legend.values(), legend, loc="outside right")
         made.suptitle(title)
         made.supxlabel(x)

@@ -112,7 +112,7 @@ def loss_of(lm: LM, origin: Origin, tokens: np.ndarray, full: bool = True) -> Lo
     prompt = max(len(origin.prompt), 1)
     whole = np.concatenate([origin.prompt, tokens]).astype(np.int32)
     if len(whole) <= prompt:
-        raise UserError(f"the text has {len(whole)} tokens, of which {prompt} are given: add some")
+        raise UserError(f"the text has {len(whole)} tokens, {prompt} of them given: add more")
     counted = whole[prompt:]
     nll, greedy = _likelihood(lm, states(lm, origin, tokens), counted)
     beside = None
@@ -167,7 +167,7 @@ def _program(lm, hidden, target):
 def check_finite(x: np.ndarray) -> None:
     """Refuses losses of a model whose logits are no numbers."""
     if not np.isfinite(x).all():
-        raise UserError("the language model's logits are NaN or infinite: check its weights, dtype")
+        raise UserError("the model's logits are NaN or infinite: check its weights and dtype")
 
 
 def unembed(lm: LM, hidden_btm: Array) -> Array:

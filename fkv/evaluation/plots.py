@@ -47,9 +47,10 @@ def loss_ratios(
     styles = drawing.styles_of(dict.fromkeys(r.policy for r in results if r.policy != "full"))
     pairs = against_baseline(results, baseline)
     against = {p.baseline: None for p in pairs if p.baseline}
-    panels = len(PANELS) + bool(against)
-    with drawing.figure(path, (4.6 * panels, 4.2), (1, panels), title, _BUDGET) as axes:
-        for axis, (label, kind) in zip(axes[0], PANELS, strict=False):
+    # Two by two, so that a page is wide enough for them.
+    size, grid = ((9.6, 7.6), (2, 2)) if against else ((13.8, 4.2), (1, 3))
+    with drawing.figure(path, size, grid, title, _BUDGET) as axes:
+        for axis, (label, kind) in zip(axes.flat, PANELS, strict=False):
             for name, style in styles.items():
                 rows = [r for r in results if r.policy == name]
                 found = [(r.budget, r.added(kind) if kind == 1 else r.ratio(kind)) for r in rows]
@@ -58,7 +59,7 @@ def loss_ratios(
             what = "nats per token" if kind == 1 else "loss / full-cache loss"
             axis.set(title=label, ylabel=what)
         if against:
-            axis = axes[0, -1]
+            axis = axes[-1, -1]
             for name, style in styles.items():
                 found = [
                     (r.budget, *p.difference)
@@ -70,7 +71,7 @@ def loss_ratios(
             drawing.horizontal(axis, 0)
             what = next(iter(against)) if len(against) == 1 else "the best baseline"
             axis.set(title=f"all tokens, minus {what}", ylabel="difference of ratios, paired")
-        for axis in axes[0]:
+        for axis in axes.flat:
             axis.set_xticks(sorted({r.budget for r in results}))
             _cut_random(axis)
             drawing.name_lines(axis)
@@ -194,7 +195,7 @@ def lookups(
     """
     columns = min(4, len(held))
     rows = -(-len(held) // columns)
-    size = (3.6 * columns + 1, 3.2 * rows + 0.6)
+    size = (2.9 * columns + 0.4, 2.9 * rows + 0.4)
     labels = "position of the key (tokens); gray where it is held", "position of the query (tokens)"
     query, key = lookup_n2.T
     with drawing.figure(path, size, (rows, columns), title, *labels) as axes:
@@ -207,6 +208,7 @@ def lookups(
                 axis.axhline(prompt, color="black", linewidth=0.8, linestyle=":")
             axis.set_title(f"{name}: {found.sum()} of {len(found)} found")
             axis.label_outer()
+        axes[0, columns - 1].legend(loc="upper right")  # no query attends to what is to come
         for axis in axes.flat[len(held) :]:
             axis.set_visible(False)
     return drawing.figure_of(axes)

@@ -95,7 +95,7 @@ def score(
             some = slice(count[row])
             found[int(index)] = Scored(nll[row, some], greedy[row, some])
     if not all(np.isfinite(one.nll).all() for one in found.values()):
-        raise UserError("the language model's logits are NaN or infinite: check its weights, dtype")
+        raise UserError("the model's logits are NaN or infinite: check its weights and dtype")
     return [found[i] for i in range(len(sequences))]
 
 

@@ -233,8 +233,8 @@ def reading(tokens: Sequence[int], context: int, most: int, what: str) -> Readin
         raise UserError(f"{what}: the tokenizer makes no tokens of the continuation")
     if count > most:
         raise UserError(
-            f"{what} has a continuation of {count} tokens, and the model reads {most}: set "
-            "max_length to more"
+            f"{what} has a continuation of {count} tokens, and the model reads {most}: raise "
+            "max_length"
         )
     cut = max(len(tokens) - (most + 1), 0)
     return Reading(((np.asarray(tokens[cut:], np.int32), context - cut),), cut)

@@ -94,7 +94,7 @@ def writing(model: Model, prompt: Sequence[int], ends: Ends, most: int, what: st
     if room < 1:
         raise UserError(
             f"{what}: {ends.limit} new tokens leave no room for a prompt in max_length = {most}: "
-            "ask for fewer, or set max_length to more"
+            "ask for fewer, or raise max_length"
         )
     if not len(prompt):
         raise UserError(f"{what}: the prompt is empty: give at least one token")

@@ -144,7 +144,7 @@ def _prepare(name: str, task: Task, settings: Settings) -> None:
     if getattr(task, "UNSAFE_CODE", False) and not settings.unsafe:
         raise UserError(
             f"harness.tasks: {name!r} runs code that the model writes: set harness.unsafe_code to "
-            "True where that does no harm"
+            "True where that is safe"
         )
     if getattr(task, "MULTIMODAL", False):
         raise UserError(f"harness.tasks: {name!r} asks about pictures or sound, not only text")

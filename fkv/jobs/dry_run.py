@@ -441,7 +441,7 @@ def _benchmark(setup: Setup) -> tuple[list[Found], list[str]]:
         found += some
     if not found:
         raise UserError(
-            f"benchmark.sections = {tuple(s.sections)} has none of which there is a dry run: "
+            f"benchmark.sections = {tuple(s.sections)} has no section with a dry run: "
             "decode, prefill, steps"
         )
     return found, lines

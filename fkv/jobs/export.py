@@ -13,7 +13,7 @@ from fkv.runs import parallel, sharing
 LAYOUTS = ("fkv", "released")
 _LICENSE = kinds.Kind("'' or an id, as apache-2.0", lambda x: re.fullmatch(r"[\w.-]*", x))
 _DATASETS = kinds.Kind(
-    "hub ids with commas between them, or ''",
+    "comma-separated hub ids, or ''",
     lambda x: re.fullmatch(rf"|({hub.ID}|\w[\w.-]*)(,({hub.ID}|\w[\w.-]*))*", x),
 )
 

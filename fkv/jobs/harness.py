@@ -306,7 +306,7 @@ def _check_prompts(samples: answers.Samples, name: str, one: Asked) -> None:
     for row in samples.rows.values():
         if row["task"] == name and one.digest.get(row["doc"], row["prompt"]) != row["prompt"]:
             raise UserError(
-                f"{samples.path}: document {row['doc']} of {name} was another when it was "
+                f"{samples.path}: document {row['doc']} of {name} has changed since it was "
                 "answered: use another --workdir"
             )
 

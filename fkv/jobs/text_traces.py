@@ -209,7 +209,7 @@ def of_split(config: ConfigDict, split: str, own: Path) -> list[documents.Docume
     chosen = [document for document in found if documents.split(document, *shares) == split]
     if not chosen:
         raise UserError(
-            f"traces.text: of {len(found)} documents none is {split} at traces.held_out = "
+            f"traces.text: none of {len(found)} documents is {split} at traces.held_out = "
             f"{settings.held_out}: raise it, or add text"
         )
     return documents.shuffled(chosen, config.seed)
@@ -261,7 +261,7 @@ def _write(path: Path, parts: Sequence[Part], settings: dict) -> int:
         wanted = [(row["id"], row["sample"]) for row in planned.get(file, ())]
         if keys != wanted[: len(keys)] or not wanted:
             raise UserError(
-                f"{file} is none of this run's files, or has more traces than are asked for now: "
+                f"{file} is not one of this run's files, or has more traces than are asked for: "
                 "move it away, or use another --workdir"
             )
     written = 0

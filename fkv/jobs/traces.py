@@ -223,7 +223,7 @@ def _done(path: Path) -> tuple[set[tuple[str, int]], int]:
         keys = set(traces.written(file))
         number = re.fullmatch(r"traces-[0-9]+-([0-9]+)", file.stem)
         if number is None or done & keys:
-            raise UserError(f"{file} is none of this run's files, or a copy of one: move it away")
+            raise UserError(f"{file} is not one of this run's files, or is a copy: move it away")
         done |= keys
         last = max(last, int(number[1]))
     return done, last + 1

@@ -234,7 +234,7 @@ class _Reader:
         if (magic := self.file.read(4)) != b"GGUF":
             what = "safetensors" if self.path.suffix == ".safetensors" else said(magic)
             raise UserError(
-                f"{self.path}: not a GGUF file (it begins with {what}); of other checkpoints give "
+                f"{self.path}: not a GGUF file (it begins with {what}); for other checkpoints give "
                 "the directory"
             )
         version = self.number("I")
@@ -382,7 +382,7 @@ def _config(found: Header) -> ModelConfig:
     head_dim = size("attention.key_length", max(width // heads, 1))
     for key in ("attention.value_length", "rope.dimension_count"):
         if (other := size(key, head_dim)) != head_dim:
-            raise UserError(f"{found.path}: {family}.{key} = {other}, but heads are of {head_dim}")
+            raise UserError(f"{found.path}: {family}.{key} = {other}, but head_dim is {head_dim}")
     positions = get("context_length", kinds.whole(1))
     scaling = _scaling(found, family)
     window = get("attention.sliding_window", kinds.whole(0), 0)

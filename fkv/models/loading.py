@@ -368,7 +368,7 @@ def _complete(path: Path) -> Path:
     """The path; a directory that holds nothing but GGUF files is refused."""
     if path.is_dir() and not (path / "config.json").exists():
         if found := sorted(path.glob("*.gguf")):
-            raise UserError(f"{path}: no config.json; of a GGUF file give the path: {found[0]}")
+            raise UserError(f"{path}: no config.json; for a GGUF file give its path: {found[0]}")
     return path
 
 

@@ -89,7 +89,7 @@ def check(points: Iterable[Point], jobs: Sequence[str]) -> list[Point]:
     def put(point, needed_by=()):
         if point.name in needed_by:
             circle = " -> ".join([*needed_by[needed_by.index(point.name) :], point.name])
-            raise UserError(f"sweep points need each other in a circle: {circle}")
+            raise UserError(f"sweep points depend on each other in a circle: {circle}")
         for name in point.needs():
             if name not in by_name:
                 raise UserError(f"sweep point {point.name!r} needs {name!r}, which is not a point")

@@ -244,7 +244,7 @@ def test_a_request_goes_on_from_a_kept_cache(name):
     for x, y in zip(*map(jax.tree.leaves, (one[-1].kept.held, kept.held)), strict=True):
         assert (np.asarray(x) == np.asarray(y)).all() or x.dtype != jnp.int32
     assert other[-1].kept.tokens.tolist() == PROMPTS[2].tolist()
-    with pytest.raises(UserError, match="does not go on from the 40 of kept"):
+    with pytest.raises(UserError, match="does not continue the 40 of kept"):
         alone.submit(dataclasses.replace(first, kept=kept))
     with pytest.raises(UserError, match="kept is of another policy, cadence, length or piece"):
         make(policies.get("knorm")).submit(second)
@@ -282,9 +282,9 @@ def test_prompts_are_cut_by_their_length_alone():
         ({"prompt": np.array([-1])}, "the prompt has token -1, beyond the model's 37"),
         ({"limit": 0}, "limit = 0 must be a whole number from 1"),
         ({"limit": 2.5}, "limit = 2.5 must be a whole number from 1"),
-        ({"limit": 117}, "5 tokens of the prompt and limit = 117 are more than the 120"),
+        ({"limit": 117}, "the prompt of 5 tokens and limit = 117 exceed the 120"),
         ({"sampling": 0.5}, "sampling = 0.5 must be a Sampling"),
-        ({"stop": tuple(range(65))}, "stop has 65 tokens, and 64 are the most"),
+        ({"stop": tuple(range(65))}, "stop has 65 tokens: at most 64 are allowed"),
         ({"stop": ("a",)}, "stop: a token = 'a' must be a whole number"),
         ({"logprobs": 3}, "logprobs = 3 must be at most 2"),
         ({"logprobs": -1}, "logprobs = -1 must be a whole number from 0"),

@@ -170,7 +170,7 @@ def test_the_benchmark_s_sections(described):
         "supervised, 1 x 128 tokens", "grpo, 4 x 128 tokens",
     ]  # fmt: skip
     described.benchmark.sections = ("growth",)
-    with pytest.raises(UserError, match=r"has none of which there is a dry run: decode, prefill"):
+    with pytest.raises(UserError, match=r"has no section with a dry run: decode, prefill"):
         dry_run.run("benchmark", described)
 
 

@@ -226,7 +226,7 @@ def test_other_documents_are_refused(finished, saved, include, tmp_path):
     with pytest.raises(UserError, match=r"which have changed since \(harness.tasks: 'pages'"):
         harness.run(recipe(saved, own, **changes), str(path))
     (path / "provenance.json").unlink()
-    with pytest.raises(UserError, match=r"document 0 of pages was another when it was answered"):
+    with pytest.raises(UserError, match=r"document 0 of pages has changed since it was answered"):
         harness.run(recipe(saved, own, **changes), str(path))
 
 

@@ -189,7 +189,7 @@ def test_less_than_asked_for_is_said(letters, text, tmp_path, capsys):
         ({"data.eval_path": "none.jsonl"}, r"^data.eval_path = 'none.jsonl': no such file"),
         ({"recall.prompt_tokens": 80}, r"none of the 5 traces .* is longer than"),
         ({"traces.text": ("code=none/*.py",)}, r"^traces.text: 'code=none/\*.py': "),
-        ({"traces.held_out": 0.0}, r"^traces.text: of 24 documents none is heldout"),
+        ({"traces.held_out": 0.0}, r"^traces.text: none of 24 documents is heldout"),
         ({"seed": 4}, r"with another config \(seed: 3 -> 4\)"),
         ({"recall.new_tokens": 17}, r"with another config \(recall.new_tokens: 16 -> 17\)"),
         ({"evaluate.action": "top"}, r"with another config \(evaluate.action: sample -> top\)"),

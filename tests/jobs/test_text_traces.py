@@ -302,7 +302,7 @@ def test_files_of_somebody_else_are_named(finished, model, text, tmp_path):
     file.unlink()
     assert traces.run(config, str(path)) == 16
     file.rename(file.with_name("traces-00009.parquet"))
-    with pytest.raises(UserError, match=r"traces-00009.parquet is none of this run's files"):
+    with pytest.raises(UserError, match=r"traces-00009.parquet is not one of this run's files"):
         traces.run(config, str(path))
 
 

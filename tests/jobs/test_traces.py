@@ -103,7 +103,7 @@ def test_a_copied_file_is_named(finished, tmp_path, name):
     directory = shutil.copytree(finished, tmp_path / "traces")
     shutil.copy(directory / "traces-000-00000.parquet", directory / name)
     with pytest.raises(
-        UserError, match=re.escape(f"{name} is none of this run's files, or a copy")
+        UserError, match=re.escape(f"{name} is not one of this run's files, or is a copy")
     ):
         traces.run(recipe(), str(directory))
     with pytest.raises(UserError, match=r"trace '0', sample 0, is also in .*, and would count twi"):

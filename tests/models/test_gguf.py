@@ -421,8 +421,8 @@ SETTINGS = {
     "a window": ({"sliding_window": 128}, "sliding-window attention"),
     "a clamp": ({"clamp_kqv": 3.0}, "attention.clamp_kqv = 3.0 is not supported"),
     "a scale of logits": ({"logit_scale": 0.5}, "logit_scale = 0.5 is not supported"),
-    "values of another size": ({"value_length": 32}, "value_length = 32, but heads are of 64"),
-    "part of a rotation": ({"rope_dimension_count": 32}, "dimension_count = 32, but heads are of"),
+    "values of another size": ({"value_length": 32}, "value_length = 32, but head_dim is 64"),
+    "part of a rotation": ({"rope_dimension_count": 32}, "dimension_count = 32, but head_dim is"),
     "heads that differ": ({"head_count": [4, 2]}, "head_count = [4, 2] must be a whole number"),
     "heads that do not divide": ({"head_count_kv": 3}, "not a multiple of num_key_value_heads 3"),
     "no width": ({"embedding_length": 0}, "embedding_length = 0 must be a whole number from 1"),
@@ -461,7 +461,7 @@ def test_what_is_no_file_of_this_kind(sound, tmp_path):
     message = refusal(models.load, hf / "model.safetensors")
     assert "not a GGUF file (it begins with safetensors)" in message and "directory" in message
     message = refusal(models.load, sound[0].parent)  # it holds the file
-    assert f"no config.json; of a GGUF file give the path: {sound[0]}" in message
+    assert f"no config.json; for a GGUF file give its path: {sound[0]}" in message
     assert "a file, and scorers" in refusal(models.load_judges, sound[0])
     policy = policies.Foresight({}, scorer.ScorerConfig())
     message = refusal(sharing.export_released, policy, sound[0], tmp_path / "out")
