@@ -123,7 +123,7 @@ class Context:
         if not mark or _QUESTION in after:
             raise UserError(
                 f"the chat template of model {model.name} has no place for a question after the "
-                f"text, or text or question holds {_QUESTION!r}: set chat = False, or leave that out"
+                f"text, or one of these holds {_QUESTION!r}: set chat = False, or leave it out"
             )
         return before, after
 

@@ -188,7 +188,8 @@ def _at_end(lm, policy, site, tokens):
     """Per layer the entries that one eviction of the full cache leaves."""
     if defines(policy, "drop") or not defines(policy, "score"):
         raise UserError(
-            f"{name_of(policy)} does not choose by score(view), as when = 'end' needs: set when = 'stream'"
+            f"{name_of(policy)} does not choose by score(view), as when = 'end' needs: "
+            "set when = 'stream'"
         )
     interval = site.cadence.interval
     width, held = rounded(len(tokens), interval), []
