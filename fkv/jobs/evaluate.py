@@ -416,7 +416,8 @@ def _write_answers(run: Run, found: Sequence[accuracy.Accuracy], rows: Sequence[
         common.say(f"no evictions at budget {', '.join(map(str, idle))}: answers are short")
     for line in accuracy.warnings(found, run.config["evaluate"]["deadline"]):
         common.say(f"warning: {line}")
-    common.say(f"written to {run.path}: samples.jsonl, accuracy.(txt md csv png), regressions.csv")
+    written = "samples.jsonl, accuracy.(txt md csv png pdf), regressions.csv"
+    common.say(f"written to {run.path}: {written}")
 
 
 def _shared(
