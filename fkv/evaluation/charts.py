@@ -26,12 +26,12 @@ def leaderboard(board: Sequence[Entry], path: Name = None, title: str = "") -> "
     evicted = [e for e in board if e.budget]
     styles = drawing.styles_of(list(dict.fromkeys(e.policy for e in evicted)))
     panels = [x for x in _PANELS if any(getattr(e, x) is not None for e in evicted)]
-    size, grid = (5.0 * (len(panels) + 1), 6.0), (1, len(panels) + 1)
+    grid = drawing.pages(len(panels) + 1, 5.8, 5.4)
     title = f"{title}: 95 % intervals, golden eviction dashed".removeprefix(": ")
-    with drawing.figure(path, size, grid, title) as axes:
-        for axis, name in zip(axes[0], [*panels, "ratio"], strict=True):
+    with drawing.figure(path, *grid, title) as axes:
+        for i, (axis, name) in enumerate(zip(axes.flat, [*panels, "ratio"], strict=False)):
             label, scale = _PANELS[name]
-            by_cost = axis is axes[0, -1]
+            by_cost = i == len(panels)
             for policy, style in styles.items():
                 found = [(e, getattr(e, name)) for e in evicted if e.policy == policy]
                 points = [
@@ -69,10 +69,10 @@ def advice(
       limits: loss that may be added, %.
     """
     styles = drawing.styles_of(list(dict.fromkeys(name for x in curves.values() for name in x)))
-    size, title = (6.0 * len(curves), 4.8), "loss added by eviction, 95 % intervals; rings: advised"
+    title = "loss added by eviction, 95 % intervals; rings: advised"
     labels = _BUDGET, "% of the full cache's loss"
-    with drawing.figure(path, size, (1, len(curves)), title, *labels) as axes:
-        for axis, (group, some) in zip(axes[0], curves.items(), strict=True):
+    with drawing.figure(path, *drawing.pages(len(curves), 5.8, 4.6), title, *labels) as axes:
+        for axis, (group, some) in zip(axes.flat, curves.items(), strict=False):
             for name, curve in some.items():
                 value, (low, high) = curve.percent(), curve.ends()
                 ends = np.maximum(value - low, 0), np.maximum(high - value, 0)
@@ -84,6 +84,7 @@ def advice(
                         at, colour = value[curve.budgets.index(int(found))], styles[name]["color"]
                         axis.plot(found, at, "o", ms=9, mfc="none", color=colour)
             axis.set_yscale("symlog", linthresh=min(limits))
+            axis.yaxis.set_major_formatter("{x:g}")
             for limit in limits:
                 drawing.horizontal(axis, limit)
             axis.set_title(group)

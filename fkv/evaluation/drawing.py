@@ -70,6 +70,7 @@ def figure(path: Name, size, grid=(1, 1), title="", x="", y="") -> Iterator[np.n
         yield axes
         legend = {}
         for axis in axes.flat:
+            axis.set_visible(axis.has_data() or bool(axis.get_title()))
             if axis.get_label() != _NAMED:
                 for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
                     legend.setdefault(label, handle)
@@ -93,6 +94,13 @@ def save(figure: "Figure", path: Path) -> None:
             figure.savefig(temporary, format=one, **dated)
 
 
+def pages(count: int, width: float = 4.8, height: float = 3.8) -> tuple[tuple, tuple[int, int]]:
+    """The size and grid of a figure with so many panels of this size: two in a row fit a page."""
+    columns = min(count, 2)
+    rows = -(-count // columns)
+    return (width * columns, height * rows), (rows, columns)
+
+
 def figure_of(axes: np.ndarray) -> "Figure":
     """The figure that these axes are in."""
     return axes.flat[0].figure
@@ -107,6 +115,7 @@ def name_lines(axis) -> None:
     if not handles:
         return
     axis.set_label(_NAMED)
+    axis.autoscale_view()  # else limits are those of before the last lines
     lines = [getattr(handle, "lines", [handle])[0] for handle in handles]  # of error bars, too
     to_axes = axis.transAxes.inverted()
     ends = [(line.get_transform() + to_axes).transform(line.get_xydata()[-1]) for line in lines]
@@ -137,6 +146,11 @@ def apart(wanted_n: np.ndarray, gap: float) -> np.ndarray:
     return placed
 
 
+def broken(name: str) -> str:
+    """A policy's name in lines, where a narrow panel would not hold it."""
+    return re.sub("(?<=[:,(])", "\n", name) if len(name) > 14 else name
+
+
 def horizontal(axis, y: float) -> None:
     """A dotted line to compare with."""
     axis.axhline(y, color="gray", linewidth=1, linestyle=":")
@@ -145,7 +159,12 @@ def horizontal(axis, y: float) -> None:
 def log2(axis, both: bool) -> None:
     """Logarithmic axes, or a logarithmic one and one from 0."""
     axis.set_xscale("log", base=2)
-    axis.set_yscale("log", base=2) if both else axis.set_ylim(bottom=0)
+    axis.xaxis.set_major_formatter("{x:,.0f}")
+    if both:
+        axis.set_yscale("log", base=2)
+        axis.yaxis.set_major_formatter("{x:,.4g}")
+    else:
+        axis.set_ylim(bottom=0)
 
 
 def curve(axis, points: Iterable[tuple], label: str, **style) -> None:
@@ -156,12 +175,15 @@ def curve(axis, points: Iterable[tuple], label: str, **style) -> None:
 
 
 def styles_of(names: Sequence[str]) -> dict[str, dict]:
-    """Colour, marker and line style of each policy: golden dashed, scorers bold."""
+    """Colour, marker and line style of each policy: golden dashed, scorers bold.
+
+    What follows a comma, such as a budget, only changes the line style.
+    """
     markers = dict(zip(COLOURS, itertools.cycle("osD^vPX"), strict=False))
     styles, lines = {}, collections.defaultdict(lambda: itertools.cycle(("-", "--", "-.", ":")))
     free = [c for c in OTHERS if c not in {LEARNED.get(name) for name in names}]
     for name in names:
-        kind = re.split("[:()]", name.removeprefix("prompt("))[0]
+        kind = re.split("[:(),]", name.removeprefix("prompt("))[0]
         colour = COLOURS.get(kind) or LEARNED.get(kind) or (free.pop(0) if free else OTHERS[0])
         line = "--" if kind == "golden" else next(lines[colour])
         width = 1.0 if kind in COLOURS else 2.2

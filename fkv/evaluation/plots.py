@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 PANELS = (("all tokens", 0), ("low-entropy tokens, added nats", 1), ("high-entropy tokens", 2))
 
 _BUDGET = "budget (KV pairs per head)"
+_SWEPT = {  # titles of a sweep's metrics
+    "ratio": "loss / full-cache loss", "ratio_low": "the same, low-entropy tokens",
+    "added_low": "added nats, low-entropy tokens", "gap_closed": "gap to golden closed",
+    "pass_at_1": "pass@1",
+}  # fmt: skip
 
 
 def _held(axis, held_ct, top: float, colours: str) -> int:
@@ -47,9 +52,8 @@ def loss_ratios(
     styles = drawing.styles_of(dict.fromkeys(r.policy for r in results if r.policy != "full"))
     pairs = against_baseline(results, baseline)
     against = {p.baseline: None for p in pairs if p.baseline}
-    # Two by two, so that a page is wide enough for them.
-    size, grid = ((9.6, 7.6), (2, 2)) if against else ((13.8, 4.2), (1, 3))
-    with drawing.figure(path, size, grid, title, _BUDGET) as axes:
+    panels = drawing.pages(len(PANELS) + bool(against))
+    with drawing.figure(path, *panels, title, _BUDGET) as axes:
         for axis, (label, kind) in zip(axes.flat, PANELS, strict=False):
             for name, style in styles.items():
                 rows = [r for r in results if r.policy == name]
@@ -71,7 +75,7 @@ def loss_ratios(
             drawing.horizontal(axis, 0)
             what = next(iter(against)) if len(against) == 1 else "the best baseline"
             axis.set(title=f"all tokens, minus {what}", ylabel="difference of ratios, paired")
-        for axis in axes.flat:
+        for axis in axes.flat[: len(PANELS) + bool(against)]:
             axis.set_xticks(sorted({r.budget for r in results}))
             _cut_random(axis)
             drawing.name_lines(axis)
@@ -117,10 +121,10 @@ def accuracy(results: Sequence[Accuracy], path: Name = None) -> "Figure":
 
 def loss_by_position(results: Sequence[Losses], path: Name = None, bins: int = 16) -> "Figure":
     """Nats added by eviction against position, a panel per budget."""
-    budgets = sorted({r.budget for r in results})
-    size, labels = (4.5 * len(budgets) + 4, 4.2), ("position (tokens)", "nats per token")
-    with drawing.figure(path, size, (1, len(budgets)), "loss added by eviction", *labels) as axes:
-        for axis, budget in zip(axes[0], budgets, strict=True):
+    budgets, labels = sorted({r.budget for r in results}), ("position (tokens)", "nats per token")
+    panels = drawing.pages(len(budgets), 5.5 if len(budgets) > 1 else 8.5, 4.2)
+    with drawing.figure(path, *panels, "loss added by eviction", *labels) as axes:
+        for axis, budget in zip(axes.flat, budgets, strict=False):
             rows = [r for r in results if r.budget == budget and r.policy != "full"]
             styles = drawing.styles_of([r.policy for r in rows])
             for r in rows:
@@ -146,30 +150,34 @@ def regret(results: Sequence[Losses], path: Name = None) -> "Figure | None":
     if not shown:  # golden eviction has even budgets only
         return None
     names, budgets = list(dict.fromkeys(r.policy for r in shown)), sorted({r.budget for r in shown})
-    size = (max(1.7 * len(names) + 1, 5.5), 1.9 * len(budgets) + 0.6)
+    size = (max(1.7 * len(names) + 1, 5.5), 1.9 * len(budgets) + 0.8)
     title = "attention lost per eviction, beyond golden"
     top = max(r.regret_nyk.mean(0).max() for r in shown)
     with drawing.figure(path, size, (len(budgets), len(names)), title, "KV head", "layer") as axes:
         for r in shown:
-            axis = axes[budgets.index(r.budget)][names.index(r.policy)]
+            row, column = budgets.index(r.budget), names.index(r.policy)
+            axis = axes[row][column]
             image = axis.imshow(r.regret_nyk.mean(0), vmin=0, vmax=top, cmap="magma_r")
             _, layers, heads = r.regret_nyk.shape
-            ticks = {"xticks": range(heads), "yticks": range(0, layers, 1 + layers // 10)}
-            axis.set(title=f"{r.policy}, {r.budget}", **ticks)
+            axis.set(xticks=range(heads), yticks=range(0, layers, 1 + layers // 10))
+            if row == 0:
+                axis.set_title(drawing.broken(r.policy), fontsize="small")
+            if column == 0:
+                axis.set_ylabel(f"B = {r.budget}")
         image.figure.colorbar(image, ax=axes, label="attention lost")
     return drawing.figure_of(axes)
 
 
 def retention(held: Mapping[str, np.ndarray], path: Name = None, title: str = "") -> "Figure":
-    """The entries held over time, a panel per policy and layer; of many layers six.
+    """The entries held over time, a panel per policy and layer; of many layers four.
 
     Args:
       held: from `diagnosis.retention`.
     """
     layers = len(next(iter(held.values())))
-    shown = np.linspace(0, layers - 1, min(layers, 6)).round().astype(int).tolist()
-    size = (4 * len(shown), 1.5 * len(held) + 0.8)
-    labels = "position of the token", "position of the queries"
+    shown = np.linspace(0, layers - 1, min(layers, 4)).round().astype(int).tolist()
+    size = (3.2 * len(shown), 1.5 * len(held) + 0.8)
+    labels = "position of the token", "position of the queries (tokens)"
     with drawing.figure(path, size, (len(held), len(shown)), title, *labels) as axes:
         for row, (name, one) in zip(axes, held.items(), strict=True):
             for layer, axis in zip(shown, row, strict=True):
@@ -206,11 +214,12 @@ def lookups(
             axis.plot(key[~found], query[~found], "x", color="#d55e00", label="look-up lost")
             if prompt:
                 axis.axhline(prompt, color="black", linewidth=0.8, linestyle=":")
-            axis.set_title(f"{name}: {found.sum()} of {len(found)} found")
+            count, long = f"{found.sum()} of {len(found)} found", len(name) > 15
+            axis.set_title(
+                f"{name}:{chr(10) if long else ' '}{count}", size="small" if long else None
+            )
             axis.label_outer()
         axes[0, columns - 1].legend(loc="upper right")  # no query attends to what is to come
-        for axis in axes.flat[len(held) :]:
-            axis.set_visible(False)
     return drawing.figure_of(axes)
 
 
@@ -259,23 +268,27 @@ def sweep(summary: Sequence[Mapping], path: Name = None) -> "Figure":
         group (baselines) are shown once.
     """
     names = [f for f in dict.fromkeys(row["figure"] for row in summary) if f != "overlap"]
-    size, title = (5 * len(names) + 3, 5), "mean over the points of a group, ± one standard error"
-    with drawing.figure(path, size, (1, len(names)), title, _BUDGET) as axes:
-        styles = {}  # of a line, the same in every panel
-        for axis, name in zip(axes[0], names, strict=True):
-            lines, seen = {}, set()
-            for row in sorted(summary, key=lambda row: row["budget"]):
-                if row["figure"] == name and row["budget"] and row["policy"] != "full":
-                    point = row["budget"], row["mean"], np.nan_to_num(row["se"])
-                    lines.setdefault((row["policy"], row["group"]), []).append(point)
-            for line, points in lines.items():
-                means = (line[0], *(mean for _, mean, _ in points))
-                if means not in seen:
-                    seen.add(means)
-                    i = len(styles)
-                    style = {"color": f"C{i % 10}", "marker": "os^vD"[i // 10 % 5]}
-                    drawing.curve(axis, points, ", ".join(line), **styles.setdefault(line, style))
-            axis.set_title(name)
+    title = "mean over the points of a group, ± one standard error"
+    drawn = {}  # by metric and policy, the lines of its groups
+    for row in sorted(summary, key=lambda row: row["budget"]):
+        if row["budget"] and row["policy"] != "full":
+            groups = drawn.setdefault((row["figure"], row["policy"]), {})
+            point = row["budget"], row["mean"], np.nan_to_num(row["se"])
+            groups.setdefault(row["group"], []).append(point)
+    lines, hues = {name: {} for name in names}, {}
+    for (figure, policy), groups in drawn.items():
+        different = {tuple(mean for _, mean, _ in points): g for g, points in groups.items()}
+        for group in different.values():
+            label = policy if len(different) == 1 and len(groups) > 1 else f"{policy}, {group}"
+            lines.get(figure, {})[label] = groups[group]
+            hues[label] = f"{group}, {policy}" if policy in LEARNED else label
+    styles = drawing.styles_of([*hues.values()])
+    with drawing.figure(path, *drawing.pages(len(names), 6.2, 4.6), title, _BUDGET) as axes:
+        for axis, name in zip(axes.flat, names, strict=False):
+            for label, points in lines[name].items():
+                drawing.curve(axis, points, label, **styles[hues[label]])
+            axis.set_title(_SWEPT.get(name, name))
+            axis.set_xticks(sorted({row["budget"] for row in summary} - {0}))
             drawing.name_lines(axis)
     return drawing.figure_of(axes)
 
@@ -291,12 +304,12 @@ def cache_memory(
     )
     with drawing.figure(path, (8, 4), (1, 1), title, *labels) as axes:
         axis = axes[0, 0]
-        axis.plot(held, scale * held, color=COLOURS["full"], label="full cache")
-        axis.plot(held, bounded, color=LEARNED["foresight"], label=f"bounded, B + L = {slots}")
+        axis.plot(held, scale * held, color=COLOURS["full"], linewidth=1, label="full cache")
+        style = {"color": LEARNED["foresight"], "linewidth": 2.2}
+        axis.plot(held, bounded, label=f"bounded, B + L = {slots}", **style)
         axis.margins(x=0)
         drawing.log2(axis, True)
-        axis.xaxis.set_major_formatter("{x:,.0f}")
-        axis.yaxis.set_major_formatter("{x:,.4g}")
+        drawing.name_lines(axis)
     return drawing.figure_of(axes)
 
 
@@ -325,38 +338,41 @@ def _decode_cost(records: Sequence[Mapping], path: Name) -> None:
     measured at one length, the same at all.
     """
     batches, lengths = (sorted({r[name] for r in records}) for name in ("batch", "length"))
-    lines = list(dict.fromkeys((r["policy"], r["budget"]) for r in records))
-    size, labels = (4.5 * len(batches) + 2, 4.2), ("tokens of context", "ms per step")
-    with drawing.figure(path, size, (1, len(batches)), "", *labels) as axes:
-        for axis, batch in zip(axes[0], batches, strict=True):
+    styles = drawing.styles_of(list(dict.fromkeys(map(_line, records))))
+    panels, labels = drawing.pages(len(batches), 5.5, 4.2), ("tokens of context", "ms per step")
+    with drawing.figure(path, *panels, "", *labels) as axes:
+        for axis, batch in zip(axes.flat, batches, strict=False):
             points = {}
             for r in records:
                 if r["batch"] == batch:
                     speeds = (r[f"tokens_per_s{end}"] for end in ("", "_high", "_low"))
                     ms, low, high = (1e3 * batch / speed for speed in speeds)
-                    line = points.setdefault((r["policy"], r["budget"]), [])
                     at = lengths if r["budget"] else [r["length"]]
-                    line += [(length, ms, ms - low, high - ms) for length in at]
-            for line, found in points.items():
-                name, budget = line
-                label = f"{name}, B = {budget}" if budget else name
-                colour = f"C{lines.index(line) % 10}" if budget else "black"
-                drawing.curve(axis, found, label, color=colour, linestyle="-" if budget else "--")
+                    found = [(length, ms, ms - low, high - ms) for length in at]
+                    points.setdefault(_line(r), []).extend(found)
+            for label, found in points.items():
+                drawing.curve(axis, found, label, **styles[label])
             drawing.log2(axis, False)
             axis.set_title(f"batch {batch}")
+            drawing.name_lines(axis)
+
+
+def _line(record: Mapping) -> str:
+    """The name of a benchmark's line."""
+    name, budget = record["policy"], record["budget"]
+    return f"{name}, B = {budget}" if budget else name
 
 
 def _growth_cost(records: Sequence[Mapping], path: Path) -> None:
     """Time per token, evictions included, against tokens generated."""
     title = f"batch {records[0]['batch']}"
-    with drawing.figure(
-        path, (7.5, 4.2), (1, 1), title, "tokens generated", "ms per token"
-    ) as axes:
+    labels, styles = ("tokens generated", "ms per token"), drawing.styles_of([*map(_line, records)])
+    with drawing.figure(path, (7.5, 4.2), (1, 1), title, *labels) as axes:
         for record in records:
-            ms = record["ms_per_token"]
-            label = f"{record['policy']}, B = {record['budget']}"
-            axes[0, 0].plot([int(n) for n in ms], list(ms.values()), label=label, marker="o")
+            ms, label = record["ms_per_token"], _line(record)
+            axes[0, 0].plot([*map(int, ms)], [*ms.values()], label=label, **styles[label])
         drawing.log2(axes[0, 0], False)
+        drawing.name_lines(axes[0, 0])
 
 
 def _label_cost(records: Sequence[Mapping], path: Path) -> None:
@@ -370,7 +386,7 @@ def _label_cost(records: Sequence[Mapping], path: Path) -> None:
     )
     with drawing.figure(path, (10, 4.2), (1, 2), "golden labels", "tokens of the trace") as axes:
         for axis, (name, values, slopes) in zip(axes[0], panels, strict=True):
-            axis.plot(length, values, marker="o", color="C0", label="measured")
+            axis.plot(length, values, marker="o", color=COLOURS["snapkv"], label="measured")
             for slope in slopes:
                 guide, (label, line) = values[-1] * (length / length[-1]) ** slope, guides[slope]
                 axis.plot(length, guide, color="gray", linestyle=line, linewidth=1, label=label)

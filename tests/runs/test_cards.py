@@ -105,7 +105,7 @@ def test_an_upload_that_fails_is_one_line(config, tmp_path, monkeypatch):
         export.run(config, str(tmp_path / "out"))
     assert fkv.load_scorer(tmp_path / "out") is not None
     config.export.datasets = "a/b, c"
-    with pytest.raises(UserError, match=r"export.datasets = 'a/b, c' must be hub ids with commas"):
+    with pytest.raises(UserError, match=r"export.datasets = 'a/b, c' must be comma-separated"):
         export.run(config, str(tmp_path / "new"))
     config.export.datasets, config.export.push = "", "mine"
     with pytest.raises(UserError, match="'mine' must be a hub id, owner/name"):
