@@ -25,7 +25,10 @@ for name, value in (("numpy_rank_promotion", "raise"), ("default_matmul_precisio
 
 
 # Few tests, but long ones: left to the end, they would keep one core waiting for the other.
-FIRST = ("test_variants.py", "test_kill.py", "test_several.py", "test_parallel.py", "test_colab.py")
+FIRST = (
+    "test_variants.py", "test_kill.py", "test_several.py", "test_parallel.py", "test_colab.py",
+    "test_real_models.py", "test_targets.py", "test_context.py",
+)  # fmt: skip
 
 
 def pytest_configure(config):
@@ -56,9 +59,13 @@ def shared_reference() -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
-    """Programs compiled once a session: workers, and the commands that tests start, share some."""
+    """Programs compiled once a session: workers, and the commands that tests start, share some.
+
+    Several sessions share those in `$JAX_COMPILATION_CACHE_DIR`.
+    """
     base = tmp_path_factory.getbasetemp()
     path = str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "jax")
+    path = os.environ.get("JAX_COMPILATION_CACHE_DIR") or path
     settings = {"compilation_cache_dir": path, "persistent_cache_min_compile_time_secs": 0.0}
     for name, value in settings.items():
         jax.config.update(f"jax_{name}", value)

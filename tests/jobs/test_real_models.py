@@ -17,6 +17,7 @@ from tests.models import torch_model
 
 AIME = Path(__file__).parents[3] / "shared" / "data" / "aime24.jsonl"
 RECIPES = {"qwen2": "r1_qwen", "qwen3": "qwen3_1p7b", "llama": "r1_llama"}
+WHOLE = "qwen2"
 QUESTIONS = [f"What is {a} plus {a * a}? Think before you answer." for a in range(3, 19)]
 TEMPLATE = (
     "{% for m in messages %}<|user|>{{ m['content'] }}{% endfor %}"
@@ -58,6 +59,10 @@ def checkpoint(family, tmp_path_factory):
 
 
 def test_from_questions_to_answers(family, checkpoint, tmp_path):
+    """All stages of one family; of the others, whose recipes name another model alone, the first.
+
+    Compiling takes the time.
+    """
     rows = [{"problem": q, "answer": "7"} for q in QUESTIONS]
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -87,34 +92,37 @@ def test_from_questions_to_answers(family, checkpoint, tmp_path):
 
     results = launch(sft, "sft", "sft.steps=4", "sft.warmup=1")
     assert [r.policy for r in results] == ["full", "golden", "foresight", "snapkv"]
-    small = (
-        "grpo.steps=2", "grpo.traces=2", "grpo.rollouts=4", "grpo.rollouts_at_once=2",
-        "grpo.eta=0.0001",
-    )  # fmt: skip
-    results = launch(grpo, "grpo", *small)
-    before, after = (fkv.load_scorer(tmp_path / name) for name in ("sft", "grpo"))
-    assert before.config == after.config and before.config.norm == "none"
-    assert abs(before.params["w1"] - after.params["w1"]).max() > 1e-5
+    last, steps, trained = "sft", 4, fkv.load_scorer(tmp_path / "sft")
+    assert trained.config.norm == "none"
+    if family == WHOLE:
+        small = (
+            "grpo.steps=2", "grpo.traces=2", "grpo.rollouts=4", "grpo.rollouts_at_once=2",
+            "grpo.eta=0.0001",
+        )  # fmt: skip
+        results = launch(grpo, "grpo", *small)
+        last, steps, before, trained = "grpo", 2, trained, fkv.load_scorer(tmp_path / "grpo")
+        assert before.config == trained.config
+        assert abs(before.params["w1"] - trained.params["w1"]).max() > 1e-5
+
+        answers = launch(
+            evaluate, "evaluate", f"evaluate.benchmark={benchmark}",
+            f"evaluate.scorers=('sft={tmp_path}/sft', 'grpo={tmp_path}/grpo')",
+            "evaluate.policies=('full',)", "evaluate.budgets=(16,)", "evaluate.problems=3",
+            "evaluate.samples=2", "evaluate.new_tokens=24", "evaluate.batch=6",
+        )  # fmt: skip
+        assert [(a.policy, a.right_pn.shape) for a in answers] == [
+            ("full", (3, 2)), ("sft", (3, 2)), ("grpo", (3, 2)),
+        ]  # fmt: skip
+        assert answers[1].evictions > 0
     assert all(np.isfinite(r.ratio()[0]) for r in results)
 
-    answers = launch(
-        evaluate, "evaluate", f"evaluate.benchmark={benchmark}",
-        f"evaluate.scorers=('sft={tmp_path}/sft', 'grpo={tmp_path}/grpo')",
-        "evaluate.policies=('full',)", "evaluate.budgets=(16,)", "evaluate.problems=3",
-        "evaluate.samples=2", "evaluate.new_tokens=24", "evaluate.batch=6",
-    )  # fmt: skip
-    assert [(a.policy, a.right_pn.shape) for a in answers] == [
-        ("full", (3, 2)), ("sft", (3, 2)), ("grpo", (3, 2)),
-    ]  # fmt: skip
-    assert answers[1].evictions > 0
-
-    launch(export, "shared", f"export.scorer={tmp_path}/grpo")
+    launch(export, "shared", f"export.scorer={tmp_path}/{last}")
     card = (tmp_path / "shared" / "README.md").read_text()
-    assert f"| data | {tmp_path}/train |" in card and "| steps | 2 |" in card
+    assert f"| data | {tmp_path}/train |" in card and f"| steps | {steps} |" in card
     assert "| snapkv | 16 |" in card and "±" in card
-    launch(export, "released", f"export.scorer={tmp_path}/grpo", "export.layout=released")
+    launch(export, "released", f"export.scorer={tmp_path}/{last}", "export.layout=released")
     for name in ("shared", "released"):
         again = fkv.load_scorer(tmp_path / name)
-        for key, x in after.params.items():
+        for key, x in trained.params.items():
             np.testing.assert_array_equal(again.params[key], x)
     assert models.load(tmp_path / "released").config == models.load(checkpoint).config

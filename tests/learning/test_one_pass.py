@@ -45,6 +45,12 @@ def plan_of(rules=RULES, micro_batches=1, cadence=CADENCE, **settings):
     return Plan(**vars(plan) | {"micro_batches": micro_batches, "cadence": cadence})
 
 
+@jax.jit
+def full_losses(lm, batch):
+    hidden, _, _ = replay.replay(lm, batch, policies.get("full"), CADENCE)
+    return tokens.token_losses(lm, hidden, batch.token_bt)
+
+
 def make(plan, seed=0, lengths=LENGTHS, **model):
     """A state whose scorers have moved from the reference, the model and rows of some traces."""
     lm = oracles.make_lm(**model)
@@ -54,8 +60,7 @@ def make(plan, seed=0, lengths=LENGTHS, **model):
     reference = jax.tree.map(lambda x, y: x + 0.1 * y, params, noise)
     token, length = oracles.make_tokens(lm.config, lengths, seed)
     batch = Batch.of(token, length, length // 8)
-    hidden, _, _ = replay.replay(lm, batch, policies.get("full"), CADENCE)
-    losses = tokens.token_losses(lm, hidden, token)
+    losses = full_losses(lm, batch)
     rows = (batch, losses.nll_bt, losses.entropy_bt)
     rows = jax.tree.map(lambda x: np.repeat(np.asarray(x), ROLLOUTS, axis=0), rows)
     keys = replay.row_keys(jax.random.key(seed), ROLLOUTS * len(lengths))
@@ -99,13 +104,14 @@ def same(one, two):
 @pytest.mark.parametrize(
     ("seed", "norm", "inputs", "settings", "model"),
     [
-        (0, "rms", "both", {}, {}),
         (1, "none", "attention", dict(log_prob="independent", kl_weight=0.0), dict(family="qwen2")),
         (2, "rms", "kv", dict(rollouts_at_once=2, reward="all", clip=1e-6), {}),
-        (3, "none", "both", dict(rollouts_at_once=8, kl_steps=0), dict(cache_dtype="int8")),
-        (4, "none", "both", dict(cadence=KEPT, log_prob="independent"), {}),
+        (
+            3, "none", "both", dict(rollouts_at_once=8, kl_steps=0, cadence=KEPT),
+            dict(cache_dtype="int8"),
+        ),
     ],
-)
+)  # fmt: skip
 def test_gradients_and_metrics_are_those_of_a_replay(seed, norm, inputs, settings, model):
     plan = plan_of(scorer.ScorerConfig(norm=norm, inputs=inputs), **settings)
     state, lm, rows = make(plan, seed, **model)
@@ -178,7 +184,7 @@ def products(module, at_once):
     return sum(n for n, _ in found), of_matrices, matrix, args
 
 
-@pytest.mark.parametrize("at_once", [0, 1, 2, 8])
+@pytest.mark.parametrize("at_once", [0, 2, 8])
 def test_the_language_model_is_passed_once(at_once):
     ours, theirs = products(grpo, at_once), products(replayed, 0)
     totals, counts, (matrix, _), (args, _) = zip(ours, theirs, strict=True)

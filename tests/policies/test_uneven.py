@@ -1,5 +1,6 @@
 """Budgets of one's own per head: each head keeps what it would keep at its budget alone."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -25,7 +26,8 @@ def held(model, policy, budget):
     def observe(acc, policy, view, evict):
         return acc, (view.cache.position_bks, view.chunk)
 
-    position, chunk = replay.replay(model, batch, policy, Cadence(budget, 8), observe=observe)[2]
+    call = jax.jit(replay.replay, static_argnums=(3, 5))
+    position, chunk = call(model, batch, policy, Cadence(budget, 8), None, observe)[2]
     return np.asarray(position)[:, :, 0], np.asarray(chunk)[0].tolist()
 
 

@@ -120,7 +120,7 @@ rows = (batch, *np.random.default_rng(0).random((2, 3, 44), dtype=np.float32))
 keys = jax.random.key_data(replay.row_keys(jax.random.key(0), 12))
 rows = jax.tree.map(lambda x: np.repeat(x, 4, axis=0), rows)
 rows = grpo.Rollouts(*rows, np.asarray(keys))
-for title, module, epochs in (("grpo", grpo, 1), ("once", replayed, 1), ("twice", replayed, 2)):
+for title, module, epochs in (("grpo", grpo, 1), ("twice", replayed, 2)):
     plan = grpo_plan(rules, grpo.GRPOConfig(rollouts=4, epochs=epochs, eta=0.01))
     state = grpo.TrainState.init(reference, plan.optimiser, reference=reference)
     step = functools.partial(module.train_step, plan, axis=parallel.AXIS)
@@ -285,8 +285,6 @@ def test_any_layout_of_devices_does_what_one_device_does(runs, layout):
     for i in (1, 2):
         assert abs(one[f"w1_{i}"] - one[f"w1_{i - 1}"]).max() > 1e-3  # every step moves
     assert abs(one["grpo_w1"] - one["w1_2"]).max() > 1e-3
-    for name in scorer.shapes(oracles.make_lm(layers=2).config, scorer.ScorerConfig()):
-        np.testing.assert_allclose(one[f"grpo_{name}"], one[f"once_{name}"], rtol=1e-5, atol=1e-5)
     assert one["grpo_reward_spread"] > 0
     assert (one["tokens"] >= 0).all()
 
