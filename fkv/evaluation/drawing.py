@@ -87,11 +87,14 @@ def save(figure: "Figure", path: Path) -> None:
     """Writes a figure atomically; a PNG has a PDF beside it."""
     kind = path.suffix[1:] or "png"
     both = {path: kind} | ({path.with_suffix(".pdf"): "pdf"} if path.suffix == ".png" else {})
+    layout = figure.get_layout_engine()
     for name, one in both.items():
         with files.whole(name) as temporary:
             # Without the time, so that the same figure is the same file.
             dated = {"metadata": {"CreationDate": None}} if one == "pdf" else {}
             figure.savefig(temporary, format=one, **dated)
+        figure.set_layout_engine("none")  # the second has that of the first, which takes longest
+    figure.set_layout_engine(layout)
 
 
 def pages(count: int, width: float = 4.8, height: float = 3.8) -> tuple[tuple, tuple[int, int]]:
