@@ -340,7 +340,7 @@ def benchmark() -> ConfigDict:
     config.peer_prompt = 64  # tokens
     config.peer_tokens = 512  # new tokens
     config.queue_rows = 32  # answered at a time
-    config.queue_requests = 256
+    config.queue_requests = 256  # in all
     config.queue_prompt = 64  # tokens
     config.queue_tokens = 96  # new tokens at the median; log-normal, at most 8 times as many
     return config
