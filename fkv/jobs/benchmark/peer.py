@@ -96,7 +96,13 @@ def answer(model, request: dict) -> dict:
     config = transformers.GenerationConfig(
         do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=max(limits)
     )
-    batching = transformers.ContinuousBatchingConfig(max_requests_per_batch=request["rows"])
+    # By default its cache takes nearly all memory; this is room for the longest, and a page more.
+    longest = max(len(prompt) + n for prompt, n in zip(request["prompts"], limits, strict=True))
+    page, rows = 256, request["rows"]
+    batching = transformers.ContinuousBatchingConfig(
+        page_size=page, max_requests_per_batch=rows, max_batch_tokens=1024,
+        num_blocks=rows * (-(-longest // page) + 1),
+    )  # fmt: skip
     with model.continuous_batching_context_manager(
         generation_config=config, continuous_batching_config=batching, block=True
     ) as manager:
