@@ -411,8 +411,7 @@ def _write_answers(run: Run, found: Sequence[accuracy.Accuracy], rows: Sequence[
     write_text(run.path / "regressions.csv", tables.comma_separated(head, worse))
     plots.accuracy(found, run.path / "accuracy.png")
     common.say(f"\n{table}\n")
-    idle = sorted({r.budget for r in found if r.budget and not r.evictions})
-    if idle:
+    if idle := sorted({r.budget for r in found if r.budget and not r.evictions}):
         common.say(f"no evictions at budget {', '.join(map(str, idle))}: answers are short")
     for line in accuracy.warnings(found, run.config["evaluate"]["deadline"]):
         common.say(f"warning: {line}")
