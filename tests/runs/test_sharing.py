@@ -58,7 +58,8 @@ def test_a_shared_directory_gives_the_scorers_back(tmp_path):
     # It acts alike.
     lm = oracles.make_lm()
     batch = oracles.make_batch(lm.config, [50])
-    both = [replay.replay(lm, batch, p, Cadence(32, 16))[0] for p in (policy, again)]
+    call = jax.jit(replay.replay, static_argnums=3)
+    both = [call(lm, batch, p, Cadence(32, 16))[0] for p in (policy, again)]
     np.testing.assert_array_equal(*both)
 
 
