@@ -224,7 +224,7 @@ def test_intervals_of_means_know_of_neighbours():
         (lambda m: fkv.Context(m, TEXT, interval=L).ask(""), "question 0 is empty"),
         (lambda m: fkv.Context(m, TEXT, interval=L).loss([1], []), "the answer is empty"),
         (lambda m: fkv.loss(m, []), "the text is empty"),
-        (lambda m: fkv.loss(m, [1]), "the text has 1 tokens, of which 1 are given"),
+        (lambda m: fkv.loss(m, [1]), "the text has 1 tokens, 1 of them given"),
         (lambda m: fkv.loss(m, [1, 2], prompt=2), "prompt = 2 leaves none of the text's 2 tokens"),
         (lambda m: fkv.loss(m, [1, 2], prompt=-1), "prompt = -1 must be a whole number"),
         (lambda m: fkv.loss(m, [1, 2], policy="h2o", budget=8, interval=8), "budget = 8 must be"),
