@@ -239,10 +239,12 @@ def _said(
     origin: Origin | None = None,
 ) -> Generation:
     length = prompt + len(answer.tokens)
-    slots, fired = length, 0
+    config, dtype, fired = model.config, dtype_of(model), 0
     if policy.evicts:
-        slots, fired = cadence.slots, cadence.evictions_generating(prompt, len(answer.tokens))
-    size = costs.cache_bytes(model.config, slots, dtype_of(model), policy)
+        fired = cadence.evictions_generating(prompt, len(answer.tokens))
+        size = costs.evicted_bytes(config, policy, cadence, dtype)
+    else:
+        size = costs.cache_bytes(config, length, dtype, policy)
     return answer.generation(fired, prompt, size, origin)
 
 

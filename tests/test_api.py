@@ -437,6 +437,7 @@ def test_what_a_generation_says_of_its_cache(words):
     entry, sums = 2 * config.head_dim * 4 + 4, 2 * config.group_size * 4
     for policy, slots, size in (
         ("snapkv", 16 + 8, entry), ("full", 30 + 20, entry), ("h2o", 16 + 8, entry + sums),
+        ("ada", 2 * 16 + 8, entry),
     ):  # fmt: skip
         [[x]] = fkv.generate(dataclasses.replace(words, stop=()), "w1 w5 " * 15, policy, **SIZES)
         assert x.prompt_tokens == 30

@@ -54,7 +54,8 @@ class Generation:
       evictions: of a head, those after which a token attends.
       prompt_tokens: of its prompt.
       cache_bytes: keys, values and positions of its cache: B + L entries of a head, whatever the
-        length, or with a full cache the prompt and the answer.
+        length (more of policies that share the budget unevenly), or with a full cache the prompt
+        and the answer.
       logprobs: float32 [n], of each token under the model's own distribution, before temperature
         and top-k; None unless asked for.
       top: likeliest tokens, ids [n, top] and their logprobs [n, top]; None unless asked for.

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import io
 import json
 import logging
@@ -26,6 +25,7 @@ from fkv.harness.lm import EvictedLM, Replayed, names
 from fkv.harness.table import Column, Part
 from fkv.kinds import said
 from fkv.models.texts import reason
+from fkv.runs import provenance
 
 # lm-eval's own seeds, for seed 0.
 _NUMPY = _EXAMPLES = 1234
@@ -195,11 +195,10 @@ def requests(name: str, task: Task, lm: EvictedLM, settings: Settings) -> list[I
 
 def digests(some: Sequence[Instance]) -> list[str]:
     """What is asked about each document, in short."""
-    found: dict[int, Any] = {}
+    told: dict[int, str] = {}
     for one in some:
-        told = json.dumps(one.args, default=str).encode()
-        found.setdefault(one.doc_id, hashlib.sha256()).update(told)
-    return [one.hexdigest()[:16] for one in found.values()]
+        told[one.doc_id] = told.get(one.doc_id, "") + json.dumps(one.args, default=str)
+    return [provenance.of_text(text) for text in told.values()]
 
 
 def metrics(

@@ -1,7 +1,6 @@
 """Budget advice from a person's own traces: losses by replay, then what `advice` makes of them."""
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Sequence
 
@@ -21,7 +20,7 @@ from fkv.jobs import common, evaluate, groups, losses
 from fkv.jobs.losses import Given
 from fkv.jobs.measuring import Job
 from fkv.policies.base import Policy
-from fkv.runs import costs, parallel, preemption, rundir
+from fkv.runs import costs, parallel, preemption, provenance, rundir
 from fkv.runs.rundir import open_run
 
 ALL = "all"
@@ -201,7 +200,7 @@ def _heads(job: Job, given: Given, curves: dict[str, Curve], at: Sequence[Cadenc
         budget_yk = advice.per_head(lost, float(lost[int(smallest)].sum()))
         found[name, limit] = budget_yk, None
         if name in job.named:
-            digest = hashlib.sha256(budget_yk.astype("<i4").tobytes()).hexdigest()[:8]
+            digest = provenance.of_arrays(budget_yk.astype("<i4"))[:8]
             array, most = jnp.asarray(budget_yk, jnp.int32), int(budget_yk.max())
             with contextlib.suppress(UserError):  # some can't be wrapped
                 uneven = policies.Uneven(job.named[name], budget_yk=array, most=most)
@@ -230,8 +229,8 @@ def _advice(job: Job, traces: dict[str, Traces], curves, heads, group_n) -> list
                 row |= _said(one)
                 if one.budget != MORE:
                     policy = job.named.get(name, policies.get("knorm"))
-                    slots = policy.capacity(int(one.budget)) + config.interval
-                    size = costs.cache_bytes(shape, slots, config.dtype, policy)
+                    cadence = common.cadence(config, int(one.budget))
+                    size = costs.evicted_bytes(shape, policy, cadence, config.dtype)
                     row |= {"cache_bytes": size, "share_of_full": size / full}
                     row["paste"] = f"--config.budget={int(one.budget)}"
                 if group == ALL and (name, limit) in heads:

@@ -154,8 +154,7 @@ def _costs(
         # Golden eviction is known in hindsight only; its cache is that of a policy without numbers.
         for name, policy in {GOLDEN: policies.get("knorm"), **named}.items():
             cell = name, cadence.budget
-            slots = policy.capacity(cadence.budget) + cadence.interval
-            own = costs.cache_bytes(shape, slots, config.dtype, policy)
+            own = costs.evicted_bytes(shape, policy, cadence, config.dtype)
             work = (None, None)
             if name != GOLDEN:
                 work = eviction_work(policy, shape, cadence, config.dtype)

@@ -29,15 +29,18 @@ class Ada(Wrapper):
     def limits(self, config: ModelConfig, cadence: Cadence) -> dict[str, float]:
         return {"room": max(config.kv_heads, 2)}  # all of the layer's budget
 
+    def _most(self, budget: int) -> int:
+        return round(self.room * self.policy.capacity(budget))
+
     def capacity(self, budget: int) -> int:
-        return max(budget + 1, round(self.room * self.policy.capacity(budget)))
+        return max(budget + 1, self._most(budget))
 
     def keep(self, view: View, importance_bks: Array) -> Array:
         even_bk = self.policy.keep(view, importance_bks)
         b, k, s = importance_bks.shape
         slot = jnp.arange(s)[None, None]
         best = -jnp.sort(-importance_bks, axis=-1)
-        none = jnp.isneginf(best) | (slot >= min(view.capacity, self.capacity(view.budget)))
+        none = jnp.isneginf(best) | (slot >= min(view.capacity, self._most(view.budget)))
         best = jnp.where(slot < jnp.round(self.safeguard * even_bk)[..., None], jnp.inf, best)
         best = jnp.where(none, -jnp.inf, best)
         rank = jnp.argsort(jnp.argsort(-best.reshape(b, k * s), axis=-1), axis=-1)

@@ -126,6 +126,12 @@ def cache_bytes(config: ModelConfig, slots: int, dtype: str, policy: Policy | No
     return config.layers * config.kv_heads * slots * entry
 
 
+def evicted_bytes(config: ModelConfig, policy: Policy, cadence: Cadence, dtype: str) -> int:
+    """`cache_bytes` under a policy that evicts: of all slots that it allocates."""
+    slots = policy.capacity(cadence.budget) + cadence.interval
+    return cache_bytes(config, slots, dtype, policy)
+
+
 def decode_bytes(config: ModelConfig, batch: int, slots: int, dtype: str) -> int:
     """Bytes that a decoding step has to read: each weight once, each row's cache once.
 

@@ -47,12 +47,16 @@ def of_traces(found: Traces) -> str:
     return sha.hexdigest()
 
 
+def of_text(text: str) -> str:
+    """A short digest."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def of_questions(questions: Iterable[tuple]) -> list[str]:
     """Digests of questions, one each: of the prompt's ids and whatever else belongs to it."""
     found = []
     for prompt, *rest in questions:
-        text = json.dumps([np.asarray(prompt), *rest], default=np.ndarray.tolist)
-        found.append(hashlib.sha256(text.encode()).hexdigest()[:16])
+        found.append(of_text(json.dumps([np.asarray(prompt), *rest], default=np.ndarray.tolist)))
     return found
 
 

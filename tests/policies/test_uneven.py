@@ -61,3 +61,26 @@ def test_it_names_what_does_not_fit(model):
         policies.Uneven(policies.get("tova"), budget_yk=jnp.asarray(BUDGETS), most=32)
     with pytest.raises(UserError, match="needs budget_yk"):
         policies.get("uneven")
+
+
+@pytest.mark.parametrize(
+    ("budgets", "most", "protect_prompt", "message"),
+    [
+        ([[16, 40], [24, 16]], 32, 0, r"budget_yk\[0, 1\] = 40 is more than .*: give most=40"),
+        ([[16, 32], [24, 16]], 1, 0, r"budget_yk\[0, 0\] = 16 is more than .*: give most=32"),
+        ([[16, 32], [8, 16]], 32, 0, r"\[1, 0\] = 8 must be at least 9 at interval = 8: raise"),
+        ([[16, 32], [-3, 16]], 32, 0, r"\[1, 0\] = -3 must be at least 9"),
+        ([[16, 32], [24, 15]], 32, 8, r"15 must be at least 16 at .* and protect_prompt = 8"),
+    ],
+)
+def test_budgets_that_would_be_cut_are_refused(model, budgets, most, protect_prompt, message):
+    policy = policies.Uneven(budget_yk=jnp.asarray(budgets), most=most)
+    with pytest.raises(UserError, match="uneven: .*" + message):
+        replay.check(policy, model.config, Cadence(16, 8, protect_prompt))
+
+
+def test_budgets_at_the_limits_are_taken(model):
+    least = policies.Uneven(budget_yk=jnp.asarray([[9, 32], [16, 16]]), most=32)
+    replay.check(least, model.config, Cadence(16, 8))
+    beside = least.replace(budget_yk=jnp.full((2, 2), 16))
+    replay.check(beside, model.config, Cadence(16, 8, 8))

@@ -133,6 +133,13 @@ def test_uneven_budgets_keep_what_their_definition_keeps(name, settings):
     assert evictions > 20 and uneven > 20
 
 
+def test_without_room_ada_keeps_what_its_policy_keeps():
+    batch = oracles.make_batch(LM.config, [107, 60])
+    alone, shared = (np.sort(next(kept_of(name, batch))) for name in ("h2o", "ada(h2o):room=1"))
+    np.testing.assert_array_equal(shared[:, BUDGET // INTERVAL :, ..., 1:], alone)  # from e = 0 on
+    assert (shared[..., 0] == -1).all() and (alone[..., 0] >= 0).any()
+
+
 def test_room_of_uneven_budgets():
     assert policies.get("pyramid").capacity(1024) == 2048 - 51
     assert policies.get("pyramid").capacity(24) == 48 - 8  # the window stays
