@@ -12,7 +12,7 @@ TASKS = "pages", "choose", "needle", "write"
 UTILS = """
 def process_results(doc, results):
     found = sum(x in results[0] for x in doc["outputs"]) / len(doc["outputs"])
-    return {"128": -1.0, "256": -1.0} | {str(doc["max_length"]): found}
+    return dict.fromkeys(LENGTHS, -1.0) | {str(doc["max_length"]): found}
 
 
 def mean(values):
@@ -46,18 +46,12 @@ doc_to_target: "{{outputs}}"
 gen_prefix: "{{gen_prefix}}"
 target_delimiter: " "
 process_results: !function utils.process_results
-metric_list:
-  - metric: "128"
-    aggregation: !function utils.mean
-    higher_is_better: true
-  - metric: "256"
-    aggregation: !function utils.mean
-    higher_is_better: true
 generation_kwargs:
   do_sample: false
   temperature: 0.0
   max_gen_toks: 12
   until: []
+metric_list:
 """,
     "write": """
 output_type: generate_until
@@ -85,14 +79,25 @@ filter_list:
 }
 
 
-def write_tasks(path: Path, documents: dict[str, list[dict]]) -> str:
+# Of the needle, for each length.
+METRIC = """
+  - metric: "{}"
+    aggregation: !function utils.mean
+    higher_is_better: true
+"""
+
+
+def write_tasks(
+    path: Path, documents: dict[str, list[dict]], lengths: tuple[int, ...] = (128, 256)
+) -> str:
     """Writes tasks, their documents beside them; returns the directory.
 
     Args:
       documents: of each task, of which the first four are also examples.
+      lengths: of the needle's documents.
     """
     path.mkdir(exist_ok=True, parents=True)
-    (path / "utils.py").write_text(UTILS)
+    (path / "utils.py").write_text(f"LENGTHS = {list(map(str, lengths))}\n{UTILS}")
     for name, docs in documents.items():
         for split, some in (("train", docs[:4]), ("test", docs)):
             lines = "".join(json.dumps(one) + "\n" for one in some)
@@ -102,7 +107,8 @@ def write_tasks(path: Path, documents: dict[str, list[dict]]) -> str:
         head += f"  cache_dir: {path / 'cache'}\n  data_files:\n"
         head += "".join(f"    {split}: {file}\n" for split, file in files.items())
         head += "training_split: train\ntest_split: test\n"
-        (path / f"{name}.yaml").write_text(head + YAML[name].lstrip("\n"))
+        tail = "".join(METRIC.format(x).lstrip("\n") for x in lengths) if name == "needle" else ""
+        (path / f"{name}.yaml").write_text(head + YAML[name].lstrip("\n") + tail)
     return str(path)
 
 
