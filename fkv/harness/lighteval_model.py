@@ -189,7 +189,7 @@ class EvictedModel(LightevalModel):
             outputs.append(choices)
         return self._read(docs, asked, inputs, outputs)
 
-    @cached(SamplingMethod.PERPLEXITY)
+    # Not cached: lighteval (0.13) drops what it has cached of this kind, and the task with it.
     def loglikelihood_rolling(self, docs: list[Doc]) -> list[ModelResponse]:
         """The log-probability of each whole text, in windows of the model's length."""
         first, most = prompts.prefix(self._model), self.max_length
