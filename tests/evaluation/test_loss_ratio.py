@@ -396,7 +396,7 @@ def test_loss_ratios_are_drawn(several, tmp_path, monkeypatch):
     drawn, errorbar = [], Axes.errorbar
 
     def spy(axis, x, y, yerr, label, **style):
-        drawn.append((axis.get_subplotspec().colspan.start, label, x, y, yerr))
+        drawn.append((axis.get_subplotspec().num1, label, x, y, yerr))
         return errorbar(axis, x, y, yerr=yerr, label=label, **style)
 
     monkeypatch.setattr(Axes, "errorbar", spy)
@@ -406,7 +406,7 @@ def test_loss_ratios_are_drawn(several, tmp_path, monkeypatch):
     picture = image.imread(path)
     assert min(picture.shape[:2]) > 300 and len(np.unique(picture)) > 10
 
-    # A line for every policy but the full cache in each panel; added nats in the middle one.
+    # A line for every policy but the full cache in each panel; added nats in the second one.
     assert len(drawn) == 6
     by_name = {(r.policy, r.budget): r for r in several}
     for panel, name, x, y, yerr in drawn:
