@@ -26,7 +26,7 @@ class Content(pickle.Pickler):
         return copyreg.__newobj__, (type(value),), state
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="package", autouse=True)  # other tests look at how files are written
 def pictures_are_drawn_once(tmp_path_factory):
     """A figure that is saved again is a copy."""
     kept, draw = tmp_path_factory.mktemp("pictures"), drawing.save
