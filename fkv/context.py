@@ -123,7 +123,8 @@ class Context:
         if not mark or _QUESTION in after:
             raise UserError(
                 f"the chat template of model {model.name} has no place for a question after the "
-                f"text, or one of these holds {_QUESTION!r}: set chat = False, or leave it out"
+                f"text, or the text or the question contains {_QUESTION!r}: set chat = False, or "
+                "leave that out"
             )
         return before, after
 

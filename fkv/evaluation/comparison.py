@@ -221,6 +221,6 @@ def check_questions(
     known = set(theirs[name])
     if new := [i for i, one in zip(ids, inputs[name], strict=True) if one not in known]:
         raise UserError(
-            f"evaluate.compare: {other.path} has other questions: its problem {new[0]!r} is "
-            "another one"
+            f"evaluate.compare: {other.path} has other questions: its problem {new[0]!r} is a "
+            "different one"
         )

@@ -397,8 +397,8 @@ def test_either_form_of_a_model_gives_the_same_tokens():
 # A cache that outweighs all else.
 WIDE = Cadence(2048, 16)
 ONE_KV_HEAD = pytest.mark.xfail(
-    jax.__version_info__ >= (0, 11),
-    reason="later XLA copies the caches of one KV head and several rows once in L steps",
+    jax.__version_info__ >= (0, 12),
+    reason="its XLA copies the caches of one KV head and several rows once in L steps",
 )
 
 

@@ -632,7 +632,9 @@ def test_another_evaluation_is_compared_with(finished, scorer_dir, tmp_path, cap
     record = json.loads((path / "provenance.json").read_text())
     record["evaluate.benchmark: questions"][3] = "another"
     (path / "provenance.json").write_text(json.dumps(record))
-    with pytest.raises(UserError, match="int8 has other questions: its problem '3' is another"):
+    with pytest.raises(
+        UserError, match="int8 has other questions: its problem '3' is a different one"
+    ):
         evaluate.check(recipe(scorer_dir, **more), str(tmp_path / "new"))
     more["evaluate__chat"] = not recipe(scorer_dir).evaluate.chat  # prompts are made otherwise
     evaluate.check(recipe(scorer_dir, **more), str(tmp_path / "new"))
