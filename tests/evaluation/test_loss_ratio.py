@@ -401,7 +401,8 @@ def test_loss_ratios_are_drawn(several, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Axes, "errorbar", spy)
     path = tmp_path / "ratios.png"
-    plots.loss_ratios(several[::-1], path, "a title")  # budgets come in any order
+    figure = plots.loss_ratios(several[::-1], path, "a title")  # budgets come in any order
+    assert [axis.get_visible() for axis in figure.axes] == [True] * 3 + [False]  # two by two
     assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     picture = image.imread(path)
     assert min(picture.shape[:2]) > 300 and len(np.unique(picture)) > 10
