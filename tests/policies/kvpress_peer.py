@@ -3,7 +3,7 @@
 Runs in an environment of its own, started by path; it imports nothing of fkv or its tests. Writes
 an npz: the ids; of each layer the rotated keys and the values [k, t, d], and the queries before
 their rotation [h, t, d]; and of each press the positions that it keeps, [y, k, ...] as a mask
-over t. The model is saved beside it.
+over t. The model and the surrogates of KVzap are saved beside it.
 """
 
 import contextlib
@@ -15,18 +15,36 @@ import numpy as np
 import torch
 from kvpress import (
     AdaKVPress,
+    DMSPress,
     ExpectedAttentionPress,
     KeyDiffPress,
     KnormPress,
+    KVzapPress,
     LagKVPress,
     PyramidKVPress,
     SnapKVPress,
 )
+from kvpress.presses.kvzap_press import KVzapConfig, KVzapModel
 from kvpress.utils import get_prerope_query_states
 from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 
 
-def main(path: str, tokens: int, kept: int) -> None:
+def kvzap(form: str, folder: Path, ratio: float = 0.0) -> KVzapPress:
+    """A press with random surrogates, saved and loaded by their own class."""
+    hidden = 6 if form == "mlp" else None
+    sizes = KVzapConfig(input_dim=32, output_dim=2, hidden_dim=hidden, n_modules=3)
+    if not folder.exists():
+        model = KVzapModel(sizes)
+        for x in model.parameters():
+            torch.nn.init.normal_(x, std=0.5)
+        model.save_pretrained(folder)
+    press = KVzapPress(ratio, model_type=form)
+    press.kvzap_model = KVzapModel.from_pretrained(folder)
+    press.kvzap_model_name = f"nvidia/KVzap-{form}-"  # so that it loads none by name
+    return press
+
+
+def main(path: str, tokens: int, kept: int, threshold: float, window: int) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     config = Qwen3Config(
@@ -73,6 +91,16 @@ def main(path: str, tokens: int, kept: int) -> None:
         "ada(knorm)": AdaKVPress(KnormPress(ratio), alpha_safeguard=0.6),
         "pyramid": PyramidKVPress(1 - kept / tokens, window_size=2, kernel_size=5, beta=10),
     }
+    folders = {form: Path(path).with_name(f"kvzap_{form}") for form in ("linear", "mlp")}
+    for form, folder in folders.items():
+        presses[f"kvzap {form}"] = kvzap(form, folder, ratio)
+        press = DMSPress(kvzap(form, folder), threshold=threshold, sliding_window_size=window)
+        prefill(press)
+        masks = np.ones((3, 2, tokens), bool)
+        for layer, mask in zip(model.model.layers, masks, strict=True):
+            _, head, at = layer.self_attn.masked_key_indices
+            mask[head.numpy(), at.numpy()] = False
+        found[f"kept threshold(kvzap {form})"] = masks
     for name, press in presses.items():
         masks = np.zeros((3, 2, tokens), bool)
 
@@ -95,4 +123,4 @@ def main(path: str, tokens: int, kept: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], *map(int, sys.argv[2:4]), float(sys.argv[4]), int(sys.argv[5]))

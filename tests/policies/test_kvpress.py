@@ -3,6 +3,7 @@
 Needs the Python of an environment with kvpress 0.5.5 in FKV_KVPRESS: `pip install kvpress==0.5.5`.
 """
 
+import dataclasses
 import functools
 import os
 import subprocess
@@ -21,6 +22,7 @@ from fkv.models import ModelConfig, rotate
 
 PYTHON = os.environ.get("FKV_KVPRESS", "")
 TOKENS, KEPT, SINKS, LAG = 84, 40, 4, 8
+THRESHOLD, WINDOW = 0.25, 8
 CONFIG = ModelConfig("qwen3", 211, 32, 3, 4, 2, 8, 24, rope_theta=1e4, qk_norm=True)
 
 pytestmark = pytest.mark.skipif(
@@ -32,10 +34,12 @@ pytestmark = pytest.mark.skipif(
 def theirs(tmp_path_factory):
     path = tmp_path_factory.mktemp("kvpress") / "kept.npz"
     script = Path(__file__).with_name("kvpress_peer.py")
-    command = [PYTHON, "-P", str(script), str(path), str(TOKENS), str(KEPT)]
+    command = [PYTHON, "-P", script, path, TOKENS, KEPT, THRESHOLD, WINDOW]
+    command = [str(x) for x in command]
     subprocess.run(command, check=True, timeout=500)
     model = fkv.load(path.with_name("model"))
-    return dict(np.load(path)) | {"model": model}
+    zap = {form: fkv.load_scorer(path.with_name(f"kvzap_{form}")) for form in ("linear", "mlp")}
+    return dict(np.load(path)) | {"model": model, "kvzap": zap}
 
 
 def view_of(theirs, layer, first=0):
@@ -59,7 +63,8 @@ def free(policy):
         def protected(self, view):
             return 0
 
-    return Free(**{f: getattr(policy, f) for f in policy.__dataclass_fields__ if f != "kind"})
+    names = (field.name for field in dataclasses.fields(policy) if field.init)
+    return Free(**{name: getattr(policy, name) for name in names})
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -135,3 +140,26 @@ def test_contexts_evicted_at_their_end_keep_what_presses_keep(theirs, name, ours
         for head, kept in enumerate(heads):
             want = np.flatnonzero(theirs[f"kept {name}"][layer, head])
             np.testing.assert_array_equal(kept, want, err_msg=f"{layer}, {head}")
+
+
+@pytest.mark.parametrize("form", ["linear", "mlp"])
+def test_surrogates_of_kvzap_keep_the_same(theirs, form):
+    """Saved by their `KVzapModel`: by compression ratio, and what passes a threshold."""
+    zap = theirs["kvzap"][form]
+    assert ("w2" in zap.params) == (form == "mlp")
+    by_ratio = fkv.Context(
+        theirs["model"], theirs["ids"], zap, budget=KEPT, interval=LAG, when="end", newest=0
+    )
+    passing = policies.Threshold(zap, at=THRESHOLD)
+    most = TOKENS - TOKENS % LAG  # more than pass
+    by_threshold = fkv.Context(
+        theirs["model"], theirs["ids"], passing, most, LAG, when="end", newest=WINDOW
+    )
+    counts = set()
+    for layer, head in np.ndindex(CONFIG.layers, CONFIG.kv_heads):
+        want = np.flatnonzero(theirs[f"kept kvzap {form}"][layer, head])
+        np.testing.assert_array_equal(by_ratio.positions[layer][head], want)
+        want = np.flatnonzero(theirs[f"kept threshold(kvzap {form})"][layer, head])
+        np.testing.assert_array_equal(by_threshold.positions[layer][head], want)
+        counts.add(len(want))
+    assert len(counts) > 1 and max(counts) < most
