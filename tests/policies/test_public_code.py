@@ -7,6 +7,8 @@ it runs there, on a CPU, on random weights. Environment variables name both:
 |---|---|
 | FKV_TRIMKV | a clone of github.com/ngocbh/trimkv |
 | FKV_TRIMKV_PYTHON | a Python with torch and transformers 4.57 |
+| FKV_TRIATTENTION | a clone of github.com/WeianMao/triattention |
+| FKV_KVPRESS | a Python with torch and transformers 5.2, as of kvpress 0.5.5 |
 """
 
 import functools
@@ -22,7 +24,7 @@ import pytest
 import fkv
 from fkv import policies
 from fkv.cache.cadence import Cadence
-from fkv.engine import replay
+from fkv.engine import calibration, replay
 from fkv.engine.batch import Batch
 
 TOKENS, BUDGET, INTERVAL = 64, 16, 8
@@ -37,35 +39,36 @@ def run(script, variable, python, folder, *arguments):
     path = folder / "kept.npz"
     script = Path(__file__).with_name(script)
     command = [os.environ[python], "-P", script, os.environ[variable], path, *arguments]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    subprocess.run([str(x) for x in command], check=True, timeout=500, env=environment)
+    quiet = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    subprocess.run(map(str, command), check=True, timeout=500, env=os.environ | quiet)
     return dict(np.load(path))
 
 
 @functools.partial(jax.jit, static_argnums=3)
 def observed(lm, batch, policy, cadence):
     def observe(acc, policy, view, slots):
-        return acc, (view.cache.position_bks, slots, view.cache.entry.get("arrived"))
+        return acc, (view.cache.position_bks, slots, policy.score(view), view.cache.entry)
 
     return replay.replay(lm, batch, policy, cadence, None, observe)[2]
 
 
 def replayed(model, ids, policy, cadence, prompt=0):
-    """Of every layer, eviction and head: what is held before it and freed, and what arrived."""
+    """Of every layer and eviction: what is held before it [k, s], freed, scored, and arrived."""
     batch = Batch.of(np.asarray(ids)[None], np.array([len(ids)]), np.array([prompt]))
     found = jax.device_get(observed(model.lm, batch, policy, cadence))
     return jax.tree.map(lambda x: x[:, :, 0], found)
 
 
-def assert_kept_while_decoding(theirs, model, ids, policy, cadence=None, prompt=0):
+def assert_kept_while_decoding(theirs, model, ids, policy, prompt=0):
     """Positions that stay after every eviction, [e, y, k, B], which all later ones rest on."""
-    position, slots, _ = replayed(model, ids, policy, cadence or Cadence(BUDGET, INTERVAL), prompt)
+    position, slots, *rest = replayed(model, ids, policy, Cadence(BUDGET, INTERVAL), prompt)
     evictions = position.shape[1]
     assert evictions > 3 and evictions <= len(theirs)
     for event, layer, head in np.ndindex(evictions, LAYERS, KV_HEADS):
         at = layer, event, head
         kept = np.sort(np.delete(position[at], slots[at]))
         np.testing.assert_array_equal(kept, np.sort(theirs[event, layer, head]), err_msg=str(at))
+    return position, *rest
 
 
 def kept_at_end(model, ids, policy, budget=BUDGET, newest=0):
@@ -91,9 +94,9 @@ WAYS = {"alpha": {}, "knorm_alpha": {"knorm": True}, "window": {"window": 3}}
 def test_gates_of_trimkv_retain_as_much(trimkv, form):
     model, ids, gates = (trimkv[name] for name in ("model", "ids", "gates"))
     more = np.pad(ids, (0, INTERVAL))
-    *_, arrived = replayed(model, more, gates[form], Cadence(TOKENS - INTERVAL, INTERVAL))
+    *_, entry = replayed(model, more, gates[form], Cadence(TOKENS - INTERVAL, INTERVAL))
     want = trimkv[f"retention {form}"]
-    np.testing.assert_allclose(arrived["log_beta"][:, 0], want, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(entry["arrived"]["log_beta"][:, 0], want, rtol=1e-4, atol=1e-6)
 
 
 @FORMS
@@ -128,3 +131,41 @@ def test_heads_of_trimkv_keep_as_many(trimkv, form, way):
         np.testing.assert_array_equal(kept[layer][head], want)
         counts.add(len(want))
     assert len(counts) > 3
+
+
+@pytest.fixture(scope="module")
+def triattention(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("triattention")
+    sizes = TOKENS, BUDGET, INTERVAL
+    found = run("triattention_peer.py", "FKV_TRIATTENTION", "FKV_KVPRESS", folder, *sizes)
+    names = "base", "yarn", "plain"
+    found |= {name: fkv.load(folder / name, separate=False) for name in names}
+    return found | {x: fkv.load_scorer(folder / f"{x}.pt") for x in ("statistics", "calibrated")}
+
+
+@pytest.mark.parametrize("way", ["near", "far", "prompt", "yarn"])
+def test_triattention_keeps_the_same_while_decoding(triattention, way):
+    """The whole way, by heads that prune for themselves: `per_layer_perhead_pruning`."""
+    theirs, policy = triattention, triattention["statistics"]
+    policy = policy if way == "far" else policy.replace(reach=100)
+    policy = policies.Prompt(policy, tokens=INTERVAL) if way == "prompt" else policy
+    model, kept = theirs["yarn" if way == "yarn" else "base"], theirs[f"kept {way}"]
+    position, score, _ = assert_kept_while_decoding(kept, model, theirs["ids"], policy, INTERVAL)
+    for layer, event, head in np.ndindex(*position.shape[:3]):
+        scored = theirs[f"scored {way}"][event, layer, head]
+        x = theirs[f"scores {way}"][event, layer].reshape(KV_HEADS, -1, len(scored))[head]
+        want = ((x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True)).max(0)
+        at = position[layer, event, head]
+        place = [np.flatnonzero(at == p).item() for p in scored]
+        atol = 2e-3 if way == "far" else 1e-4  # their phases are float32, of 2^16 radians
+        np.testing.assert_allclose(score[layer, event, head][place], want, rtol=0, atol=atol)
+
+
+def test_queries_are_calibrated_as_triattention_does(triattention):
+    """On a model without a norm of queries, which their script leaves out."""
+    ids, model = triattention["ids"][None], triattention["plain"]
+    found = calibration.query_statistics(model.lm, Batch.of(ids, np.array([TOKENS])))
+    want = triattention["calibrated"].params
+    assert found.keys() == want.keys()
+    for name, x in want.items():
+        np.testing.assert_allclose(found[name], x, rtol=1e-4, atol=1e-5, err_msg=name)
