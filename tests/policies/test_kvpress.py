@@ -3,7 +3,6 @@
 Needs the Python of an environment with kvpress 0.5.5 in FKV_KVPRESS: `pip install kvpress==0.5.5`.
 """
 
-import dataclasses
 import functools
 import os
 import subprocess
@@ -18,6 +17,7 @@ import fkv
 from fkv import policies
 from fkv.cache import slots as kv
 from fkv.cache.cadence import Cadence
+from fkv.engine.compressed import Newest
 from fkv.models import ModelConfig, rotate
 
 PYTHON = os.environ.get("FKV_KVPRESS", "")
@@ -58,13 +58,7 @@ def view_of(theirs, layer, first=0):
 
 def free(policy):
     """A policy without protection of the newest, as presses are."""
-
-    class Free(type(policy)):
-        def protected(self, view):
-            return 0
-
-    names = (field.name for field in dataclasses.fields(policy) if field.init)
-    return Free(**{name: getattr(policy, name) for name in names})
+    return Newest(policy, 0)
 
 
 @functools.partial(jax.jit, static_argnums=0)

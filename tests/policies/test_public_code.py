@@ -8,6 +8,7 @@ it runs there, on a CPU, on random weights. Environment variables name both:
 | FKV_TRIMKV | a clone of github.com/ngocbh/trimkv |
 | FKV_TRIMKV_PYTHON | a Python with torch and transformers 4.57 |
 | FKV_TRIATTENTION | a clone of github.com/WeianMao/triattention |
+| FKV_VASE | a clone of github.com/terarachang/VaSE |
 | FKV_KVPRESS | a Python with torch and transformers 5.2, as of kvpress 0.5.5 |
 """
 
@@ -18,14 +19,17 @@ import subprocess
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import fkv
 from fkv import policies
+from fkv.cache import slots as kv
 from fkv.cache.cadence import Cadence
 from fkv.engine import calibration, replay
 from fkv.engine.batch import Batch
+from fkv.models import ModelConfig
 
 TOKENS, BUDGET, INTERVAL = 64, 16, 8
 LAYERS, KV_HEADS = 3, 2
@@ -169,3 +173,72 @@ def test_queries_are_calibrated_as_triattention_does(triattention):
     assert found.keys() == want.keys()
     for name, x in want.items():
         np.testing.assert_allclose(found[name], x, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+VASE = Cadence(32, INTERVAL)
+LARGE = 10
+
+
+@pytest.fixture(scope="module")
+def vase(tmp_path_factory):
+    sizes = 80, VASE.budget, VASE.interval, LARGE
+    return run("vase_peer.py", "FKV_VASE", "FKV_KVPRESS", tmp_path_factory.mktemp("vase"), *sizes)
+
+
+def views_of(theirs, mode):
+    """Every eviction of every layer, on the keys, values and queries of their cache then."""
+    config = ModelConfig("qwen3", 211, 32, 3, 4, 2, 8, 24, rope_theta=1e4, qk_norm=True)
+    evictions, layers = theirs[f"key {mode}"].shape[:2]
+    assert evictions == 6
+    for event, layer in np.ndindex(evictions, layers):
+        of = {name: theirs[f"{name} {mode}"][event, layer][None] for name in STATE}
+        position = of["position"].astype(np.int32)
+        newest = position[:, 0, -VASE.interval :]
+        held = VASE.slots + event * VASE.interval  # so many tokens have come
+        np.testing.assert_array_equal(newest[0], np.arange(held - VASE.interval, held))
+        cache = kv.Cache(*map(jnp.asarray, (of["key"], of["value"], position)))
+        query, key = np.moveaxis(of["query"], 1, 2), jax.random.split(jax.random.key(0), 1)
+        index = jnp.int32(VASE.fill_chunks + event)
+        layer_of = jnp.int32(layer)
+        view = policies.View(
+            cache, query, newest, index, key, None, VASE, layer_of, config, jnp.zeros(1, jnp.int32)
+        )
+        yield view, (event, layer), of["kept"][0]
+
+
+STATE = "key", "value", "position", "query", "kept"
+
+
+def kept_of(policy, view):
+    """Positions in ascending order, [k, B]."""
+    slots, position = policy.evict(view)[0], np.asarray(view.cache.position_bks[0])
+    return np.stack([np.sort(np.delete(*x)) for x in zip(position, slots, strict=True)])
+
+
+@pytest.mark.parametrize("mode", ["sample", "smooth"])
+def test_vase_draws_the_same(vase, mode, monkeypatch):
+    """Weights of the draw; and with the same random numbers, the same positions."""
+    kernel = 5 if mode == "smooth" else 1
+    policy = policies.get(f"vase:large={LARGE / VASE.budget},kernel={kernel}")
+    for view, at, kept in views_of(vase, mode):
+        if kernel > 1 and at[0]:  # from then on they pool over slots in no order
+            continue
+        weights, noise = (vase[f"{x} {mode}"][at] for x in ("weights", "noise"))
+        number = weights.shape[-1]
+        monkeypatch.setattr(jax.random, "gumbel", lambda key, shape: jnp.zeros(shape))
+        score = np.asarray(policy.score(view))[0, :, :number]
+        large = score > 1e5
+        np.testing.assert_array_equal(large, weights == 0)  # theirs are not drawn
+        np.testing.assert_array_equal(large.sum(-1), LARGE)
+        np.testing.assert_allclose(np.exp(score[~large]), weights[~large], rtol=1e-4)
+        gumbel = np.pad(-np.log(noise), ((0, 0), (0, VASE.interval)))
+        monkeypatch.setattr(jax.random, "gumbel", lambda key, shape, x=gumbel: jnp.asarray(x))
+        np.testing.assert_array_equal(kept_of(policy, view), np.sort(kept), err_msg=str(at))
+
+
+def test_vase_projects_the_same(vase, monkeypatch):
+    policy = policies.get("vase_dkv")
+    for view, at, kept in views_of(vase, "projected"):
+        draw = vase["projection projected"][at] * policy.rank**0.5
+        monkeypatch.setattr(jax.random, "normal", lambda key, shape, x=draw: jnp.asarray(x))
+        np.testing.assert_array_equal(kept_of(policy, view), np.sort(kept), err_msg=str(at))
