@@ -67,9 +67,7 @@ def calibrate(clone: str, model: Path, ids: torch.Tensor, output: Path) -> None:
     script.AutoTokenizer = types.SimpleNamespace(from_pretrained=lambda *_, **__: tokenizer)
     text = output.with_name("text.txt")
     text.write_text("the ids stand for it")
-    script.calibrate(
-        str(model), str(text), str(output), device="cpu", attn_implementation="sdpa"
-    )
+    script.calibrate(str(model), str(text), str(output), device="cpu", attn_implementation="sdpa")
 
 
 def write_statistics(path: Path, pruning) -> None:
@@ -81,6 +79,29 @@ def write_statistics(path: Path, pruning) -> None:
         stats[place] = pruning.HeadFrequencyStats(mean, norm)
     metadata = {"head_dim": DIM, "rope_style": "half"}
     pruning.save_head_frequency_stats(path, places, stats, metadata)
+
+
+def record(pruner) -> list[dict[str, np.ndarray]]:
+    """What query heads score in every round to come, and which positions."""
+    rounds, layers = [], []
+    inner, choose = pruner._compute_layer_head_scores, pruner._select_per_layer_perhead_independent
+
+    def score(key, at, layer, start_index=0, positions_per_kv_head=None):
+        out = inner(key, at, layer, start_index, positions_per_kv_head)
+        heads = positions_per_kv_head or [at] * KV_HEADS
+        layers.append((out.numpy(), np.stack([x.numpy() for x in heads])))
+        return out
+
+    def select(*rest):
+        layers.clear()  # of a first scoring that selects nothing
+        out = choose(*rest)
+        scores, scored = map(np.stack, zip(*layers, strict=True))
+        rounds.append({"scores": scores, "scored": scored})
+        return out
+
+    pruner._compute_layer_head_scores = score
+    pruner._select_per_layer_perhead_independent = select
+    return rounds
 
 
 @torch.inference_mode()
@@ -109,35 +130,18 @@ def main(clone: str, path: str, tokens: int, budget: int, interval: int) -> None
             **{"allow_prefill_compression": True} | way,
         )  # fmt: skip
         pruner = model._triattention_compressor
-        scores, scored, kept = [], [], []
-        inner = pruner._compute_layer_head_scores
-
-        def score(key, at, layer, start_index=0, positions_per_kv_head=None, inner=inner):
-            out = inner(key, at, layer, start_index, positions_per_kv_head)
-            scores.append(out.numpy())
-            heads = positions_per_kv_head or [at] * KV_HEADS
-            scored.append(np.stack([x.numpy() for x in heads]))
-            return out
-
-        def select(*rest, inner=pruner._select_per_layer_perhead_independent):
-            scores.clear(), scored.clear()  # of a first scoring that selects nothing
-            out = inner(*rest)
-            kept.append({"scores": np.stack(scores), "scored": np.stack(scored)})
-            return out
-
-        pruner._compute_layer_head_scores = score
-        pruner._select_per_layer_perhead_independent = select
+        rounds = record(pruner)
         cache = None
         for piece in torch.split(ids, [interval] + [1] * (tokens - interval), dim=1):
-            rounds = len(kept)
+            before = len(rounds)
             cache = model(piece, past_key_values=cache, use_cache=True).past_key_values
-            if len(kept) > rounds:
+            if len(rounds) > before:
                 at = pruner.cache_positions_per_layer_perhead
-                kept[-1]["kept"] = np.array(
+                rounds[-1]["kept"] = np.array(
                     [[at[layer, head] for head in range(KV_HEADS)] for layer in range(LAYERS)]
                 )
         for what in ("kept", "scores", "scored"):
-            found[f"{what} {name}"] = np.stack([one[what] for one in kept])
+            found[f"{what} {name}"] = np.stack([one[what] for one in rounds])
     np.savez(path, **found)
 
 

@@ -44,7 +44,8 @@ def attend(query, k_cache, v_cache, k, v, cache_seqlens, causal, softmax_scale, 
 class Recorder:
     """PyTorch, with what was drawn last."""
 
-    drawn: dict = {}
+    def __init__(self):
+        self.drawn = {}
 
     def __getattr__(self, name):
         return getattr(torch, name)
@@ -115,7 +116,9 @@ def main(clone: str, path: str, tokens: int, budget: int, interval: int, large: 
                 one = {"key": key, "value": value, "position": position}
                 one |= {"query": getattr(layer, "queries", torch.zeros(1, 4, interval, 8))[0]}
                 one |= {"kept": np.take_along_axis(position, slot, axis=1)} | recorder.drawn
-                evictions.append({what: torch.as_tensor(x).clone().numpy() for what, x in one.items()})
+                evictions.append(
+                    {what: torch.as_tensor(x).clone().numpy() for what, x in one.items()}
+                )
 
             layer._run_eviction = evict
         for piece in torch.split(ids, [interval] + [1] * (tokens - interval), dim=1):
