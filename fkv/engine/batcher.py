@@ -21,6 +21,7 @@ from fkv import kinds, models
 from fkv.cache.cadence import Cadence
 from fkv.engine import reading, replay, steps
 from fkv.engine.compressed import Compressed, widened
+from fkv.engine.memory_maps import make_room
 from fkv.engine.replay import Site
 from fkv.engine.requests import STOPS, Event, Kept, Request, check, cut, piece_of, together
 from fkv.engine.sampling import Sampling, Samplings
@@ -146,6 +147,7 @@ class Batcher:
         if top is not None:
             kinds.check("top", top, kinds.whole(0, lm.config.vocab_size))
         replay.check(policy, lm.config, cadence, rows)
+        make_room()
         interval = cadence.interval
         self._lm, self._policy = models.separate(lm, consume=False), policy
         self._cadence, self._length, self._top = cadence, length, top

@@ -19,6 +19,7 @@ from fkv.cache import slots as kv
 from fkv.cache.cadence import Cadence
 from fkv.engine import reading, replay
 from fkv.engine.batch import rounded
+from fkv.engine.memory_maps import make_room
 from fkv.engine.requests import cut, piece_of
 from fkv.engine.state import Chunk, Site
 from fkv.errors import UserError
@@ -112,6 +113,7 @@ def compress(
       UserError: the policy doesn't fit the model, or the budget holds the whole text.
     """
     replay.check(policy, lm.config, cadence, 1)
+    make_room()
     tokens = np.asarray(tokens, np.int32)
     site = Site(lm.config, cadence, 0, key[None], np.array([len(tokens)], np.int32))
     if not policy.evicts:

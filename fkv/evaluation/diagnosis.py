@@ -14,6 +14,7 @@ from fkv.cache import attention
 from fkv.cache.cadence import Cadence
 from fkv.engine import replay
 from fkv.engine.batch import Batch
+from fkv.engine.memory_maps import make_room
 from fkv.evaluation import tables
 from fkv.evaluation.loss_ratio import Losses, OneOf, shares
 from fkv.learning import golden
@@ -53,6 +54,7 @@ def retention(
     for policy in policies.values():
         replay.check(policy, lm.config, cadence, rows=1)
 
+    make_room()
     forced, _, _ = jax.jit(golden.policy, static_argnums=2)(lm, trace, cadence)
     # Most policies share one program.
     evicting = {"golden": forced, **{name: p for name, p in policies.items() if p.evicts}}

@@ -20,6 +20,7 @@ from fkv import kinds
 from fkv.cache.cadence import Cadence
 from fkv.engine import beginnings, replay
 from fkv.engine.batch import Batch
+from fkv.engine.memory_maps import make_room
 from fkv.learning import golden
 from fkv.learning.tokens import TokenLosses, low_entropy, token_losses
 from fkv.models import LM
@@ -220,6 +221,7 @@ def measure(
         def put(table, found, wanted=wanted, width=width):
             table[wanted, first - 1 : width - 1] = np.asarray(found)[: len(wanted)]
 
+        make_room()
         full, gold, recall, regret, begun = _run_golden(lm, several, part, key_b, cadence)
         put(nll["full"], full.nll_bt)
         put(nll["golden"], gold.nll_bt)
@@ -230,6 +232,7 @@ def measure(
             one = one_of(several, i, config.layers)
             put(nll[name], _run_from(lm, begun, one, part, key_b))
         for name, policy in apart.items():
+            make_room()
             put(nll[name], _run(lm, policy, part, key_b, cadence))
 
     found = [*nll.values(), entropy, recalls, regrets]

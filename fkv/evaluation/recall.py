@@ -20,6 +20,7 @@ from fkv.cache.cadence import Cadence
 from fkv.data.lookups import Context, Lookup
 from fkv.engine import beginnings, replay
 from fkv.engine.batch import Batch
+from fkv.engine.memory_maps import make_room
 from fkv.evaluation import loss_ratio
 from fkv.keys import Purpose, key_of
 from fkv.learning import golden
@@ -127,6 +128,7 @@ def agree(
 
 def _begun(lm, named, rows, cadence, wanted):
     """(name, policy, its beginning) of the wanted ones; most share one (`loss_ratio.shares`)."""
+    make_room()
     together = {name: p for name, p in named.items() if loss_ratio.shares(p, cadence)}
     several, shared = tuple(together.values()), None
     for i, name in enumerate(together):
@@ -137,6 +139,7 @@ def _begun(lm, named, rows, cadence, wanted):
         yield name, one, shared
     for name, policy in named.items():
         if name in wanted and name not in together:
+            make_room()
             yield name, policy, _begin(lm, rows, policy, cadence)
 
 

@@ -17,6 +17,7 @@ from fkv.cache import attention
 from fkv.cache.cadence import Cadence
 from fkv.engine import replay
 from fkv.engine.batch import Batch
+from fkv.engine.memory_maps import make_room
 from fkv.evaluation.loss_ratio import one_of, shares
 from fkv.learning import golden
 from fkv.models import LM
@@ -39,6 +40,7 @@ def retained(
       `B + L` give to entries in the full cache, the sum over those that the policy still holds,
       mean over these tokens and the query heads of a group. NaN for traces without such tokens.
     """
+    make_room()
     forced, _, _ = _golden(lm, batch, cadence)
     evicting = {"golden": forced, **{name: p for name, p in policies.items() if p.evicts}}
     together = [name for name, policy in evicting.items() if shares(policy, cadence)]

@@ -18,6 +18,7 @@ from fkv import kinds, models, policies
 from fkv.cache.cadence import Cadence
 from fkv.engine import replay
 from fkv.engine.batch import Batch, rounded
+from fkv.engine.memory_maps import make_room
 from fkv.engine.replay import Site
 from fkv.errors import UserError
 from fkv.keys import Purpose, key_of
@@ -82,6 +83,7 @@ def score(
     """
     kinds.check("rows", rows, kinds.whole(1))
     replay.check(policy, lm.config, cadence)
+    make_room()
     _check(sequences, prompts, lm.config.vocab_size)
     if keys is None:
         keys = replay.row_keys(key_of(0, Purpose.REPLAY), len(sequences))
