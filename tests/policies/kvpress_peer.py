@@ -1,7 +1,7 @@
 """What presses of kvpress keep of a prefill by a random model, for `test_kvpress.py`.
 
-Runs in an environment of its own, started by path; it imports nothing of fkv or its tests. Writes
-an npz: the ids; of each layer the rotated keys and the values [k, t, d], and the queries before
+Runs in an environment of its own, started by path; it imports nothing of fkv. Writes an
+npz: the ids; of each layer the rotated keys and the values [k, t, d], and the queries before
 their rotation [h, t, d]; and of each press the positions that it keeps, [y, k, ...] as a mask
 over t. The model and the surrogates of KVzap are saved beside it.
 """
@@ -26,6 +26,7 @@ from kvpress import (
 )
 from kvpress.presses.kvzap_press import KVzapConfig, KVzapModel
 from kvpress.utils import get_prerope_query_states
+from peer_models import randomise
 from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 
 
@@ -52,12 +53,7 @@ def main(path: str, tokens: int, kept: int, threshold: float, window: int) -> No
         num_attention_heads=4, num_key_value_heads=2, head_dim=8, rope_theta=1e4,
         attn_implementation="sdpa",
     )  # fmt: skip
-    model = Qwen3ForCausalLM(config).eval()
-    for name, x in model.named_parameters():
-        if name.endswith(("q_norm.weight", "k_norm.weight")):
-            torch.nn.init.uniform_(x, 1.0, 3.0)  # attention that is not uniform
-        elif "embed" in name or "proj" in name:
-            torch.nn.init.normal_(x, std=0.3)
+    model = randomise(Qwen3ForCausalLM(config))
     ids = torch.randint(211, (1, tokens))
     model.save_pretrained(Path(path).with_name("model"))
 

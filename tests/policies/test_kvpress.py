@@ -34,7 +34,7 @@ pytestmark = pytest.mark.skipif(
 def theirs(tmp_path_factory):
     path = tmp_path_factory.mktemp("kvpress") / "kept.npz"
     script = Path(__file__).with_name("kvpress_peer.py")
-    command = [PYTHON, "-P", script, path, TOKENS, KEPT, THRESHOLD, WINDOW]
+    command = [PYTHON, script, path, TOKENS, KEPT, THRESHOLD, WINDOW]
     command = [str(x) for x in command]
     subprocess.run(command, check=True, timeout=500)
     model = fkv.load(path.with_name("model"))

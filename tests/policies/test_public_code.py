@@ -42,7 +42,7 @@ def run(script, variable, python, folder, *arguments):
             pytest.skip(f"{name} is not set")
     path = folder / "kept.npz"
     script = Path(__file__).with_name(script)
-    command = [os.environ[python], "-P", script, os.environ[variable], path, *arguments]
+    command = [os.environ[python], script, os.environ[variable], path, *arguments]
     quiet = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     subprocess.run(map(str, command), check=True, timeout=500, env=os.environ | quiet)
     return dict(np.load(path))

@@ -1,7 +1,7 @@
 """What TriAttention's public code keeps of random tokens, for `test_public_code.py`.
 
 Runs in an environment of its own (transformers 5.2), started by path, on a clone of
-github.com/WeianMao/triattention; it imports nothing of fkv or its tests.
+github.com/WeianMao/triattention; it imports nothing of fkv.
 
 Saves a random Qwen3 and random statistics of its queries, patches the model as the code does for
 generation, and decodes token by token. Writes an npz: the ids; of each way of pruning the positions
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from peer_models import randomise
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 LAYERS, HEADS, KV_HEADS, DIM = 3, 4, 2, 8
@@ -39,12 +40,7 @@ def save_random(path: Path, family: str, scaling: dict) -> None:
         num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, **sizes,
         rope_parameters={"rope_theta": 1e4, "rope_type": "default"} | scaling,
     )  # fmt: skip
-    model = model_of(config).eval()
-    for name, x in model.named_parameters():
-        if name.endswith(("q_norm.weight", "k_norm.weight")):
-            torch.nn.init.uniform_(x, 1.0, 3.0)
-        elif "embed" in name or "proj" in name:
-            torch.nn.init.normal_(x, std=0.3)
+    model = randomise(model_of(config))
     model.save_pretrained(path)
 
 

@@ -1,8 +1,8 @@
 """What TRIM-KV's public code keeps of random tokens, for `test_public_code.py`.
 
 Runs in an environment of its own (transformers 4.57), started by path, on a clone of
-github.com/ngocbh/trimkv; it imports nothing of fkv or its tests. Empty modules stand for two of the
-clone's, whose kernels need a GPU and which nothing here calls.
+github.com/ngocbh/trimkv; it imports nothing of fkv. Empty modules stand for two of the clone's,
+whose kernels need a GPU and which nothing here calls.
 
 Saves a random Qwen3 and random gates, and loads them by the code's own `from_pretrained`. Writes an
 npz: the ids; of each form of gates the log retention of every entry, [y, k, t]; and what is kept.
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from peer_models import randomise
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 LAYERS, KV_HEADS = 3, 2
@@ -44,12 +45,7 @@ def write(path: Path, gate: str, config_of, model_of):
     """A model's directory and one of gates, in the layouts of their release."""
     base, gates = path.with_name("base"), path.with_name(gate)
     if not base.exists():
-        model = Qwen3ForCausalLM(Qwen3Config(**SIZES)).eval()
-        for name, x in model.named_parameters():
-            if name.endswith(("q_norm.weight", "k_norm.weight")):
-                torch.nn.init.uniform_(x, 1.0, 3.0)  # attention that is not uniform
-            elif "embed" in name or "proj" in name:
-                torch.nn.init.normal_(x, std=0.3)
+        model = randomise(Qwen3ForCausalLM(Qwen3Config(**SIZES)))
         model.save_pretrained(base)
     own = dict(
         retention_gate=gate, retention_gate_intermediate_size=12, trainable_params="retention_gate"

@@ -1,8 +1,8 @@
 """What VaSE's public code keeps of random tokens, for `test_public_code.py`.
 
 Runs in an environment of its own (transformers 5), started by path, on a clone of
-github.com/terarachang/VaSE; it imports nothing of fkv or its tests. Plain attention stands for the
-flash-attn kernel that the patched model calls, which needs a GPU.
+github.com/terarachang/VaSE; it imports nothing of fkv. Plain attention stands for the flash-attn
+kernel that the patched model calls, which needs a GPU.
 
 Decodes with a random Qwen3 token by token. Writes an npz: of each mode, for every eviction and
 layer, the keys and values before it [k, s, d], their positions [k, s], the queries that it used
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from peer_models import randomise
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 MODES = {
@@ -85,12 +86,7 @@ def main(clone: str, path: str, tokens: int, budget: int, interval: int, large: 
         vocab_size=211, hidden_size=32, intermediate_size=24, num_hidden_layers=3,
         num_attention_heads=4, num_key_value_heads=2, head_dim=8,
     )  # fmt: skip
-    model = Qwen3ForCausalLM(config).eval()
-    for name, x in model.named_parameters():
-        if name.endswith(("q_norm.weight", "k_norm.weight")):
-            torch.nn.init.uniform_(x, 1.0, 3.0)
-        elif "embed" in name or "proj" in name:
-            torch.nn.init.normal_(x, std=0.3)
+    model = randomise(Qwen3ForCausalLM(config))
     ids = torch.randperm(211)[None, :tokens]  # equal ones have equal values
     found = {}
     for name, (mode, smooth) in MODES.items():
