@@ -17,7 +17,8 @@ from fkv.evaluation.retained import retained
 from tests import oracles
 
 CADENCE, MAPS = Cadence(16, 8), Path("/proc/self/maps")
-NAMED = {"knorm": policies.get("knorm")}
+# The second shares no beginning with others, and so runs apart.
+NAMED = {name: policies.get(name) for name in ("knorm", "ada(knorm)")}
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="mappings are counted on Linux")
 
@@ -70,7 +71,7 @@ def losses(lm):
 def agreement(lm):
     batch, key_b = rows(lm)
     given = recall.Given(batch, key_b, recall.full_hidden(lm, batch, 8))
-    list(recall.agree(lm, NAMED, given, CADENCE, ["knorm"]))
+    list(recall.agree(lm, NAMED, given, CADENCE, list(NAMED)))
 
 
 WORK = {
@@ -95,6 +96,17 @@ def test_what_runs_many_policies_makes_room(what, lm, limit, monkeypatch):
     assert not cleared
     limit(1)
     WORK[what](lm)
+    assert len(cleared) == (2 if what in ("losses", "agreement") else 1)
+
+
+def test_room_is_made_before_the_limit(limit, monkeypatch):
+    cleared = []
+    monkeypatch.setattr(jax, "clear_caches", lambda: cleared.append(None))
+    limit(2 * mapped())
+    memory_maps.make_room()
+    assert not cleared
+    limit(round(1.25 * mapped()))
+    memory_maps.make_room()
     assert cleared
 
 
